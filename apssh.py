@@ -1,0 +1,4448 @@
+# SPDX-License-Identifier: MIT - Copyright (c) 2026 the apssh authors - https://spdx.org/licenses/MIT.html
+"""apssh: run commands, scripts and copies on many hosts at once, over ssh, from one Python file.
+
+    apssh  [options] command ...               run a command, or a local script (-s), on every target
+    appush [options] local ... @:remote        copy local files to every target
+    appull [options] @:remote ... local        copy files from every target
+
+    apssh -t root@node[01-20] uptime           twenty hosts, one prefixed line each
+    apssh -t gw.example.org->node1 -b df -h /  through a gateway; equal outputs shown once
+    apssh --demo 3 'echo hello; id -un'        three throw-away hosts inside this process
+
+In Python, a node reaches a host, a step is one command, a job is a list of steps that an asynciojobs Scheduler runs:
+
+    from asynciojobs import Scheduler
+    from apssh import SshNode, SshJob, Run
+    gateway = SshNode("gw.example.org", username="slice")
+    node = SshNode("node1", gateway=gateway)
+    scheduler = Scheduler()
+    SshJob(node, command=Run("uname", "-r"), scheduler=scheduler)
+    scheduler.run()
+
+Without a scheduler: ``apssh.run("node[1-3]", "uname -r")`` gives a list of results. README.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import collections
+import contextlib
+import copy
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import fnmatch
+import functools
+import getpass
+import glob
+import hashlib
+import hmac
+import importlib
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import posixpath
+import pwd
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+import asynciojobs
+import asyncssh
+
+__version__ = "1.0.0"
+
+EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
+
+CONNECT_TIMEOUT = 30.0       # seconds to a ready connection, all hops included: twice what a loaded host takes
+KEEPALIVE_INTERVAL = 9.0     # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
+KEEPALIVE_COUNT = 2
+HANDSHAKES = 32              # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.1 s
+CONNECTS = 1024              # TCP connects at once; they cost nothing but a descriptor
+STARTUPS_PER_HOST = 8        # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
+SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
+CONNECTIONS_PER_NODE = 8     # connections that one node may open to run more sessions than that at once
+RETRIES_BEFORE_LOGIN = 6     # when sshd drops us before login: 0.2 s, then twice as long each time
+CLOSE_TIMEOUT = 2.0          # seconds that a polite close may take before the connection is cut
+SESSION_WINDOW = 128 * 1024  # bytes in flight for a command's output: costs no speed and bounds memory
+LINE_LIMIT = 1024 * 1024     # bytes; a longer line is cut, so that memory stays bounded
+CAPTURE_LIMIT = 256 * 1024 * 1024  # bytes of one command's output that are held (captures, gather, JSON, results)
+MAX_AUTH_ROUNDS = 8          # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
+KNOWN_HOSTS_FILES = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
+MAX_TARGETS = 100_000        # names of one run: a slip such as node[1-10000000] is refused before it fills the memory
+MAX_TARGET_TEXT = 4096
+MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
+REMOTE_FOLDER = ".apssh-remote"
+
+# AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
+CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com",
+           "aes128-ctr", "aes192-ctr", "aes256-ctr")
+
+_T = TypeVar("_T")
+Endpoint = tuple[str, str, int]  # user, host, port: what tells two nodes apart in columns and file names
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# errors: one root, one line each, and the data they are about
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class ApsshError(Exception):
+    """The root of all that apssh raises.
+
+    Attributes: ``message`` (the cause, one line), ``host`` (empty when no host is concerned), ``kind`` (one of dns, refused,
+    timeout, hostkey, auth, lost, signal, status, local), ``command`` and ``status`` (exit status, or the signal's name),
+    ``may_run`` (the command may still be running over there).
+    """
+
+    kind = "local"
+
+    def __init__(self, message: str, *, host: str = "", kind: str | None = None, command: str = "",
+                 status: int | str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.host, self.command, self.status = message, host, command, status
+        self.may_run = False
+        if kind:
+            self.kind = kind
+
+    def __str__(self) -> str:
+        return f"{escape(self.host)}: {self.kind}: {self.message}" if self.host else self.message
+
+
+class UsageError(ApsshError, ValueError):
+    """Something cannot mean anything: raised before anything runs, with the remedy in the message."""
+
+
+class ConnectionFailedError(ApsshError):
+    """A host could not be reached, or was lost; ``kind`` is dns, refused, timeout, hostkey, auth or lost."""
+
+    kind = "lost"
+
+
+class HostKeyError(ConnectionFailedError):
+    """The key that a host presented is not the one it must have (or, under policy yes, is not known)."""
+
+    kind = "hostkey"
+
+
+class CommandFailedError(ApsshError):
+    """A command ended with a status that is not a success, or by a signal, or had to be ended (kind timeout)."""
+
+    kind = "status"
+
+
+class TransferError(ApsshError):
+    """A file could not be copied; the message names the path and the reason."""
+
+
+class UndefinedVariableError(ApsshError, NameError):
+    """A Deferred names a variable that has no value at the time its command must run."""
+
+
+class ScenarioError(UsageError):
+    """A mistake in a YAML scenario; the message names file, line, section and id."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # C0, C1, line ends, bidi, surrogates
+_NOT_SHOWN = re.compile(f"[{_CONTROLS}]")
+_NOT_SHOWN_OUTPUT = re.compile(r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]")
+_PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
+_NOT_IN_FILE_NAME = re.compile(rf"^[-.]|[\t/~{_CONTROLS}]")
+
+
+def escape(text: str) -> str:
+    r"""The text on one line, with no power over a terminal: control characters but tab, line separators and bidi
+    overrides are shown as ``\n``, ``\x1b``, ``\u202e``; bytes that were not UTF-8 (surrogateescape) as ``\xff``."""
+    return _NOT_SHOWN.sub(_visible, text)
+
+
+def _escape_bytes(data: bytes) -> bytes:
+    """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and UTF-8 text pass."""
+    if not data.translate(None, _PLAIN_BYTES):  # ten times faster than a search, and true of most output
+        return data
+    return _NOT_SHOWN_OUTPUT.sub(_visible, data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def _visible(match: re.Match[str]) -> str:
+    char = chr(ord(match[0]) & 0xFF) if "\udc80" <= match[0] <= "\udcff" else match[0]
+    return "\n" if char == "\r\n" else ascii(char)[1:-1]
+
+
+def _brief(text: str) -> str:
+    """A text from outside as an error shows it."""
+    return escape(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _expand_ranges(text: str) -> list[str]:
+    """The names meant by ``node[01-20,25]``: brackets multiply, zeros are kept, an IPv6 address in brackets stays."""
+    pieces = re.split(r"(\[[^][]*+\])", text)
+    fixed = "".join(pieces[::2])
+    if "[" in fixed or "]" in fixed:
+        raise UsageError(f"{_brief(text)}: brackets must be closed and not nested, as in node[01-20,25]")
+    if len(fixed) + len(pieces) > MAX_TARGET_TEXT:
+        raise UsageError(f"{_brief(text)}: too long for a target")
+    names = [pieces[0]]
+    for bracket, rest in zip(pieces[1::2], pieces[2::2], strict=True):
+        numbers = [bracket] if ":" in bracket else _expand_numbers(bracket, text, most=MAX_TARGETS // len(names))
+        names = [name + number + rest for name in names for number in numbers]
+    return names
+
+
+def _expand_numbers(bracket: str, text: str, *, most: int) -> list[str]:
+    numbers: list[str] = []
+    for item in bracket[1:-1].split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item)
+        if not match:
+            raise UsageError(f"{_brief(text)}: '{_brief(item)}' is not a number or a range such as 01-20")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise UsageError(f"{_brief(text)}: {item} runs backwards; write {match[2]}-{match[1]}")
+        if last - first >= most - len(numbers):
+            raise UsageError(f"{_brief(text)}: more than {MAX_TARGETS} names")
+        numbers += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+    return numbers
+
+
+def fold_names(names: Iterable[str]) -> str:
+    """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand as they are."""
+    rows = [[name] if name.count(":") > 1 or "[" in name else re.split("([0-9]{1,18})", name) for name in set(names)]
+    rows.sort(key=lambda row: (row[::2], [(int(digits), len(digits)) for digits in row[1::2]]))
+    folded: list[str] = []
+    for texts, group in itertools.groupby(rows, key=lambda row: row[::2]):
+        alike = list(group)
+        for place in reversed(range(1, 2 * len(texts) - 1, 2)):  # from the last number on: racks [1-2] of nodes [1-30]
+            cuts = [((row[:place], row[place + 1:]), row[place]) for row in alike]
+            alike = [[*left, _fold_numbers([number for _, number in run]), *right]
+                     for (left, right), run in itertools.groupby(cuts, key=lambda cut: cut[0])]
+        folded += map("".join, alike)
+    return ",".join(folded)
+
+
+def _fold_numbers(numbers: list[str]) -> str:
+    """``01 02 03 07`` as ``[01-03,07]``; a run goes on only where expanding gives these very digits."""
+    runs: list[list[str]] = []
+    for digits in numbers:
+        if runs and digits == str(int(runs[-1][-1]) + 1).zfill(len(runs[-1][0])):
+            runs[-1][1:] = [digits]
+        else:
+            runs.append([digits])
+    return numbers[0] if len(numbers) == 1 else f"[{','.join(map('-'.join, runs))}]"
+
+
+def _short_name(host: str) -> str:
+    """Up to the first dot; an IP address stays whole."""
+    return host if ":" in host or host.rpartition(".")[2].isdecimal() else host.partition(".")[0] or host
+
+
+def _endpoint_text(host: str, user: str | None = None, port: int | None = None) -> str:
+    address = host if port is None else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"{user}@{address}" if user else address
+
+
+def _file_name(endpoint: Endpoint, form: str) -> str:
+    """One name of an endpoint, as one visible file name of at most 200 bytes; ``~`` is kept for numbers."""
+    user, host, port = endpoint
+    text = _endpoint_text(host if "domain" in form else _short_name(host),
+                          user if "user" in form else None, port if "port" in form else None)
+    return _NOT_IN_FILE_NAME.sub("_", text or "_").encode()[:200].decode("utf-8", "ignore")
+
+
+def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
+    """For each endpoint the shortest text that no other has, even where case is ignored, made safe as a file's name."""
+    names: dict[Endpoint, str] = {}
+    taken: set[str] = set()
+    for form in ("", "domain", "user", "port", "user domain", "domain port", "user port", "user domain port"):
+        texts = {endpoint: _file_name(endpoint, form) for endpoint in endpoints}
+        counts = collections.Counter(text.casefold() for text in texts.values())
+        for endpoint, text in texts.items():
+            if endpoint not in names and counts[text.casefold()] == 1 and text.casefold() not in taken:
+                names[endpoint] = text
+                taken.add(text.casefold())
+        if len(names) == len(texts):
+            break
+    for number, (endpoint, text) in enumerate(texts.items(), 1):  # these differ by case or by refused characters only
+        names.setdefault(endpoint, f"{text}~{number}")
+    return [names[endpoint] for endpoint in endpoints]
+
+
+_HOST = re.compile(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.-]+)?")
+
+
+def _is_host(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return len(text) < 254 and bool(_HOST.fullmatch(text) and (":" not in text or ipaddress.IPv6Address(text)))
+    return False
+
+
+_USER = re.compile(rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}]+(?<!\\)")  # what OpenSSH takes since 9.6
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hop:
+    """One host on the way; what is None is for the config to say, then for the defaults."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+
+    def __str__(self) -> str:
+        return _endpoint_text(self.host, self.user, self.port)
+
+
+def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
+    user, at, address = text.rpartition("@")
+    has_port = address[-1:] != "]" and (address[:1] == "[" or address.count(":") == 1)  # more colons: an IPv6 address
+    host, colon, digits = address.rpartition(":") if has_port else (address, "", "")
+    host = host.removeprefix("[").removesuffix("]")
+    name = user if at else login
+    if colon:
+        port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
+    for wrong, problem in (
+        (not host, "a host is missing"),
+        (not _is_host(host), f"'{_brief(host)}' is not a host name or an address"),
+        (name is not None and not _USER.fullmatch(name), f"'{_brief(name or '')}' is not a user name"),
+        (port is not None and not 0 < port < 65536, "a port is a number from 1 to 65535"),
+    ):
+        if wrong:
+            raise UsageError(f"{_brief(target)}: {problem}")
+    return Hop(host, name, port)
+
+
+def _checked_host(host: str) -> str:
+    """This text, if it can be a host's name or address."""
+    if not isinstance(host, str) or not _is_host(host):
+        raise UsageError(f"{_brief(str(host))!r} is not a host name or an address")
+    return host
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# formatters: events in, bytes out
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Screen:
+    """Standard output and error, shared by all that writes to them, with at most one line of progress on a terminal."""
+
+    def __init__(self) -> None:
+        self.progress = ""
+        self._shown = False
+
+    def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
+        """Write at once; what a host sent has no power over a terminal, unless raw."""
+        stream = sys.stderr if err else sys.stdout
+        if not raw and stream.isatty():
+            data = _escape_bytes(data)
+        self._erase()
+        binary = getattr(stream, "buffer", None)
+        if binary is None:  # a notebook, a StringIO
+            stream.write(data.decode("utf-8", "replace"))
+        else:
+            stream.flush()
+            binary.write(data)
+        stream.flush()
+        if self.progress:
+            self.show(self.progress)
+
+    def say(self, text: str) -> None:
+        """One message of apssh's own, on stderr."""
+        self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
+
+    def show(self, progress: str) -> None:
+        """Put this line at the bottom of the terminal (empty: take it away)."""
+        self._erase()
+        self.progress, self._shown = progress, bool(progress)
+        if progress:
+            sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
+            sys.stderr.flush()
+
+    def _erase(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+_screen = _Screen()
+
+
+class _Sink(Protocol):
+    """Where the two streams of one command go, in the order they arrive."""
+
+    def data(self, data: bytes, datatype: int | None) -> None: ...
+    def end(self) -> None: ...
+
+
+class _Lines:
+    """Cuts a stream into whole lines; holds at most LINE_LIMIT bytes."""
+
+    __slots__ = ("_pieces", "_raw", "_size")
+
+    def __init__(self, raw: bool) -> None:
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._raw = raw
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole lines that are there now; the rest is kept."""
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            self._pieces.append(data[:cut])
+            whole = b"".join(self._pieces)
+            self._pieces, self._size = ([data[cut:]], len(data) - cut) if cut < len(data) else ([], 0)
+            return whole
+        self._pieces.append(data)
+        self._size += len(data)
+        return self.end() if self._size >= LINE_LIMIT else b""
+
+    def end(self) -> bytes:
+        """What is left, made a line (raw: as it is)."""
+        rest = b"".join(self._pieces)
+        self._pieces, self._size = [], 0
+        return rest + b"\n" if rest and not self._raw else rest
+
+
+class _LineSink:
+    """The usual sink: whole lines, handed to a formatter."""
+
+    __slots__ = ("_endpoint", "_err", "_formatter", "_out")
+
+    def __init__(self, formatter: Formatter, endpoint: Endpoint) -> None:
+        self._formatter, self._endpoint = formatter, endpoint
+        self._out, self._err = _Lines(formatter.raw), _Lines(formatter.raw)
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        if lines := (self._err if datatype else self._out).feed(data):
+            self._formatter._chunk(self._endpoint, lines, datatype)
+
+    def end(self) -> None:
+        for lines, datatype in ((self._out, None), (self._err, EXTENDED_DATA_STDERR)):
+            if rest := lines.end():
+                self._formatter._chunk(self._endpoint, rest, datatype)
+
+
+class _HeldSink:
+    """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its place."""
+
+    def __init__(self, passed: _Sink | None = None) -> None:
+        self.pieces: dict[int | None, list[bytes]] = {None: [], EXTENDED_DATA_STDERR: []}
+        self._size = 0
+        self._passed = passed
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        if datatype and self._passed:
+            self._passed.data(data, datatype)
+            return
+        self._size += len(data)
+        if self._size > CAPTURE_LIMIT:
+            raise ApsshError(f"more than {CAPTURE_LIMIT // 1024 ** 2} MiB of output to hold")
+        self.pieces[datatype].append(data)
+
+    def end(self) -> None:
+        if self._passed:
+            self._passed.end()
+
+    def stdout(self) -> bytes:
+        return b"".join(self.pieces[None])
+
+    def stderr(self) -> bytes:
+        return b"".join(self.pieces[EXTENDED_DATA_STDERR])
+
+
+_FIELD = re.compile(r"\{(\w+)\}")
+_FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
+
+
+class Formatter:
+    """Shows what hosts print, and (with ``verbose``) what happens to connections.
+
+    Subclasses may redefine ``line``, and any of the events. ``custom_format`` is a template of strftime's fields and ``{time}``
+    (%H-%M-%S), ``{host}`` (short name), ``{fqdn}``, ``{user}`` (``user@``), ``{line}``, ``{linenl}``, ``{nl}``; an unknown
+    field raises UsageError. Text from a host is never read as a template.
+    """
+
+    custom_format = "{linenl}"
+    raw = False  # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
+
+    def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
+        self.verbose = verbose
+        if custom_format is not None:
+            self.custom_format = custom_format
+        self._endpoints: dict[Endpoint, None] = {}
+        self._verbose_hosts: set[str] = set()
+        self._names: dict[Endpoint, str] = {}
+        self._parts: dict[Endpoint, tuple[list[str | None], bool]] = {}
+        for field in _FIELD.findall(self.custom_format):
+            if field not in _FIELDS:
+                raise UsageError(f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
+                                 + " ".join(f"{{{name}}}" for name in _FIELDS))
+
+    # events; the ones about connections and sessions are words on stderr, when asked
+
+    def connection_made(self, hostname: str, username: str, direct: bool) -> None:
+        """A TCP connection (direct), or a channel of a gateway, is there."""
+        self._event(hostname, f"connected as {username}" + ("" if direct else ", through a gateway"))
+
+    def connection_lost(self, hostname: str, exc: Exception | None, username: str) -> None:
+        """The connection has ended; ``exc`` says why, None when it was closed on purpose."""
+        self._event(hostname, f"connection lost: {exc}" if exc else "connection closed")
+
+    def auth_completed(self, hostname: str, username: str) -> None:
+        """The login succeeded."""
+        self._event(hostname, f"logged in as {username}")
+
+    def session_start(self, hostname: str, command: str) -> None:
+        """A command starts."""
+        self._event(hostname, f"starts: {command}")
+
+    def session_stop(self, hostname: str, command: str) -> None:
+        """A command has ended."""
+        self._event(hostname, f"ended: {command}")
+
+    def sftp_start(self, hostname: str) -> None:
+        """An SFTP session starts."""
+        self._event(hostname, "SFTP session starts")
+
+    def sftp_stop(self, hostname: str) -> None:
+        """An SFTP session has ended."""
+        self._event(hostname, "SFTP session ended")
+
+    def line(self, line: str, datatype: int | None, hostname: str) -> None:
+        """One line of output, newline included; ``datatype`` is EXTENDED_DATA_STDERR for stderr, None for stdout.
+
+        Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it with another text.
+        """
+        endpoint = next((each for each in self._endpoints if each[1] == hostname), ("", hostname, 22))
+        self._write(endpoint, self._render(endpoint, os.fsencode(line)), datatype)
+
+    def stderr_line(self, line: str, hostname: str) -> None:
+        """One line of apssh's own about a host."""
+        self.line(line, EXTENDED_DATA_STDERR, hostname)
+
+    # inside
+
+    def _event(self, hostname: str, text: str) -> None:
+        if self.verbose or hostname in self._verbose_hosts:
+            _screen.say(f"{escape(hostname)}: {escape(text)}")
+
+    def _node_added(self, endpoint: Endpoint, verbose: bool) -> None:
+        """Columns and file names are chosen among the nodes that share this formatter."""
+        if verbose:
+            self._verbose_hosts.add(endpoint[1])
+        if endpoint not in self._endpoints:
+            self._endpoints[endpoint] = None
+            self._parts.clear()
+
+    def _name(self, endpoint: Endpoint) -> str:
+        """The short name of an endpoint, which no other has; it stays once it was used."""
+        if endpoint not in self._names:
+            for other, name in zip(self._endpoints, _distinct_names(list(self._endpoints)), strict=True):
+                self._names.setdefault(other, name)
+        return self._names.get(endpoint) or endpoint[1]
+
+    def _sink(self, endpoint: Endpoint) -> _Sink:
+        """Where one command's output goes: by default whole lines, to this formatter."""
+        return _LineSink(self, endpoint)
+
+    def _started(self, endpoint: Endpoint) -> None:
+        """A command is about to run there."""
+
+    def _chunk(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
+        """Whole lines of one stream; a subclass that redefines ``line`` gets them one by one."""
+        if type(self).line is Formatter.line:
+            self._write(endpoint, self._render(endpoint, lines), datatype)
+        else:
+            for line in io.BytesIO(lines):
+                self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
+
+    def _render(self, endpoint: Endpoint, lines: bytes) -> bytes:
+        """Each line put in the template: one ``replace`` a chunk, since a call a line would cost ten times more."""
+        if endpoint not in self._parts:
+            self._parts[endpoint] = self._template(endpoint)
+        parts, timed = self._parts[endpoint]
+        now = time.localtime() if timed else None
+        text = [None if part is None else os.fsencode(time.strftime(part, now) if now else part) for part in parts]
+        if len(text) == 3 and text[1] is None:
+            head, tail = cast("list[bytes]", text[::2])
+            ended = lines.endswith(b"\n")
+            if not head and tail == b"\n":
+                return lines
+            return head + (lines[:-1] if ended else lines).replace(b"\n", tail + head) + tail
+        return b"".join(b"".join(line.rstrip(b"\n") if part is None else part for part in text)
+                        for line in io.BytesIO(lines))
+
+    def _template(self, endpoint: Endpoint) -> tuple[list[str | None], bool]:
+        """The template for one endpoint: texts (strftime still to come) and None for the line; whether it tells time."""
+        user, fqdn, _ = endpoint
+        name = self._name(endpoint)
+        width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
+        fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
+        values = {"host": name.ljust(width), "fqdn": fqdn.ljust(fqdn_width), "user": f"{user}@" if user else "", "nl": "\n"}
+        pieces = _FIELD.split(self.custom_format)
+        timed = any("%" in literal for literal in pieces[::2]) or "time" in pieces[1::2]
+        parts: list[str | None] = [""]
+        for index, piece in enumerate(pieces):
+            if index % 2 and piece in ("line", "linenl"):
+                parts += [None, "\n" if piece == "linenl" else ""]
+                continue
+            value = piece if index % 2 == 0 else "%H-%M-%S" if piece == "time" else values[piece].replace("%", "%%" if timed else "%")
+            parts[-1] = (parts[-1] or "") + value
+        if not (parts[-1] or "").endswith("\n"):
+            parts[-1] = (parts[-1] or "") + "\n"  # lines of two hosts never share one
+        return parts, timed
+
+    def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
+        """Rendered lines on their way out."""
+        _screen.write(data, err=datatype is not None, raw=self.raw)
+
+
+class TerminalFormatter(Formatter):
+    """Stdout to stdout, stderr to stderr, in the format given (required here)."""
+
+    def __init__(self, custom_format: str, verbose: bool = False) -> None:
+        super().__init__(custom_format, verbose)
+
+
+class RawFormatter(Formatter):
+    """What hosts print, and nothing else: bytes as they were sent (lines of several hosts are kept whole)."""
+
+    raw = True
+
+
+class HostFormatter(Formatter):
+    """Each line after the name of its host."""
+
+    custom_format = "{host}:{linenl}"
+
+
+class TimeHostFormatter(Formatter):
+    """Each line after the time and the name of its host."""
+
+    custom_format = "{time}:{host}:{linenl}"
+
+
+class SubdirFormatter(Formatter):
+    """Files instead of a terminal: ``<run_name>/<hostname>`` for stdout, ``<hostname>.err`` for stderr (if any)."""
+
+    def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
+        super().__init__(None, verbose)
+        self.run_name = Path(run_name)
+        self._begun: set[Path] = set()
+
+    def _started(self, endpoint: Endpoint) -> None:
+        self._write(endpoint, b"", None)
+
+    def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
+        path = self.run_name / (self._name(endpoint) + (".err" if datatype else ""))
+        first = path not in self._begun
+        if first:
+            self._begun.add(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if first else os.O_APPEND), 0o666)
+        with open(fd, "ab") as file:
+            file.write(data)
+
+
+class CaptureFormatter(Formatter):
+    """Holds stdout, at most CAPTURE_LIMIT bytes; stderr is shown. Captures from its creation."""
+
+    def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
+        super().__init__(custom_format, verbose)
+        self.start_capture()
+
+    def start_capture(self) -> None:
+        """Forget what was captured so far."""
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def get_capture(self) -> str:
+        """What was printed on stdout since the last ``start_capture()`` (UTF-8, surrogateescape)."""
+        return b"".join(self._pieces).decode("utf-8", "surrogateescape")
+
+    def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
+        if datatype:
+            super()._write(endpoint, data, datatype)
+            return
+        self._size += len(data)
+        if self._size > CAPTURE_LIMIT:
+            raise ApsshError(f"more than {CAPTURE_LIMIT // 1024 ** 2} MiB of output to hold")
+        self._pieces.append(data)
+# ---------------------------------------------------------------------------------------------------------------
+# credentials: keys, agent and passphrases; known hosts and their policy; what ssh -G says of a host
+# ---------------------------------------------------------------------------------------------------------------
+
+Key = Any  # asyncssh.SSHKey, an SSHKeyPair, a (key, certificate) pair, or an _AgentKey
+
+
+@dataclasses.dataclass(frozen=True)
+class _AgentKey:
+    """A key that an agent holds; signing goes through the agent, at each login."""
+
+    agent_path: str
+    public_data: bytes = dataclasses.field(repr=False)
+    comment: str
+
+
+_imported: dict[bytes, asyncssh.SSHKey] = {}  # digest of the file: a passphrase is asked once for the whole run
+_import_lock = threading.Lock()
+_accepted_keys: set[bytes] = set()  # public keys that logged in: offered first to the next hosts
+
+
+def _ask_secret(prompt: str) -> str:
+    """Asked on the terminal itself, never on standard input."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR))
+    except OSError:
+        raise UsageError(f"no terminal to ask: {prompt}") from None
+    return getpass.getpass(f"{prompt}: ")
+
+
+def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
+    """Load one private key; an encrypted one asks for its passphrase on the terminal, once for the whole run.
+
+    Raises UsageError when the file is missing, unreadable or not a private key, when the passphrase is wrong three
+    times, and when it is encrypted and there is no terminal.
+    """
+    path = Path(filename).expanduser()
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise UsageError(f"key {path}: {exc.strerror}") from None
+    digest = hashlib.sha256(data).digest()
+    with _import_lock:
+        if digest not in _imported:
+            _imported[digest] = _decode_key(path, data)
+        return _imported[digest]
+
+
+def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
+    """The key in the text of a file, with its passphrase if it needs one."""
+    try:
+        return asyncssh.import_private_key(data)
+    except asyncssh.KeyImportError as exc:
+        if "assphrase" not in str(exc):
+            raise UsageError(f"key {path}: not a private key ({exc})") from None
+    for _ in range(3):
+        try:
+            return asyncssh.import_private_key(data, _ask_secret(f"passphrase for key {path}"))
+        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
+            continue
+    raise UsageError(f"key {path}: wrong passphrase")
+
+
+def load_agent_keys(agent_path: str | None = None) -> list[Key]:
+    """The keys of the agent at this socket (default: SSH_AUTH_SOCK); none when there is no agent."""
+    path = agent_path or os.environ.get("SSH_AUTH_SOCK", "")
+
+    async def load() -> list[Key]:
+        async with _agent_pairs(path) as pairs:
+            return [_AgentKey(path, data, pair.get_comment() or "") for data, pair in pairs.items()]
+
+    if not path:
+        return []
+    with ThreadPoolExecutor(1) as thread:  # works inside of a running loop as well
+        return thread.submit(asyncio.run, load()).result()
+
+
+@contextlib.asynccontextmanager
+async def _agent_pairs(path: str) -> AsyncIterator[dict[bytes, asyncssh.SSHKeyPair]]:
+    """What the agent at this socket can sign with, by public key; empty when it does not answer."""
+    agent, pairs = None, {}
+    with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+        async with asyncio.timeout(5):
+            agent = await asyncssh.connect_agent(path)
+            pairs = {pair.public_data: pair for pair in await agent.get_keys()}
+    try:
+        yield pairs
+    finally:
+        if agent:
+            agent.close()
+            await agent.wait_closed()
+
+
+def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[Key]:
+    """What a named key file stands for: the agent's key when it holds it, else the file, with its certificate."""
+    path = Path(filename).expanduser()
+    with contextlib.suppress(OSError, ValueError, asyncssh.KeyImportError):
+        public = path if path.suffix == ".pub" else path.with_name(path.name + ".pub")
+        data = asyncssh.read_public_key(public).public_data
+        if held := [key for key in agent_keys() if key.public_data == data]:
+            return held
+    key = import_private_key(path)
+    certificate = path.with_name(path.name + "-cert.pub")
+    if certificate.exists():
+        with contextlib.suppress(OSError, asyncssh.KeyImportError):
+            return [(key, asyncssh.read_certificate(certificate))]
+    return [key]
+
+
+def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None,
+                      verbose: bool = False) -> list[Key]:
+    """The keys to log in with: those named, and only they; else the agent's; else ~/.ssh/id_ed25519, id_ecdsa, id_rsa
+    and their _sk forms, as far as they exist.
+
+    A named key that the agent holds too is used through the agent; a certificate beside a key (``key-cert.pub``) goes
+    with it. Works with or without a running loop. Raises UsageError for a named key that does not exist or parse.
+    """
+    agent_keys = functools.cache(load_agent_keys)
+    keys: list[Key] = []
+    if command_line_keys:
+        for named in command_line_keys:
+            keys += _key_from_file(os.fspath(named), agent_keys) if isinstance(named, str | os.PathLike) else [named]
+    else:
+        keys = list(agent_keys())
+        for name in () if keys else ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk"):
+            path = Path("~/.ssh", name).expanduser()
+            if path.exists():
+                try:
+                    keys += _key_from_file(str(path), agent_keys)
+                except UsageError as exc:
+                    _screen.say(f"skipped: {exc}")
+    if verbose:
+        _screen.say(f"{len(keys)} key(s) to log in with")
+    return keys
+
+
+@contextlib.asynccontextmanager
+async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKeyPair]]:
+    """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), best candidates first."""
+    async with contextlib.AsyncExitStack() as stack:
+        agents: dict[str, dict[bytes, asyncssh.SSHKeyPair]] = {}
+        pairs: dict[bytes, asyncssh.SSHKeyPair] = {}
+        for key in keys:
+            if isinstance(key, _AgentKey):
+                if key.agent_path not in agents:
+                    agents[key.agent_path] = await stack.enter_async_context(_agent_pairs(key.agent_path))
+                held = agents[key.agent_path].get(key.public_data)
+                fresh = [held] if held else []
+            else:
+                fresh = list(asyncssh.load_keypairs([key]))
+            for pair in fresh:
+                pairs.setdefault(pair.public_data, copy.copy(pair))
+        yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _accepted_keys)
+# known hosts: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT"
+
+
+@dataclasses.dataclass(frozen=True)
+class _KnownKey:
+    """One line of a known_hosts file."""
+
+    marker: str  # "", "@revoked" or "@cert-authority"
+    algorithm: str
+    blob: bytes
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{_fingerprint(self.algorithm, self.blob)} in {self.file}:{self.line}"
+
+
+def _fingerprint(algorithm: str, blob: bytes) -> str:
+    """As ssh shows it: ED25519 SHA256:..."""
+    digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return f"{algorithm.removeprefix('ssh-').removeprefix('ecdsa-sha2-').split('-cert-')[0].upper()} SHA256:{digest}"
+
+
+def _matches_patterns(patterns: Iterable[str], name: str) -> bool:
+    """OpenSSH's pattern lists: ``*`` and ``?``, and ``!`` which excludes whatever else matches."""
+    matched = False
+    for pattern in patterns:
+        negated = pattern.startswith("!")
+        if re.fullmatch(re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", "."), name.lower()):
+            if negated:
+                return False
+            matched = True
+    return matched
+
+
+class _KnownHosts:
+    """Some known_hosts files, parsed once as long as they do not change; the first is the one that is written to."""
+
+    _of_files: ClassVar[dict[tuple[str, ...], _KnownHosts]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, files: tuple[str, ...]) -> None:
+        self._files = files
+        self._stamp: object = None
+
+    @classmethod
+    def of(cls, files: Iterable[str]) -> _KnownHosts:
+        """These files, as they are now."""
+        paths = tuple(os.path.expanduser(file) for file in files)
+        known = cls._of_files.setdefault(paths, cls(paths))
+        with cls._lock:
+            known._refresh()
+        return known
+
+    def _refresh(self) -> None:
+        """Parse again if a file has changed."""
+        if self._stamp == (stamp := self._stamp_now()):
+            return
+        self._stamp = stamp
+        self._plain: dict[str, list[_KnownKey]] = {}
+        self._hashed: list[tuple[bytes, bytes, _KnownKey]] = []
+        self._patterns: list[tuple[list[str], _KnownKey]] = []
+        for file in self._files:
+            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="surrogateescape") as lines:
+                for number, line in enumerate(lines, 1):
+                    self._parse(line, file, number)
+
+    def _stamp_now(self) -> list[tuple[int, int, int] | None]:
+        stamps: list[tuple[int, int, int] | None] = []
+        for file in self._files:
+            try:
+                info = os.stat(file)
+                stamps.append((info.st_ino, info.st_size, info.st_mtime_ns))
+            except OSError:
+                stamps.append(None)
+        return stamps
+
+    def _parse(self, line: str, file: str, number: int) -> None:
+        """A line that is not one is skipped, as ssh does."""
+        fields = line.split(maxsplit=4)
+        marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
+        if len(fields) < 3 or fields[0].startswith("#") or marker not in ("", "@revoked", "@cert-authority"):
+            return
+        try:
+            blob = base64.b64decode(fields[2], validate=True)
+            if blob[4:4 + int.from_bytes(blob[:4], "big")] != fields[1].encode():
+                return
+            key = _KnownKey(marker, fields[1], blob, file, number)
+            if fields[0].startswith("|1|"):
+                _, _, salt, digest = fields[0].split("|")
+                self._hashed.append((base64.b64decode(salt), base64.b64decode(digest), key))
+                return
+        except ValueError:
+            return
+        names = fields[0].split(",")
+        if any(mark in fields[0] for mark in "*?!"):
+            self._patterns.append((names, key))
+        else:
+            for name in names:
+                self._plain.setdefault(name.lower(), []).append(key)
+
+    def find(self, name: str) -> list[_KnownKey]:
+        """The lines about a name (``host``, or ``[host]:port``)."""
+        name = name.lower()
+        data = name.encode("utf-8", "surrogateescape")
+        found = list(self._plain.get(name, ()))
+        found += [key for salt, digest, key in self._hashed if hmac.digest(salt, data, "sha1") == digest]
+        return found + [key for patterns, key in self._patterns if _matches_patterns(patterns, name)]
+
+    def record(self, name: str, key: asyncssh.SSHKey, hashed: bool) -> str | None:
+        """Append a line for this name, unless it is there; None, or why that cannot be."""
+        path = Path(self._files[0])
+        public = key.export_public_key().decode().split()[:2]
+        try:
+            with self._lock:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    self._refresh()  # somebody else may have added it
+                    if any(each.blob == key.public_data for each in self.find(name)):
+                        return None
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(max(size - 1, 0))
+                    newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
+                    shown = self._hash(name) if hashed else name
+                    text = f"{shown} {' '.join(public)}\n"
+                    file.write(newline + text.encode())
+                    file.flush()
+                    self._parse(text, str(path), 0)
+                    self._stamp = self._stamp_now()
+        except OSError as exc:
+            return f"its key could not be recorded in {path}: {_reason(exc)}"
+        return None
+
+    @staticmethod
+    def _hash(name: str) -> str:
+        salt = os.urandom(20)
+        digest = hmac.digest(salt, name.lower().encode(), "sha1")
+        return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
+
+
+_POLICIES = ("accept-new", "yes", "no")
+
+
+def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
+    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else accept-new."""
+    variable = os.environ.get("APSSH_HOST_KEYS", "")
+    policy, colon, patterns = variable.partition(":")
+    if policy not in ("", "ask", *_POLICIES):
+        raise UsageError(f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*")
+    if given is None and variable and (not colon or any(fnmatch.fnmatchcase(host, each.strip()) for each in patterns.split(","))):
+        given = policy
+    given = given or {"off": "no"}.get(configured or "", configured) or "accept-new"
+    if given == "ask":
+        given = "accept-new"
+    if given not in _POLICIES:
+        raise UsageError(f"host key policy {escape(given)}: accept-new, yes or no")
+    return given
+
+
+_RSA = ["rsa-sha2-512", "rsa-sha2-256"]
+_CERTIFICATE_ALGORITHMS = ["ssh-ed25519-cert-v01@openssh.com", "ecdsa-sha2-nistp256-cert-v01@openssh.com",
+                           "ecdsa-sha2-nistp384-cert-v01@openssh.com", "ecdsa-sha2-nistp521-cert-v01@openssh.com",
+                           "rsa-sha2-512-cert-v01@openssh.com", "rsa-sha2-256-cert-v01@openssh.com"]
+_HOST_KEY_ALGORITHMS = ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", *_RSA]
+
+
+class _Trust:
+    """Decides about the key that one host presents; every connection and every hop comes through here."""
+
+    def __init__(self, node: SshNode) -> None:
+        self._node = node
+        self._host, port = node._host_key_alias or node._address or node.hostname, node.port
+        self._name = self._host if port == 22 or node._host_key_alias else f"[{self._host}]:{port}"
+        given = node.known_hosts
+        self.policy = "no" if given is None else _host_key_policy(node.hostname, node.host_keys, node._configured_policy)
+        self._new: asyncssh.SSHKey | None = None
+        self._known: _KnownHosts | None = None
+        if given is None or isinstance(given, list | tuple):
+            self._keys = [_KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1) for key in given or ()]
+            self.policy = "yes" if given is not None else "no"
+            self._elsewhere: list[_KnownKey] = []
+            return
+        self._known = _KnownHosts.of(node._known_hosts_files if given is _VERIFY else [os.fspath(given)])
+        self._keys = self._known.find(self._name)
+        self._elsewhere = self._known.find(self._host) if self._name != self._host else []
+
+    def _marked(self, marker: str) -> list[_KnownKey]:
+        """Authorities and revoked keys count whatever the port."""
+        return [key for key in self._keys + self._elsewhere if key.marker == marker]
+
+    def for_asyncssh(self) -> Any:
+        """Its known_hosts: no trusted key (each comes to ``check``), and the authorities that may sign certificates."""
+        authorities, revoked = ([asyncssh.import_public_key(f"{key.algorithm} {base64.b64encode(key.blob).decode()}")
+                                 for key in self._marked(marker)] for marker in ("@cert-authority", "@revoked"))
+        return [], [] if self.policy == "no" else authorities, [] if self.policy == "no" else revoked, [], [], [], []
+
+    def algorithms(self) -> list[str]:
+        """What to ask of the server: the types that are known of it first."""
+        known = [algorithm for key in self._keys + self._elsewhere if not key.marker
+                 for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])]
+        certified = _CERTIFICATE_ALGORITHMS if self._marked("@cert-authority") and self.policy != "no" else []
+        return list(dict.fromkeys([*certified, *known, *_HOST_KEY_ALGORITHMS]))
+
+    def check(self, key: asyncssh.SSHKey) -> None:
+        """Raises HostKeyError unless this plain key may be the host's."""
+        if self.policy == "no":
+            return
+        shown = _fingerprint(key.get_algorithm(), key.public_data)
+        if any(each.blob == key.public_data for each in self._marked("@revoked")):
+            raise self._error(f"its key {shown} is revoked in {self._marked('@revoked')[0].file}")
+        known = [each for each in self._keys if not each.marker]
+        if any(each.blob == key.public_data for each in (known or [each for each in self._elsewhere if not each.marker])):
+            return
+        if known and self._known is None:
+            raise self._error(f"it presents {shown}, which is not the key given for it")
+        if known:
+            raise self._error(f"HOST KEY CHANGED: it presents {shown}, known is {known[0]}; somebody may be in the middle. "
+                              f"If it was reinstalled: ssh-keygen -R '{self._name}' -f {known[0].file} (hosts reinstalled all day: "
+                              "--host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)")
+        if self.policy == "yes":
+            raise self._error(f"its key {shown} is not known, and the policy refuses unknown hosts "
+                              "(--host-keys accept-new records them)")
+        self._new = key
+
+    def check_authority(self, key: asyncssh.SSHKey) -> None:
+        """Raises HostKeyError: called for the authority of a certificate that no known_hosts line names."""
+        if self.policy != "no":
+            raise self._error(f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, "
+                              f"no known authority for {self._name}")
+
+    def record(self) -> str | None:
+        """Record a host never seen; None, or why that could not be done."""
+        if self._new is None or self._known is None:
+            return None
+        return self._known.record(self._name, self._new, self._node._hash_names)
+
+    def _error(self, message: str) -> HostKeyError:
+        return HostKeyError(escape(message), host=self._node.hostname)
+
+
+# ssh_config(5), answered by ssh itself
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostConfig:
+    """What was configured for a host, as ``ssh -G`` tells it; None and () where ssh's default stands."""
+
+    hostname: str | None = None
+    user: str | None = None
+    port: int | None = None
+    identity_files: tuple[str, ...] = ()
+    identities_only: bool = False
+    identity_agent: str | None = None
+    proxy_jump: str | None = None
+    proxy_command: str | None = None
+    known_hosts_files: tuple[str, ...] = ()
+    strict_host_key_checking: str | None = None
+    hash_known_hosts: bool = False
+    host_key_alias: str | None = None
+    connect_timeout: float | None = None
+    keepalive: float | None = None
+
+
+_CONFIG_KEYWORDS = {"hostname", "user", "port", "identityfile", "identitiesonly", "identityagent", "proxyjump", "proxycommand",
+                    "userknownhostsfile", "globalknownhostsfile", "stricthostkeychecking", "hostkeyalias", "connecttimeout",
+                    "serveraliveinterval", "certificatefile", "canonicalizehostname"}
+
+
+class _SshConfig:
+    """The user's ssh configuration (None), that of a file, or none at all (``none``)."""
+
+    def __init__(self, path: str | None) -> None:
+        self.trouble = ""
+        home = os.path.expanduser("~")
+        user_file = os.path.join(home, ".ssh", "config")
+        with contextlib.suppress(KeyError):
+            if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:  # ssh itself does not look at $HOME
+                path = user_file if os.path.exists(user_file) else "none"
+        if path not in (None, "none") and not os.path.isfile(path or ""):
+            raise UsageError(f"ssh config {escape(path or '')}: no such file")
+        self._path = path
+        self._patterns: list[list[str]] = []
+        self._one_by_one = False
+        self._keywords: set[str] = set()
+        if path is None:
+            self._scan("/etc/ssh/ssh_config", "/etc/ssh", 0)
+            self._keywords.discard("hashknownhosts")  # Debian's default, worth no question
+        if path != "none":
+            self._scan(path or user_file, os.path.join(home, ".ssh"), 0)
+
+    def _scan(self, file: str, folder: str, depth: int) -> None:
+        """Find which keywords there are, and for which host patterns; the values are ssh's to tell."""
+        try:
+            lines = Path(file).read_text("utf-8", "surrogateescape").splitlines()
+        except OSError:
+            return
+        for line in lines:
+            keyword, value = [*re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1), ""][:2]
+            keyword = keyword.lower()
+            self._keywords.add(keyword)
+            if keyword == "include" and depth < 16:
+                for pattern in value.split():
+                    for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern.strip('"'))))):
+                        self._scan(found, folder, depth + 1)
+            elif keyword == "host":
+                self._patterns.append(value.replace('"', "").split())
+            elif (keyword == "match" and value.lower().strip() != "all") or keyword == "canonicalizehostname" \
+                    or (keyword == "hostname" and "%" in value):
+                self._one_by_one = True
+
+    def lookup_all(self, hosts: Collection[tuple[str, str | None, int | None]]) -> dict[tuple[str, str | None, int | None], _HostConfig]:
+        """What is configured for each (host, user, port). Raises UsageError when ssh refuses the configuration."""
+        nothing = _HostConfig()
+        if self._path == "none" or not self._keywords & (_CONFIG_KEYWORDS | {"hashknownhosts", "match"}):
+            return dict.fromkeys(hosts, nothing)
+        if not shutil.which("ssh"):
+            self.trouble = "no ssh program here to read the ssh config: it is not used"
+            return dict.fromkeys(hosts, nothing)
+        classes: dict[object, list[tuple[str, str | None, int | None]]] = {}
+        for each in hosts:
+            key: object = each if self._one_by_one else tuple(_matches_patterns(patterns, each[0]) for patterns in self._patterns)
+            classes.setdefault(key, []).append(each)
+        with ThreadPoolExecutor(8) as pool:
+            defaults, *answers = pool.map(lambda args: self._ask(*args), [
+                ("none", "default", None, None), *((self._path, *members[0]) for members in classes.values())])
+        return {each: self._host_config(answer, defaults, members[0][0], each[0], each[1])
+                for members, answer in zip(classes.values(), answers, strict=True) for each in members}
+
+    def _ask(self, path: str | None, host: str, user: str | None, port: int | None) -> dict[str, list[str]]:
+        """ssh -G, as keyword to values."""
+        words = ["ssh", *(["-F", path] if path else []), *(["-l", user] if user and self._one_by_one else []),
+                 *(["-p", str(port)] if port and self._one_by_one else []), "-G", "--", host]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode:
+            raise UsageError("ssh config: " + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines()))
+        answer: dict[str, list[str]] = {}
+        for line in os.fsdecode(done.stdout).splitlines():
+            keyword, _, value = line.partition(" ")
+            answer.setdefault(keyword, []).append(value)
+        return answer
+
+    def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, host: str,
+                     user: str | None) -> _HostConfig:
+        """One host's part of an answer that was asked for another host of its class."""
+        def get(keyword: str) -> str | None:
+            values = answer.get(keyword)
+            return values[0] if values and values != defaults.get(keyword) and values[0] != "none" else None
+
+        def files(keyword: str) -> tuple[str, ...]:
+            values = answer.get(keyword, [])
+            return () if values == defaults.get(keyword) else tuple(expand(value) for value in values if value != "none")
+
+        def expand(text: str, quote: bool = False) -> str:
+            """ssh_config(5), TOKENS; a name that a shell will see must be harmless."""
+            me = getpass.getuser()
+            tokens = {"h": hostname or host, "n": host, "r": user or get("user") or me, "u": me, "p": get("port") or "22",
+                      "d": os.path.expanduser("~"), "i": str(os.getuid()), "l": socket.gethostname(), "%": "%"}
+            if quote and not all(re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"):
+                raise UsageError(f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand")
+            text = re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
+            return text if quote else os.path.expanduser(text)
+
+        hostname = get("hostname")
+        hostname = None if hostname is None or hostname == asked.lower() else hostname
+        strict = {"true": "yes", "false": "no"}.get(get("stricthostkeychecking") or "", get("stricthostkeychecking"))
+        command = get("proxycommand")
+        known = [file for keyword in ("userknownhostsfile", "globalknownhostsfile")
+                 for value in (answer if keyword in answer else defaults).get(keyword, []) for file in value.split()]
+        changed = any(answer.get(keyword) != defaults.get(keyword) for keyword in ("userknownhostsfile", "globalknownhostsfile"))
+        agent = get("identityagent")
+        return _HostConfig(
+            hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), get("identitiesonly") == "yes",
+            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), get("proxyjump"),
+            expand(command, quote=True) if command else None, tuple(expand(file) for file in known) if changed else (), strict,
+            get("hashknownhosts") == "yes", get("hostkeyalias"), float(get("connecttimeout") or 0) or None,
+            float(get("serveraliveinterval") or 0) or None)
+
+
+def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
+    """The hops of a ProxyJump."""
+    return tuple(_parse_hop(text, text, None) for text in config.proxy_jump.split(",")) if config.proxy_jump else ()
+
+
+def _configure(node: SshNode, config: _HostConfig) -> None:
+    """Complete a node from its configuration; what was given explicitly stays."""
+    node._address = node._address or config.hostname
+    if not node._username_given and config.user:
+        node.username = config.user
+    if node.port == 22 and config.port:
+        node.port = config.port
+    if config.identity_agent:
+        node._agent_path = config.identity_agent
+    if not node.keys:
+        node.keys = [file for file in config.identity_files if os.path.exists(file)]
+        node._agent_too = not config.identities_only
+    node._known_hosts_files = config.known_hosts_files or node._known_hosts_files
+    node._configured_policy, node._hash_names = config.strict_host_key_checking, config.hash_known_hosts
+    node._host_key_alias = config.host_key_alias
+    node.keepalive = config.keepalive or node.keepalive
+    if node.gateway is None:
+        node._proxy_command = node._proxy_command or config.proxy_command
+
+
+def _keys_of_run(node: SshNode) -> list[Key]:
+    """The keys to offer to a host: as load_private_keys says; after a config's IdentityFile the agent's, as ssh does."""
+    agent = node._agent_path
+    keys = load_private_keys(node.keys) if node.keys or not agent else []
+    if node._agent_too and (node.keys or agent):
+        keys += load_agent_keys(agent)
+    return keys
+# The guard: what ends a command over there when its channel closes before it. sshd made the session's process leader of
+# a process group; it starts a watchdog (outside of the group, where setsid is to be had) that holds the channel's stdin, takes
+# /dev/null itself, and becomes the login shell of the user with the command, as under plain ssh. When stdin ends while the
+# leader lives, the watchdog ends the group. All on one line without quote, exclamation mark and backslash, so that any login
+# shell (csh, fish) can pass it on.
+_WATCH_STDIN = "while read -r x; do :; done; "
+_WATCH_PARENT = "while kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is the command's own: look for sshd's process
+_WATCHDOG = ('trap : HUP INT TERM; {wait}'
+             'if kill -0 $1; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
+             'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; rm -rf "./$3"; kill -s KILL -- -$1; '
+             'else rm -rf "./$3"; fi')
+_GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
+          '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID "$3"; '
+          'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
+          '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
+          'd "$1"; shift 3; set -- "$apssh_x" "$@"; '
+          'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
+          '{quiet}apssh_x=${{SHELL##*/}}; '  # sshd gives the shell its short name: $0 and messages show it
+          'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"')
+
+
+def _inert(text: str) -> str:
+    """Text in an alphabet that no shell reads inside single quotes, for printf %b."""
+    return "".join(chr(byte) if 32 <= byte < 127 and byte not in b"\\'!" else f"\\0{byte:03o}" for byte in os.fsencode(text))
+
+
+def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, folder: str = "", env: Mapping[str, str] | None = None,
+             quiet: bool = False) -> str:
+    """The command line to send so that this command runs as it would anyway, under the guard.
+
+    ``folder``: removed when the command has ended; ``env``: exported to it; ``quiet``: its outputs are /dev/null.
+    """
+    own = stdin_is_data or pty
+    watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
+    script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="" if own else "; exec 3<&-",
+                           quiet="exec >/dev/null 2>&1; " if quiet else "")
+    if not own:
+        script = f"exec 3<&0 </dev/null; {script}"
+    words = [_inert(command), watchdog, folder or "-", *(_inert(f"{name}={value}") for name, value in (env or {}).items())]
+    return f"exec /bin/sh -c '{script}' apssh " + " ".join(f"'{word}'" for word in words)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# nodes: connections, sessions, SshNode and LocalNode
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Limits:
+    """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
+
+    _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limits]] = weakref.WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.connects = asyncio.Semaphore(CONNECTS)
+        self.handshakes = asyncio.Semaphore(HANDSHAKES)
+        self.keys: dict[object, _Shared] = {}
+        self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    @classmethod
+    def here(cls) -> _Limits:
+        """Those of the running loop."""
+        return cls._of_loop.setdefault(asyncio.get_running_loop(), cls())
+
+    def startups(self, *endpoint: Any) -> asyncio.Semaphore:
+        """How many logins may be under way on one endpoint."""
+        return self._startups.setdefault(endpoint, asyncio.Semaphore(STARTUPS_PER_HOST))
+
+
+def _raise_file_limit() -> int:
+    """Raise the soft limit on open files to the hard one; the number of files that can be open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1 << 20
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than it names elsewhere
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class _Clock:
+    """The time one connection may take; it stands still while the connection queues for its turn."""
+
+    def __init__(self, scope: asyncio.Timeout) -> None:
+        self._scope = scope
+
+    @contextlib.asynccontextmanager
+    async def turn(self, gate: asyncio.Semaphore) -> AsyncIterator[None]:
+        """Take a slot of this gate."""
+        when, now = self._scope.when(), asyncio.get_running_loop().time
+        queued = now()
+        self._scope.reschedule(None)
+        async with gate:
+            if when is not None:
+                self._scope.reschedule(when + now() - queued)
+            yield
+
+
+class _Shared:
+    """One task that several coroutines wait for; it is cancelled when the last of them has given up."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(work)
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
+        self._waiters = 0
+
+    async def wait(self) -> Any:
+        """The task's result or exception. Cancelling the last wait cancels the task, and waits for its clean-up."""
+        self._waiters += 1
+        try:
+            return await asyncio.shield(self._task)
+        finally:
+            self._waiters -= 1
+            if not self._waiters and not self._task.done():
+                self._task.cancel()
+                await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
+
+
+class _Wire(asyncssh.SSHTCPSession[bytes]):
+    """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection.
+
+    It holds the server's first bytes until a key exchange may start, so that silent hosts take nobody's turn; and it
+    acknowledges at once, since the first command would else stall for 40 ms (server's Nagle, our delayed ack).
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.banner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held: list[bytes] | None = []
+        self.transport: Any = None
+        self._socket: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        if hasattr(socket, "TCP_QUICKACK") and isinstance(transport, asyncio.Transport):
+            sock = transport.get_extra_info("socket")
+            self._socket = sock if sock.family in (socket.AF_INET, socket.AF_INET6) else None
+        self._inner.connection_made(transport)
+
+    def session_started(self) -> None:
+        self._inner.session_started()
+
+    def data_received(self, data: bytes, datatype: int | None = None) -> None:
+        if self._socket:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self._held is None:
+            self._inner.data_received(data)
+            return
+        self._held.append(data)
+        self.transport.pause_reading()
+        if not self.banner.done():
+            self.banner.set_result(None)
+
+    def release(self) -> None:
+        """The key exchange may start."""
+        held, self._held = self._held or [], None
+        for data in held:
+            self._inner.data_received(data)
+        self.transport.resume_reading()
+
+    def eof_received(self) -> bool:
+        return bool(self._inner.eof_received())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.banner.done():
+            self.banner.set_exception(exc or asyncssh.ConnectionLost("connection closed before any banner"))
+            self.banner.exception()
+        self._inner.connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+
+class _Route:
+    """How the bytes of one connection travel: TCP, a channel of the gateway, or a proxy command.
+
+    asyncssh takes it for a tunnel: so its sockets, their turns and their failures are ours.
+    """
+
+    def __init__(self, node: SshNode, clock: _Clock, turns: contextlib.AsyncExitStack) -> None:
+        self._node, self._clock, self._turns = node, clock, turns
+        self.wire: _Wire | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> tuple[Any, Any]:
+        """Connect, wait for the server's banner, then for the turn to shake hands."""
+        limits, loop = _Limits.here(), asyncio.get_running_loop()
+        inner = factory()
+
+        def wire() -> _Wire:
+            self.wire = _Wire(inner)
+            return self.wire
+
+        def protocol() -> asyncio.Protocol:
+            return cast("asyncio.Protocol", wire())
+
+        if self._node.gateway:
+            gateway = await self._node.gateway._connected()
+            await gateway.conn.create_connection(wire, host, port)
+        elif self._node._proxy_command:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self.process = subprocess.Popen(["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
+                                                stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
+            await loop.create_connection(protocol, sock=ours)
+        else:
+            numeric = host.replace(".", "").isdigit() or ":" in host
+            async with self._clock.turn(limits.connects):
+                await loop.create_connection(protocol, host, port, happy_eyeballs_delay=None if numeric else 0.25)
+        assert self.wire
+        self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
+        await self.wire.banner
+        await self._turns.enter_async_context(self._clock.turn(limits.handshakes))
+        self.wire.release()
+        return self.wire.transport, inner
+
+    def abandon(self) -> None:
+        """Leave nothing of an attempt that gave no connection."""
+        if self.wire and self.wire.transport:
+            self.wire.transport.abort()
+        self.reap()
+
+    def reap(self) -> None:
+        """End the proxy command."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(CLOSE_TIMEOUT)
+            self.process = None
+
+    def close(self) -> None:
+        """Asked by asyncssh when the connection ends."""
+
+    async def wait_closed(self) -> None:
+        """Asked by asyncssh when the connection ends."""
+
+
+class _Client(asyncssh.SSHClient):
+    """One attempt to log in, and the connection that it gives: decides on host keys, offers keys and password."""
+
+    def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
+        self._node, self._trust = node, trust
+        self._pairs = pairs
+        self.offered: list[asyncssh.SSHKeyPair] = []
+        self.begun = False  # the server's key was accepted and the login has begun
+        self.lost = False
+        self.why: Exception | None = None
+        self.host_key_error: HostKeyError | None = None
+        self._password_tried: set[str] = set()
+
+    def _check(self, check: Callable[[], None]) -> bool:
+        try:
+            check()
+        except HostKeyError as exc:
+            self.host_key_error = exc
+            return False
+        return True
+
+    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+        return self._check(lambda: self._trust.check(key))
+
+    def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+        return self._check(lambda: self._trust.check_authority(key))
+
+    def begin_auth(self, username: str) -> None:
+        self.begun = True
+        if trouble := self._trust.record():
+            self._node._say(trouble)
+
+    def auth_banner_received(self, msg: str, lang: str) -> None:
+        if self._node.verbose or self._node.formatter.verbose:
+            self._node._say("banner: " + " ".join(msg.split()))
+
+    def public_key_auth_requested(self) -> asyncssh.SSHKeyPair | None:
+        if not self._pairs:
+            return None
+        self.offered.append(self._pairs.pop(0))
+        return self.offered[-1]
+
+    def _password_once(self, method: str) -> str | None:
+        """The password, once for each method: PAM may refuse it in the one and take it in the other."""
+        if method in self._password_tried:
+            return None
+        self._password_tried.add(method)
+        return self._node._password
+
+    def password_auth_requested(self) -> str | None:
+        return self._password_once("password")
+
+    def kbdint_auth_requested(self) -> str | None:
+        return "" if self._node._password is not None and "kbdint" not in self._password_tried else None
+
+    def kbdint_challenge_received(self, name: str, instructions: str, lang: str,
+                                  prompts: Sequence[tuple[str, bool]]) -> list[str] | None:
+        if not prompts:
+            return []
+        hidden = len(prompts) == 1 and not prompts[0][1]  # a question whose answer is echoed is no password's
+        secret = self._password_once("kbdint") if hidden else None
+        return None if secret is None else [secret]
+
+    def auth_completed(self) -> None:
+        if self.offered:
+            _accepted_keys.add(self.offered[-1].public_data)
+        self._node._formatter_event("auth_completed", self._node.username)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost, self.why = True, exc
+        if self.begun:
+            self._node._formatter_event("connection_lost", exc, self._node.username)
+
+
+class _Link:
+    """One ssh connection, and the sessions open on it."""
+
+    def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client, route: _Route) -> None:
+        self.conn = conn
+        self._client, self._route = client, route
+        self._loop = asyncio.get_running_loop()
+        self.sessions = 0
+        self.limit = SESSIONS_PER_CONNECTION
+
+    @property
+    def alive(self) -> bool:
+        return not self._client.lost
+
+    @property
+    def why(self) -> Exception | None:
+        """Why the connection was lost."""
+        return self._client.why
+
+    def drop(self) -> None:
+        """Cut the connection at once, even when its event loop is gone."""
+        self._client.lost = True
+        with contextlib.suppress(RuntimeError):  # raised by a closed loop, which can run no callback
+            self.conn.abort()
+        transport = self._route.wire.transport if self._route.wire else None
+        if self._loop.is_closed() and isinstance(transport, asyncio.Transport) and (sock := vars(transport).get("_sock")):
+            sock.close()  # asyncio has no call to close a transport whose loop is gone, and it would warn when collected
+            vars(transport)["_sock"] = None
+        self._route.reap()
+
+    async def close(self) -> None:
+        """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
+        self._client.lost = True
+        try:
+            self.conn.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.conn.wait_closed()
+            self._route.reap()
+        except BaseException as exc:
+            self.drop()
+            if not isinstance(exc, TimeoutError | OSError | asyncssh.Error):
+                raise
+
+
+class _Session(asyncssh.SSHClientSession[bytes]):
+    """One command's channel: bytes to the sink as they come, and how it ended."""
+
+    def __init__(self, sink: _Sink, step: StepRecord) -> None:
+        self._sink, self._step = sink, step
+        self.chan: asyncssh.SSHClientChannel[bytes] | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.status: int | str | None = None
+        self.error: Exception | None = None
+        self.writable = asyncio.Event()
+        self.writable.set()
+
+    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+        self.chan = chan
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        if datatype:
+            self._step.bytes_err += len(data)
+        else:
+            self._step.bytes_out += len(data)
+        try:
+            if not self.error:
+                self._sink.data(data, datatype)
+        except Exception as exc:  # the sink's failure (a full disk, a closed pipe) is this command's, not the connection's
+            self.error = exc
+            self.abort()
+
+    def eof_received(self) -> bool:
+        return True  # a command that closes its outputs goes on: answering with our end of file would end it
+
+    def exit_status_received(self, status: int) -> None:
+        self.status = status
+
+    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
+        self.status = signal
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.writable.set()
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+
+    def abort(self) -> None:
+        """Close the channel now: over there, the end of stdin is what ends the command."""
+        if self.chan:
+            self.chan.abort()
+
+    async def feed(self, stdin: AsyncIterator[bytes]) -> None:
+        """Give standard input at the pace of the command, then its end."""
+        assert self.chan
+        async for data in stdin:
+            await self.writable.wait()
+            if self.ended.done() or self.chan.is_closing():
+                return
+            self.chan.write(data)
+        self.chan.write_eof()
+
+
+class _Node:
+    """What SshNode and LocalNode share: running commands of a user's, and showing what happens."""
+
+    hostname: str
+    username: str
+    port = 22
+    gateway: SshNode | None = None
+    formatter: Formatter
+    verbose: bool | None
+    guard = True
+
+    @property
+    def _endpoint(self) -> Endpoint:
+        return self.username, self.hostname, self.port
+
+    def _formatter_event(self, event: str, *args: Any) -> None:
+        getattr(self.formatter, event)(self.hostname, *args)
+
+    def _say(self, text: str) -> None:
+        """A word about this host on stderr, in apssh's own name."""
+        _screen.say(f"{escape(self.hostname)}: {escape(text)}")
+
+    def _adopt(self, formatter: Formatter | None, verbose: bool | None) -> None:
+        self.verbose = verbose
+        self.formatter = HostFormatter(verbose=bool(verbose)) if formatter is None else formatter
+        self.formatter._node_added(self._endpoint, verbose=bool(verbose))
+
+    async def run(self, command: str, *, timeout: float | None = None, x11: bool = False, ignore_outputs: bool = False,
+                  capture: Capture | None = None) -> int | str:
+        """Run a command line as ssh would; the exit status, or the signal's name without SIG.
+
+        ``timeout`` in seconds (None: no limit). Raises ConnectionFailedError when the host cannot be reached or is lost,
+        CommandFailedError (kind timeout) when the command had to be ended. Cancelling it ends the command over there.
+        """
+        step = Run(command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture)
+        return await step._run(self, StepRecord())
+
+    async def _execute(self, command: str, step: StepRecord, *, sink: _Sink | None = None, timeout: float | None = None,
+                       **options: Any) -> int | str:
+        """Run a command line within a time; every way to run something comes through here."""
+        if not command.strip():
+            raise UsageError("an empty command: it would open a shell that nobody talks to", host=self.hostname)
+        sink = sink or self.formatter._sink(self._endpoint)
+        step.command = step.command or command
+        self.formatter._started(self._endpoint)
+        self._formatter_event("session_start", command)
+        try:
+            return await self._session(command, step, sink, timeout, **options)
+        except TimeoutError:
+            raise CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=self.hostname, kind="timeout",
+                                     command=command) from None
+        finally:
+            sink.end()
+            self._formatter_event("session_stop", command)
+
+    _session: Callable[..., Coroutine[Any, Any, int | str]]
+
+
+_VERIFY = object()  # known_hosts: the default policy
+
+
+class SshNode(_Node):
+    """How to reach a host by ssh: a lazy connection, shared by all that uses the node.
+
+    Nothing is read, asked or opened before the first use. ``username`` defaults to root. ``keys``: file names or key objects;
+    None or empty: what ``load_private_keys()`` finds. ``gateway``: the SshNode to go through, to any depth. ``known_hosts``: by
+    default the host's key is verified, and recorded when the host was never seen; None verifies nothing; a path uses that
+    file; a list of ``asyncssh.SSHKey`` trusts these alone. ``timeout``: seconds (30) to a ready connection, all hops, key
+    exchange and login included, waiting for a turn excluded; None: no limit. ``formatter``: where output goes, by default a HostFormatter.
+
+    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``: an ssh_config file,
+    or True for the user's own; ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection); ``keepalive``:
+    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to connect to when it is not
+    ``hostname``; ``proxy_command``, as in ssh_config(5).
+    Raises UsageError for a host name, port or time that cannot be.
+    """
+
+    def __init__(self, hostname: str, *, username: str | None = None,
+                 keys: Collection[str | os.PathLike[str] | Key] | None = None, gateway: SshNode | None = None,
+                 known_hosts: Any = _VERIFY, port: int = 22, formatter: Formatter | None = None,
+                 verbose: bool | None = None, debug: bool = False, timeout: float | None = CONNECT_TIMEOUT,
+                 password: str | None = None, host_keys: str | None = None, config: str | bool | None = None, guard: bool = True,
+                 keepalive: float = KEEPALIVE_INTERVAL, forward_agent: bool = False, address: str | None = None,
+                 proxy_command: str | None = None) -> None:
+        self.hostname = _checked_host(hostname)
+        self.username = username or "root"
+        if not isinstance(port, int) or not 0 < port < 65536:
+            raise UsageError(f"port {port!r} of {hostname}: a port is a number from 1 to 65535")
+        if timeout is not None and timeout <= 0:
+            raise UsageError(f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)")
+        if gateway is not None and not isinstance(gateway, SshNode):
+            raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
+        self.port, self.gateway = port, gateway
+        self.keys = list(keys or ())
+        self.known_hosts, self.host_keys = known_hosts, host_keys
+        self.timeout, self.debug, self.guard = timeout, debug, guard
+        self.keepalive, self.forward_agent = keepalive, forward_agent
+        self._address, self._proxy_command = address, proxy_command
+        self._password = password
+        self._config, self._username_given = config, username is not None
+        self._host_config: _HostConfig | None = None
+        self._target = self.hostname  # as the command line named it
+        self._known_hosts_files: tuple[str, ...] = KNOWN_HOSTS_FILES
+        self._configured_policy: str | None = None
+        self._host_key_alias: str | None = None
+        self._hash_names = False
+        self._agent_path: str | None = None
+        self._agent_too = False  # offer the agent's keys after the named ones, as ssh does for a config's
+        self._live: _Live | None = None
+        self._adopt(formatter, verbose)
+
+    def __repr__(self) -> str:
+        via = f" through {self.gateway!r}" if self.gateway else ""
+        return f"<SshNode {self.username}@{self.hostname}" + (f":{self.port}" if self.port != 22 else "") + f"{via}>"
+
+    async def __aenter__(self) -> SshNode:
+        await self.connect_lazy()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    # connection
+
+    def distance(self) -> int:
+        """The number of hops: 1 without a gateway. Raises UsageError when a gateway is behind itself."""
+        return len(self._hops())
+
+    def _hops(self) -> list[SshNode]:
+        """The nodes on the way, the farthest gateway first, this node last."""
+        hops: list[SshNode] = []
+        node: SshNode | None = self
+        while node:
+            if node in hops:
+                raise UsageError(f"{self.hostname}: its gateway {node.hostname} is behind itself")
+            hops.insert(0, node)
+            node = node.gateway
+        return hops
+
+    def is_connected(self) -> bool:
+        """Whether a connection is up (it may have to be made anew if its event loop is gone)."""
+        return bool(self._live and any(link.alive for link in self._live.links))
+
+    def is_sftp_connected(self) -> bool:
+        """Whether an SFTP session is open."""
+        return bool(self._live and self._live.sftp and self._live.sftp[1].alive)
+
+    async def connect_lazy(self) -> asyncssh.SSHClientConnection:
+        """Connect unless it is done; concurrent calls make one connection. Raises ConnectionFailedError."""
+        return (await self._connected()).conn
+
+    async def sftp_connect_lazy(self) -> asyncssh.SFTPClient:
+        """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError, TransferError."""
+        live = self._here()
+        if not self.is_sftp_connected():
+            live.sftp_opening = live.sftp_opening or _Shared(self._open_sftp(live))
+            try:
+                await live.sftp_opening.wait()
+            finally:
+                live.sftp_opening = None
+        assert live.sftp
+        return live.sftp[0]
+
+    async def close(self) -> None:
+        """Close the connections, politely if their loop runs, else at once. The gateway's stay open."""
+        live, self._live = self._live, None
+        if live is None:
+            return
+        if live.loop is not asyncio.get_running_loop():
+            live.drop()
+            return
+        if live.sftp:
+            live.sftp[0].exit()
+            self._formatter_event("sftp_stop")
+        await asyncio.gather(*(link.close() for link in live.links if link.alive))
+
+    def _here(self) -> _Live:
+        """What is open in this event loop; what another loop has left is dropped."""
+        loop = asyncio.get_running_loop()
+        if self._live and self._live.loop is not loop:
+            self._live.drop()
+            self._live = None
+        if self._live is None:
+            self._live = _Live(loop)
+            weakref.finalize(self, self._live.drop)  # a node that is forgotten leaves no socket
+        return self._live
+
+    async def _connected(self) -> _Link:
+        """A link that is up, by preference the first."""
+        live = self._here()
+        while True:
+            if link := next((link for link in live.links if link.alive), None):
+                return link
+            await self._add_link(live)
+
+    async def _add_link(self, live: _Live) -> None:
+        """One more connection; concurrent calls wait for the same, and share its failure."""
+        live.opening = live.opening or _Shared(self._connect())
+        opening = live.opening
+        try:
+            link = await opening.wait()
+        finally:
+            if live.opening is opening:
+                live.opening = None
+        live.links = [each for each in live.links if each.alive and each is not link] + [link]
+        live.wake()
+
+    @contextlib.asynccontextmanager
+    async def _slot(self) -> AsyncIterator[_Link]:
+        """A link with room for one more session: sshd refuses the eleventh, so there may be further connections."""
+        live = self._here()
+        while not (link := next((link for link in live.links if link.alive and link.sessions < link.limit), None)):
+            alive = sum(link.alive for link in live.links)
+            if alive < live.max_links or live.opening:
+                try:
+                    await self._add_link(live)
+                except ConnectionFailedError:
+                    if not any(link.alive for link in live.links):
+                        raise
+                    live.max_links = alive  # the host takes no more: queue
+            else:
+                await live.freed()
+        link.sessions += 1
+        try:
+            yield link
+        finally:
+            link.sessions -= 1
+            live.wake()
+
+    async def _connect(self) -> _Link:
+        """Make one connection. Cancelling it leaves no socket."""
+        self._hops()
+        await self._apply_config()
+        keys = await self._login_keys()
+        trust = _Trust(self)
+        try:
+            async with asyncio.timeout(self.timeout) as scope, _login_pairs(keys) as pairs:
+                return await self._log_in(_Clock(scope), pairs, trust)
+        except TimeoutError:
+            raise ConnectionFailedError(f"no connection within {self.timeout:g} s", host=self.hostname,
+                                        kind="timeout") from None
+
+    async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> _Link:
+        """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a server that takes only
+        a few keys on a connection (MaxAuthTries) is offered the others on the next."""
+        drops = rounds = 0
+        startups = _Limits.here().startups(self._address or self.hostname, self.port, id(self.gateway))
+        while True:
+            client, route, link = _Client(self, list(pairs), trust), None, None
+            try:
+                async with contextlib.AsyncExitStack() as turns:
+                    await turns.enter_async_context(clock.turn(startups))
+                    route = _Route(self, clock, turns)
+                    conn = await asyncssh.connect(
+                        self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
+                        client_factory=lambda client=client: client, config=None, client_keys=[], agent_path=None,
+                        agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
+                        known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(), encryption_algs=CIPHERS,
+                        compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
+                        login_timeout=0, gss_host=None)
+                    link = _Link(conn, client, route)
+                    return link
+            except (OSError, asyncssh.Error, ValueError) as exc:
+                refused = isinstance(exc, asyncssh.PermissionDenied)
+                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError) \
+                        and drops < RETRIES_BEFORE_LOGIN and not client.host_key_error:
+                    drops += 1
+                    await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** drops)
+                    continue
+                offered = {pair.public_data for pair in client.offered}
+                left = [pair for pair in pairs if pair.public_data not in offered]
+                if client.begun and not refused and offered and left and rounds < MAX_AUTH_ROUNDS:
+                    rounds, pairs = rounds + 1, left
+                    continue
+                raise (client.host_key_error or self._failure(exc, client)) from None
+            finally:
+                if route and not link:
+                    route.abandon()
+
+    def _failure(self, exc: Exception, client: _Client | None = None) -> ConnectionFailedError:
+        """The one line that says why there is no connection."""
+        text, kind = str(exc), "lost"
+        if isinstance(exc, ConnectionFailedError):  # the gateway's
+            return ConnectionFailedError(f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind)
+        if isinstance(exc, socket.gaierror) or "Name or service not known" in text or "name resolution" in text:
+            kind, text = "dns", "unknown host name"
+        elif isinstance(exc, ConnectionRefusedError) or "Connection refused" in text:
+            kind, text = "refused", f"nothing listens on port {self.port}"
+        elif isinstance(exc, TimeoutError) or "timed out" in text:
+            kind, text = "timeout", "no answer"
+        elif isinstance(exc, asyncssh.PermissionDenied) or (client and client.begun and "authentication failures" in text):
+            tried = f"{len(client.offered)} key(s)" if client else "no key"
+            kind, text = "auth", f"login as {self.username} refused, after {tried}" + \
+                (" and the password" if client and client._password_tried else "")
+        elif isinstance(exc, asyncssh.ChannelOpenError):
+            kind, text = "refused", f"gateway {self.gateway.hostname if self.gateway else ''}: {text}"
+        elif isinstance(exc, asyncssh.Error):
+            text = exc.reason
+        elif isinstance(exc, OSError):
+            kind, text = "refused", os.strerror(exc.errno).lower() if exc.errno else text
+        return ConnectionFailedError(escape(text) or "connection lost", host=self.hostname, kind=kind)
+
+    async def _login_keys(self) -> list[Key]:
+        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a passphrase may be asked."""
+        loaded = _Limits.here().keys
+        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), self._agent_too, self._agent_path)
+        if named not in loaded:
+            loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
+        try:
+            return cast("list[Key]", await loaded[named].wait())
+        except UsageError:
+            loaded.pop(named, None)
+            raise
+
+    async def _apply_config(self) -> None:
+        """Complete what was not given from an ssh_config, once."""
+        if self._config and self._host_config is None:
+            config = _SshConfig(None if self._config is True else self._config)
+            answers = await asyncio.to_thread(config.lookup_all, [(self.hostname, None, None)])
+            (self._host_config,) = answers.values()
+            _configure(self, self._host_config)
+            for index, hop in enumerate(jumps := _jumps(self._host_config) if self.gateway is None else ()):
+                way = jumps[:index + 1], str(self._config)
+                self.gateway = _jump_nodes.get(way) or SshNode(
+                    hop.host, username=hop.user, port=hop.port or 22, gateway=self.gateway, config=self._config if index == 0 else None,
+                    keys=self.keys, known_hosts=self.known_hosts, host_keys=self.host_keys, formatter=_quiet)
+                _jump_nodes[way] = self.gateway
+
+    # sessions
+
+    async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
+                       pty: bool = False, stdin: AsyncIterator[bytes] | None = None, env: Mapping[str, str] | None = None,
+                       folder: str = "", quiet: bool = False) -> int | str:
+        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends the command."""
+        if x11 and not os.environ.get("DISPLAY"):
+            raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
+        if self.guard:
+            text = _guarded(command, stdin_is_data=stdin is not None, pty=pty, folder=folder, env=env, quiet=quiet)
+        else:
+            text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
+        for attempt in itertools.count():
+            async with self._slot() as link, asyncio.timeout(timeout):
+                session, feeder = _Session(sink, step), None
+                try:
+                    await self._open_channel(link, session, text, x11_forwarding=x11, request_pty="force" if pty else False,
+                                             term_type=os.environ.get("TERM", "dumb") if pty else None,
+                                             env=None if self.guard else env)
+                    assert session.chan
+                    if stdin:
+                        feeder = asyncio.create_task(session.feed(stdin))
+                    elif not self.guard:
+                        session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
+                    await session.ended
+                except asyncssh.ChannelOpenError as exc:
+                    if link.alive and attempt < SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE and link.sessions > 1:
+                        link.limit = link.sessions - 1  # this server's MaxSessions is lower
+                        continue
+                    raise self._failure(exc) from None
+                finally:
+                    if feeder:
+                        feeder.cancel()
+                    if session.chan and not session.ended.done():
+                        session.abort()
+                        await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
+                if session.error:
+                    raise session.error
+                if session.status is None:
+                    why = f": {link.why}" if link.why else ""
+                    raise ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname,
+                                                kind="lost", command=command)
+                return session.status
+        raise AssertionError
+
+    @staticmethod
+    async def _open_channel(link: _Link, session: _Session, text: str, **options: Any) -> None:
+        """Open a channel; cancelled meanwhile, the channel is closed as soon as it is there, so that its slot is not lost."""
+        opening = asyncio.ensure_future(link.conn.create_session(lambda: session, text, encoding=None, window=SESSION_WINDOW,
+                                                                 **options))
+        try:
+            await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
+            opening.add_done_callback(lambda task: session.abort() if not task.cancelled() and not task.exception() else None)
+            raise
+
+    async def _open_sftp(self, live: _Live) -> None:
+        """An SFTP session takes one of the connection's sessions, for as long as the connection lives."""
+        async with self._slot() as link:
+            try:
+                sftp = await link.conn.start_sftp_client(path_errors="surrogateescape")
+            except (asyncssh.Error, OSError) as exc:
+                if not link.alive:
+                    raise self._failure(exc) from None
+                raise TransferError(f"no SFTP over there: {_reason(exc)}", host=self.hostname) from None
+            live.sftp = sftp, link
+            link.sessions += 1
+            self._formatter_event("sftp_start")
+
+    # files
+
+    async def mkdir(self, path: str) -> None:
+        """Make a remote folder, parents included; one that exists is fine. Raises TransferError."""
+        sftp = await self.sftp_connect_lazy()
+        try:
+            await sftp.makedirs(_remote(path), exist_ok=True)
+        except (asyncssh.SFTPError, OSError) as exc:
+            raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
+
+    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
+        """Copy local files there, as the command Push does."""
+        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
+
+    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
+        """Copy remote files here, as the command Pull does."""
+        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
+
+    async def put_string_script(self, body: str, remotefile: str) -> None:
+        """Write a text into a remote file that can be executed (mode 755). Raises TransferError."""
+        data, copy_ = os.fsencode(body), _Copy(self, StepRecord())
+        sftp, target = await self.sftp_connect_lazy(), _remote(remotefile)
+        try:
+            await copy_.push_content(sftp, lambda size, position: data[position:position + size], target,
+                                     await copy_._remote_stat(sftp, target), asyncssh.SFTPAttrs(permissions=0o755))
+        except asyncssh.SFTPError as exc:
+            raise TransferError(f"{escape(remotefile)}: {_reason(exc)}", host=self.hostname) from None
+
+    async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
+        sftp = await self.sftp_connect_lazy()
+        await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
+
+    @contextlib.asynccontextmanager
+    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[tuple[str, str]]:
+        """A private folder of the host that holds these files, removed afterwards: its path, and its name below the home."""
+        sftp = await self.sftp_connect_lazy()
+        folder = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
+        private = asyncssh.SFTPAttrs(permissions=0o700)
+        try:
+            with contextlib.suppress(asyncssh.SFTPFailure, asyncssh.SFTPFileAlreadyExists):  # it exists, as a rule
+                await sftp.mkdir(REMOTE_FOLDER, private)
+            await sftp.mkdir(folder, private)
+            async with asyncio.TaskGroup() as group:
+                for name, (data, mode) in files.items():
+                    group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
+            yield str(await sftp.realpath(folder)), folder
+        except* (asyncssh.SFTPError, OSError) as group_exc:
+            raise TransferError(f"~/{folder}: {_reason(group_exc.exceptions[0])}", host=self.hostname) from None
+        finally:
+            with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await sftp.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    async def _write_private(sftp: asyncssh.SFTPClient, path: str, data: bytes, mode: int) -> None:
+        async with sftp.open(path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
+                             asyncssh.SFTPAttrs(permissions=mode & 0o700), encoding=None) as file:
+            await file.write(data, 0)
+
+
+_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()  # one for all nodes behind it
+_quiet = Formatter()  # for gateways: they run nothing
+
+
+class _Live:
+    """What a node has open in one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.links: list[_Link] = []
+        self.max_links = CONNECTIONS_PER_NODE
+        self.opening: _Shared | None = None
+        self.sftp: tuple[asyncssh.SFTPClient, _Link] | None = None
+        self.sftp_opening: _Shared | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    async def freed(self) -> None:
+        """Until a session ends or a connection comes."""
+        waiter = self.loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        """Those who wait look again."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def drop(self) -> None:
+        """Cut everything at once, even when the loop is gone."""
+        for link in self.links:
+            if link.alive:
+                link.drop()
+
+
+class LocalNode(_Node):
+    """This machine, with the same commands: through /bin/sh, in the program's current folder; Push and Pull are plain copies."""
+
+    def __init__(self, formatter: Formatter | None = None, verbose: bool | None = None) -> None:
+        self.hostname = "LOCALNODE"
+        self.username = getpass.getuser()
+        self._adopt(formatter, verbose)
+
+    def __repr__(self) -> str:
+        return "<LocalNode>"
+
+    async def __aenter__(self) -> LocalNode:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        return None
+
+    async def connect_lazy(self) -> None:
+        """Nothing to connect."""
+
+    async def sftp_connect_lazy(self) -> None:
+        """Nothing to connect."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    def is_connected(self) -> bool:
+        """Always."""
+        return True
+
+    def is_sftp_connected(self) -> bool:
+        """Always."""
+        return True
+
+    def distance(self) -> int:
+        """No hop."""
+        return 0
+
+    async def mkdir(self, path: str) -> None:
+        """Make a folder, parents included; one that exists is fine."""
+        os.makedirs(path, exist_ok=True)
+
+    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
+        """Copy files, as the command Push does."""
+        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
+
+    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
+        """Copy files, as the command Pull does."""
+        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
+
+    async def put_string_script(self, body: str, remotefile: str) -> None:
+        """Write a text into a file that can be executed (mode 755)."""
+        Path(remotefile).write_bytes(os.fsencode(body))
+        os.chmod(remotefile, 0o755)
+
+    async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
+                       env: Mapping[str, str] | None = None, folder: str = "", quiet: bool = False, pty: bool = False) -> int | str:
+        """A process group of its own, under the same guard as over there: closing its stdin ends it."""
+        process = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet), env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdin and process.stdout and process.stderr
+
+        async def pump(stream: asyncio.StreamReader, datatype: int | None) -> None:
+            while data := await stream.read(SESSION_WINDOW):
+                if datatype:
+                    step.bytes_err += len(data)
+                else:
+                    step.bytes_out += len(data)
+                sink.data(data, datatype)
+
+        try:
+            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
+                group.create_task(pump(process.stdout, None))
+                group.create_task(pump(process.stderr, EXTENDED_DATA_STDERR))
+            status = await process.wait()
+        except BaseExceptionGroup as exc:
+            raise exc.exceptions[0] from None
+        finally:
+            process.stdin.close()
+            if process.returncode is None:
+                await asyncio.wait([asyncio.ensure_future(process.wait())], timeout=5)
+        return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
+
+    async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
+        await copy_.run(copy_.local(sources, destination, many))
+
+    @contextlib.asynccontextmanager
+    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[tuple[str, str]]:
+        """A private folder below the home, removed afterwards."""
+        base = Path("~", REMOTE_FOLDER).expanduser()
+        base.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=base) as folder:
+            for name, (data, mode) in files.items():
+                path = Path(folder, name)
+                path.write_bytes(data)
+                path.chmod(mode & 0o700)
+            yield folder, ""
+# ---------------------------------------------------------------------------------------------------------------
+# transfers: one SFTP engine; what arrives is whole, and stays inside the destination
+# ---------------------------------------------------------------------------------------------------------------
+
+FILES_IN_FLIGHT = 64         # small files cost round trips: many at once is what makes them cheap
+CHUNK = 1024 * 1024          # bytes of a file handled at once; two of them are under way
+TREE_LIMIT = 1_000_000       # names in one copy, and links: more is an endless tree
+DEPTH_LIMIT = 100            # folders in folders
+SURPLUS_LIMIT = 1 << 30      # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
+
+
+def _reason(exc: BaseException) -> str:
+    """Why a file operation failed, in a few words."""
+    if isinstance(exc, asyncssh.SFTPError):
+        return escape(exc.reason[:1].lower() + exc.reason[1:])
+    return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
+
+
+def _safe_name(name: str) -> str:
+    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise TransferError(f"refused the name {escape(name)!r} sent by the server")
+    return name
+
+
+def _paths(paths: Any) -> tuple[list[str], bool]:
+    """One path or a collection of them, as a list; whether it was a collection (it then needs a folder)."""
+    many = not isinstance(paths, str | os.PathLike | Deferred)
+    texts = [str(path) for path in (paths if many else [paths])]
+    if not texts or not all(texts):
+        raise UsageError(f"a path or a list of paths, not {paths!r}")
+    return texts, many
+
+
+def _remote(path: str) -> str:
+    """A remote path; the remote home is where SFTP starts, so ``~`` and nothing are the same."""
+    return path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
+
+
+class _Folder:
+    """A local folder held by descriptor, so that no name can be swapped for a link under us.
+
+    Its files and subfolders refer to it: when the last is done it gets its final mode and times, and is closed.
+    """
+
+    def __init__(self, fd: int, parent: _Folder | None = None) -> None:
+        self.fd, self.parent = fd, parent
+        self.depth: int = parent.depth + 1 if parent else 0
+        self.mode: int | None = None
+        self.times: tuple[float, float] | None = None
+
+    def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
+        """The subfolder of this name, made if need be; never through a link."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+        folder = _Folder(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd), self)
+        folder.mode = None if attrs.permissions is None else attrs.permissions & 0o777
+        if preserve and attrs.mtime is not None:
+            folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
+        return folder
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.times:
+                os.utime(self.fd, self.times)
+            if self.mode is not None:
+                os.fchmod(self.fd, self.mode)
+        os.close(self.fd)
+
+
+class _Copy:
+    """One Push or Pull with one node: its options, what it has moved, what failed (the other files go on)."""
+
+    def __init__(self, node: _Node, step: StepRecord, *, preserve: bool = False, recurse: bool = False,
+                 follow_symlinks: bool = False, inplace: bool = False) -> None:
+        self.node, self.step = node, step
+        self.preserve, self.recurse, self.follow, self.inplace = preserve, recurse, follow_symlinks, inplace
+        self.failures: list[str] = []
+        self.count = 0
+        self._fatal: Exception | None = None  # the loss of the connection: stops the walk
+        self._room = asyncio.Semaphore(FILES_IN_FLIGHT)
+        self._running: set[asyncio.Task[None]] = set()
+        self._links: list[tuple[_Folder, str, str]] = []
+
+    @contextlib.contextmanager
+    def _failing(self, path: str) -> Iterator[None]:
+        """A failure of this path is noted; only the loss of the connection stops the rest."""
+        try:
+            yield
+        except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost) as exc:
+            raise ConnectionFailedError(f"connection lost during the copy of {escape(path)}", host=self.node.hostname) from exc
+        except TransferError as exc:
+            self.failures.append(f"{escape(path)}: {exc.message}")
+        except (OSError, asyncssh.SFTPError, ValueError) as exc:
+            self.failures.append(f"{escape(path)}: {_reason(exc)}")
+
+    def _counted(self) -> None:
+        self.count += 1
+        if self.count > TREE_LIMIT:
+            raise ApsshError(f"more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
+
+    async def _spawn(self, path: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run this beside the others, as soon as there is room."""
+        async def guarded() -> None:
+            try:
+                with self._failing(path):
+                    await work
+            except Exception as exc:
+                self._fatal = self._fatal or exc
+            finally:
+                self._room.release()
+
+        try:
+            if self._fatal:
+                raise self._fatal
+            await self._room.acquire()
+        except BaseException:
+            work.close()
+            raise
+        task = asyncio.create_task(guarded())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def run(self, walk: Coroutine[Any, Any, None]) -> None:
+        """Walk, wait for the files under way, then tell what failed. Cancelling it leaves no temporary file."""
+        try:
+            await walk
+            while self._running:
+                await asyncio.wait(self._running)
+            if self._fatal:
+                raise self._fatal
+            for folder, name, target in self._links:
+                with self._failing(name):
+                    self._make_link(folder, name, target)
+        finally:
+            self._links.clear()
+            for task in (running := set(self._running)):
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+        if self.failures:
+            more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+            raise TransferError(self.failures[0] + more, host=self.node.hostname)
+
+    # push
+
+    async def push(self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool) -> None:
+        """Local sources onto a remote file, or into a remote folder."""
+        target = _remote(destination)
+        existing = await self._remote_stat(sftp, target, follow=True)
+        folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
+        into = many or folder or destination.endswith("/")
+        if into and not folder:
+            raise TransferError(f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}", host=self.node.hostname)
+        late: list[tuple[str, asyncssh.SFTPAttrs]] = []
+        names = [os.path.basename(os.path.abspath(source)) for source in sources]
+        for source, name in zip(sources, names, strict=True):
+            with self._failing(source):
+                if into and names.count(name) > 1:
+                    raise TransferError(f"two sources are called {name}")
+                path = posixpath.join(target, name) if into else target
+                await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
+        while self._running:
+            await asyncio.wait(self._running)
+        for path, attrs in reversed(late):
+            with self._failing(path):
+                await sftp.setstat(path, attrs)
+
+    @staticmethod
+    async def _remote_stat(sftp: asyncssh.SFTPClient, path: str, follow: bool = False) -> asyncssh.SFTPAttrs | None:
+        try:
+            return await (sftp.stat(path) if follow else sftp.lstat(path))
+        except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
+            return None
+
+    async def _push_entry(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None,
+                          late: list[tuple[str, asyncssh.SFTPAttrs]], depth: int) -> None:
+        """One local entry, named (depth 0: a link is followed) or found in a tree."""
+        self._counted()
+        info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
+        if stat.S_ISREG(info.st_mode):
+            await self._spawn(source, self._push_file(sftp, source, target, existing, follow=self.follow or depth == 0))
+        elif stat.S_ISLNK(info.st_mode):
+            await self._spawn(source, self._push_link(sftp, os.readlink(source), target))
+        elif not stat.S_ISDIR(info.st_mode):
+            raise TransferError("not a regular file, folder or link")
+        elif not self.recurse:
+            raise TransferError("is a folder (recurse copies folders)")
+        elif depth > DEPTH_LIMIT:
+            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
+        else:
+            present: dict[str, asyncssh.SFTPAttrs] = {}
+            if existing is None:
+                await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
+            else:
+                present = {str(entry.filename): entry.attrs async for entry in sftp.scandir(target)}
+            late.append((target, self._attrs(info)))
+            with os.scandir(source) as entries:
+                for entry in entries:
+                    with self._failing(entry.path):
+                        await self._push_entry(sftp, entry.path, posixpath.join(target, entry.name), present.get(entry.name),
+                                               late, depth + 1)
+
+    def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
+        """The mode bits to give; times with preserve."""
+        mode = stat.S_IMODE(info.st_mode) if self.preserve else info.st_mode & 0o777
+        times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
+        return asyncssh.SFTPAttrs(permissions=mode, **times)
+
+    async def _push_file(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None, *,
+                         follow: bool) -> None:
+        """One file, under a temporary name until it is whole."""
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))  # a FIFO put there meanwhile blocks nobody
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise TransferError("not a regular file")
+            await self.push_content(sftp, lambda size, position: os.pread(fd, size, position), target, existing, self._attrs(info))
+        finally:
+            os.close(fd)
+
+    async def push_content(self, sftp: asyncssh.SFTPClient, read: Callable[[int, int], bytes], target: str,
+                           existing: asyncssh.SFTPAttrs | None, attrs: asyncssh.SFTPAttrs) -> None:
+        """Content onto a remote file: whole, or not at all."""
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
+            target = str(await sftp.realpath(target))
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
+            raise TransferError(f"{escape(target)} is a folder over there")
+        if self.inplace:
+            async with sftp.open(target, "wb", encoding=None) as file:
+                await self._push_bytes(file, read)
+                await file.setstat(attrs)
+            return
+        temporary = self._temporary(target)
+        try:
+            file = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
+                                   asyncssh.SFTPAttrs(permissions=0o600), encoding=None)
+        except asyncssh.SFTPPermissionDenied as exc:
+            raise TransferError(f"{escape(posixpath.dirname(target) or '.')}: permission denied for a temporary file "
+                                "(inplace writes onto the file itself)") from exc
+        try:
+            async with file:
+                if existing:
+                    mine = await file.stat()
+                    if (mine.uid, mine.gid) != (existing.uid, existing.gid):
+                        with contextlib.suppress(asyncssh.SFTPError):  # only root may: the file then becomes ours
+                            await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
+                await self._push_bytes(file, read)
+                await file.setstat(attrs)
+            await self._replace(sftp, temporary, target)
+        except BaseException as exc:
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await sftp.remove(temporary)
+            if isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(sftp, target):
+                raise TransferError("no space left on the device") from exc
+            raise
+
+    async def _push_bytes(self, file: asyncssh.SFTPClientFile, read: Callable[[int, int], bytes]) -> None:
+        """Two chunks under way: one is acknowledged while the next is sent."""
+        position, under_way = 0, collections.deque[asyncio.Task[int]]()
+        try:
+            while data := read(CHUNK, position):
+                under_way.append(asyncio.create_task(file.write(data, position)))
+                position += len(data)
+                self.step.bytes_transferred += len(data)
+                if len(under_way) > 1:
+                    await under_way.popleft()
+            while under_way:
+                await under_way.popleft()
+        finally:
+            for task in under_way:
+                task.cancel()
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @staticmethod
+    def _temporary(target: str) -> str:
+        """A name beside the target that nobody guesses."""
+        folder, name = posixpath.split(target)
+        return posixpath.join(folder, f".{name[:100]}.apssh-{os.urandom(6).hex()}")
+
+    @staticmethod
+    async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
+        """Rename over the target (posix-rename@openssh.com); a server without that must remove it first."""
+        try:
+            await sftp.posix_rename(temporary, target)
+        except asyncssh.SFTPOpUnsupported:
+            try:
+                await sftp.rename(temporary, target)
+            except asyncssh.SFTPError:
+                await sftp.remove(target)
+                await sftp.rename(temporary, target)
+
+    @staticmethod
+    async def _disk_full(sftp: asyncssh.SFTPClient, target: str) -> bool:
+        """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
+        with contextlib.suppress(asyncssh.Error, OSError, ValueError):
+            return (await sftp.statvfs(posixpath.dirname(target) or ".")).bavail * 4096 < CHUNK
+        return False
+
+    async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str) -> None:
+        temporary = self._temporary(target)
+        await sftp.symlink(link, temporary)
+        await self._replace(sftp, temporary, target)
+
+    # pull: the server is not trusted
+
+    async def pull(self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool) -> None:
+        """Remote sources (globs in them expanded) onto a local file, or into a local folder."""
+        found: list[str] = []
+        for source in sources:
+            path = _remote(source)
+            matches = [each async for each in self._glob(sftp, path)] if re.search(r"[*?[]", path) else []
+            many = many or len(matches) > 1
+            found += matches or [path]
+        into = many or destination.endswith("/") or os.path.isdir(destination)
+        if into and not os.path.isdir(destination):
+            raise TransferError(f"{destination}: {'not a folder' if os.path.exists(destination) else 'no such folder'}")
+        place = destination if into else os.path.realpath(destination)  # a link that the user named is resolved
+        folder = _Folder(os.open(place if into else os.path.dirname(place), os.O_RDONLY | os.O_DIRECTORY))
+        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
+        taken: set[str] = set()
+        for path in found:
+            with self._failing(path):
+                name = os.path.basename(place) if not into else posixpath.basename(path.rstrip("/"))
+                if into and name in ("", ".", ".."):
+                    name = posixpath.basename(str(await sftp.realpath(path)))
+                attrs = await sftp.stat(path)
+                await self._pull_entry(sftp, path, folder, self._unique(name, taken), attrs)
+
+    @staticmethod
+    def _unique(name: str, taken: set[str]) -> str:
+        """This name, checked, once in a folder (some file systems ignore case: so do we there)."""
+        key = _safe_name(name).casefold() if sys.platform == "darwin" else _safe_name(name)
+        if key in taken:
+            raise TransferError(f"the name {escape(name)} comes twice")
+        taken.add(key)
+        return name
+
+    async def _glob(self, sftp: asyncssh.SFTPClient, pattern: str) -> AsyncIterator[str]:
+        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no leading dot."""
+        head, _, last = pattern.rpartition("/")
+        folders = [head or ("/" if pattern.startswith("/") else ".")]
+        if re.search(r"[*?[]", head):
+            folders = [each async for each in self._glob(sftp, head)]
+        for folder in folders:
+            names: list[str] = []
+            with contextlib.suppress(asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure):
+                async for entry in sftp.scandir(folder):
+                    self._counted()
+                    name = str(entry.filename)
+                    if fnmatch.fnmatchcase(name, last) and name not in (".", "..") and name.startswith(".") <= last.startswith("."):
+                        names.append(_safe_name(name))
+            for name in sorted(set(names)):
+                yield name if folder == "." and not pattern.startswith("./") else posixpath.join(folder, name)
+
+    async def _pull_entry(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
+        """One remote entry to a checked name in an open folder."""
+        self._counted()
+        kind = attrs.type
+        if kind == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow:
+            attrs = await sftp.stat(path)
+            kind = attrs.type
+        if kind == asyncssh.FILEXFER_TYPE_REGULAR:
+            await self._spawn(path, self._pull_file(sftp, path, folder, name, attrs))
+        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK:
+            self._links.append((folder, name, str(await sftp.readlink(path))))
+        elif kind != asyncssh.FILEXFER_TYPE_DIRECTORY:
+            raise TransferError("not a regular file, folder or link")
+        elif not self.recurse:
+            raise TransferError("is a folder (recurse copies folders)")
+        elif folder.depth >= DEPTH_LIMIT:
+            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
+        else:
+            inner = folder.enter(name, attrs, self.preserve)
+            taken: set[str] = set()
+            async for entry in sftp.scandir(path):
+                if entry.filename in (".", ".."):
+                    continue
+                child = str(entry.filename)
+                with self._failing(posixpath.join(path, child)):
+                    await self._pull_entry(sftp, posixpath.join(path, child), inner, self._unique(child, taken), entry.attrs)
+
+    async def _pull_file(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
+        """One file, under a temporary name until it is whole; read to its end, whatever size was announced."""
+        try:
+            existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            existing = None
+        if existing and stat.S_ISDIR(existing.st_mode):
+            raise TransferError("a folder has that name here")
+        temporary = name if self.inplace and existing else f".{name[:100]}.apssh-{os.urandom(6).hex()}"
+        creation = os.O_NONBLOCK if temporary == name else os.O_CREAT | os.O_EXCL
+        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
+        try:
+            if temporary == name:
+                os.ftruncate(fd, 0)
+            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
+            if existing and temporary != name and stat.S_ISREG(existing.st_mode):
+                with contextlib.suppress(OSError):  # only root may
+                    os.fchown(fd, existing.st_uid, existing.st_gid)
+            if attrs.permissions is not None:
+                os.fchmod(fd, attrs.permissions & 0o777)
+            if self.preserve and attrs.mtime is not None:
+                os.utime(fd, (attrs.atime or attrs.mtime, attrs.mtime))
+            if temporary != name:
+                os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        except BaseException:
+            if temporary != name:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder.fd)
+            raise
+        finally:
+            os.close(fd)
+
+    async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
+        """The announced size in parallel, then on to the real end."""
+        end = 0
+        async with sftp.open(path, "rb", encoding=None) as file:
+            with contextlib.suppress(asyncssh.SFTPEOFError):
+                async for position, data in await file.read_parallel(size, 0):
+                    os.pwrite(fd, data, position)
+                    end = max(end, position + len(data))
+                    self.step.bytes_transferred += len(data)
+            while data := cast("bytes", await file.read(CHUNK // 4, end)):
+                os.pwrite(fd, data, end)
+                end += len(data)
+                self.step.bytes_transferred += len(data)
+                if end > size + SURPLUS_LIMIT:
+                    raise TransferError("goes on far beyond its size: given up")
+
+    def _make_link(self, folder: _Folder, name: str, target: str) -> None:
+        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no further than the top."""
+        steps = [step for step in target.split("/") if step not in ("", ".")]
+        ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
+        if target.startswith("/") or "\0" in target or ups > max(folder.depth, 0) or ".." in steps[ups:]:
+            raise TransferError(f"refused a link that leads out, to {escape(target)}")
+        temporary = f".apssh-{os.urandom(6).hex()}"
+        os.symlink(target, temporary, dir_fd=folder.fd)
+        try:
+            os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+        except OSError:
+            os.unlink(temporary, dir_fd=folder.fd)
+            raise
+
+    # on this machine
+
+    async def local(self, sources: list[str], destination: str, many: bool) -> None:
+        """A plain copy, for LocalNode; the same rules about folders and links."""
+        into = many or destination.endswith("/") or os.path.isdir(destination)
+        if into and not os.path.isdir(destination):
+            raise TransferError(f"{destination}: no such folder")
+        for source in sources:
+            with self._failing(source):
+                target = os.path.join(destination, os.path.basename(os.path.abspath(source))) if into else os.path.realpath(destination)
+                if os.path.isdir(source):
+                    if not self.recurse:
+                        raise TransferError("is a folder (recurse copies folders)")
+                    await asyncio.to_thread(shutil.copytree, source, target, symlinks=not self.follow, dirs_exist_ok=True)
+                    continue
+                temporary = self._temporary(target)
+                try:
+                    await asyncio.to_thread(shutil.copy2 if self.preserve else shutil.copy, source, temporary)
+                    os.replace(temporary, target)
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary)
+                self.step.bytes_transferred += os.path.getsize(target)
+# ---------------------------------------------------------------------------------------------------------------
+# values: what one step finds and a later one uses
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Variables(dict[str, Any]):
+    """A dict whose keys are attributes too: ``v.x = 1``. A missing one raises AttributeError."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no variable {name!r}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"no variable {name!r}") from None
+
+
+class Capture:
+    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(..., capture=Capture("x", v))``."""
+
+    def __init__(self, varname: str, variables: dict[str, Any]) -> None:
+        self.varname, self.variables = varname, variables
+
+    def store(self, text: str) -> None:
+        """Keep this output."""
+        self.variables[self.varname] = text.removesuffix("\n")
+
+
+class Deferred:
+    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions need Jinja2 (extra yaml).
+
+    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never read as templates.
+    """
+
+    _PLAIN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}", re.ASCII)
+
+    def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
+        self.template, self.variables = template, variables
+
+    def __repr__(self) -> str:
+        return f"Deferred({self.template!r})"
+
+    def __str__(self) -> str:
+        return self._PLAIN.sub(lambda match: str(self.variables.get(match[1], match[0])), self.template)
+
+    def render(self) -> str:
+        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an expression that Jinja2 refuses."""
+        if re.search(r"\{\{|\{%|\{#", self._PLAIN.sub("", self.template)):
+            return self._render_jinja()
+        if missing := [name for name in self._PLAIN.findall(self.template) if name not in self.variables]:
+            raise UndefinedVariableError(f"no value yet for {', '.join(missing)} in {escape(self.template)}")
+        return str(self)
+
+    def _render_jinja(self) -> str:
+        jinja2 = _extra("jinja2")
+        try:
+            environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+            return cast("str", environment.from_string(self.template).render(self.variables))
+        except jinja2.UndefinedError as exc:
+            raise UndefinedVariableError(f"no value yet in {escape(self.template)}: {exc}") from None
+        except jinja2.TemplateError as exc:
+            raise UsageError(f"{escape(self.template)}: {exc}") from None
+
+
+class _Quoted(Deferred):
+    """The rendering of another text, as one word of the remote shell."""
+
+    def __init__(self, inner: str | Deferred) -> None:
+        super().__init__(inner.template if isinstance(inner, Deferred) else "", inner.variables if isinstance(inner, Deferred) else {})
+        self._inner = inner
+
+    def __str__(self) -> str:
+        return shlex.quote(str(self._inner))
+
+    def render(self) -> str:
+        return shlex.quote(self._inner.render() if isinstance(self._inner, Deferred) else self._inner)
+
+
+def _extra(module: str) -> Any:
+    """A module of the extra ``yaml``."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"this needs {module}: pip install 'apssh[yaml]'") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# commands: the steps of a job; a step gets its node as an argument and keeps none
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class StepRecord:
+    """What is known of one step that ran: wall clock (``start_wall``, epoch) and monotonic seconds; ``kind`` None is a success."""
+
+    label: str = ""
+    command: str = ""
+    start_wall: float | None = None
+    start: float | None = None
+    end: float | None = None
+    status: int | str | None = None
+    kind: str | None = None
+    error: str | None = None
+    bytes_out: int = 0
+    bytes_err: int = 0
+    bytes_transferred: int = 0
+    script_sha256: str | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Notes the times, and how it failed."""
+        self.start_wall, self.start = time.time(), time.monotonic()
+        try:
+            yield
+        except ApsshError as exc:
+            self.kind, self.error = exc.kind, str(exc)
+            raise
+        except BaseException as exc:
+            cancelled = isinstance(exc, asyncio.CancelledError)
+            self.kind, self.error = "cancelled" if cancelled else "local", "cancelled" if cancelled else repr(exc)
+            raise
+        finally:
+            self.end = time.monotonic()
+
+
+class AbstractCommand:
+    """One step. A subclass defines ``co_run_remote(node)``, and ``co_run_local(node)`` for LocalNode, which return a status.
+
+    ``label``: the text in graphs and listings (None: made from the command; any other false value hides the step's line).
+    ``allowed_exits``: exit codes and signal names that are a success too, as ``["TERM", 4]``; never hides a lost
+    connection. ``timeout``: seconds for this step (None: no limit). ``verbose``: a word on stderr when it runs.
+    """
+
+    def __init__(self, *, label: str | bool | None = None, allowed_exits: Collection[int | str] | None = None,
+                 timeout: float | None = None, verbose: bool = False) -> None:
+        if timeout is not None and timeout <= 0:
+            raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
+        self.label, self.timeout, self.verbose = label, timeout, verbose
+        exits = [allowed_exits] if isinstance(allowed_exits, int | str) else allowed_exits or ()
+        self.allowed_exits = {each.removeprefix("SIG") if isinstance(each, str) else each for each in exits}
+
+    async def co_run_remote(self, node: Any) -> int | str | None:
+        """Run on a remote node; the exit status, or a signal's name without SIG."""
+        return await self._run(node, StepRecord())
+
+    async def co_run_local(self, node: Any) -> int | str | None:
+        """Run on a LocalNode."""
+        return await self._run(node, StepRecord())
+
+    async def _run(self, node: Any, step: StepRecord) -> int | str:
+        """The same, keeping a record; a user's own class needs only the public methods."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await (self.co_run_local if isinstance(node, LocalNode) else self.co_run_remote)(node) or 0
+        except TimeoutError:
+            raise CommandFailedError(f"no end within {self.timeout:g} s: {self._line()}", host=node.hostname, kind="timeout") from None
+
+    def _check(self) -> None:
+        """What can be found wrong on this machine, before the first step of a job."""
+
+    def _text(self) -> str:
+        """The text made from the command."""
+        return type(self).__name__
+
+    def _line(self) -> str | None:
+        """One line for graphs and listings; None when it is hidden."""
+        text = self._text() if self.label is None else self.label
+        return " ".join(str(text).split()) if text else None
+
+    def _succeeded(self, status: int | str) -> bool:
+        return status == 0 or status in self.allowed_exits
+
+    def _as_error(self, node: _Node, status: int | str, command: str) -> CommandFailedError:
+        how = f"status {status}" if isinstance(status, int) else f"signal {status}"
+        return CommandFailedError(f"ended with {how}: {escape(command or self._line() or '')}", host=node.hostname, status=status,
+                                  command=command, kind="status" if isinstance(status, int) else "signal")
+
+
+class _ShellCommand(AbstractCommand):
+    """What Run, RunScript and RunString share: words read by the remote shell, and where the output goes."""
+
+    def __init__(self, words: tuple[Any, ...], *, x11: bool = False, capture: Capture | None = None, env: Mapping[str, str] | None = None,
+                 pty: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        self.words, self.x11, self.capture, self.env, self.pty = words, x11, capture, env, pty
+        for word in words:
+            if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
+                raise UsageError(f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}")
+
+    def _words(self, *, preview: bool = False) -> str:
+        """The words joined by blanks; Deferred ones rendered, or as far as is known."""
+        def text(word: Any) -> str:
+            if isinstance(word, Run):
+                return word._words(preview=preview)
+            return word.render() if isinstance(word, Deferred) and not preview else str(word)
+        return " ".join(map(text, self.words))
+
+    async def _execute(self, node: Any, command: str, step: StepRecord, **options: Any) -> int | str:
+        if self.verbose:
+            node._say(f"runs: {self._line()}")
+        options |= {name: value for name in ("x11", "env", "pty") if (value := getattr(self, name))}
+        held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
+        try:
+            return cast("int | str", await node._execute(command, step, sink=held, timeout=self.timeout, **options))
+        finally:
+            if held and self.capture:
+                self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+
+
+class Run(_ShellCommand):
+    """Words that are joined by blanks and read by the user's login shell over there, as ssh does.
+
+    A word is a string, a number, a Deferred, or another Run (its command line); ``x11`` forwards the DISPLAY;
+    ``ignore_outputs`` binds both streams to /dev/null over there; ``capture`` stores stdout in a variable instead of showing it;
+    ``env``: variables for the command, whatever the server's AcceptEnv says; ``pty``: give it a terminal; ``stdin``: an asynchronous
+    iterator of bytes (None: end of file at once).
+    """
+
+    def __init__(self, *argv: Any, x11: bool = False, ignore_outputs: bool = False, capture: Capture | None = None,
+                 stdin: AsyncIterator[bytes] | None = None, **common: Any) -> None:
+        super().__init__(argv, x11=x11, capture=capture, **common)
+        self.ignore_outputs, self.stdin = ignore_outputs, stdin
+        if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
+            raise UsageError("Run: an empty command")
+
+    def _text(self) -> str:
+        return self._words(preview=True)
+
+    async def _run(self, node: Any, step: StepRecord) -> int | str:
+        options = {"stdin": self.stdin} if self.stdin else {}
+        return await self._execute(node, self._words(), step, quiet=self.ignore_outputs, **options)
+
+
+class _Script(_ShellCommand):
+    """A script with its includes, in a private folder of the host for as long as it runs."""
+
+    includes: tuple[str, ...] = ()
+
+    def _content(self) -> tuple[str, bytes]:
+        """The name and the text of the script."""
+        raise NotImplementedError
+
+    def _files(self) -> dict[str, tuple[bytes, int]]:
+        """All files of the folder: name to content and mode."""
+        files: dict[str, tuple[bytes, int]] = {}
+        for include in self.includes:
+            try:
+                path = Path(include)
+                files[path.name] = path.read_bytes(), path.stat().st_mode | 0o600
+            except OSError as exc:
+                raise UsageError(f"include {escape(include)}: {_reason(exc)}") from None
+        name, body = self._content()
+        if name in files:
+            raise UsageError(f"two files for one folder are called {escape(name)}")
+        return {name: (body, 0o700), **files}
+
+    def _check(self) -> None:
+        for path in self.includes:
+            if not os.path.isfile(path):
+                raise UsageError(f"include {escape(path)}: no such file")
+
+    async def _run(self, node: Any, step: StepRecord) -> int | str:
+        files = self._files()
+        name, (body, _) = next(iter(files.items()))
+        step.script_sha256 = hashlib.sha256(body).hexdigest()
+        words = self._words()
+        async with node._script_folder(files) as (path, folder):
+            return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step, folder=folder)
+
+
+class RunScript(_Script):
+    """Push a local script and run it with these arguments (joined by blanks, read by the remote shell).
+
+    ``includes``: local files that land beside it. The folder is private and removed afterwards. A missing script or include
+    raises UsageError when the job starts, before its first step.
+    """
+
+    def __init__(self, local_script: str | os.PathLike[str] | Deferred, *args: Any,
+                 includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
+                 **common: Any) -> None:
+        super().__init__(args, x11=x11, capture=capture, **common)
+        self.local_script, self.includes = local_script, tuple(os.fspath(each) for each in includes or ())
+        if not str(local_script):
+            raise UsageError("RunScript: an empty script name")
+
+    def _path(self) -> Path:
+        return Path(self.local_script.render() if isinstance(self.local_script, Deferred) else self.local_script).expanduser()
+
+    def _check(self) -> None:
+        if not isinstance(self.local_script, Deferred) and not self._path().is_file():  # a Deferred may name what a step makes
+            raise UsageError(f"script {escape(str(self.local_script))}: no such file")
+        super()._check()
+
+    def _content(self) -> tuple[str, bytes]:
+        path = self._path()
+        try:
+            return path.name, path.read_bytes()
+        except OSError as exc:
+            raise UsageError(f"script {escape(str(path))}: {_reason(exc)}") from None
+
+    def _text(self) -> str:
+        return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(preview=True)}".rstrip()
+
+
+class RunString(_Script):
+    """The same from a text: without a ``#!`` line it runs as the login shell runs such a file.
+
+    ``remote_name``: the file's name over there (default ``script``).
+    """
+
+    def __init__(self, script_body: str | Deferred, *args: Any, remote_name: str | None = None,
+                 includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
+                 **common: Any) -> None:
+        super().__init__(args, x11=x11, capture=capture, **common)
+        self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
+        self.includes = tuple(os.fspath(each) for each in includes or ())
+        if not str(script_body).strip():
+            raise UsageError("RunString: an empty script")
+
+    def _content(self) -> tuple[str, bytes]:
+        body = self.script_body.render() if isinstance(self.script_body, Deferred) else self.script_body
+        return self.remote_name, os.fsencode(body if body.endswith("\n") else body + "\n")
+
+    def _text(self) -> str:
+        lines = (line.strip() for line in str(self.script_body).splitlines())
+        first = next((line for line in lines if line and not line.startswith("#")), "")
+        return f"RunString: {first[:15]}... {self._words(preview=True)}".rstrip()
+
+
+class _CopyCommand(AbstractCommand):
+    """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
+
+    pushing: ClassVar[bool]
+    preposition: ClassVar[str]
+
+    def __init__(self, sources: Any, destination: Any, *, preserve: bool = False, recurse: bool = False, follow_symlinks: bool = False,
+                 inplace: bool = False, **common: Any) -> None:
+        super().__init__(**common)
+        self.sources, self.destination = sources, destination
+        self.options = {"preserve": preserve, "recurse": recurse, "follow_symlinks": follow_symlinks, "inplace": inplace}
+        _paths(sources)
+        if not isinstance(destination, str | os.PathLike | Deferred):
+            raise UsageError(f"{type(self).__name__}: the destination is a path, not {destination!r}")
+
+    def _rendered(self, path: Any) -> str:
+        return path.render() if isinstance(path, Deferred) else os.fspath(path)
+
+    def _text(self) -> str:
+        paths, _ = _paths(self.sources)
+        more = f" ... ({len(paths)} total)" if len(paths) > 1 else ""
+        return f"{type(self).__name__}: {paths[0]}{more} {self.preposition} {self.destination}"
+
+    async def _run(self, node: Any, step: StepRecord) -> int | str:
+        _, many = _paths(self.sources)
+        sources = [self._rendered(path) for path in (self.sources if many else [self.sources])]
+        destination = self._rendered(self.destination)
+        step.command = step.command or self._text()
+        if self.verbose:
+            node._say(f"runs: {self._line()}")
+        try:
+            async with asyncio.timeout(self.timeout):
+                await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, many)
+        except TimeoutError:
+            raise CommandFailedError(f"no end within {self.timeout:g} s: {self._line()}", host=node.hostname, kind="timeout") from None
+        except (asyncssh.SFTPError, OSError) as exc:
+            raise TransferError(f"{escape(destination)}: {_reason(exc)}", host=node.hostname) from None
+        return 0
+
+
+class Push(_CopyCommand):
+    """Copy local files onto a remote path: into it when it is a folder, ends in ``/``, or there is a list of them.
+
+    ``recurse`` copies folders; ``preserve`` keeps times; ``follow_symlinks`` copies what links in a tree point to;
+    ``inplace`` writes onto existing files themselves instead of replacing them at once. Raises TransferError.
+    """
+
+    pushing, preposition = True, "onto"
+
+    def __init__(self, localpaths: Any, remotepath: Any, **options: Any) -> None:
+        super().__init__(localpaths, remotepath, **options)
+
+    def _check(self) -> None:
+        for path in _paths(self.sources)[0] if not isinstance(self.sources, Deferred) else ():
+            if not isinstance(path, Deferred) and not os.path.lexists(path):
+                raise UsageError(f"{escape(path)}: no such file")
+
+
+class Pull(_CopyCommand):
+    """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written outside of it. Raises TransferError."""
+
+    pushing, preposition = False, "into"
+
+    def __init__(self, remotepaths: Any, localpath: Any, **options: Any) -> None:
+        super().__init__(remotepaths, localpath, **options)
+# ---------------------------------------------------------------------------------------------------------------
+# jobs: SshJob; closing a scheduler's nodes; topology; the record of a run, and its picture
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _steps(given: Any) -> list[AbstractCommand]:
+    """What the user gave SshJob, as a list of commands; anything that is not clear raises UsageError."""
+    if isinstance(given, AbstractCommand):
+        return [given]
+    if isinstance(given, str | Deferred):
+        return [Run(given)]
+    if not isinstance(given, list | tuple):
+        raise UsageError(f"SshJob: a string, a Deferred, a command, or a list of commands or of words, not {given!r}")
+    items = [item for item in given if item is not None]
+    if not items:
+        raise UsageError("SshJob: an empty list of commands: give it one, or leave the job out")
+    if all(isinstance(item, AbstractCommand) for item in items):
+        return items
+    if any(isinstance(item, AbstractCommand) for item in items):
+        raise UsageError("SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ...")
+    return [Run(*items)]
+
+
+class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has no annotations
+    """A list of steps on one node, run in order by an asynciojobs Scheduler.
+
+    Exactly one of ``command`` and ``commands``; each takes a string, a Deferred, a command, a list of commands (None items
+    dropped), or a list of words (one Run). A critical job stops at its first failure with CommandFailedError, and the
+    scheduler with it. A non-critical one runs all its steps; ``result()`` is the last failing status, or 0; a host that
+    cannot be reached, is lost, or a step that cannot run is an ApsshError, returned and not raised (asynciojobs never
+    gives back the window slot of a job that raises). ``keep_connection`` is accepted and changes nothing. The other
+    arguments are asynciojobs': label, required, scheduler.
+    Cancelling it ends its remote command.
+    """
+
+    def __init__(self, node: SshNode | LocalNode, *, command: Any = None, commands: Any = None, keep_connection: bool = False,
+                 verbose: bool | None = None, forever: bool = False, critical: bool = True, **asynciojobs_arguments: Any) -> None:
+        if not isinstance(node, _Node):
+            raise UsageError(f"SshJob: the node is an SshNode or a LocalNode, not {node!r}")
+        if (command is None) == (commands is None):
+            raise UsageError("SshJob: give one of command= and commands=, " + ("not both" if commands is not None else "there is neither"))
+        self.node, self.commands, self.verbose = node, _steps(commands if command is None else command), verbose
+        self.records: list[StepRecord] = []
+        super().__init__(forever=forever, critical=critical, **asynciojobs_arguments)
+
+    async def co_run(self) -> Any:
+        """Run the steps; called by the scheduler."""
+        self.records = []
+        result: Any = 0
+        try:
+            for command in self.commands:
+                command._check()
+            for command in self.commands:
+                try:
+                    status = await self._run_step(command)
+                except ApsshError as exc:
+                    if self.critical:
+                        raise
+                    result = exc
+                else:
+                    result = result if command._succeeded(status) else status
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            return self._failed(ApsshError("cancelled from inside", host=self.node.hostname))
+        except Exception as exc:
+            return self._failed(exc)
+        return result
+
+    def _failed(self, exc: Exception) -> ApsshError:
+        """Raise it (critical), or give it as the result."""
+        if self.critical:
+            raise exc
+        return exc if isinstance(exc, ApsshError) else ApsshError(f"{type(exc).__name__}: {exc}", host=self.node.hostname)
+
+    async def _run_step(self, command: AbstractCommand) -> int | str:
+        step = StepRecord(label=command._line() or "")
+        self.records.append(step)
+        if self.verbose:
+            self.node._say(f"step: {step.label}")
+        with step.running():
+            step.status = status = await command._run(self.node, step)
+            if command._succeeded(status):
+                return status
+            failure = command._as_error(self.node, status, step.command)
+            step.kind, step.error = failure.kind, str(failure)
+            if self.critical:
+                raise failure
+        return status
+
+    async def co_shutdown(self) -> None:
+        """Nothing: connections stay open until they are closed on purpose."""
+
+    def close(self) -> None:
+        """Nothing to give back for a job that did not run."""
+
+    def _where(self) -> str:
+        return f"{self.node.username}@{self.node.hostname}"
+
+    def text_label(self) -> str:
+        """One line: the first step, and how many more."""
+        lines = [line for command in self.commands if (line := command._line())]
+        return f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "") if lines else self._where()
+
+    def graph_label(self) -> str:
+        """Id and user@host, then one line for each step; or the job's label in their place."""
+        lines = [self.label] if self.label else [line for command in self.commands if (line := command._line())]
+        return "\n".join([f"{self.repr_id()}: {self._where()}", *lines])
+
+    def details(self) -> str:
+        """The steps, one a line, with what came of them."""
+        lines = []
+        for command, step in itertools.zip_longest(self.commands, self.records):
+            outcome = "" if step is None else f" -> {step.error or step.status}" if step.end else " -> running"
+            lines.append(f"  {self._where()}: {command._line() or '(hidden)'}{outcome}")
+        return "\n".join(lines)
+
+    def repr_result(self) -> str:
+        """Which step failed, and how; or the result."""
+        for number, step in enumerate(self.records, 1):
+            if step.kind:
+                return f"!! step {number} `{step.label}`: {step.error} !!"
+        return str(super().repr_result())
+
+
+def _ssh_jobs(scheduler: Any) -> list[SshJob]:
+    """The SshJobs of a scheduler, nested ones included."""
+    return [job for job in scheduler.iterate_jobs(scan_schedulers=False) if isinstance(job, SshJob)]
+
+
+async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
+    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first, then their gateways."""
+    nodes = {id(node): node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode)
+             for node in (job.node._hops() if manage_gateways else [job.node])}
+    for _, group in itertools.groupby(sorted(nodes.values(), key=SshNode.distance, reverse=True), key=SshNode.distance):
+        await asyncio.gather(*(node.close() for node in group))
+
+
+def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
+    """The same from code that is not a coroutine, once the scheduler has run."""
+    asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# services: units of the remote systemd
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Service:
+    """A command that runs as a transient systemd unit, beyond the connection that starts it (systemd-run(1)).
+
+    ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name. ``tty``: for programs that want a
+    terminal (systemd-run --pty within script(1) would need one: the unit gets its own pseudo terminal from ``script``). ``systemd_type``:
+    simple, exec, forking, oneshot... ``environ``: variables of the unit. ``stop_if_running``: starting first
+    stops and resets an older unit of that name.
+    The commands are Runs for a root login (or a user's manager is not asked). Raises UsageError for names that cannot be.
+    """
+
+    def __init__(self, command: str | Deferred, *, service_id: str, tty: bool = False, systemd_type: str = "simple",
+                 environ: Mapping[str, Any] | None = None, stop_if_running: bool = True, verbose: bool = False) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id):
+            raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
+        if not re.fullmatch(r"[a-z-]+", systemd_type):
+            raise UsageError(f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot...")
+        for name in environ or {}:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise UsageError(f"environ: {name!r} is not the name of a variable")
+        self.command, self.service_id = command, service_id.removesuffix(".service")
+        self.tty, self.systemd_type, self.environ = tty, systemd_type, dict(environ or {})
+        self.stop_if_running, self.verbose = stop_if_running, verbose
+
+    def _run(self, label: str | None, what: str, words: tuple[Any, ...], keywords: dict[str, Any]) -> Run:
+        return Run(*words, label=f"Service {self.service_id}: {what}" if label is None else label, **{"verbose": self.verbose} | keywords)
+
+    def start_command(self, *, label: str | None = None, **keywords: Any) -> Run:
+        """Start the unit; fails if it cannot be started."""
+        unit = f"{self.service_id}.service"
+        words: list[Any] = []
+        if self.stop_if_running:
+            words = [f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"]
+        words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
+        words += [_Quoted(value if isinstance(value, Deferred) else f"--setenv={name}={value}") for name, value in self.environ.items()]
+        shell = _Quoted(self.command)
+        if self.tty:  # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
+            return self._run(label, "start", (*words, "/usr/bin/script -qefc", shell, "/dev/null"), keywords)
+        return self._run(label, "start", (*words, "/bin/sh -c", shell), keywords)
+
+    def stop_command(self, *, label: str | None = None, **keywords: Any) -> Run:
+        """Stop the unit; one that has gone is fine (status 5)."""
+        return self._run(label, "stop", (f"systemctl stop {self.service_id}.service",), {"allowed_exits": [5]} | keywords)
+
+    def status_command(self, output: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
+        """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or has gone (4) is fine."""
+        words = [f"systemctl status --no-pager {self.service_id}.service"] + ([f"--output={shlex.quote(output)}"] if output else [])
+        return self._run(label, "status", tuple(words), {"allowed_exits": [3, 4]} | keywords)
+
+    def journal_command(self, since: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
+        """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
+        words = [f"journalctl --no-pager --unit={self.service_id}.service"] + ([f"--since={shlex.quote(since)}"] if since else [])
+        return self._run(label, "journal", tuple(words), keywords)
+
+
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# targets: from what the command line names to frozen values
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """A host after the gateways that lead to it, nearest to us first; ``direct`` if ``None->`` forbids default ones."""
+
+    chain: tuple[Hop, ...]
+    direct: bool = dataclasses.field(default=False, compare=False)
+
+    def __str__(self) -> str:
+        return "->".join(["None"] * self.direct + list(map(str, self.chain)))
+
+
+def _parse_targets(
+    texts: Iterable[str], *, exclude: Iterable[str] = (), login: str | None = None, gateway: str | None = None,
+    port: int | None = None, stdin: Callable[[], str] | None = None, last: Callable[[str], list[str]] | None = None,
+) -> list[Target]:
+    """The targets that texts name (see the usage page), each once, in order, less the excluded ones.
+
+    ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway`` for targets that name no way;
+    ``stdin`` answers ``-``, and ``last`` the selector of ``@last:selector``. UsageError names the text, its file and line.
+    """
+    ways = [_parse_target(name, login) for word in _words(gateway or "") for name in _expand_ranges(word)]
+    if len(ways) > 1:
+        raise UsageError(f"-g {_brief(gateway or '')}: gateways make one chain, as in gw1->gw2")
+    parse = functools.partial(_parse_target, login=login, port=port, gateways=ways[0].chain if ways else ())
+    found = dict.fromkeys(_read_targets(texts, stdin, last, parse))
+    if not found:
+        raise UsageError("no target: use -t HOST ...")
+    refused: dict[str, list[Target]] = {}
+    for pattern in _read_targets(exclude, stdin, last, _parse_target):
+        refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
+    kept = [target for target in found
+            if not any(_matches(pattern, target) for pattern in refused.get(target.chain[-1].host.lower(), ()))]
+    if not kept:
+        raise UsageError("no target: -x excludes them all")
+    return kept
+
+
+def _matches(pattern: Target, target: Target) -> bool:
+    """Whether an exclusion names this target, in all the parts that it says; the way there only if it says one."""
+    chain = target.chain if pattern.direct or len(pattern.chain) > 1 else target.chain[-1:]
+    return len(chain) == len(pattern.chain) and all(
+        named.host.lower() == hop.host.lower() and (named.user or hop.user, named.port or hop.port) == (hop.user, hop.port)
+        for named, hop in zip(pattern.chain, chain, strict=True))
+
+
+def _read_targets(texts: Iterable[str], stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None,
+                  parse: Callable[[str], Target]) -> Iterator[Target]:
+    count = 0
+    for text in [texts] if isinstance(texts, str) else texts:
+        for word in [text] if _find(text) else _words(text):
+            for place, line in _read_source(word, stdin, last):
+                try:
+                    for name in itertools.chain.from_iterable(map(_expand_ranges, _words(line))):
+                        count += 1
+                        if count > MAX_TARGETS:
+                            raise UsageError(f"more than {MAX_TARGETS} targets")
+                        yield parse(name)
+                except UsageError as exc:
+                    raise UsageError(place + exc.message) from None
+
+
+def _read_source(word: str, stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None
+                 ) -> Iterable[tuple[str, str]]:
+    """What a file, a folder or a stream holds, or else the word itself: lines, and the place of each."""
+    found, shown, (origin, _, selector) = _find(word), _brief(word), word.partition(":")
+    lines = None
+    try:
+        if word == "-":
+            lines = stdin and stdin().split("\n")
+        elif origin == "@last":
+            lines = last and last(selector)
+        elif os.path.isdir(found):
+            lines = sorted(path.name for path in Path(found).iterdir() if path.name[0] != "." and path.is_file())
+        elif found:
+            with open(found, encoding="utf-8-sig", errors="replace") as file:
+                content = file.read(MAX_TARGET_FILE + 1)
+            if len(content) > MAX_TARGET_FILE or "\0" in content or "\ufffd" in content:
+                raise UsageError(f"{shown}: not a text file of targets")
+            lines = content.split("\n")
+        elif "/" not in word:
+            return [("", word)]
+    except OSError as exc:
+        raise UsageError(f"{shown}: {(exc.strerror or str(exc)).lower()}") from None
+    if lines is None:
+        raise UsageError(f"{shown}: {'no such file' if '/' in word else 'cannot be read here'}")
+    return ((f"{shown}:{number}: ", line.partition("#")[0]) for number, line in enumerate(lines, 1))
+
+
+def _find(name: str) -> str:
+    """The path of the file or folder that is meant, here or in ~/.apssh, or nothing."""
+    places = (os.path.expanduser(name), os.path.join(os.path.expanduser("~/.apssh"), name))
+    return next(filter(os.path.exists, places), "") if name else ""
+
+
+def _words(text: str) -> list[str]:
+    """What blanks and commas separate, but for commas in brackets and blanks around arrows."""
+    text = re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->")).replace(" ->", "->").replace("-> ", "->")
+    return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", text)
+
+
+def _parse_target(text: str, login: str | None = None, port: int | None = None, gateways: Sequence[Hop] = ()) -> Target:
+    """One target, its ranges expanded already; the arguments are for what it does not say."""
+    hops = text.split("->")
+    direct = len(hops) > 1 and hops[0] == "None"
+    *way, host = hops[direct:]
+    before = [_parse_hop(hop, text, login) for hop in way] or ([] if direct else gateways)
+    chain = (*before, _parse_hop(host, text, login, port))
+    if len({(hop.host.lower(), hop.port or 22) for hop in chain}) < len(chain):
+        raise UsageError(f"{_brief(text)}: {'->'.join(map(str, chain))} passes a host twice; None->HOST has no gateway")
+    return Target(chain, direct)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# fan-out: steps on many nodes, within limits; run, push, pull and the programs stand on it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Result:
+    """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and ``error`` and ``kind`` (see ApsshError).
+
+    ``name`` is the shortest text that tells this host from the others of the run; ``seconds`` counts from the first attempt to
+    connect; ``may_run`` says that the command may still be running over there.
+    """
+
+    host: str
+    user: str
+    port: int
+    name: str
+    target: str
+    status: int | None = None
+    signal: str | None = None
+    error: str | None = None
+    kind: str | None = None
+    seconds: float = 0.0
+    stdout_bytes: bytes = dataclasses.field(default=b"", repr=False)
+    stderr_bytes: bytes = dataclasses.field(default=b"", repr=False)
+    bytes_transferred: int = 0
+    may_run: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether it succeeded: status 0."""
+        return self.status == 0 and self.error is None
+
+    @property
+    def stdout(self) -> str:
+        """Standard output as text (UTF-8, surrogateescape)."""
+        return self.stdout_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def stderr(self) -> str:
+        """Standard error as text (UTF-8, surrogateescape)."""
+        return self.stderr_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def outcome(self) -> str:
+        """In a word or two: ok, status 3, signal TERM, or the kind of the failure."""
+        if self.ok:
+            return "ok"
+        return f"status {self.status}" if self.status is not None else f"signal {self.signal}" if self.signal else self.kind or "local"
+
+
+class _HoldingFormatter(Formatter):
+    """Holds what each host prints until it is asked for."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        super().__init__(None, verbose)
+        self._held: dict[Endpoint, _HeldSink] = {}
+
+    def _sink(self, endpoint: Endpoint) -> _Sink:
+        return self._held.setdefault(endpoint, _HeldSink())
+
+    def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
+        """Both streams of a host, which are then forgotten."""
+        held = self._held.pop(endpoint, None)
+        return (held.stdout(), held.stderr()) if held else (b"", b"")
+
+
+_Steps = Callable[[SshNode], list[AbstractCommand]]
+_Done = Callable[[Result], None]
+
+
+async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, retries: int = 0,
+                   started: Callable[[SshNode], None] = lambda node: None, done: _Done = lambda result: None) -> list[Result]:
+    """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
+
+    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the hosts under way are then done, as interrupted.
+    """
+    capacity = max(_raise_file_limit() - 100, 1)
+    waiting = iter(enumerate(nodes))
+    results: dict[int, Result] = {}
+
+    async def worker() -> None:
+        for index, node in waiting:
+            started(node)
+            results[index] = result = Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target)
+            begin, step = time.monotonic(), StepRecord()
+            try:
+                await _attempts(node, steps, step, result, retries)
+            except asyncio.CancelledError:
+                result.error, result.kind = "interrupted", "local"
+                raise
+            finally:
+                result.seconds = round(time.monotonic() - begin, 3)
+                result.bytes_transferred = step.bytes_transferred
+                if isinstance(node.formatter, _HoldingFormatter):
+                    result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
+                done(result)
+                await node.close()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(window or capacity, capacity, len(nodes))):
+                group.create_task(worker())
+    except BaseExceptionGroup as exc:
+        raise exc.exceptions[0] from None
+    finally:
+        await asyncio.gather(*(gateway.close() for gateway in {hop for node in nodes for hop in node._hops()[:-1]}))
+    return [results[index] for index in range(len(nodes))]
+
+
+async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Result, retries: int) -> None:
+    """The steps on one node, in order, up to the first failure; again when the host could not be reached."""
+    for attempt in itertools.count():
+        try:
+            for command in steps(node):
+                status = await command._run(node, step)
+                result.status, result.signal = (status, None) if isinstance(status, int) else (None, status)
+                if status != 0:
+                    result.kind = "status" if isinstance(status, int) else "signal"
+                    result.error = command._as_error(node, status, step.command).message
+                    return
+        except ApsshError as exc:
+            if isinstance(exc, ConnectionFailedError) and not exc.command and attempt < retries \
+                    and exc.kind not in ("hostkey", "auth"):
+                await asyncio.sleep(random.uniform(0.5, 1) * min(2 ** attempt, 30))
+                continue
+            result.status = result.signal = None
+            result.error, result.kind, result.may_run = exc.message, exc.kind, exc.may_run
+        return
+
+
+def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str | None = None, connect_timeout: float | None = None,
+                 **options: Any) -> list[SshNode]:
+    """A node for each target, gateways shared, completed from the config. Raises UsageError, ApsshError (a config that ssh refuses)."""
+    ssh_config = _SshConfig(config)
+    hops = {(hop.host, hop.user, hop.port) for target in targets for hop in target.chain}
+    answers: dict[Any, _HostConfig] = {}
+
+    def look_up(wanted: Collection[tuple[str, str | None, int | None]]) -> None:
+        """All of them at once, then the hosts that they jump through."""
+        missing = [each for each in wanted if each not in answers]
+        if missing:
+            answers.update(ssh_config.lookup_all(missing))
+            look_up({(hop.host, hop.user, hop.port) for each in missing for hop in _jumps(answers[each])})
+
+    look_up(hops)
+    if ssh_config.trouble:
+        _screen.say(f"apssh: {ssh_config.trouble}")
+    gateways: dict[Any, SshNode] = {}
+
+    def build(chain: tuple[Hop, ...], direct: bool, shown: Formatter) -> SshNode:
+        hop = chain[-1]
+        answer = answers[hop.host, hop.user, hop.port]
+        before = chain[:-1] or (() if direct else _jumps(answer))
+        gateway = None
+        if before:
+            if hop in before:
+                raise UsageError(f"{hop.host}: it is its own gateway")
+            if (before, direct) not in gateways:
+                gateways[before, direct] = build(before, bool(chain[:-1]), _quiet)
+            gateway = gateways[before, direct]
+        node = SshNode(hop.host, username=hop.user or answer.user or getpass.getuser(), port=hop.port or answer.port or 22, gateway=gateway,
+                       formatter=shown, timeout=connect_timeout or answer.connect_timeout or CONNECT_TIMEOUT, **options)
+        _configure(node, answer)
+        return node
+
+    nodes = []
+    for target in targets:
+        nodes.append(build(target.chain, target.direct, formatter))
+        nodes[-1]._target = str(target)
+    return nodes
+
+
+async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[str, Any]) -> list[Result]:
+    """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
+    texts = [targets] if isinstance(targets, str) else list(targets)
+    parsing = {name: options.pop(name, None) for name in ("login", "gateway", "port")}
+    limits = {"window": options.pop("window", 0), "retries": options.pop("retries", 0)}
+    parsed = _parse_targets(texts, exclude=options.pop("exclude", ()), **parsing)
+    config = options.pop("config", None)
+    formatter = options.pop("formatter", None) or _HoldingFormatter()
+    nodes = await asyncio.to_thread(lambda: _build_nodes(parsed, formatter=formatter, config="none" if config is None else
+                                                         None if config is True else config, **options))
+    return await _fan_out(nodes, steps, **limits)
+
+
+_COMMAND_OPTIONS = ("timeout", "x11", "env", "pty", "allowed_exits")
+
+
+async def co_run(targets: str | Iterable[str], command: str | AbstractCommand, **options: Any) -> list[Result]:
+    """Run a command (a line, or a step such as RunScript) on targets (as on the command line); a Result each, in their order.
+
+    Options: ``timeout`` (seconds for the command), ``env``, ``pty``; ``login``, ``gateway``, ``port``, ``exclude``, ``window`` and
+    ``retries`` as the options of that name; ``connect_timeout`` (30 s); ``config``: None reads no ssh_config, True the user's, or a path;
+    any other keyword of SshNode (keys, password, host_keys, known_hosts, guard...). Raises UsageError before any connection.
+    """
+    for_command = {name: options.pop(name) for name in _COMMAND_OPTIONS if name in options}
+    step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
+    step._check()
+    return await _co_quick(targets, lambda node: [step], options)
+
+
+async def co_push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
+    """Copy local files to targets; options of Push and of co_run."""
+    step = Push(localpaths, remotepath, **{name: options.pop(name) for name in _COPY_OPTIONS if name in options})
+    step._check()
+    return await _co_quick(targets, lambda node: [step], options)
+
+
+async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
+    """Copy files of targets here; ``{host}``, ``{fqdn}`` and ``{user}`` in ``localpath`` keep hosts apart; options of Pull and of co_run.
+
+    Raises UsageError when two hosts would write to the same place.
+    """
+    copying = {name: options.pop(name) for name in _COPY_OPTIONS if name in options}
+    return await _co_quick(targets, _Destinations(remotepaths, localpath, copying), options)
+
+
+_COPY_OPTIONS = ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
+
+
+def _expand_path(path: str, node: SshNode) -> str:
+    """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else."""
+    values = {"host": node.formatter._name(node._endpoint), "fqdn": _NOT_IN_FILE_NAME.sub("_", node.hostname),
+              "user": _NOT_IN_FILE_NAME.sub("_", node.username)}
+    return _FIELD.sub(lambda match: values.get(match[1], match[0]), path)
+
+
+class _Destinations:
+    """The Pull of each node, which must not write where another does."""
+
+    def __init__(self, remotepaths: Any, localpath: str, options: dict[str, Any]) -> None:
+        self._remotepaths, self._localpath, self._options = remotepaths, localpath, options
+
+    def check(self, nodes: Sequence[SshNode]) -> None:
+        """Raises UsageError before anything is copied."""
+        places: dict[str, SshNode] = {}
+        for node in nodes:
+            place = os.path.realpath(_expand_path(self._localpath, node))
+            if place in places:
+                raise UsageError(f"{places[place].hostname} and {node.hostname} would both write to {self._localpath}: "
+                                 "put {host} in the path")
+            places[place] = node
+
+    def __call__(self, node: SshNode) -> list[AbstractCommand]:
+        sources, many = _paths(self._remotepaths)
+        sources = [_expand_path(source, node) for source in sources]
+        place = _expand_path(self._localpath, node)
+        if place.endswith("/") and place != self._localpath:
+            os.makedirs(place, exist_ok=True)  # a folder for each host
+        return [Pull(sources if many else sources[0], place, **self._options)]
+
+
+def run(targets: str | Iterable[str], command: str | AbstractCommand, **options: Any) -> list[Result]:
+    """co_run, from code that is not a coroutine (in a notebook too)."""
+    return _synchronously(co_run(targets, command, **options))
+
+
+def push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
+    """co_push, from code that is not a coroutine (in a notebook too)."""
+    return _synchronously(co_push(targets, localpaths, remotepath, **options))
+
+
+def pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
+    """co_pull, from code that is not a coroutine (in a notebook too)."""
+    return _synchronously(co_pull(targets, remotepaths, localpath, **options))
+
+
+def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
+    """Run a coroutine to its end, in a thread of its own when a loop runs here already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+# ---------------------------------------------------------------------------------------------------------------
+# views: what the programs show of a fan-out; each sees every result
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+class _Marks:
+    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be targets of a next run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def done(self, result: Result) -> None:
+        folder = self._folder / ("0ok" if result.ok else "1failed")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / result.name).write_text(f"{result.status if result.status is not None else result.signal}\n")
+
+
+class _JsonLines:
+    """-j: one JSON object a host, a line each, as hosts finish."""
+
+    def done(self, result: Result) -> None:
+        fields = {name: getattr(result, name) for name in
+                  ("host", "user", "port", "name", "status", "signal", "error", "kind", "seconds", "stdout", "stderr")}
+        _screen.write(json.dumps(fields).encode("ascii") + b"\n", raw=True)
+
+
+class _Gather:
+    """-b: hosts with the same output are shown once, under their folded names, the largest group first."""
+
+    def __init__(self, diff: bool) -> None:
+        self._diff = diff
+        self._groups: dict[tuple[str, bytes, bytes], list[str]] = {}
+
+    def done(self, result: Result) -> None:
+        if result.status is not None or result.signal or result.stdout_bytes or result.stderr_bytes:
+            self._groups.setdefault((result.outcome, result.stdout_bytes, result.stderr_bytes), []).append(result.name)
+
+    def finish(self) -> None:
+        """Show the groups."""
+        groups = sorted(self._groups.items(), key=lambda group: (-len(group[1]), group[1]))
+        largest = groups[0][0][1] if groups else b""
+        for index, ((outcome, stdout, stderr), names) in enumerate(groups):
+            header = f"{fold_names(names)} ({len(names)})" + ("" if outcome == "ok" else f" {outcome}")
+            if self._diff and index and stdout != largest:
+                header += " differs"
+                stdout = self._difference(largest, stdout)
+            if stdout or not stderr:
+                self._show(header, stdout, err=False)
+            if stderr:
+                self._show(f"{header} stderr", stderr, err=True)
+
+    @staticmethod
+    def _show(header: str, text: bytes, *, err: bool) -> None:
+        rule = "-" * min(len(header), 79)
+        ending = b"" if text.endswith(b"\n") or not text else b"\n"
+        _screen.write(_paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending, err=err)
+
+    @staticmethod
+    def _difference(old: bytes, new: bytes) -> bytes:
+        before, after = ([os.fsdecode(line) for line in text.split(b"\n")] for text in (old, new))
+        lines = itertools.islice(difflib.unified_diff(before, after, lineterm=""), 2, None)
+        return os.fsencode("\n".join(lines)) + b"\n"
+
+
+class _Progress:
+    """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no terminal."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._finished, self._failed = total, 0, 0
+        self._running: dict[SshNode, None] = {}
+        self._names: dict[str, SshNode] = {}
+        self._active = sys.stderr.isatty() and not quiet
+        self._handle: asyncio.TimerHandle | None = None
+
+    def started(self, node: SshNode) -> None:
+        self._running[node] = None
+        self._names[node.formatter._name(node._endpoint)] = node
+        if self._active and not self._handle:
+            self._handle = asyncio.get_running_loop().call_later(1, self._tick)
+
+    def done(self, result: Result) -> None:
+        self._finished += 1
+        self._failed += not result.ok
+        if node := self._names.pop(result.name, None):
+            self._running.pop(node, None)
+
+    def _tick(self) -> None:
+        self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
+        names = fold_names(self._names) if len(self._names) <= 8 else ""
+        failed = f", {self._failed} failed" if self._failed else ""
+        moved = f", {_Progress.moved / 1e6:.1f} MB" if _Progress.moved else ""
+        _screen.show(f"[{self._finished}/{self._total} done{failed}, {len(self._names)} running{moved}] {names}".rstrip())
+
+    moved: ClassVar[int] = 0
+
+    def finish(self) -> None:
+        """Take it away."""
+        if self._handle:
+            self._handle.cancel()
+        _screen.show("")
+
+
+def _paint(text: str, code: str, *, err: bool = True) -> str:
+    """Colour, where a person looks and has not said no (NO_COLOR, --color)."""
+    stream = sys.stderr if err else sys.stdout
+    wanted = {"always": True, "never": False}.get(_colour[0], stream.isatty() and not os.environ.get("NO_COLOR"))
+    return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
+
+
+_colour = ["auto"]
+
+
+def _summary(results: Sequence[Result]) -> list[str]:
+    """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with folded names."""
+    groups: dict[str, list[str]] = {}
+    for result in results:
+        groups.setdefault("interrupted" if result.error == "interrupted" else result.outcome, []).append(result.name)
+    ok = len(groups.pop("ok", ()))
+    failed = sum(len(names) for outcome, names in groups.items() if outcome.startswith(("status", "signal", "local")))
+    unreached = len(results) - ok - failed
+    parts = [f"{ok} ok"] + ([f"{failed} failed"] if failed else []) + ([f"{unreached} not reached or lost"] if unreached else [])
+    lines = [_paint(", ".join(parts), "32" if ok == len(results) else "31")]
+    lines += [f"  {outcome}: {fold_names(names)} ({len(names)})" for outcome, names in sorted(groups.items())]
+    if lost := [result.name for result in results if result.may_run]:
+        lines.append(f"  the command may still be running on: {fold_names(lost)}")
+    return lines
+
+
+def _last_path() -> Path:
+    return Path("~/.apssh/last").expanduser()
+
+
+def _save_last(results: Sequence[Result]) -> None:
+    """~/.apssh/last: names and outcomes of this run, for ``-t @last:failed``; private, replaced at once."""
+    path = _last_path()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".last-", delete=False) as file:
+            json.dump([{"target": result.target, "outcome": result.outcome} for result in results], file)
+        os.replace(file.name, path)
+    except OSError as exc:
+        _screen.say(f"apssh: {path}: {_reason(exc)}")
+
+
+def _load_last(selector: str) -> list[str]:
+    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N, or signal=NAME."""
+    path = _last_path()
+    try:
+        entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
+    except FileNotFoundError:
+        raise UsageError(f"@last: there is no {path} yet") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"@last: {path} is not readable") from None
+    name, _, value = selector.partition("=")
+    wanted = f"status {value}" if name == "rc" else f"signal {value}" if name == "signal" and value else selector
+    return [target for target, outcome in entries if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")]
+# ---------------------------------------------------------------------------------------------------------------
+# demo: a fleet of throw-away hosts in this process, to try anything with no machine at hand
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _DemoSftp(asyncssh.SFTPServer):
+    """Relative paths start at the home of the demo host."""
+
+    def __init__(self, home: str, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+        super().__init__(chan)
+        self._home = os.fsencode(home)
+
+    def map_path(self, path: bytes) -> bytes:
+        return os.path.join(self._home, path)
+
+    def reverse_map_path(self, path: bytes) -> bytes:
+        return path
+
+
+class _DemoServer(asyncssh.SSHServer):
+    """Lets the one key in, and forwards to other demo hosts (so that one can be the gateway of another)."""
+
+    ports: ClassVar[set[int]] = set()
+
+    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+        return dest_host == "127.0.0.1" and dest_port in self.ports
+
+
+async def _demo_session(home: str, children: set[asyncio.subprocess.Process], process: asyncssh.SSHServerProcess[bytes]) -> None:
+    """One command, by the shell of whoever runs the demo, in the home of the demo host."""
+    shell = os.environ.get("SHELL") or "/bin/sh"
+    keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")}
+    child = await asyncio.create_subprocess_exec(
+        shell, "-c", process.command or shell, cwd=home, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=keep | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()})
+    assert child.stdin and child.stdout and child.stderr
+    children.add(child)
+
+    async def pump(reader: Any, writer: Any) -> None:
+        with contextlib.suppress(OSError, asyncssh.Error):  # the other side has gone
+            while data := await reader.read(SESSION_WINDOW):
+                writer.write(data)
+                await writer.drain()
+
+    async def feed() -> None:
+        await pump(process.stdin, child.stdin)
+        cast("asyncio.StreamWriter", child.stdin).close()
+
+    feeding = asyncio.create_task(feed())
+    try:
+        await asyncio.gather(pump(child.stdout, process.stdout), pump(child.stderr, process.stderr))
+        status = await child.wait()
+        if status >= 0:
+            process.exit(status)
+        else:
+            process.exit_with_signal(signal.Signals(-status).name.removeprefix("SIG"))
+    finally:
+        children.discard(child)
+        feeding.cancel()
+        child.stdin.close()
+
+
+@contextlib.asynccontextmanager
+async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> AsyncIterator[list[SshNode]]:
+    """``count`` hosts inside this process: real ssh servers on the loopback, each with a temporary home, gone at the end.
+
+    They accept one key, made for this fleet, and nobody else's. Gives their SshNodes, ``demo1`` and on.
+    """
+    if not 0 < count <= 1000:
+        raise UsageError(f"a demo has from 1 to 1000 hosts, not {count}")
+    key, host_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    allowed = asyncssh.import_authorized_keys(key.export_public_key().decode())
+    formatter = formatter or HostFormatter()
+    servers: list[asyncssh.SSHAcceptor] = []
+    children: set[asyncio.subprocess.Process] = set()
+    nodes: list[SshNode] = []
+    with tempfile.TemporaryDirectory(prefix="apssh-demo-", ignore_cleanup_errors=True) as homes:
+        try:
+            for number in range(1, count + 1):
+                home = os.path.join(homes, f"demo{number}")
+                os.mkdir(home, 0o700)
+                server = await asyncssh.create_server(
+                    _DemoServer, "127.0.0.1", 0, server_host_keys=[host_key], authorized_client_keys=allowed, encoding=None,
+                    process_factory=functools.partial(_demo_session, home, children), sftp_factory=functools.partial(_DemoSftp, home))
+                servers.append(server)
+                _DemoServer.ports.add(server.get_port())
+                nodes.append(SshNode(f"demo{number}", username=getpass.getuser(), keys=[key], known_hosts=[host_key], address="127.0.0.1",
+                                     port=server.get_port(), formatter=formatter))
+            yield nodes
+        finally:
+            for node in nodes:
+                await node.close()
+            for child in children:  # what ran without the guard
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            for server in servers:
+                _DemoServer.ports.discard(server.get_port())
+                server.close()
+            await asyncio.gather(*(server.wait_closed() for server in servers))
+# ---------------------------------------------------------------------------------------------------------------
+# programs: apssh, appush and appull
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with hints in place of guesses."""
+
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def unknown(self, word: str) -> UsageError:
+        """What to say of an option that does not exist."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        near = difflib.get_close_matches(word.split("=")[0], options, 1)
+        return UsageError(f"unknown option {escape(word)}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"))
+
+
+def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
+    """An option's number, with a message that says which it must be."""
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(least - 1)
+        if not least <= value < 1e9:
+            raise argparse.ArgumentTypeError(f"{text!r}: {what}")
+        return value
+    return parse
+
+
+def _window(text: str) -> int:
+    if re.search(r"[^\d-]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of hosts; use -t for targets")
+    return cast("int", _number(int, 0, "a number of hosts, 0 for no limit")(text))
+
+
+def _format(text: str) -> str:
+    if text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no format; use -w for the number of hosts at once")
+    Formatter(text)
+    return text
+
+
+def _add_target_options(parser: argparse.ArgumentParser) -> None:
+    """What the three programs share: targets, login, limits."""
+    seconds = _number(float, 0.001, "seconds, more than 0")
+    group = parser.add_argument_group("targets")
+    add = group.add_argument
+    add("-t", "--target", action="append", default=[], metavar="T",
+        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; blanks and commas separate; an existing "
+        "file holds targets, a folder's file names are targets; - is standard input; @last:failed is from the last run")
+    add("-x", "--exclude", action="append", default=[], metavar="T", help="leave these out; same syntax, matching on the parts it names")
+    add("-l", "--login", metavar="USER", help="user for hops that do not say (default: the ssh config's, else yours)")
+    add("-g", "--gateway", metavar="T", help="go through this host, or chain of hosts; None->host goes direct in spite of it")
+    add("-p", "--port", type=_number(int, 1, "a port from 1 to 65535"), metavar="N", help="port of final hosts that do not say")
+    add("-L", "--list-targets", action="store_true", help="show the targets and stop")
+    add("-n", "--dry-run", action="store_true", help="show what would be done, connect to nothing, and stop")
+    add("--demo", type=_number(int, 1, "a number of hosts"), metavar="N",
+        help="N throw-away hosts inside this process, in place of targets")
+    group = parser.add_argument_group("connecting")
+    add = group.add_argument
+    add("-w", "--window", type=_window, default=0, metavar="N", help="at most N hosts at once (default 0: no limit)")
+    add("-c", "--connect-timeout", type=seconds, metavar="S", help="seconds to be logged in, all hops included (default 30)")
+    add("-u", "--command-timeout", type=seconds, metavar="S", help="seconds for the command, or the copy, on one host (default: no limit)")
+    add("--retries", type=_number(int, 0, "a number, 0 or more"), default=0, metavar="N", help="try unreachable hosts N times more")
+    add("-k", "--key", action="append", default=[], metavar="F",
+        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)")
+    add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
+    add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
+    add("-F", "--ssh-config", metavar="F", help="another ssh config than ~/.ssh/config; none: no config")
+    add("--host-keys", choices=("accept-new", "yes", "no"), metavar="P",
+        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse unknown hosts), no (check nothing)")
+    add("--forward-agent", action="store_true", help="let hosts use your agent, as ssh -A does")
+    add("--no-guard", action="store_true", help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions")
+    group = parser.add_argument_group("showing")
+    add = group.add_argument
+    add("-q", "--quiet", action="store_true", help="no progress and no summary")
+    add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
+    add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="colour of messages (default auto; NO_COLOR is obeyed)")
+    add("--no-last", action="store_true", help="do not note the outcomes in ~/.apssh/last")
+    add("-V", "--version", action="version", version=f"apssh {__version__}")
+
+
+def _epilog(*examples: str) -> str:
+    return "examples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of apssh."""
+    parser = _Parser("apssh", usage="apssh [options] command ...", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     description="Run a command, or a local script, on many hosts at once.",
+                     epilog=_epilog("apssh -t node[01-20] uptime", "apssh -t 'gw->node1' -s check.sh --all",
+                                    "apssh -t hosts.txt -b uname -r", "apssh -t @last:failed -l root -o out systemctl restart web",
+                                    "apssh --demo 3 'echo hello; id -un'"))
+    _add_target_options(parser)
+    group = parser.add_argument_group("what runs")
+    add = group.add_argument
+    add("-s", "--script", action="store_true",
+        help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
+    add("-i", "--includes", action="append", default=[], metavar="F", help="with -s: a local file that lands beside the script")
+    add("-I", "--stdin", action="store_true", help="give standard input to every host (without it they get end of file)")
+    add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
+    add("--env", action="append", default=[], metavar="K=V", help="a variable for the command, whatever the server accepts")
+    add("-X", "--x11", action="store_true", help="forward the DISPLAY")
+    group = parser.add_argument_group("output")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
+    add("-tc", "--time-colon-format", action="store_true", help="each line after the time and the host")
+    add("-f", "--format", type=_format, metavar="FMT",
+        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...")
+    add("-o", "--out-dir", metavar="D", help="files D/<host> and D/<host>.err; prints D")
+    add("-d", "--date-time", action="store_true", help="the same in a folder named after date and time; prints its name")
+    add("-b", "--gather", action="store_true", help="hosts with the same output once, under folded names")
+    add("-j", "--json", action="store_true", help="one JSON object a host, a line each")
+    add = group.add_argument
+    add("--diff", action="store_true", help="with -b: smaller groups as differences from the largest")
+    add("-m", "--mark", action="store_true", help="with -o or -d: files 0ok/<host> or 1failed/<host> holding the status")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _build_copy_parser(prog: str, usage: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog, usage=usage, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     epilog=_epilog(*examples))
+    _add_target_options(parser)
+    group = parser.add_argument_group("copying")
+    group.add_argument("-r", "--recurse", action="store_true", help="copy folders too")
+    group.add_argument("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
+    group.add_argument("--inplace", action="store_true", help="write onto existing files themselves, where a rename cannot be")
+    parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def build_push_parser() -> argparse.ArgumentParser:
+    """The command line of appush."""
+    return _build_copy_parser("appush", "appush [options] local ... @:remote",
+                              "Copy local files to many hosts at once. {host}, {fqdn} and {user} may stand in any path.",
+                              "appush -t node[1-3] hosts @:/etc/hosts", "appush -t node[1-3] -r site @:",
+                              "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519")
+
+
+def build_pull_parser() -> argparse.ArgumentParser:
+    """The command line of appull."""
+    return _build_copy_parser("appull", "appull [options] @:remote ... local",
+                              "Copy files from many hosts at once. {host}, {fqdn} and {user} in the local path keep hosts apart.",
+                              "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'", "appull -t node[1-3] -r @:results 'results/{host}/'")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked against one another; raises UsageError."""
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        raise cast("_Parser", parser).unknown(rest[0])
+    _colour[0] = options.color
+    command = getattr(options, "command", [])
+    if command and command[0] == "--":
+        command.pop(0)
+    elif command and command[0].startswith("-"):
+        raise cast("_Parser", parser).unknown(command[0])
+    if options.demo and (options.target or options.gateway):
+        raise UsageError("--demo takes the place of -t and -g: leave them out")
+    return options
+
+
+def _targets(options: argparse.Namespace) -> list[Target]:
+    return _parse_targets(options.target, exclude=options.exclude, login=options.login, gateway=options.gateway, port=options.port,
+                          stdin=lambda: sys.stdin.read(), last=_load_last)
+
+
+def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
+             body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
+    """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
+    try:
+        with asyncio.Runner() as runner:
+            options = _parse(parser, argv)
+            loop = runner.get_loop()
+            loop.set_default_executor(ThreadPoolExecutor(64, thread_name_prefix="apssh"))  # names are resolved there
+            return runner.run(_interruptible(body(options)))
+    except SystemExit as exc:  # argparse: --help and --version
+        return int(exc.code or 0)
+    except UsageError as exc:
+        _screen.say(f"{parser.prog}: {exc}")
+        return 2
+    except ApsshError as exc:
+        _screen.say(f"{parser.prog}: {exc}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
+        return 1
+
+
+async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
+    """Ctrl-C ends the work in order; a second one leaves at once."""
+    task = asyncio.ensure_future(work)
+    interrupted = False
+
+    def interrupt() -> None:
+        nonlocal interrupted
+        if interrupted:
+            os._exit(130)
+        interrupted = True
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not interrupted:
+            raise
+        return 130
+
+
+async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps, views: Sequence[Any] = (),
+                check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> int:
+    """Nodes, fan-out, views, summary: the common body of the programs."""
+    if options.debug:
+        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
+        logging.getLogger("asyncssh").setLevel(logging.DEBUG)
+    async with contextlib.AsyncExitStack() as stack:
+        if options.demo:
+            nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
+        else:
+            keys = await asyncio.to_thread(_keys_wanted, options)
+            nodes = _build_nodes(_targets(options), formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
+                                 keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
+                                 guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
+        check(nodes)
+        progress = _Progress(len(nodes), options.quiet)
+        results: list[Result] = []
+        json_lines = any(isinstance(view, _JsonLines) for view in views)
+
+        def done(result: Result) -> None:
+            results.append(result)
+            for view in (progress, *views):
+                view.done(result)
+            if result.error and result.kind not in ("status", "signal") and result.error != "interrupted" and not json_lines:
+                _screen.say(_paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31"))
+
+        try:
+            await _fan_out(nodes, steps, window=options.window, retries=options.retries, started=progress.started, done=done)
+        finally:
+            progress.finish()
+            for view in views:
+                getattr(view, "finish", lambda: None)()
+            if not options.quiet and (len(nodes) > 1 or any(not result.ok for result in results)):
+                for line in _summary(results):
+                    _screen.write(f"{line}\n".encode(), err=True, raw=True)
+            if not options.no_last and not options.demo:
+                _save_last(results)
+        return 0 if all(result.ok for result in results) else 1
+
+
+def _keys_wanted(options: argparse.Namespace) -> list[Key]:
+    """The keys of the command line; with none anywhere, stop before connecting unless told otherwise."""
+    keys = load_private_keys(options.key, options.verbose)
+    if not keys and not (options.ok_if_no_key or options.askpass):
+        raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
+    return keys if options.key else []
+
+
+def _show_targets(options: argparse.Namespace) -> int:
+    """-L: the targets, one a line."""
+    targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
+    _screen.write("".join(f"{target}\n" for target in targets).encode())
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program apssh; the exit code: 0 all succeeded, 1 otherwise, 2 misuse, 130 interrupted."""
+    return _program(build_parser(), argv, _run_program)
+
+
+async def _run_program(options: argparse.Namespace) -> int:
+    if options.list_targets:
+        return _show_targets(options)
+    command = _command(options)
+    if options.dry_run:
+        return _dry_run(options, command(None)._line() or "")
+    formatter, views = _views(options)
+    with contextlib.ExitStack() as stack:
+        spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin else None
+        code = await _work(options, formatter, lambda node: [command(spool)], views)
+    if isinstance(formatter, SubdirFormatter):
+        _screen.write(f"{formatter.run_name}\n".encode())
+    return code
+
+
+def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
+    """What the command line asks to run, as a function of each host's standard input; checked on this machine."""
+    words = options.command
+    if not words or not any(word.strip() for word in words):
+        raise UsageError("no command: apssh [options] command ...")
+    env = {}
+    for assignment in options.env:
+        name, equals, value = assignment.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UsageError(f"--env {escape(assignment)}: write NAME=value")
+        env[name] = value
+    common = {"timeout": options.command_timeout, "env": env, "pty": options.pty, "x11": options.x11}
+    if options.includes and not options.script:
+        raise UsageError("-i goes with -s")
+    if not options.script:
+        return lambda spool: Run(*words, stdin=spool.read() if spool else None, **common)
+    if options.stdin:
+        raise UsageError("-I does not go with -s: push the data, or let the script read a file")
+    name, *args = words
+    if os.path.isfile(name) or not re.search(r"\s", name):
+        step: _Script = RunScript(name, *args, includes=options.includes, **common)
+    else:
+        step = RunString(name, *args, includes=options.includes, **common)
+    step._check()
+    return lambda spool: step
+
+
+class _Spool:
+    """Standard input for many hosts, each at its own pace: read once, as fast as the fastest host wants it, kept in a temporary file."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the run
+        self._size = 0
+        self._ended = False
+        self._lock = asyncio.Lock()
+
+    async def read(self) -> AsyncIterator[bytes]:
+        """All of it, for one host."""
+        position = 0
+        while True:
+            if position == self._size and not self._ended:
+                async with self._lock:
+                    if position == self._size and not self._ended:
+                        await self._more()
+            data = os.pread(self._file.fileno(), SESSION_WINDOW, position)
+            if not data and self._ended:
+                return
+            position += len(data)
+            yield data
+
+    def close(self) -> None:
+        """Forget it all."""
+        self._file.close()
+
+    async def _more(self) -> None:
+        data = await asyncio.to_thread(os.read, 0, SESSION_WINDOW)
+        self._ended = not data
+        self._size += os.pwrite(self._file.fileno(), data, self._size) if data else 0
+
+
+def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
+    """The formatter that the nodes print to, and the other views."""
+    folder = options.out_dir or (datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S") if options.date_time else None)
+    views: list[Any] = []
+    if options.mark and not folder:
+        raise UsageError("-m goes with -o or -d")
+    if options.diff and not options.gather:
+        raise UsageError("--diff goes with -b")
+    if folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{folder}: {_reason(exc)}") from None
+        if options.mark:
+            views.append(_Marks(Path(folder)))
+        return SubdirFormatter(folder, options.verbose), views
+    if options.gather or options.json:
+        views.append(_Gather(options.diff) if options.gather else _JsonLines())
+        return _HoldingFormatter(options.verbose), views
+    if options.raw_format:
+        return RawFormatter(verbose=options.verbose), views
+    if options.time_colon_format:
+        return TimeHostFormatter(verbose=options.verbose), views
+    if options.format is not None:
+        return TerminalFormatter(options.format, options.verbose), views
+    return HostFormatter(verbose=options.verbose), views
+
+
+def _dry_run(options: argparse.Namespace, line: str) -> int:
+    """-n: what would be done, where."""
+    targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
+    _screen.write("".join(f"{target}: {escape(line)}\n" for target in targets).encode("utf-8", "surrogateescape"))
+    return 0
+
+
+def main_push(argv: Sequence[str] | None = None) -> int:
+    """The program appush; exit codes as main."""
+    return _program(build_push_parser(), argv, functools.partial(_copy_program, True))
+
+
+def main_pull(argv: Sequence[str] | None = None) -> int:
+    """The program appull; exit codes as main."""
+    return _program(build_pull_parser(), argv, functools.partial(_copy_program, False))
+
+
+async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
+    if options.list_targets:
+        return _show_targets(options)
+    *sources, destination = _copy_paths(pushing, options.paths)
+    copying = {"recurse": options.recurse, "preserve": options.preserve, "inplace": options.inplace, "timeout": options.command_timeout}
+    if options.dry_run:
+        sample = Push(sources, destination, **copying) if pushing else Pull(sources, destination, **copying)
+        return _dry_run(options, sample._line() or "")
+    formatter = HostFormatter(verbose=options.verbose)
+    if not pushing:
+        pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying)
+        return await _work(options, formatter, pulls, check=pulls.check)
+
+    def pushes(node: SshNode) -> list[AbstractCommand]:
+        paths = [_expand_path(path, node) for path in sources]
+        return [Push(paths if len(paths) > 1 else paths[0], _expand_path(destination, node), **copying)]
+
+    def check(nodes: Sequence[SshNode]) -> None:
+        for node in nodes:
+            pushes(node)[0]._check()
+
+    return await _work(options, formatter, pushes, check=check)
+
+
+def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
+    """The sources, then the destination, ``@:`` taken off the remote ones; which must all be on their side."""
+    usage = "appush [options] local ... @:remote" if pushing else "appull [options] @:remote ... local"
+    if len(paths) < 2:
+        raise UsageError(f"from what to what? {usage}")
+    for index, path in enumerate(paths):
+        remote = (index == len(paths) - 1) == pushing
+        if path.startswith("@:") != remote:
+            raise UsageError(f"{escape(path)}: {'a remote path is written @:path' if remote else 'a local path has no @:'}: {usage}")
+        if not path:
+            raise UsageError(f"an empty path: {usage}")
+    return [path.removeprefix("@:") for path in paths]
+
+
+# Published scripts import from submodules of the older package (``from apssh.formatters import TimeHostFormatter``): answered as
+# the standard library's os answers os.path, by names for this module.
+SshProxy = SshNode
+if __name__ != "__main__":
+    for _name in (
+            "formatters", "nodes", "sshproxy", "commands", "sshjob", "service", "deferred", "topology", "keys", "yaml_loader"):
+        sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]
+
+
+def _main() -> int:
+    """The program that this file is called by."""
+    name = Path(sys.argv[0]).stem
+    return {"appush": main_push, "appull": main_pull}.get(name, main)()
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
