@@ -73,6 +73,15 @@ import asyncssh
 
 __version__ = "1.0.0"
 
+__all__ = [
+    "EXTENDED_DATA_STDERR", "AbstractCommand", "ApsshError", "Capture", "CaptureFormatter", "CommandFailedError", "ConnectionFailedError",
+    "Deferred", "Formatter", "HostFormatter", "HostKeyError", "LocalNode", "Pull", "Push", "RawFormatter", "Result", "Run", "RunScript",
+    "RunString", "Service", "SshJob", "SshNode", "SshProxy", "StepRecord", "SubdirFormatter", "TerminalFormatter", "TimeHostFormatter",
+    "TransferError", "UndefinedVariableError", "UsageError", "Variables", "close_ssh_in_scheduler", "co_close_ssh_in_scheduler",
+    "co_pull", "co_push", "co_run", "demo_fleet", "escape", "fold_names", "import_private_key", "load_agent_keys", "load_private_keys",
+    "main", "main_pull", "main_push", "pull", "push", "run",
+]
+
 EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
 
 CONNECT_TIMEOUT = 30.0       # seconds to a ready connection, all hops included: twice what a loaded host takes
@@ -90,6 +99,7 @@ LINE_LIMIT = 1024 * 1024     # bytes; a longer line is cut, so that memory stays
 CAPTURE_LIMIT = 256 * 1024 * 1024  # bytes of one command's output that are held (captures, gather, JSON, results)
 MAX_AUTH_ROUNDS = 8          # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
 KNOWN_HOSTS_FILES = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
+DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa", "~/.ssh/id_ed25519_sk", "~/.ssh/id_ecdsa_sk")
 MAX_TARGETS = 100_000        # names of one run: a slip such as node[1-10000000] is refused before it fills the memory
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
@@ -112,8 +122,7 @@ class ApsshError(Exception):
     """The root of all that apssh raises.
 
     Attributes: ``message`` (the cause, one line), ``host`` (empty when no host is concerned), ``kind`` (one of dns, refused,
-    timeout, hostkey, auth, lost, signal, status, local), ``command`` and ``status`` (exit status, or the signal's name),
-    ``may_run`` (the command may still be running over there).
+    timeout, hostkey, auth, lost, signal, status, local), ``command`` and ``status`` (exit status, or the signal's name).
     """
 
     kind = "local"
@@ -122,7 +131,6 @@ class ApsshError(Exception):
                  status: int | str | None = None) -> None:
         super().__init__(message)
         self.message, self.host, self.command, self.status = message, host, command, status
-        self.may_run = False
         if kind:
             self.kind = kind
 
@@ -164,6 +172,8 @@ class ScenarioError(UsageError):
     """A mistake in a YAML scenario; the message names file, line, section and id."""
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# text: names, ranges and folding, control characters: pure functions
 # ---------------------------------------------------------------------------------------------------------------
 
 _CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # C0, C1, line ends, bidi, surrogates
@@ -689,6 +699,8 @@ class CaptureFormatter(Formatter):
         if self._size > CAPTURE_LIMIT:
             raise ApsshError(f"more than {CAPTURE_LIMIT // 1024 ** 2} MiB of output to hold")
         self._pieces.append(data)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # credentials: keys, agent and passphrases; known hosts and their policy; what ssh -G says of a host
 # ---------------------------------------------------------------------------------------------------------------
@@ -813,11 +825,10 @@ def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key
             keys += _key_from_file(os.fspath(named), agent_keys) if isinstance(named, str | os.PathLike) else [named]
     else:
         keys = list(agent_keys())
-        for name in () if keys else ("id_ed25519", "id_ecdsa", "id_rsa", "id_ed25519_sk", "id_ecdsa_sk"):
-            path = Path("~/.ssh", name).expanduser()
-            if path.exists():
+        for name in () if keys else DEFAULT_KEYS:
+            if os.path.exists(os.path.expanduser(name)):
                 try:
-                    keys += _key_from_file(str(path), agent_keys)
+                    keys += _key_from_file(name, agent_keys)
                 except UsageError as exc:
                     _screen.say(f"skipped: {exc}")
     if verbose:
@@ -842,6 +853,8 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
             for pair in fresh:
                 pairs.setdefault(pair.public_data, copy.copy(pair))
         yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _accepted_keys)
+
+
 # known hosts: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT"
 
 
@@ -1094,6 +1107,7 @@ class _HostConfig:
     user: str | None = None
     port: int | None = None
     identity_files: tuple[str, ...] = ()
+    certificate_files: tuple[str, ...] = ()
     identities_only: bool = False
     identity_agent: str | None = None
     proxy_jump: str | None = None
@@ -1214,7 +1228,8 @@ class _SshConfig:
         changed = any(answer.get(keyword) != defaults.get(keyword) for keyword in ("userknownhostsfile", "globalknownhostsfile"))
         agent = get("identityagent")
         return _HostConfig(
-            hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), get("identitiesonly") == "yes",
+            hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), files("certificatefile"),
+            get("identitiesonly") == "yes",
             None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), get("proxyjump"),
             expand(command, quote=True) if command else None, tuple(expand(file) for file in known) if changed else (), strict,
             get("hashknownhosts") == "yes", get("hostkeyalias"), float(get("connecttimeout") or 0) or None,
@@ -1236,7 +1251,7 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
     if config.identity_agent:
         node._agent_path = config.identity_agent
     if not node.keys:
-        node.keys = [file for file in config.identity_files if os.path.exists(file)]
+        node._configured_keys, node._certificates = config.identity_files, config.certificate_files
         node._agent_too = not config.identities_only
     node._known_hosts_files = config.known_hosts_files or node._known_hosts_files
     node._configured_policy, node._hash_names = config.strict_host_key_checking, config.hash_known_hosts
@@ -1247,12 +1262,26 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
 
 
 def _keys_of_run(node: SshNode) -> list[Key]:
-    """The keys to offer to a host: as load_private_keys says; after a config's IdentityFile the agent's, as ssh does."""
-    agent = node._agent_path
-    keys = load_private_keys(node.keys) if node.keys or not agent else []
-    if node._agent_too and (node.keys or agent):
-        keys += load_agent_keys(agent)
-    return keys
+    """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh does; or load_private_keys'."""
+    if node.keys or not (node._configured_keys or node._agent_path or node._certificates):
+        return load_private_keys(node.keys)
+    agent_keys = functools.cache(functools.partial(load_agent_keys, node._agent_path))
+    keys: list[Key] = []
+    for file in node._configured_keys or [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]:
+        try:
+            keys += _key_from_file(file, agent_keys)
+        except UsageError as exc:  # ssh goes on without it too
+            _screen.say(f"skipped: {exc}")
+    keys += agent_keys() if node._agent_too else []
+    certified: list[Key] = []
+    for file in node._certificates:
+        with contextlib.suppress(OSError, asyncssh.KeyImportError):
+            certificate = asyncssh.read_certificate(file)
+            certified += [(key, certificate) for key in keys if isinstance(key, asyncssh.SSHKey)
+                          and key.public_data == certificate.key.public_data]
+    return certified + keys
+
+
 # The guard: what ends a command over there when its channel closes before it. sshd made the session's process leader of
 # a process group; it starts a watchdog (outside of the group, where setsid is to be had) that holds the channel's stdin, takes
 # /dev/null itself, and becomes the login shell of the user with the command, as under plain ssh. When stdin ends while the
@@ -1711,6 +1740,14 @@ class _Node:
         step = Run(command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture)
         return await step._run(self, StepRecord())
 
+    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
+        """Copy local files there, as the command Push does."""
+        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
+
+    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
+        """Copy remote files here, as the command Pull does."""
+        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
+
     async def _execute(self, command: str, step: StepRecord, *, sink: _Sink | None = None, timeout: float | None = None,
                        **options: Any) -> int | str:
         """Run a command line within a time; every way to run something comes through here."""
@@ -1746,8 +1783,8 @@ class SshNode(_Node):
 
     Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``: an ssh_config file,
     or True for the user's own; ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection); ``keepalive``:
-    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to connect to when it is not
-    ``hostname``; ``proxy_command``, as in ssh_config(5).
+    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to connect to
+    when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
     Raises UsageError for a host name, port or time that cannot be.
     """
 
@@ -1781,7 +1818,9 @@ class SshNode(_Node):
         self._host_key_alias: str | None = None
         self._hash_names = False
         self._agent_path: str | None = None
-        self._agent_too = False  # offer the agent's keys after the named ones, as ssh does for a config's
+        self._configured_keys: tuple[str, ...] = ()
+        self._certificates: tuple[str, ...] = ()
+        self._agent_too = True  # offer the agent's keys after the configured ones, unless IdentitiesOnly
         self._live: _Live | None = None
         self._adopt(formatter, verbose)
 
@@ -1979,7 +2018,8 @@ class SshNode(_Node):
     async def _login_keys(self) -> list[Key]:
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a passphrase may be asked."""
         loaded = _Limits.here().keys
-        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), self._agent_too, self._agent_path)
+        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), self._configured_keys, self._certificates,
+                 self._agent_too, self._agent_path)
         if named not in loaded:
             loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
         try:
@@ -2038,9 +2078,11 @@ class SshNode(_Node):
                     if session.chan and not session.ended.done():
                         session.abort()
                         await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
+                        step.may_run = not session.ended.done() or not link.alive or not self.guard
                 if session.error:
                     raise session.error
                 if session.status is None:
+                    step.may_run = True
                     why = f": {link.why}" if link.why else ""
                     raise ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname,
                                                 kind="lost", command=command)
@@ -2081,14 +2123,6 @@ class SshNode(_Node):
             await sftp.makedirs(_remote(path), exist_ok=True)
         except (asyncssh.SFTPError, OSError) as exc:
             raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
-
-    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
-        """Copy local files there, as the command Push does."""
-        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
-
-    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
-        """Copy remote files here, as the command Pull does."""
-        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
 
     async def put_string_script(self, body: str, remotefile: str) -> None:
         """Write a text into a remote file that can be executed (mode 755). Raises TransferError."""
@@ -2210,14 +2244,6 @@ class LocalNode(_Node):
         """Make a folder, parents included; one that exists is fine."""
         os.makedirs(path, exist_ok=True)
 
-    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
-        """Copy files, as the command Push does."""
-        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
-
-    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
-        """Copy files, as the command Pull does."""
-        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
-
     async def put_string_script(self, body: str, remotefile: str) -> None:
         """Write a text into a file that can be executed (mode 755)."""
         Path(remotefile).write_bytes(os.fsencode(body))
@@ -2266,6 +2292,8 @@ class LocalNode(_Node):
                 path.write_bytes(data)
                 path.chmod(mode & 0o700)
             yield folder, ""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # transfers: one SFTP engine; what arrives is whole, and stays inside the destination
 # ---------------------------------------------------------------------------------------------------------------
@@ -2734,6 +2762,8 @@ class _Copy:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(temporary)
                 self.step.bytes_transferred += os.path.getsize(target)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # values: what one step finds and a later one uses
 # ---------------------------------------------------------------------------------------------------------------
@@ -2848,6 +2878,7 @@ class StepRecord:
     bytes_err: int = 0
     bytes_transferred: int = 0
     script_sha256: str | None = None
+    may_run: bool = False  # the command may still be running over there
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -3135,6 +3166,8 @@ class Pull(_CopyCommand):
 
     def __init__(self, remotepaths: Any, localpath: Any, **options: Any) -> None:
         super().__init__(remotepaths, localpath, **options)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # jobs: SshJob; closing a scheduler's nodes; topology; the record of a run, and its picture
 # ---------------------------------------------------------------------------------------------------------------
@@ -3338,8 +3371,6 @@ class Service:
         return self._run(label, "journal", tuple(words), keywords)
 
 
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # targets: from what the command line names to frozen values
 # ---------------------------------------------------------------------------------------------------------------
@@ -3486,8 +3517,8 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether it succeeded: status 0."""
-        return self.status == 0 and self.error is None
+        """Whether it succeeded."""
+        return self.error is None
 
     @property
     def stdout(self) -> str:
@@ -3528,28 +3559,26 @@ _Done = Callable[[Result], None]
 
 
 async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, retries: int = 0,
-                   started: Callable[[SshNode], None] = lambda node: None, done: _Done = lambda result: None) -> list[Result]:
+                   started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
+                   done: _Done = lambda result: None) -> list[Result]:
     """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
 
-    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the hosts under way are then done, as interrupted.
+    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted.
     """
     capacity = max(_raise_file_limit() - 100, 1)
-    waiting = iter(enumerate(nodes))
-    results: dict[int, Result] = {}
+    results = [Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target,
+                      error="interrupted", kind="local") for node in nodes]
+    waiting = iter(zip(nodes, results, strict=True))
 
     async def worker() -> None:
-        for index, node in waiting:
-            started(node)
-            results[index] = result = Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target)
+        for node, result in waiting:
             begin, step = time.monotonic(), StepRecord()
+            started(node, step)
             try:
                 await _attempts(node, steps, step, result, retries)
-            except asyncio.CancelledError:
-                result.error, result.kind = "interrupted", "local"
-                raise
             finally:
                 result.seconds = round(time.monotonic() - begin, 3)
-                result.bytes_transferred = step.bytes_transferred
+                result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
                 if isinstance(node.formatter, _HoldingFormatter):
                     result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
                 done(result)
@@ -3562,8 +3591,10 @@ async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, 
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from None
     finally:
+        for _, result in waiting:  # interrupted before their turn
+            done(result)
         await asyncio.gather(*(gateway.close() for gateway in {hop for node in nodes for hop in node._hops()[:-1]}))
-    return [results[index] for index in range(len(nodes))]
+    return results
 
 
 async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Result, retries: int) -> None:
@@ -3573,17 +3604,18 @@ async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Resu
             for command in steps(node):
                 status = await command._run(node, step)
                 result.status, result.signal = (status, None) if isinstance(status, int) else (None, status)
-                if status != 0:
-                    result.kind = "status" if isinstance(status, int) else "signal"
-                    result.error = command._as_error(node, status, step.command).message
-                    return
+                if not command._succeeded(status):
+                    raise command._as_error(node, status, step.command)
         except ApsshError as exc:
             if isinstance(exc, ConnectionFailedError) and not exc.command and attempt < retries \
                     and exc.kind not in ("hostkey", "auth"):
                 await asyncio.sleep(random.uniform(0.5, 1) * min(2 ** attempt, 30))
                 continue
-            result.status = result.signal = None
-            result.error, result.kind, result.may_run = exc.message, exc.kind, exc.may_run
+            result.error, result.kind = exc.message, exc.kind
+            if exc.status is None:
+                result.status = result.signal = None
+        else:
+            result.error = result.kind = None
         return
 
 
@@ -3732,6 +3764,8 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run(work)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, work).result()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # views: what the programs show of a fan-out; each sees every result
 # ---------------------------------------------------------------------------------------------------------------
@@ -3805,31 +3839,34 @@ class _Progress:
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._finished, self._failed = total, 0, 0
-        self._running: dict[SshNode, None] = {}
-        self._names: dict[str, SshNode] = {}
+        self._running: dict[str, StepRecord] = {}
+        self._moved = 0  # bytes of the hosts that are done
+        self._begin = time.monotonic()
         self._active = sys.stderr.isatty() and not quiet
         self._handle: asyncio.TimerHandle | None = None
 
-    def started(self, node: SshNode) -> None:
-        self._running[node] = None
-        self._names[node.formatter._name(node._endpoint)] = node
+    def started(self, node: SshNode, step: StepRecord) -> None:
+        self._running[node.formatter._name(node._endpoint)] = step
         if self._active and not self._handle:
             self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
     def done(self, result: Result) -> None:
         self._finished += 1
         self._failed += not result.ok
-        if node := self._names.pop(result.name, None):
-            self._running.pop(node, None)
+        self._moved += result.bytes_transferred
+        self._running.pop(result.name, None)
 
     def _tick(self) -> None:
         self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        names = fold_names(self._names) if len(self._names) <= 8 else ""
-        failed = f", {self._failed} failed" if self._failed else ""
-        moved = f", {_Progress.moved / 1e6:.1f} MB" if _Progress.moved else ""
-        _screen.show(f"[{self._finished}/{self._total} done{failed}, {len(self._names)} running{moved}] {names}".rstrip())
-
-    moved: ClassVar[int] = 0
+        text = f"{self._finished}/{self._total} done"
+        if self._failed:
+            text += f", {self._failed} failed"
+        text += f", {len(self._running)} running"
+        if moved := self._moved + sum(step.bytes_transferred for step in self._running.values()):
+            text += f", {moved / 1e6:.1f} MB at {moved / 1e6 / (time.monotonic() - self._begin):.1f} MB/s"
+        if 0 < len(self._running) <= 8:
+            text += f": {fold_names(self._running)}"
+        _screen.show(text)
 
     def finish(self) -> None:
         """Take it away."""
@@ -3892,6 +3929,8 @@ def _load_last(selector: str) -> list[str]:
     name, _, value = selector.partition("=")
     wanted = f"status {value}" if name == "rc" else f"signal {value}" if name == "signal" and value else selector
     return [target for target, outcome in entries if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # demo: a fleet of throw-away hosts in this process, to try anything with no machine at hand
 # ---------------------------------------------------------------------------------------------------------------
@@ -3991,6 +4030,8 @@ async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> A
                 _DemoServer.ports.discard(server.get_port())
                 server.close()
             await asyncio.gather(*(server.wait_closed() for server in servers))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # programs: apssh, appush and appull
 # ---------------------------------------------------------------------------------------------------------------
