@@ -708,7 +708,7 @@ class CaptureFormatter(Formatter):
 Key = Any  # asyncssh.SSHKey, an SSHKeyPair, a (key, certificate) pair, or an _AgentKey
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _AgentKey:
     """A key that an agent holds; signing goes through the agent, at each login."""
 
@@ -858,7 +858,7 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
 # known hosts: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _KnownKey:
     """One line of a known_hosts file."""
 
@@ -1099,7 +1099,7 @@ class _Trust:
 # ssh_config(5), answered by ssh itself
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _HostConfig:
     """What was configured for a host, as ``ssh -G`` tells it; None and () where ssh's default stands."""
 
@@ -1828,6 +1828,10 @@ class SshNode(_Node):
         via = f" through {self.gateway!r}" if self.gateway else ""
         return f"<SshNode {self.username}@{self.hostname}" + (f":{self.port}" if self.port != 22 else "") + f"{via}>"
 
+    def __del__(self) -> None:
+        if live := vars(self).get("_live"):  # a node that is forgotten once its loop has gone leaves no socket
+            live.drop()
+
     async def __aenter__(self) -> SshNode:
         await self.connect_lazy()
         return self
@@ -1897,7 +1901,6 @@ class SshNode(_Node):
             self._live = None
         if self._live is None:
             self._live = _Live(loop)
-            weakref.finalize(self, self._live.drop)  # a node that is forgotten leaves no socket
         return self._live
 
     async def _connected(self) -> _Link:
@@ -1968,13 +1971,15 @@ class SshNode(_Node):
                     route = _Route(self, clock, turns)
                     conn = await asyncssh.connect(
                         self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
-                        client_factory=lambda client=client: client, config=None, client_keys=[], agent_path=None,
+                        client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
                         agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
                         known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(), encryption_algs=CIPHERS,
                         compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
                         login_timeout=0, gss_host=None)
                     link = _Link(conn, client, route)
                     return link
+            except ConnectionFailedError as exc:
+                raise self._failure(exc) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
                 refused = isinstance(exc, asyncssh.PermissionDenied)
                 if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError) \
@@ -2066,9 +2071,11 @@ class SshNode(_Node):
                         feeder = asyncio.create_task(session.feed(stdin))
                     elif not self.guard:
                         session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
-                    await session.ended
-                except asyncssh.ChannelOpenError as exc:
-                    if link.alive and attempt < SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE and link.sessions > 1:
+                    await asyncio.wait([session.ended])  # not awaited itself: that would cancel it with us
+                except asyncssh.Error as exc:
+                    if not link.alive:
+                        raise self._lost(link, command) from None
+                    if attempt < SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE and link.sessions > 1:
                         link.limit = link.sessions - 1  # this server's MaxSessions is lower
                         continue
                     raise self._failure(exc) from None
@@ -2083,11 +2090,13 @@ class SshNode(_Node):
                     raise session.error
                 if session.status is None:
                     step.may_run = True
-                    why = f": {link.why}" if link.why else ""
-                    raise ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname,
-                                                kind="lost", command=command)
+                    raise self._lost(link, command)
                 return session.status
         raise AssertionError
+
+    def _lost(self, link: _Link, command: str) -> ConnectionFailedError:
+        why = f": {escape(str(link.why))}" if link.why else ""
+        return ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname, kind="lost", command=command)
 
     @staticmethod
     async def _open_channel(link: _Link, session: _Session, text: str, **options: Any) -> None:
@@ -2752,6 +2761,8 @@ class _Copy:
                 if os.path.isdir(source):
                     if not self.recurse:
                         raise TransferError("is a folder (recurse copies folders)")
+                    if Path(source).resolve() in [resolved := Path(target).resolve(), *resolved.parents]:
+                        raise TransferError("cannot be copied into itself")
                     await asyncio.to_thread(shutil.copytree, source, target, symlinks=not self.follow, dirs_exist_ok=True)
                     continue
                 temporary = self._temporary(target)
@@ -2862,7 +2873,7 @@ def _extra(module: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class StepRecord:
     """What is known of one step that ran: wall clock (``start_wall``, epoch) and monotonic seconds; ``kind`` None is a success."""
 
@@ -3492,7 +3503,7 @@ def _parse_target(text: str, login: str | None = None, port: int | None = None, 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Result:
     """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and ``error`` and ``kind`` (see ApsshError).
 

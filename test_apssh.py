@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import getpass
 import io
 import json
@@ -67,7 +68,7 @@ ME = getpass.getuser()
 # ---------------------------------------------------------------------------------------------------------------
 
 TESTBED = [host for host in os.environ.get("TESTBED_HOSTS", "").split(",") if host]
-testbed = pytest.mark.skipif(not TESTBED, reason="needs several real hosts: set TESTBED_HOSTS and TESTBED_KEY")
+on_testbed = pytest.mark.skipif(not TESTBED, reason="needs several real hosts: set TESTBED_HOSTS and TESTBED_KEY")
 _open_ports: set[int] = set()
 
 
@@ -141,7 +142,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key.write_private_key(folder / name)
         key.write_public_key(folder / f"{name}.pub")
     key = asyncssh.generate_private_key("ssh-ed25519")
-    key.write_private_key(folder / "encrypted", passphrase="secret", rounds=1)
+    key.write_private_key(folder / "encrypted", passphrase="secret", rounds=50)
     key.write_public_key(folder / "encrypted.pub")
     for path in folder.iterdir():
         path.chmod(0o600)
@@ -182,7 +183,7 @@ class Sshd:
                                        "/usr/lib/ssh/sftp-server") if os.path.exists(path)), "sftp-server")
         # sshd takes the home from the passwd file: sessions are moved to ours, and are else as plain as can be
         (folder / "session").write_text(f'#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n'
-                                        'exec "$SHELL" -c "$c"\n')
+                                        'exec "${SHELL##*/}" -c "$c"\n')
         (folder / "session").chmod(0o755)
         settings = {"ListenAddress": f"127.0.0.1:{self.port}", "HostKey": folder / "host_key", "AuthorizedKeysFile": folder / "authorized_keys",
                     "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no", "LogLevel": "VERBOSE",
@@ -339,3 +340,617 @@ def on_terminal(*argv: str, answer: bytes = b"", program: str = "apssh", columns
 
 def messages(completed: subprocess.CompletedProcess[bytes]) -> list[str]:
     return completed.stderr.decode().splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# text
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("plain é 名", "plain é 名"), ("a\nb", r"a\nb"), ("\x1b[31mred", r"\x1b[31mred"), ("\u202eevil", r"\u202eevil"), ("a\tb", "a\tb"),
+    ("\udcff", r"\xff"), ("\x9b2J", r"\x9b2J"), ("\u2028", r"\u2028"),
+])
+def test_escape(text: str, shown: str) -> None:
+    assert apssh.escape(text) == shown
+
+
+@pytest.mark.parametrize(("data", "shown"), [
+    (b"plain\ttext\n", b"plain\ttext\n"), (b"\x1b[1;31mcolour\x1b[0m\n", b"\x1b[1;31mcolour\x1b[0m\n"), (b"\x1b[2J\n", b"\\x1b[2J\n"),
+    (b"\x1b]0;title\x07\n", b"\\x1b]0;title\\x07\n"), (b"dos\r\n", b"dos\n"), (b"over\rwrite\n", b"over\\rwrite\n"),
+    ("é 名\n".encode(), "é 名\n".encode()), (b"\xff\n", b"\xff\n"), (b"\x9b2J\n", b"\\x9b2J\n"), (b"\xc2\x9b2J\n", b"\\x9b2J\n"),
+])
+def test_escape_bytes(data: bytes, shown: bytes) -> None:
+    assert apssh._escape_bytes(data) == shown
+
+
+@pytest.mark.parametrize(("text", "names"), [
+    ("node", ["node"]), ("node[1-3]", ["node1", "node2", "node3"]), ("n[08-11]", ["n08", "n09", "n10", "n11"]), ("n[1,3]", ["n1", "n3"]),
+    ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]), ("10.0.0.[1-2]", ["10.0.0.1", "10.0.0.2"]), ("[::1]:22", ["[::1]:22"]),
+    ("h[1-2].x.org", ["h1.x.org", "h2.x.org"]), ("2001:db8::1", ["2001:db8::1"]),
+])
+def test_ranges(text: str, names: list[str]) -> None:
+    assert apssh._expand_ranges(text) == names
+
+
+@pytest.mark.parametrize(("names", "folded"), [
+    (["b"], "b"), (["n3", "n1", "n2"], "n[1-3]"), (["n01", "n02", "n03", "n07"], "n[01-03,07]"), (["n1", "n01"], "n[1,01]"),
+    (["r1n1", "r1n2", "r2n1", "r2n2"], "r[1-2]n[1-2]"), (["::1", "n1"], "::1,n1"), (["n9", "n10"], "n[9-10]"), (["a", "b", "a"], "a,b"),
+    (["n098", "n099", "n100"], "n[098-100]"), (["10.0.0.1", "10.0.0.2"], "10.0.0.[1-2]"), ([], ""),
+])
+def test_fold_names(names: list[str], folded: str) -> None:
+    assert apssh.fold_names(names) == folded
+
+
+@given(st.sets(st.from_regex(r"[a-c]{1,2}[0-9]{0,3}(-[a-b][0-9]{1,3})?", fullmatch=True), min_size=1, max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_folding_is_the_inverse_of_ranges(names: set[str]) -> None:
+    assert {str(target) for target in apssh._parse_targets([apssh.fold_names(names)])} == names
+
+
+@pytest.mark.parametrize(("endpoints", "names"), [
+    ([("root", "box1", 22)], ["box1"]),
+    ([("root", "box1.a.org", 22), ("root", "box2.a.org", 22)], ["box1", "box2"]),
+    ([("root", "box1.a.org", 22), ("root", "box1.b.org", 22)], ["box1.a.org", "box1.b.org"]),
+    ([("root", "box1", 22), ("tester", "box1", 22)], ["root@box1", "tester@box1"]),
+    ([("root", "box1", 22), ("root", "box1", 2200)], ["box1:22", "box1:2200"]),
+    ([("root", "10.0.0.1", 22), ("root", "10.0.0.2", 22)], ["10.0.0.1", "10.0.0.2"]),
+    ([("root", "::1", 22)], ["::1"]), ([("root", "Box", 22), ("root", "box", 22)], ["root@Box:22~1", "root@box:22~2"]),
+    ([("root", "../../etc/x", 22)], ["_._.._etc_x"]), ([("root", "a/b", 22)], ["a_b"]), ([("root", "-rf", 22)], ["_rf"]),
+])
+def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> None:
+    assert apssh._distinct_names(endpoints) == names
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# formatters
+# ---------------------------------------------------------------------------------------------------------------
+
+BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
+
+
+def rendered(formatter: apssh.Formatter, lines: bytes, endpoint: apssh.Endpoint = BOX) -> bytes:
+    formatter._node_added(endpoint, verbose=False)
+    return formatter._render(endpoint, lines)
+
+
+@pytest.mark.parametrize(("template", "lines", "shown"), [
+    ("{host}:{linenl}", b"a\nb\n", b"box1:a\nbox1:b\n"), ("{fqdn} {user}{line}{nl}", b"a\n", b"box1.a.org root@a\n"),
+    ("{line}", b"a\n", b"a\n"), ("{line} at {host}", b"x\ny\n", b"x at box1\ny at box1\n"), ("{linenl}", b"as it is\n", b"as it is\n"),
+    ("{host} {line} {line}", b"twice\n", b"box1 twice twice\n"), ("{host}:{linenl}", b"{host} %H {nl}\n", b"box1:{host} %H {nl}\n"),
+    ("{host}%%{linenl}", b"a\n", b"box1%a\n"), ("no line", b"a\nb\n", b"no line\nno line\n"), ("{host}:{linenl}", b"\xff\n", b"box1:\xff\n"),
+])
+def test_templates(template: str, lines: bytes, shown: bytes) -> None:
+    assert rendered(apssh.TerminalFormatter(template), lines) == shown
+
+
+def test_template_times() -> None:
+    assert re.fullmatch(rb"\d\d-\d\d-\d\d:box1:x\n", rendered(apssh.TimeHostFormatter(), b"x\n"))
+    assert re.fullmatch(rb"\d\d:\d\d box1 x\n", rendered(apssh.TerminalFormatter("%H:%M {host} {linenl}"), b"x\n"))
+
+
+def test_template_unknown_field() -> None:
+    with pytest.raises(UsageError) as caught:
+        apssh.TerminalFormatter("{hots}:{line}")
+    assert str(caught.value) == ("unknown field {hots} in format '{hots}:{line}': the fields are "
+                                 "{time} {host} {fqdn} {user} {line} {linenl} {nl}")
+
+
+def test_columns_align() -> None:
+    formatter = apssh.HostFormatter()
+    formatter._node_added(BOX, verbose=False)
+    formatter._node_added(("root", "longer-name", 22), verbose=False)
+    assert rendered(formatter, b"a\n") == b"box1       :a\n"
+    assert rendered(formatter, b"a\n", ("root", "longer-name", 22)) == b"longer-name:a\n"
+
+
+def sunk(formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]) -> tuple[bytes, bytes]:
+    """What a command's chunks become on stdout and stderr."""
+    formatter._node_added(BOX, verbose=False)
+    sink = formatter._sink(BOX)
+    for data, datatype in pieces:
+        sink.data(data, datatype)
+    sink.end()
+    out, err = capfdbinary.readouterr()
+    return out, err
+
+
+def test_lines_are_whole(capfdbinary: Any) -> None:
+    pieces = [(b"one\ntw", None), (b"err", 1), (b"o\nthree", None), (b"or\n", 1)]
+    assert sunk(apssh.HostFormatter(), capfdbinary, *pieces) == (b"box1:one\nbox1:two\nbox1:three\n", b"box1:error\n")
+
+
+def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
+    data = bytes(range(256)) * 10
+    assert sunk(apssh.RawFormatter(), capfdbinary, (data[:1000], None), (data[1000:], None)) == (data, b"")
+
+
+def test_long_line_is_cut(capfdbinary: Any) -> None:
+    out, _ = sunk(apssh.HostFormatter(), capfdbinary, *[(b"x" * 65536, None)] * 40)
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert all(len(line) <= apssh.LINE_LIMIT + len("box1:") for line in lines)
+    assert sum(len(line) - len("box1:") for line in lines) == 40 * 65536
+
+
+def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
+    seen = []
+
+    class Mine(apssh.Formatter):
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            seen.append((line, datatype, hostname))
+
+    assert sunk(Mine(), capfdbinary, (b"a\nb\xff", None), (b"e\n", 1)) == (b"", b"")
+    assert seen == [("a\n", None, "box1.a.org"), ("e\n", apssh.EXTENDED_DATA_STDERR, "box1.a.org"), ("b\udcff\n", None, "box1.a.org")]
+
+
+def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
+    class Upper(apssh.HostFormatter):
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            super().line(line.upper(), datatype, hostname)
+
+    assert sunk(Upper(), capfdbinary, (b"a\n", None)) == (b"box1:A\n", b"")
+
+
+def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
+    formatter = apssh.SubdirFormatter(tmp_path / "run")
+    formatter._node_added(BOX, verbose=False)
+    formatter._started(BOX)
+    assert (tmp_path / "run" / "box1").read_bytes() == b""
+    assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e", 1), (b"b", None)) == (b"", b"")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {"box1": b"a\nb\n", "box1.err": b"e\n"}
+
+
+def test_subdir_formatter_begins_afresh_and_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "box1").symlink_to(tmp_path / "target")
+    with pytest.raises(OSError, match="symbolic link"):
+        sunk(apssh.SubdirFormatter(tmp_path), None, (b"x\n", None))
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_capture_formatter(capfdbinary: Any) -> None:
+    formatter = apssh.CaptureFormatter()
+    assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e\n", 1)) == (b"", b"e\n")
+    assert formatter.get_capture() == "a\n"
+    formatter.start_capture()
+    assert formatter.get_capture() == ""
+
+
+def test_held_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1024 * 1024)
+    held = apssh._HeldSink()
+    held.data(b"x" * 1024 * 1024, None)
+    with pytest.raises(ApsshError) as caught:
+        held.data(b"y", 1)
+    assert str(caught.value) == "more than 1 MiB of output to hold"
+    formatter = apssh.CaptureFormatter()
+    with pytest.raises(ApsshError, match="more than 1 MiB of output to hold"):
+        formatter._write(BOX, b"x" * (1024 * 1024 + 1), None)
+
+
+def test_events_are_silent_unless_asked(capfd: Any) -> None:
+    for verbose in (False, True):
+        formatter = apssh.Formatter(verbose=verbose)
+        formatter.connection_made("box", "root", True)
+        formatter.connection_made("box", "root", False)
+        formatter.auth_completed("box", "root")
+        formatter.session_start("box", "ls\x1b[2J")
+        formatter.session_stop("box", "ls")
+        formatter.sftp_start("box")
+        formatter.sftp_stop("box")
+        formatter.connection_lost("box", None, "root")
+        formatter.connection_lost("box", OSError("cut"), "root")
+        assert capfd.readouterr().err.splitlines() == ([
+            "box: connected as root", "box: connected as root, through a gateway", "box: logged in as root", r"box: starts: ls\x1b[2J",
+            "box: ended: ls", "box: SFTP session starts", "box: SFTP session ended", "box: connection closed",
+            "box: connection lost: cut"] if verbose else [])
+
+
+def test_stderr_line(capfd: Any) -> None:
+    apssh.HostFormatter().stderr_line("a word\n", "box")
+    assert capfd.readouterr() == ("", "box:a word\n")
+
+
+def test_output_to_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    apssh._screen.write(b"caf\xc3\xa9\n")
+    assert stream.getvalue() == "café\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the guard
+# ---------------------------------------------------------------------------------------------------------------
+
+# command lines whose exit status, outputs and reading by the shell must be those of plain ssh
+AS_PLAIN_SSH = [
+    "true", "exit 7", "false", "no-such-command-here", "echo one; echo two >&2; exit 3", "kill -TERM $$", "kill -KILL $$", "kill -HUP $$",
+    "sh -c 'kill -INT $$'", "cat", "wc -c", "read x; echo \"[$x]\"", "echo 'single' \"double\" $HOME", "echo a\\ b  c", "echo '!x' \\!",
+    "printf '%s\\n' \"a'b\" 'c\"d'", "echo $0", "echo $#", "cd /; pwd", "pwd", "echo ~", "umask", "echo {1..3} $((2 + 3))", "if true; then echo yes; fi",
+    "echo $(echo nested $(echo deep))", "x=5; echo $x ${x:-6}", "(exit 4)", "true | false", "false | true", "echo a && false || echo b",
+    "cat <<EOF\nhere $((1 + 1))\nEOF", "echo one\necho two", "printf 'no newline'", "printf '\\000\\377' | od -c", "trap 'echo bye' EXIT; echo hi",
+    "exec echo replaced", "test -t 0; echo $?", "test -t 1; echo $?", "echo é 名", "set | grep -c '^apssh'", "env | grep -c apssh",
+    "ps -o pgid= -p $$ | tr -d ' ' | grep -qx $$ && echo leader", "# only a comment", ": &", "sleep 0.1 & wait; echo waited", "echo -n; echo -e 'a\\tb'",
+    "ls -l /proc/self/fd | wc -l", "ulimit -c", "echo ${BASH_VERSION:+bash} $-", "seq 1 3 | while read i; do echo $i; done",
+]
+
+
+def plain_ssh(server: Sshd, keys: Path, command: str) -> tuple[int, bytes, bytes]:
+    done = subprocess.run(
+        ["ssh", "-F", "none", "-n", "-i", str(keys / "id_ed25519"), "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no", "-o",
+         "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-p", str(server.port), f"{ME}@127.0.0.1", command],
+        capture_output=True, check=False, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
+def same_as_plain_ssh(command: str, ours: apssh.Result, theirs: tuple[int, bytes, bytes]) -> None:
+    status, out, err = theirs
+    assert (ours.stdout_bytes, ours.stderr_bytes) == (out, err), command
+    if ours.signal:
+        assert status == 255, command  # all that ssh's own exit status tells of a signal
+    else:
+        assert ours.status == status, command
+
+
+def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
+    if not shutil.which("ssh"):
+        pytest.skip("no OpenSSH client (ssh) is installed here")
+
+    async def both() -> None:
+        formatter = apssh._HoldingFormatter()
+        node = sshd.node(formatter=formatter)
+        room = asyncio.Semaphore(4)
+
+        async def one(command: str) -> None:
+            async with room:
+                theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
+                held = apssh._HeldSink()
+                status = await node._execute(command, apssh.StepRecord(), sink=held)
+                result = apssh.Result("h", "u", 22, "h", "h", stdout_bytes=held.stdout(), stderr_bytes=held.stderr(), error=None)
+                result.status, result.signal = (status, None) if isinstance(status, int) else (None, status)
+                same_as_plain_ssh(command, result, theirs)
+
+        async with node:
+            await asyncio.gather(*map(one, AS_PLAIN_SSH))
+
+    run(both())
+
+
+ENDINGS = ["cancel", "timeout", "close", "abort"]
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
+    token = f"97{os.getpid()}{ENDINGS.index(how)}"
+    command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
+
+    async def main() -> None:
+        node = sshd.node()
+        task = asyncio.create_task(node.run(command, timeout=1.0 if how == "timeout" else None))
+        await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
+        if how == "cancel":
+            task.cancel()
+        elif how == "close":
+            await node.close()
+        elif how == "abort":
+            (await node.connect_lazy()).abort()
+        with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
+            await task
+        if how == "timeout":
+            assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
+        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+        await node.close()
+
+    run(main())
+
+
+def test_what_left_its_group_lives(sshd: Sshd) -> None:
+    token = f"98{os.getpid()}"
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert await node.run(f"nohup setsid sleep {token} >/dev/null 2>&1 & sleep 0.2; exit 0") == 0
+            assert await node.run(f"sleep {token}1 > /dev/null 2>&1 &") == 0
+
+    run(main())
+    assert len(processes(f"sleep {token}")) >= 2
+    subprocess.run(["pkill", "-f", f"^sleep {token}"], check=True)
+
+
+def test_without_the_guard(sshd: Sshd) -> None:
+    async def main() -> None:
+        async with sshd.node(guard=False) as node:
+            assert await node.run("cat; exit 5") == 5
+            assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
+            with pytest.raises(CommandFailedError):
+                await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
+
+    run(main())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# nodes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("hostname", "options", "message"), [
+    ("", {}, "'' is not a host name or an address"), ("a b", {}, "'a b' is not a host name or an address"),
+    ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"), ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
+    ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
+    ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"), ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
+])
+def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        SshNode(hostname, **options)
+    assert str(caught.value) == message
+
+
+def test_node_attributes() -> None:
+    gateway = SshNode("gw")
+    node = SshNode("box", username="me", port=2200, gateway=gateway)
+    assert (node.hostname, node.username, node.port, node.gateway, gateway.username) == ("box", "me", 2200, gateway, "root")
+    assert type(node.formatter) is apssh.HostFormatter
+    assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
+    assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
+    assert not node.is_connected() and not node.is_sftp_connected()
+
+
+def test_node_is_its_own_gateway() -> None:
+    node = SshNode("box")
+    node.gateway = node
+    with pytest.raises(UsageError) as caught:
+        run(node.run("true"))
+    assert str(caught.value) == "box: its gateway box is behind itself"
+
+
+def test_hundreds_of_nodes_open_no_file() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    nodes = [SshNode(f"box{number}") for number in range(500)]
+    assert len(os.listdir("/proc/self/fd")) == before and nodes
+
+
+def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert node.is_connected()
+            assert await node.run("echo out; echo err >&2; exit 3") == 3
+            assert await node.run("kill -TERM $$") == "TERM"
+            with pytest.raises(UsageError, match="an empty command"):
+                await node.run("  ")
+        assert not node.is_connected()
+
+    run(main())
+    assert capfd.readouterr() == ("127.0.0.1:out\n", "127.0.0.1:err\n")
+
+
+def test_first_uses_at_once_make_one_connection(sshd: Sshd) -> None:
+    before = sshd.logins()
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert await asyncio.gather(*(node.run("true") for _ in range(9))) == [0] * 9
+            assert sshd.connections() == 1
+
+    run(main())
+    assert sshd.logins() == before + 1
+
+
+def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
+    server = make_sshd(MaxSessions=3)
+
+    async def main() -> None:
+        async with server.node() as node:
+            assert await asyncio.gather(*(node.run("sleep 0.2") for _ in range(30))) == [0] * 30
+            assert server.connections() <= apssh.CONNECTIONS_PER_NODE
+
+    run(main())
+
+
+def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
+    server = make_sshd(MaxStartups="2:50:4")
+
+    async def main() -> None:
+        nodes = [server.node(timeout=60) for _ in range(25)]
+        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 25
+        await asyncio.gather(*(node.close() for node in nodes))
+
+    run(main())
+
+
+@pytest.mark.parametrize("hops", [2, 4])
+def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
+    servers = [make_sshd() for _ in range(hops)]
+
+    async def main() -> None:
+        gateway: SshNode | None = None
+        for server in servers[:-1]:
+            gateway = server.node(gateway=gateway)
+        nodes = [servers[-1].node(gateway=gateway) for _ in range(5)]
+        assert nodes[0].distance() == hops
+        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 5
+        assert [server.connections() for server in servers] == [1] * (hops - 1) + [5]
+        for node in (*nodes, *nodes[0]._hops()[:-1][::-1]):
+            await node.close()
+        await eventually_async(lambda: not any(server.connections() for server in servers))
+
+    run(main())
+
+
+def test_gateway_that_fails(sshd: Sshd) -> None:
+    port = free_port()
+
+    async def main() -> None:
+        node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert str(caught.value) == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
+        behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
+        with pytest.raises(ConnectionFailedError) as caught:
+            await behind.run("true")
+        assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
+        assert behind.gateway
+        await behind.gateway.close()
+
+    run(main())
+
+
+def failure_of(work: Coroutine[Any, Any, Any]) -> ApsshError:
+    with pytest.raises(ApsshError) as caught:
+        run(work)
+    return caught.value
+
+
+def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    assert str(failure_of(SshNode("127.0.0.1", port=port).run("true"))) == f"127.0.0.1: refused: nothing listens on port {port}"
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")))
+    assert str(failure_of(SshNode("no-such-host").run("true"))) == "no-such-host: dns: unknown host name"
+
+
+def test_refused_key(sshd: Sshd, keys: Path) -> None:
+    error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
+    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
+    assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
+
+
+@pytest.mark.parametrize("sends", [b"", b"SSH-2.0-stalls\r\n", b"banner that never ends\r\n"])
+def test_silent_servers_end_in_time(sends: bytes) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not reader.at_eof():
+            writer.write(sends)
+            await asyncio.wait([asyncio.ensure_future(reader.read(100))], timeout=0.1)
+
+    async def main() -> None:
+        async with raw_server(talk) as port:
+            begin = time.monotonic()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, timeout=0.5).run("true")
+            assert time.monotonic() - begin < 5
+            assert caught.value.host == "127.0.0.1"
+            if not sends:
+                assert str(caught.value) == "127.0.0.1: timeout: no connection within 0.5 s"
+
+    run(main())
+
+
+def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
+    async def main() -> None:
+        node = sshd.node()
+        task = asyncio.create_task(node.run("touch here; sleep 30"))
+        await eventually_async((sshd.home / "here").exists)
+        (await node.connect_lazy()).abort()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await task
+        assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
+        assert await node.run("true") == 0  # connects anew, by itself
+        await node.close()
+
+    run(main())
+
+
+def test_frozen_peer_is_found() -> None:
+    """A host that answers no more: keepalives tell."""
+    async def main() -> None:
+        frozen = asyncio.Event()
+
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection("127.0.0.1", inner)
+
+            async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                while data := await source.read(65536):
+                    if frozen.is_set():
+                        await asyncio.sleep(3600)
+                    sink.write(data)
+
+            try:
+                await asyncio.gather(pump(reader, back), pump(there, writer))
+            finally:
+                back.close()
+
+        async def sleeps(process: Any) -> None:
+            process.stdout.write(b"begun\n")
+            await process.channel.wait_closed()
+
+        async with ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner, raw_server(talk) as port:
+            node = SshNode("127.0.0.1", port=port, keepalive=0.3, guard=False, username=ME)
+            task = asyncio.create_task(node.run("anything"))
+            await eventually_async(lambda: node.is_connected())
+            frozen.set()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await task
+            assert caught.value.kind == "lost"
+            await node.close()
+
+    run(main())
+
+
+def test_loop_that_is_gone_leaves_nothing(sshd: Sshd) -> None:
+    node = sshd.node()
+    for _ in range(2):  # the second use drops the socket of the first and connects anew
+        assert asyncio.run(node.run("true")) == 0
+        eventually(lambda: sshd.connections() == 1)
+    asyncio.run(node.close())
+    eventually(lambda: sshd.connections() == 0)
+
+
+def test_node_that_is_forgotten_leaves_no_socket(sshd: Sshd) -> None:
+    assert asyncio.run(sshd.node().run("true")) == 0
+    gc.collect()
+    eventually(lambda: sshd.connections() == 0)
+
+
+def test_environment_and_terminal(sshd: Sshd, capfd: Any) -> None:
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.RawFormatter()) as node:
+            await Run("echo $FOO", env={"FOO": "a'b \"c\" $d\n!"}).co_run_remote(node)
+            await Run("test -t 1 && echo terminal", pty=True).co_run_remote(node)
+
+    run(main())
+    assert capfd.readouterr().out.replace("\r", "") == "a'b \"c\" $d !\nterminal\n"
+
+
+def test_methods_for_files(sshd: Sshd, home: Path) -> None:
+    async def main() -> None:
+        async with sshd.node() as node:
+            (home / "f").write_text("text")
+            await node.mkdir("a/b")
+            await node.mkdir("a/b")
+            await node.put_file_s(["f"], "a/b")
+            await node.get_file_s("a/b/f", "back")
+            await node.put_string_script("#!/bin/sh\nexit 4\n", "a/script")
+            assert await node.run("a/script") == 4
+            assert node.is_sftp_connected()
+            with pytest.raises(TransferError) as caught:
+                await node.mkdir("a/script/x")
+            assert str(caught.value).startswith("127.0.0.1: local: a/script/x: ")
+
+    run(main())
+    assert (home / "back").read_text() == "text"
+
+
+def test_local_node(home: Path, capfd: Any) -> None:
+    async def main() -> None:
+        node = LocalNode()
+        async with node:
+            assert (node.hostname, node.username, node.is_connected(), node.is_sftp_connected()) == ("LOCALNODE", ME, True, True)
+            assert repr(node) == "<LocalNode>"
+            await node.sftp_connect_lazy()
+            assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
+            assert await node.run("kill -KILL $$") == "KILL"
+            await node.mkdir("d/e")
+            await node.put_string_script("exit 5", "d/script")
+            assert await node.run("d/script") == 5
+            await node.put_file_s("d/script", "d/e/")
+            await node.get_file_s("d/e", "f", recurse=True)
+            with pytest.raises(TransferError) as refused:
+                await node.get_file_s(["d"], "d/e", recurse=True)
+            assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
+            with pytest.raises(CommandFailedError) as caught:
+                await node.run("sleep 30", timeout=0.2)
+            assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
+
+    run(main())
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == ["d/e", "d/e/script", "d/script"]
+    assert (home / "f" / "script").read_text() == "exit 5"
+    assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
