@@ -38,9 +38,12 @@ import fnmatch
 import functools
 import getpass
 import glob
+import graphlib
 import hashlib
 import hmac
+import html
 import importlib
+import inspect
 import io
 import ipaddress
 import itertools
@@ -60,8 +63,11 @@ import stat
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
+import traceback
+import unicodedata
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,12 +80,14 @@ import asyncssh
 __version__ = "1.0.0"
 
 __all__ = [
-    "EXTENDED_DATA_STDERR", "AbstractCommand", "ApsshError", "Capture", "CaptureFormatter", "CommandFailedError", "ConnectionFailedError",
-    "Deferred", "Formatter", "HostFormatter", "HostKeyError", "LocalNode", "Pull", "Push", "RawFormatter", "Result", "Run", "RunScript",
-    "RunString", "Service", "SshJob", "SshNode", "SshProxy", "StepRecord", "SubdirFormatter", "TerminalFormatter", "TimeHostFormatter",
-    "TransferError", "UndefinedVariableError", "UsageError", "Variables", "close_ssh_in_scheduler", "co_close_ssh_in_scheduler",
-    "co_pull", "co_push", "co_run", "demo_fleet", "escape", "fold_names", "import_private_key", "load_agent_keys", "load_private_keys",
-    "main", "main_pull", "main_push", "pull", "push", "run",
+    "EXTENDED_DATA_STDERR", "AbstractCommand", "ApsshError", "Capture", "CaptureFormatter", "CommandFailedError",
+    "ConnectionFailedError", "Deferred", "Formatter", "HostFormatter", "HostKeyError", "LocalNode", "Pull", "Push", "RawFormatter",
+    "Result", "Run", "RunScript", "RunString", "ScenarioError", "Service", "SshJob", "SshNode", "SshProxy", "StepRecord",
+    "SubdirFormatter", "TerminalFormatter", "TimeHostFormatter", "TransferError", "UndefinedVariableError", "UsageError", "Variables",
+    "YamlLoader", "close_ssh_in_scheduler", "co_close_ssh_in_scheduler", "co_pull", "co_push", "co_run", "demo_fleet", "escape",
+    "fold_names", "import_private_key", "load_agent_keys", "load_private_keys", "main", "main_pull", "main_push", "pull", "push",
+    "recording", "run", "run_record", "save_record", "timeline_as_svgfile", "timeline_as_text", "topology_as_dotfile",
+    "topology_as_pngfile", "topology_dot", "topology_graph",
 ]
 
 EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
@@ -1061,9 +1069,10 @@ class _Trust:
 
     def check(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError unless this plain key may be the host's."""
+        self._node._host_key_shown = _fingerprint(key.get_algorithm(), key.public_data)
         if self.policy == "no":
             return
-        shown = _fingerprint(key.get_algorithm(), key.public_data)
+        shown = self._node._host_key_shown
         if any(each.blob == key.public_data for each in self._marked("@revoked")):
             raise self._error(f"its key {shown} is revoked in {self._marked('@revoked')[0].file}")
         known = [each for each in self._keys if not each.marker]
@@ -1713,6 +1722,7 @@ class _Node:
     formatter: Formatter
     verbose: bool | None
     guard = True
+    _host_key_shown: str | None = None
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -1817,6 +1827,7 @@ class SshNode(_Node):
         self._configured_policy: str | None = None
         self._host_key_alias: str | None = None
         self._hash_names = False
+        self._host_key_shown: str | None = None  # the fingerprint that it presented last
         self._agent_path: str | None = None
         self._configured_keys: tuple[str, ...] = ()
         self._certificates: tuple[str, ...] = ()
@@ -2211,6 +2222,35 @@ class _Live:
                 link.drop()
 
 
+class _LocalProcess(asyncio.SubprocessProtocol):
+    """One command of this machine: bytes to the sink as they come, its end, and what broke."""
+
+    def __init__(self, sink: _Sink, step: StepRecord) -> None:
+        self._sink, self._step = sink, step
+        self.ended, self.broken = (asyncio.get_running_loop().create_future() for _ in range(2))
+        self._open = 3  # its two outputs, and itself; stdin is ours to close
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        if fd == 2:
+            self._step.bytes_err += len(data)
+        else:
+            self._step.bytes_out += len(data)
+        try:
+            if not self.broken.done():
+                self._sink.data(data, EXTENDED_DATA_STDERR if fd == 2 else None)
+        except Exception as exc:
+            self.broken.set_exception(exc)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd:
+            self.process_exited()
+
+    def process_exited(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self.ended.set_result(None)
+
+
 class LocalNode(_Node):
     """This machine, with the same commands: through /bin/sh, in the program's current folder; Push and Pull are plain copies."""
 
@@ -2261,30 +2301,19 @@ class LocalNode(_Node):
     async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
                        env: Mapping[str, str] | None = None, folder: str = "", quiet: bool = False, pty: bool = False) -> int | str:
         """A process group of its own, under the same guard as over there: closing its stdin ends it."""
-        process = await asyncio.create_subprocess_exec(
-            "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet), env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdin and process.stdout and process.stderr
-
-        async def pump(stream: asyncio.StreamReader, datatype: int | None) -> None:
-            while data := await stream.read(SESSION_WINDOW):
-                if datatype:
-                    step.bytes_err += len(data)
-                else:
-                    step.bytes_out += len(data)
-                sink.data(data, datatype)
-
+        transport, process = await asyncio.get_running_loop().subprocess_exec(
+            lambda: _LocalProcess(sink, step), "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet),
+            env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True)
         try:
-            async with asyncio.timeout(timeout), asyncio.TaskGroup() as group:
-                group.create_task(pump(process.stdout, None))
-                group.create_task(pump(process.stderr, EXTENDED_DATA_STDERR))
-            status = await process.wait()
-        except BaseExceptionGroup as exc:
-            raise exc.exceptions[0] from None
+            async with asyncio.timeout(timeout):
+                await asyncio.wait([process.ended, process.broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            process.stdin.close()
-            if process.returncode is None:
-                await asyncio.wait([asyncio.ensure_future(process.wait())], timeout=5)
+            cast("asyncio.WriteTransport", transport.get_pipe_transport(0)).close()
+            await asyncio.wait([process.ended], timeout=5)
+            transport.close()
+        if process.broken.done():
+            process.broken.result()
+        status = transport.get_returncode() or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
     async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
@@ -3323,6 +3352,446 @@ def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None
     asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
 
 
+def _node_label(node: SshNode | LocalNode) -> str:
+    port = None if node.port == 22 else node.port
+    return "Local Node" if isinstance(node, LocalNode) else _endpoint_text(node.hostname, node.username, port)
+
+
+def _natural(text: str) -> list[str | int]:
+    """A key that sorts node2 before node10."""
+    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", text))]
+
+
+def _numbered_nodes(scheduler: Any) -> list[SshNode | LocalNode]:
+    """The nodes of a scheduler's jobs, gateways included, sorted by name; this machine comes once, first."""
+    nodes = {id(node): node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode) for node in job.node._hops()}
+    local = [job.node for job in _ssh_jobs(scheduler) if isinstance(job.node, LocalNode)]
+    return [*local[:1], *sorted(nodes.values(), key=lambda node: (_natural(_node_label(node)), node.distance()))]
+
+
+def topology_dot(scheduler: Any) -> str:
+    """Graphviz source of which node is the gateway of which, from this machine (``Local Node``) outwards."""
+    nodes = [node for node in _numbered_nodes(scheduler) if isinstance(node, SshNode)]
+    names = {id(None): "local", **{id(node): f"n{number}" for number, node in enumerate(nodes, 1)}}
+    lines = ["digraph topology {", "  rankdir=LR;", '  local [label="Local Node" shape=box];']
+    for node in nodes:
+        label = _clean(_node_label(node)).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
+        lines += [f'  {names[id(node)]} [label="{label}"];', f"  {names[id(node.gateway)]} -> {names[id(node)]};"]
+    return "\n".join([*lines, "}", ""])
+
+
+def topology_graph(scheduler: Any) -> Any:
+    """The same as a ``graphviz.Source``, that notebooks show. Raises UsageError without the Python package graphviz."""
+    try:
+        return importlib.import_module("graphviz").Source(topology_dot(scheduler))
+    except ImportError:
+        raise UsageError("topology_graph needs the Python package graphviz: pip install graphviz") from None
+
+
+def topology_as_dotfile(scheduler: Any, filename: str | os.PathLike[str]) -> None:
+    """Write ``topology_dot`` into this very file."""
+    with open(filename, "w", encoding="utf-8") as file:
+        file.write(topology_dot(scheduler))
+
+
+def topology_as_pngfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
+    """Write ``filename.dot`` and ``filename.png``; the name of the second. Raises UsageError where there is no ``dot`` program."""
+    source, png = (f"{os.fspath(filename)}.{suffix}" for suffix in ("dot", "png"))
+    topology_as_dotfile(scheduler, source)
+    try:
+        subprocess.run(["dot", "-Tpng", "-o", os.path.abspath(png), os.path.abspath(source)], check=True, capture_output=True)
+    except FileNotFoundError:
+        raise UsageError(f"no dot program to draw {_brief(png)} with: install graphviz") from None
+    except subprocess.CalledProcessError as exc:
+        raise ApsshError(f"dot cannot draw {_brief(png)}: {_brief(exc.stderr.decode(errors='replace').strip())}") from None
+    return png
+
+
+def _walk(scheduler: Any, parent: Any = None) -> Iterator[tuple[Any, Any]]:
+    """All jobs in the order that gives them their numbers, each with the nested scheduler it is in."""
+    for job in list(scheduler.topological_order()):
+        yield job, parent
+        if isinstance(job, asynciojobs.PureScheduler):
+            yield from _walk(job, job)
+
+
+def _job_state(job: Any) -> tuple[str, str | None]:
+    """idle, waiting (for a slot of the window), running, ok, failed or cancelled; and why."""
+    steps = job.records if isinstance(job, SshJob) else []
+    if not job.is_done():
+        if steps[-1].kind == "cancelled" if steps else job.is_running() and asyncio._get_running_loop() is None:
+            return "cancelled", None
+        return "running" if job.is_running() else "waiting" if job.is_scheduled() else "idle", None
+    if exc := job.raised_exception():
+        return "failed", str(exc) if isinstance(exc, ApsshError) else f"{type(exc).__name__}: {exc}"
+    if isinstance(job, SshJob) and (result := job.result()):
+        return "failed", str(result) if isinstance(result, ApsshError) else next((step.error for step in steps[::-1] if step.error), None)
+    if isinstance(job, asynciojobs.PureScheduler) and not job.result():
+        return "failed", str(job.why())
+    return "ok", None
+
+
+def _wall(epoch: float | None) -> str | None:
+    return None if epoch is None else datetime.datetime.fromtimestamp(epoch).astimezone().isoformat(timespec="milliseconds")
+
+
+def run_record(scheduler: Any) -> dict[str, Any]:
+    """What is known of a run, at any moment of it, ready for JSON.
+
+    ``versions``; ``started`` and ``ended`` (ISO 8601; ``_epoch``: seconds; None when no step ran); ``nodes``; ``jobs`` in the
+    scheduler's order, those of nested schedulers (``parent``) included, with state, error, requirements and the StepRecords as
+    ``steps``, whose start and end are seconds of one monotonic clock. Jobs that are no SshJob have neither node nor steps.
+    """
+    nodes = _numbered_nodes(scheduler)
+    places: dict[int, int | None] = {id(node): number for number, node in enumerate(nodes, 1)}
+    walk = list(_walk(scheduler))
+    numbers = {id(job): number for number, (job, _) in enumerate(walk, 1)}
+    jobs: list[dict[str, Any]] = []
+    for job, parent in walk:
+        state, error = _job_state(job)
+        ssh = isinstance(job, SshJob)
+        label = job.label or (job.text_label().removeprefix(f"{job._where()}: ") if ssh else job.text_label()) or type(job).__name__
+        jobs.append({
+            "id": numbers[id(job)], "parent": numbers.get(id(parent)), "type": type(job).__name__, "label": str(label),
+            "node": (1 if isinstance(job.node, LocalNode) else places[id(job.node)]) if ssh else None,
+            "critical": bool(job.critical), "forever": bool(job.forever), "state": state, "error": error,
+            "requirements": sorted(numbers[id(each)] for each in job.required if id(each) in numbers),
+            "steps": [dataclasses.asdict(step) for step in job.records] if ssh else []})
+    steps = [step for job in jobs for step in job["steps"] if step["start"] is not None]
+    started = min((step["start_wall"] for step in steps), default=None)
+    ended = max((step["start_wall"] + step["end"] - step["start"] if step["end"] else time.time() for step in steps), default=None)
+    return {
+        "versions": {"apssh": __version__, "asyncssh": asyncssh.__version__, "asynciojobs": asynciojobs.__version__,
+                     "python": sys.version.split()[0]},
+        "started": _wall(started), "started_epoch": started, "ended": _wall(ended), "ended_epoch": ended,
+        "nodes": [{"id": places[id(node)], "label": _node_label(node), "hostname": node.hostname, "username": node.username,
+                   "port": node.port, "gateway": places.get(id(node.gateway)), "host_key": node._host_key_shown}
+                  for node in nodes],
+        "jobs": jobs}
+
+
+def save_record(scheduler: Any, path: str | os.PathLike[str]) -> None:
+    """Write ``run_record`` as JSON, for its owner's eyes only (commands may hold secrets); the file is whole at any time."""
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".record-")
+    try:
+        with open(handle, "w", encoding="ascii") as file:
+            json.dump(run_record(scheduler), file, indent=1, default=str)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@contextlib.contextmanager
+def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
+    """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an exception and Ctrl-C too."""
+    try:
+        yield
+    finally:
+        save_record(scheduler, path)
+
+
+def _clean(text: Any, most: int = 10_000) -> str:
+    """A text on one line, without characters that a picture or a terminal cannot show."""
+    line = re.sub(f"[{_CONTROLS}\t\ufffe\uffff]+", " ", str(text)).strip()
+    return line if len(line) <= most else line[:most - 1] + "…"
+
+
+def _cells(text: str) -> int:
+    """The columns it takes on a terminal."""
+    return sum((unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char)) for char in text)
+
+
+def _fit(text: str, cells: int) -> str:
+    """The text in exactly so many columns."""
+    if _cells(text) > cells:
+        while text and _cells(text) >= cells:
+            text = text[:-1]
+        text += "…" * (cells > 0)
+    return text + " " * (cells - _cells(text))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 59.95:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    parts = (minutes // 60, "h"), (minutes % 60, "min"), (rest, "s")
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+
+
+def _tick(span: float) -> float:
+    """Seconds between two marks of a time axis: a round number, for ten of them at most."""
+    steps = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)][:-2]
+    steps += [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200]
+    return next((step for step in steps if span / step <= 10), 86400 * (span // 864000 + 1))
+
+
+@dataclasses.dataclass
+class _Bar:
+    """A step in a picture; times in seconds since the first one began."""
+
+    start: float
+    end: float
+    state: str
+    outcome: str
+    label: str
+    details: list[str]
+
+
+class _Timeline:
+    """When and where things happened in a recorded run: what its pictures show.
+
+    ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs that do not overlap; ``before``: job to the jobs it waited
+    for, seen through nested schedulers and jobs without times; ``ready``: job to the time when it had all that it requires.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.jobs: dict[int, dict[str, Any]] = {job["id"]: job for job in record["jobs"]}
+        self.nodes: dict[int, dict[str, Any]] = {node["id"]: node for node in record["nodes"]}
+        steps = [step for job in record["jobs"] for step in job["steps"]]
+        zero = min((step["start"] for step in steps), default=0.0)
+        self.span: float = max([0.001, *(step["end"] - zero for step in steps if step["end"] is not None)])
+        if any(step["end"] is None for step in steps):
+            self.span = max(self.span, record["ended_epoch"] - record["started_epoch"])
+        self.bars = {number: [self.bar(job, step, zero) for step in job["steps"]] for number, job in self.jobs.items() if job["steps"]}
+        self.times = {number: (bars[0].start, bars[-1].end) for number, bars in self.bars.items()}
+        self.rows: dict[int, list[list[int]]] = {node: [] for node in sorted(
+            {job["node"] for job in record["jobs"] if job["node"]}, key=lambda node: (_natural(self.gateway(node)), node))}
+        for number in sorted(self.times, key=lambda number: self.times[number]):
+            rows = self.rows[self.jobs[number]["node"]]
+            row = next((row for row in rows if self.times[row[-1]][1] <= self.times[number][0]), None)
+            rows.append([number]) if row is None else row.append(number)
+        self.nested: dict[int, list[int]] = {}
+        for number, job in self.jobs.items():
+            self.nested.setdefault(job["parent"], []).append(number)
+        self.before: dict[int, set[int]] = {}
+        for number, job in sorted(self.jobs.items()):  # what a job requires, and what it is in, come before it
+            self.before[number] = (set().union(*map(self.last, job["requirements"])) if job["requirements"]
+                                   else self.before.get(job["parent"], set()))
+        self.ready = {number: max(self.times[each][1] for each in self.before[number]) for number in self.times if self.before[number]
+                      and all(each in self.times or each in self.nested for each in self.jobs[number]["requirements"])}
+        states = [job["state"] for job in record["jobs"]]
+        counts = [f"{states.count(state)} {state}".replace("idle", "never ran")
+                  for state in ("ok", "failed", "cancelled", "running", "waiting", "idle") if state in states]
+        when = [record["started"][:19].replace("T", " "), _duration(self.span)] if self.times else []
+        sizes = (f"{size} {noun}{'s' * (size != 1)}" for size, noun in ((len(states), "job"), (len(self.rows), "node")))
+        self.heading = ": ".join(filter(None, [" on ".join(sizes), ", ".join(counts + when)]))
+
+    def bar(self, job: Mapping[str, Any], step: Mapping[str, Any], zero: float) -> _Bar:
+        start, end = step["start"] - zero, self.span if step["end"] is None else step["end"] - zero
+        kind, status = step["kind"], step["status"]
+        outcome = "running" if step["end"] is None else {None: "ok", "status": f"status {status}", "signal": str(status)}.get(kind, kind)
+        state = outcome if outcome in ("running", "ok", "cancelled") else "failed"
+        why = step["error"] if state == "failed" else f"status {status}" if state == "ok" else ""
+        sizes = (f"{step[f'bytes_{name}']:,} bytes {name}" for name in ("out", "err", "transferred") if step[f"bytes_{name}"])
+        label = job["label"] if len(job["steps"]) == 1 else step["label"]
+        return _Bar(start, end, state, outcome, _clean(label), [
+            self.name(job), *dict.fromkeys((step["label"], step["command"])), f"{state}: {why}".rstrip(": "),
+            f"{_duration(end - start)}, from {_duration(start)}", ", ".join(sizes)])
+
+    def last(self, number: int) -> set[int]:
+        """The jobs that end when this one does."""
+        inner = self.nested.get(number, [])
+        if number in self.times or not inner:
+            return {number} if number in self.times else self.before[number]
+        required = {each for other in inner for each in self.jobs[other]["requirements"]}
+        return set().union(*(self.last(other) for other in inner if other not in required))
+
+    def gateway(self, node: int) -> str:
+        gateway = self.nodes[node]["gateway"]
+        return _clean(self.nodes[gateway]["label"]) if gateway else ""
+
+    def name(self, job: Mapping[str, Any]) -> str:
+        return f"{job['label']} ({self.nodes[job['node']]['label']})" if job["node"] else str(job["label"])
+
+
+_SVG_WIDTH = 1200
+_SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1:.0f}" viewBox="0 0 {0} {1:.0f}">
+<style>
+text {{ font: {2}px Helvetica, Arial, sans-serif; fill: #1a1a1a }}
+text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold }} text.group {{ font-style: italic; fill: #444 }}
+.lane {{ fill: #f1f3f5 }} .page, .odd {{ fill: #fff }} .plate {{ fill: #fafbfc; opacity: 0.8 }} .grid {{ stroke: #d5d9dd }}
+.bar {{ stroke: #1a1a1a; stroke-width: 0.5 }} .ok {{ fill: #8fc8eb }} .failed {{ fill: #d55e00; stroke-width: 1 }}
+.cancelled {{ fill: url(#cancelled) }} .running {{ fill: #fff; stroke: #0060a0; stroke-width: 1.2; stroke-dasharray: 4 2 }}
+.wait {{ fill: url(#wait) }} .mark {{ stroke: #000; stroke-width: 1.5; fill: none }} .halo {{ stroke: #fff; stroke-width: 4; fill: none }}
+.arrow {{ stroke: #6b5b95; stroke-width: 1; fill: none; marker-end: url(#head) }} .pale {{ stroke-width: 0.6; opacity: 0.45 }}
+</style>
+<defs>
+<pattern id="cancelled" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M0 0H6V6H0Z" fill="#f5e88a"/>
+<path d="M0 6L6 0" stroke="#8a7a00"/></pattern>
+<pattern id="wait" width="4" height="4" patternUnits="userSpaceOnUse"><path d="M0 0V4" stroke="#8a9099" stroke-width="2"/></pattern>
+<marker id="head" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z" fill="#6b5b95"/></marker>
+</defs>
+<rect class="page" width="100%" height="100%"/>
+"""
+
+
+def _tag(name: str, class_: str, content: str = "", **attributes: Any) -> str:
+    texts = {key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0") for key, value in attributes.items()}
+    shown = "".join(f' {key}="{text}"' for key, text in texts.items())
+    return f'<{name} class="{class_}"{shown}>{content}</{name}>'
+
+
+def _title(lines: Iterable[str]) -> str:
+    """A text that shows when the pointer is on its element."""
+    return "<title>" + "\n".join(html.escape(_clean(line, 500)) for line in lines if line) + "</title>"
+
+
+class _Picture:
+    """The SVG of a timeline, in layers of elements; ``y`` is where the next row goes."""
+
+    def __init__(self, line: _Timeline) -> None:
+        self.line = line
+        self.height, self.font = (22, 11) if sum(max(1, len(rows)) for rows in line.rows.values()) <= 40 else (14, 9)
+        self.glyph = self.font * 0.6  # the width of a character, rather more than less
+        self.left = max((len(_clean(line.nodes[node]["label"], 34)) for node in line.rows), default=0) * self.glyph + 22
+        self.scale = (_SVG_WIDTH - self.left - 24) / line.span
+        self.layers: dict[str, list[str]] = {name: [] for name in ("back", "arrows", "bars", "front")}
+        self.middle: dict[int, float] = {}  # of a job's row
+        self.y = 92.0
+
+    def x(self, seconds: float) -> float:
+        return self.left + seconds * self.scale
+
+    def add(self, layer: str, *tag: Any, **attributes: Any) -> None:
+        self.layers[layer].append(_tag(*tag, **attributes))
+
+    def text(self, x: float, text: str, class_: str = "row", y: float | None = None, **attributes: Any) -> None:
+        middle = self.y + self.height / 2 + self.font * 0.36
+        self.add("front", "text", class_, html.escape(_clean(text)), x=x, y=middle if y is None else y, **attributes)
+
+    def draw(self) -> str:
+        top, group = self.y, ""
+        for number, node in enumerate(self.line.rows):
+            if (gateway := self.line.gateway(node)) != group:
+                group = gateway
+                self.text(8, f"behind {gateway}", "group")
+                self.y += self.height
+            self.lane(node, "lane odd" if number % 2 else "lane")
+        self.arrows()
+        self.frame(top)
+        return "\n".join([_SVG_HEAD.format(_SVG_WIDTH, self.y + 10, self.font), *itertools.chain(*self.layers.values()), "</svg>", ""])
+
+    def lane(self, node: int, class_: str) -> None:
+        rows, label = self.line.rows[node] or [[]], self.line.nodes[node]["label"]
+        self.add("back", "rect", class_, _title([label]), x=4, y=self.y, width=_SVG_WIDTH - 8, height=self.height * len(rows))
+        self.text(10, _clean(label, 34))
+        for row in rows:
+            edge = self.left
+            for number, after in itertools.zip_longest(row, row[1:]):
+                edge = self.job(number, edge, self.x(self.line.times[after][0]) if after else _SVG_WIDTH - 6.0)
+            self.y += self.height
+
+    def job(self, number: int, before: float, after: float) -> float:
+        """Its wait and its bars, in the room from before to after; where the last bar ends."""
+        self.middle[number] = self.y + self.height / 2
+        start, ready = self.line.times[number][0], self.line.ready.get(number)
+        if ready is not None and (waited := self.x(start) - (since := max(self.x(ready), before))) > 2:
+            title = _title([self.line.name(self.line.jobs[number]), f"waited {_duration(start - ready)} after its last requirement"])
+            self.add("bars", "rect", "wait", title, x=since, y=self.middle[number] - 2, width=waited, height=4)
+        for bar, following in itertools.zip_longest(self.line.bars[number], self.line.bars[number][1:]):
+            before = self.bar(bar, self.x(following.start) if following else after)
+        return before
+
+    def bar(self, bar: _Bar, after: float) -> float:
+        x, width = self.x(bar.start), max((bar.end - bar.start) * self.scale, 1.5)
+        size = {"y": self.y + 2, "height": self.height - 4}
+        self.add("bars", "rect", f"bar {bar.state}", _title(bar.details), x=x, width=width, **size)
+        label, inside, beside = _clean(bar.label, 60), 3.0, 4.0
+        if bar.state == "failed":
+            inside, beside = 13.0, max(4.0, 8 - width / 2)
+            self.cross(x + (7 if width > 14 else width / 2), self.y + self.height / 2, halo=width <= 14)
+        needed = _cells(label) * self.glyph + 3
+        if inside + needed <= width:
+            self.text(x + inside, label)
+        elif x + width + beside + needed <= after:
+            self.add("bars", "rect", "plate", x=x + width + 1, width=beside + needed, **size)
+            self.text(x + width + beside, label)
+        return x + width
+
+    def cross(self, x: float, y: float, *, halo: bool = False) -> None:
+        for class_ in ["halo"] * halo + ["mark"]:
+            self.add("front", "path", class_, d=f"M{x - 3:.1f} {y - 3:.1f}l6 6m-6 0l6 -6")
+
+    def arrows(self) -> None:
+        """From what a job required: pale but for the last one to end; with many jobs, that one only."""
+        many = len(self.middle) > 60
+        for number, y2 in self.middle.items():
+            before = sorted(self.line.before[number], key=lambda job: self.line.times[job][1])
+            for each in before[-1:] if many else before:
+                x1, x2, y1 = self.x(self.line.times[each][1]), self.x(self.line.times[number][0]), self.middle[each]
+                bend = max(10.0, (x2 - x1) / 2)
+                self.add("arrows", "path", "arrow pale" if many or each != before[-1] else "arrow",
+                         d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}")
+
+    def frame(self, top: float) -> None:
+        """The time axis, the legend, and at the bottom what has no bar."""
+        step, bottom = _tick(self.line.span), [self.y + 14] * (self.y > 700)
+        for number in range(int(self.line.span / step + 1e-9) + 1):
+            x = self.x(number * step)
+            self.add("back", "path", "grid", d=f"M{x:.1f} {top - 4:.1f}V{self.y:.1f}")
+            for y in [top - 8, *bottom]:
+                self.text(x, _duration(number * step), "small", y, style="text-anchor: middle")
+        self.text(10, self.line.heading, "head", 24)
+        x = 10.0
+        for class_, text in (("bar ok", "ok"), ("bar failed", "failed"), ("bar cancelled", "cancelled"), ("bar running", "running"),
+                             ("wait", "waited after its requirements"),
+                             ("arrow", "last requirement to end" if len(self.middle) > 60 else "requirement")):
+            thick = 14 if "bar" in class_ else 4
+            if class_ == "arrow":
+                self.add("back", "path", f"key {class_}", d=f"M{x:.1f} 48H{x + 22:.1f}")
+            else:
+                self.add("back", "rect", f"key {class_}", x=x, y=48 - thick / 2, width=22, height=thick)
+            if text == "failed":
+                self.cross(x + 11, 48)
+            self.text(x + 28, text, "small", 52)
+            x += 52 + len(text) * 6
+        self.y += 20 if bottom else 6
+        others = [job for number, job in self.line.jobs.items() if number not in self.line.times and number not in self.line.nested]
+        for heading, states in (("Never ran", {"idle", "waiting"}), ("Times not known", {"ok", "failed", "cancelled", "running"})):
+            names = sorted((_clean(self.line.name(job), 60) for job in others if job["state"] in states), key=_natural)
+            for line in textwrap.wrap(f"{heading}: {', '.join(names)}", int(_SVG_WIDTH / 6.8), max_lines=40) if names else ():
+                self.y += 15
+                self.text(10, line, "small", self.y)
+
+
+def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
+    """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is added unless it is there).
+
+    ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob has no times, hence no bar.
+    """
+    name = os.fspath(filename).removesuffix(".svg") + ".svg"
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(_Picture(_timeline(scheduler)).draw())
+    return name
+
+
+def _timeline(scheduler: Any) -> _Timeline:
+    return _Timeline(scheduler if isinstance(scheduler, Mapping) else run_record(scheduler))
+
+
+def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
+    """The same for a terminal: a line for each step, by node and start, none longer than ``columns``."""
+    line = _timeline(scheduler)
+    table: list[tuple[str, _Bar]] = []
+    for node, rows in line.rows.items():
+        numbers = sorted(itertools.chain(*rows), key=lambda number: line.times[number])
+        idle = [_Bar(0, 0, "", "never ran", label, []) for label in sorted(
+            (_clean(job["label"]) for number, job in line.jobs.items() if job["node"] == node and number not in line.times), key=_natural)]
+        table += [(_clean(line.nodes[node]["label"]), bar) for bar in [*itertools.chain(*(line.bars[number] for number in numbers)), *idle]]
+    hosts = min(max((_cells(host) for host, _ in table), default=0), columns // 5)
+    labels = min(max((_cells(bar.label) for _, bar in table), default=0), columns // 4)
+    width = max(columns - hosts - labels - 25, 1)
+    lines = [line.heading, " " * hosts + " " + _fit(f"|{_duration(line.span).rjust(width - 2)}|", width)]
+    for host, bar in table:
+        first = min(int(bar.start / line.span * width), width - 1)
+        full, rest = divmod(max(1, min(round((bar.end - bar.start) / line.span * width * 8), (width - first) * 8)), 8)
+        shown = " " * first + "█" * full + ("", *"▏▎▍▌▋▊▉")[rest] if bar.state else ""
+        seconds = _duration(bar.end - bar.start) if bar.state else ""
+        lines.append(" ".join([_fit(host, hosts), _fit(shown, width), _fit(seconds, 11), _fit(bar.outcome, 10), _fit(bar.label, labels)]))
+    return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # services: units of the remote systemd
 # ---------------------------------------------------------------------------------------------------------------
@@ -3380,6 +3849,311 @@ class Service:
         """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
         words = [f"journalctl --no-pager --unit={self.service_id}.service"] + ([f"--since={shlex.quote(since)}"] if since else [])
         return self._run(label, "journal", tuple(words), keywords)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# scenarios: nodes and jobs from a YAML file; a mistake is told with its place
+# ---------------------------------------------------------------------------------------------------------------
+
+_STEP_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (Run, RunScript, RunString, Push, Pull)}
+_FORMATTER_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (
+    TerminalFormatter, RawFormatter, HostFormatter, TimeHostFormatter, SubdirFormatter, CaptureFormatter)}
+_Save = bool | str | os.PathLike[str] | None
+_Maps = tuple[dict[str, Any], dict[str, SshJob], Any]
+_WORDS, _PATHS = "Collection[Deferred]", "Deferred | Collection[Deferred]"
+# what a key holds, in the notation of annotations, where the constructor does not say it or the file has its own way
+_FILE_KEYS: dict[Any, dict[str, str]] = {
+    SshNode: {"id": "str", "localnode": "bool", "gateway": "str | None", "known_hosts": "str | None"},
+    LocalNode: {"id": "str", "localnode": "bool"},
+    SshJob: {"id": "str", "node": "str", "command": "Step", "commands": "Step", "required": "str | Collection[str | None] | None",
+             "label": "str | None"},
+    Run: {"command": "Deferred", "argv": _WORDS}, RunScript: {"command": "str", "args": _WORDS}, RunString: {"args": _WORDS},
+    Push: {"localpaths": _PATHS, "remotepath": "Deferred"}, Pull: {"remotepaths": _PATHS, "localpath": "Deferred"}}
+_EITHER = {SshJob: ("command", "commands"), Run: ("command", "argv"), RunScript: ("command", "local_script")}  # exactly one of them
+_WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "Deferred": "text", "Capture": "a name",
+           "Collection": "a list", "Mapping": "a mapping", "Formatter": "the name of a formatter", "Step": "a list of commands"}
+_TAGS = {"map": "a mapping", "seq": "a list", "null": "nothing", "str": "the text"} | dict.fromkeys(
+    ("bool", "int", "float", "timestamp", "value", "merge"), "")
+
+
+def _kinds(annotation: str) -> set[str]:
+    return set(re.sub(r"\[.*\]", "", annotation).split(" | "))
+
+
+def _keys_of(cls: Any) -> tuple[dict[str, str], list[str]]:
+    """The keys of a mapping that stands for this class, by its constructor and those that it hands on to; the positional ones."""
+    keys, positional = dict(_FILE_KEYS.get(cls, {})), []
+    for base in cls.__mro__:
+        parameters = [*inspect.signature(base.__init__).parameters.values()][1:]
+        for each in parameters:
+            if base is cls and each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty:
+                positional.append(each.name)
+            if (base is cls or each.kind is each.KEYWORD_ONLY) and _kinds(str(each.annotation)) & _WANTED.keys():
+                keys.setdefault(each.name, str(each.annotation))
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    return keys, positional
+
+
+class _Entry:
+    """One mapping of the file: its place, its YAML nodes by key (each with the key's own); once read, its class and values."""
+
+    def __init__(self, where: str, node: Any, pairs: dict[str, tuple[Any, Any]]) -> None:
+        self.where, self.node, self.pairs = where, node, pairs
+        self.cls: Any = None
+        self.values: dict[str, Any] = {}
+
+
+class _Scenario:
+    """One reading of a file."""
+
+    def __init__(self, name: str, text: str, variables: Variables) -> None:
+        self.name, self.text, self.variables, self.yaml = name, text, variables, _extra("yaml")
+        self.formatters: dict[str, Any] = {}
+
+    def error(self, where: str, node: Any, text: str) -> ScenarioError:
+        line = node.start_mark.line + 1 if node else 1
+        return ScenarioError(escape(f"{self.name}:{line}: {where}{': ' if where else ''}{text}"))
+
+    def unknown(self, where: str, node: Any, what: str, name: str, known: Iterable[str]) -> ScenarioError:
+        close = difflib.get_close_matches(name, known := list(known), 1)
+        remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known[:24])}"
+        return self.error(where, node, f"unknown {what} '{_brief(name)}': {remedy}")
+
+    def load(self) -> _Maps:
+        """Nodes and jobs by id, in the order of the file, and the scheduler."""
+        try:
+            self.loader = self.yaml.SafeLoader(self.text)
+            if (root := self.loader.get_single_node()) is None:
+                raise self.error("", None, "nothing in it: a scenario has the sections 'nodes' and 'jobs'")
+            sections = self.entry("", root)
+            for name, (key, _) in sections.pairs.items():
+                if name not in ("nodes", "jobs"):
+                    raise self.unknown("", key, "section", name, ("nodes", "jobs"))
+            nodes, jobs = self.section("nodes", sections), self.section("jobs", sections)
+            made: dict[str, Any] = dict.fromkeys(nodes)  # in the order of the file
+            done: dict[str, Any] = dict.fromkeys(jobs)
+            for name, entry, ids in self.order(nodes, "gateway", "node"):
+                made[name] = self.make(entry, **{"gateway": made[ids[0]]} if ids else {})
+            for name, entry, ids in self.order(jobs, "required", "job"):
+                [node] = self.ids(entry, "node", "node", nodes)
+                done[name] = self.make(entry, made[node], required=[done[each] for each in ids])
+            return made, done, asynciojobs.Scheduler(*done.values())
+        except self.yaml.YAMLError as exc:
+            mark, start = getattr(exc, "problem_mark", None), getattr(exc, "context_mark", None)
+            line = mark.line if mark else self.text.count("\n", 0, getattr(exc, "position", 0))
+            context = f"{exc.context} (line {start.line + 1}): " if start else ""
+            problem = getattr(exc, "problem", None) or getattr(exc, "reason", exc)
+            hint = " (a template? give load() an env)" if "{%" in self.text else ""
+            raise ScenarioError(escape(f"{self.name}:{line + 1}: wrong YAML: {context}{problem}{hint}")) from None
+        except RecursionError:
+            raise self.error("", None, "wrong YAML: nested too deeply, or merged into itself") from None
+
+    def tag(self, where: str, node: Any) -> str:
+        """The YAML type of a value, which must be plain data."""
+        if (tag := node.tag.removeprefix("tag:yaml.org,2002:")) not in _TAGS:
+            raise self.error(where, node, f"unknown tag '{_brief(tag)}': leave it out")
+        return str(tag)
+
+    def mismatch(self, where: str, node: Any, what: str) -> ScenarioError:
+        tag = self.tag(where, node)
+        found = "an empty list" if tag == "seq" and not node.value else _TAGS[tag]
+        if node.id == "scalar" and tag != "null":
+            found = f"{found} '{_brief(node.value)}'".lstrip()
+        if node.id == "mapping" and node.value and node.value[0][0].id == "mapping":  # {{...}}
+            found += ": put {{...}} in quotes, or give load() an env"
+        return self.error(where, node, f"{what}, not {found}")
+
+    def entry(self, where: str, node: Any) -> _Entry:
+        """A mapping; its own keys win over what ``<<`` merges."""
+        if self.tag(where, node) != "map":
+            raise self.mismatch(where, node, "it must be a mapping (lines of 'key: value')")
+        own: dict[str, tuple[Any, Any]] = {}
+        merged: dict[str, tuple[Any, Any]] = {}
+        for key, value in node.value:
+            if key.tag.endswith(":merge"):
+                for source in value.value if value.id == "sequence" else [value]:
+                    merged = self.entry(where, source).pairs | merged
+            elif key.id != "scalar":
+                raise self.mismatch(where, key, "a key must be text")
+            elif key.value in own:
+                line = own[key.value][0].start_mark.line + 1
+                raise self.error(where, key, f"duplicate key '{_brief(key.value)}': line {line} has it too")
+            else:
+                own[key.value] = key, value
+        return _Entry(where, node, merged | own)
+
+    def read(self, entry: _Entry, cls: Any) -> None:
+        """The values of an entry that stands for this class."""
+        entry.cls, (keys, needed), either = cls, _keys_of(cls), _EITHER.get(cls, ())
+        for name, (key, node) in entry.pairs.items():
+            if name not in keys:
+                raise self.unknown(entry.where, key, "key", name, keys)
+            entry.values[name] = self.value(entry.where, name, node, keys[name])
+        given = [name for name in either if name in entry.values]
+        if either and len(given) != 1:
+            what = "both '{}' and '{}': leave one out" if given else "no '{}' and no '{}': add one of them"
+            raise self.error(entry.where, entry.node, what.format(*either))
+        for name in ["id"] * ("id" in keys) + needed:
+            if not entry.values.get(name) and name not in either:
+                raise self.error(entry.where, entry.node, f"no '{name}': add '{name}: ...'")
+
+    def read_type(self, entry: _Entry, what: str, types: Mapping[str, Any]) -> None:
+        """The same for the class that its ``type`` names."""
+        if "type" not in entry.pairs:
+            raise self.error(entry.where, entry.node, f"no 'type': it is one of {', '.join(types)}")
+        name = self.value(entry.where, "type", node := entry.pairs.pop("type")[1], "str")
+        if name not in types:
+            raise self.unknown(entry.where, node, f"type of {what}", name, types)
+        self.read(entry, types[name])
+
+    def value(self, where: str, key: str, node: Any, annotation: str) -> Any:
+        """What a YAML value means for a parameter with this annotation; where text is due, ``010`` and ``yes`` stay as written."""
+        kinds, tag = _kinds(annotation), self.tag(where, node)
+        text = node.value.removesuffix("\n") if node.id == "scalar" and tag != "null" else None
+        if tag == "null" and "None" in kinds:
+            return None
+        if "Step" in kinds and tag != "null":
+            return self.steps(where, node)
+        if "Formatter" in kinds and (text or tag == "map"):
+            return self.formatter(f"{where}, formatter", node)
+        if "Capture" in kinds and text and text.isidentifier():
+            return Capture(text, self.variables)
+        if "Collection" in kinds and (tag == "seq" or (text is not None and not kinds & {"str", "Deferred"})):
+            inner = annotation[annotation.index("[") + 1:annotation.rindex("]")]
+            return [self.value(where, key, item, inner) for item in (node.value if tag == "seq" else [node])]
+        if "Mapping" in kinds and tag == "map":
+            return {name: self.value(where, f"{key}.{name}", item, "str") for name, (_, item) in self.entry(where, node).pairs.items()}
+        if tag in kinds & {"bool", "int", "float"} or (tag == "int" and "float" in kinds):
+            with contextlib.suppress(ValueError, KeyError):  # !!int and the like before some other text
+                return self.loader.construct_object(node)
+        if text is not None and kinds & {"str", "Deferred"}:
+            return self.deferred(text) if "Deferred" in kinds else text
+        wanted = " or ".join(dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds))
+        raise self.mismatch(where, node, f"'{_brief(key)}' must be {wanted}")
+
+    def deferred(self, text: str) -> str | Deferred:
+        return Deferred(text, self.variables) if "{{" in text else text
+
+    def make(self, entry: _Entry, *args: Any, **keywords: Any) -> Any:
+        """What an entry stands for; what the constructor refuses is told with its place."""
+        try:
+            return entry.cls(*args, **entry.values, **keywords)
+        except (ApsshError, TypeError, ValueError) as exc:
+            raise self.error(entry.where, entry.node, str(exc)) from None
+
+    def formatter(self, where: str, node: Any) -> Any:
+        """A name, or a mapping with ``type`` and arguments; the same words mean the same formatter, so that columns align."""
+        words = self.yaml.serialize(node)
+        if words not in self.formatters or "CaptureFormatter" in words:
+            entry = self.entry(where, node) if node.id == "mapping" else _Entry(where, node, {"type": (node, node)})
+            self.read_type(entry, "formatter", _FORMATTER_TYPES)
+            self.formatters[words] = self.make(entry)
+        return self.formatters[words]
+
+    def steps(self, where: str, node: Any) -> list[Any]:
+        """The commands of a job: a list of mappings (nulls dropped), one mapping, or one line for Run."""
+        made = []
+        for number, item in enumerate(node.value if node.id == "sequence" else [node], 1):
+            if node.id == "scalar":
+                entry = _Entry(where, node, {"type": (node, self.yaml.ScalarNode("tag:yaml.org,2002:str", "Run")), "command": (node, node)})
+            elif self.tag(where, item) == "null":
+                continue
+            else:
+                entry = self.entry(f"{where}, command {number}", item)
+            self.read_type(entry, "command", _STEP_TYPES)
+            words = [*entry.values.pop("argv", []), *entry.values.pop("args", [])]
+            line = entry.values.pop("command", "")
+            if line and entry.cls is RunScript:  # a blank inside of {{ }} does not end the script's name
+                script, line = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", line, re.DOTALL)[0]
+                entry.values["local_script"], line = self.deferred(script), self.deferred(line)
+            made.append(self.make(entry, *(entry.values.pop(name) for name in _keys_of(entry.cls)[1]), *[line] * bool(line), *words))
+        return made
+
+    def section(self, name: str, sections: _Entry) -> dict[str, _Entry]:
+        """The entries of a section by id."""
+        if name not in sections.pairs:
+            raise self.error("", sections.node, f"no section '{name}': add '{name}:' and a list below it")
+        listed = sections.pairs[name][1]
+        if self.tag(f"section {name}", listed) != "seq" or not listed.value:
+            raise self.mismatch(f"section {name}", listed, "it must be a list with at least one item ('- id: ...')")
+        entries: dict[str, _Entry] = {}
+        for number, node in enumerate(listed.value, 1):
+            ids = [value.value for key, value in node.value if (key.value, value.id) == ("id", "scalar")] if node.id == "mapping" else []
+            entry = self.entry(f"section {name}, " + (f"id {_brief(ids[0])}" if any(ids) else f"item {number}"), node)
+            local = "localnode" in entry.pairs and self.value(entry.where, "localnode", entry.pairs["localnode"][1], "bool")
+            self.read(entry, SshJob if name == "jobs" else LocalNode if local else SshNode)
+            entry.values.pop("localnode", None)
+            if (other := entries.setdefault(entry.values.pop("id"), entry)) is not entry:
+                raise self.error(entry.where, node, f"duplicate id: line {other.node.start_mark.line + 1} has it too")
+        return entries
+
+    def ids(self, entry: _Entry, key: str, what: str, known: Mapping[str, Any]) -> list[str]:
+        """The ids that a key names, nulls dropped."""
+        given = entry.values.pop(key, None)
+        ids = [name for name in (given if isinstance(given, list) else [given]) if name is not None]
+        for name in ids:
+            if name not in known:
+                raise self.unknown(entry.where, entry.pairs[key][1], what, name, known)
+        return ids
+
+    def order(self, entries: Mapping[str, _Entry], key: str, what: str) -> Iterator[tuple[str, _Entry, list[str]]]:
+        """Ids and entries, each after those that its key names, and these."""
+        links = {name: self.ids(entry, key, what, entries) for name, entry in entries.items()}
+        try:
+            for name in graphlib.TopologicalSorter(links).static_order():
+                yield name, entries[name], links[name]
+        except graphlib.CycleError as exc:
+            entry, circle = entries[exc.args[1][-1]], " -> ".join(map(_brief, exc.args[1][::-1]))
+            raise self.error(entry.where, entry.pairs[key][0], f"'{key}' goes in a circle: {circle}: take one out") from None
+
+
+class YamlLoader:
+    """A scenario of nodes and jobs in a YAML file (README.md has the keys); needs ``pip install 'apssh[yaml]'``.
+
+    With a non-empty ``env`` the text is a Jinja2 template; ``save_intermediate`` writes what comes of it: True beside the input
+    (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a path there. What is left of ``{{name}}`` in commands, paths,
+    arguments and scripts is a Deferred over ``variables`` (new at each load), where ``capture: name`` stores.
+    Loading connects to nothing. Every mistake raises ScenarioError, with file, line, section, id and the remedy.
+    """
+
+    def __init__(self, filename: str | os.PathLike[str]) -> None:
+        self.filename, self.variables = filename, Variables()
+
+    def load(self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None) -> Any:
+        """The asynciojobs Scheduler, ready to run."""
+        return self.load_with_maps(env, save_intermediate=save_intermediate)[2]
+
+    def load_with_maps(self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None) -> _Maps:
+        """Nodes by id, jobs by id, and the Scheduler."""
+        name, path = os.fspath(self.filename), Path(self.filename)
+        try:
+            text = path.read_text("utf-8-sig")
+            if env:
+                text, name = self._rendered(text, env), f"{name} (rendered)"
+            if env and save_intermediate:
+                beside = path.with_suffix("") if path.suffix == ".j2" else path.with_name(f"{path.name}.tmp")
+                path = beside if save_intermediate is True else Path(save_intermediate)
+                if path.exists() and path.samefile(self.filename):
+                    raise ScenarioError(f"{escape(str(path))}: save_intermediate would overwrite the template: give another path")
+                path.write_text(text, "utf-8")
+                name = str(path)
+        except OSError as exc:
+            raise ScenarioError(f"{escape(str(path))}: {_reason(exc)}") from None
+        except UnicodeError:
+            raise ScenarioError(f"{escape(str(path))}: not UTF-8 text: save it as UTF-8") from None
+        self.variables = Variables()
+        return _Scenario(name, text, self.variables).load()
+
+    def _rendered(self, text: str, env: Mapping[str, Any]) -> str:
+        jinja2 = _extra("jinja2")
+        try:
+            return str(jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text).render(env))
+        except Exception as exc:  # a template may compute anything
+            lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == "<template>"]
+            line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
+            remedy = ": add it to env" if isinstance(exc, jinja2.UndefinedError) else ""
+            raise ScenarioError(escape(f"{os.fspath(self.filename)}:{line}: template: {exc}{remedy}")) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -724,7 +724,8 @@ def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
     assert capfd.readouterr() == ("127.0.0.1:out\n", "127.0.0.1:err\n")
 
 
-def test_first_uses_at_once_make_one_connection(sshd: Sshd) -> None:
+def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
     before = sshd.logins()
 
     async def main() -> None:
@@ -885,7 +886,8 @@ def test_frozen_peer_is_found() -> None:
     run(main())
 
 
-def test_loop_that_is_gone_leaves_nothing(sshd: Sshd) -> None:
+def test_loop_that_is_gone_leaves_nothing(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
     node = sshd.node()
     for _ in range(2):  # the second use drops the socket of the first and connects anew
         assert asyncio.run(node.run("true")) == 0
@@ -894,7 +896,8 @@ def test_loop_that_is_gone_leaves_nothing(sshd: Sshd) -> None:
     eventually(lambda: sshd.connections() == 0)
 
 
-def test_node_that_is_forgotten_leaves_no_socket(sshd: Sshd) -> None:
+def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
     assert asyncio.run(sshd.node().run("true")) == 0
     gc.collect()
     eventually(lambda: sshd.connections() == 0)
@@ -954,3 +957,435 @@ def test_local_node(home: Path, capfd: Any) -> None:
     assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == ["d/e", "d/e/script", "d/script"]
     assert (home / "f" / "script").read_text() == "exit 5"
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# values
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_variables() -> None:
+    variables = Variables(a=1)
+    variables.b = 2
+    assert (variables["b"], variables.a, dict(variables)) == (2, 1, {"a": 1, "b": 2})
+    del variables.a
+    for read in (lambda: variables.a, lambda: delattr(variables, "a")):
+        with pytest.raises(AttributeError, match=r"^no variable 'a'$"):
+            read()
+
+
+def test_deferred() -> None:
+    variables = Variables()
+    deferred = Deferred("ping {{ host }} {{count}}", variables)
+    assert (str(deferred), repr(deferred)) == ("ping {{ host }} {{count}}", "Deferred('ping {{ host }} {{count}}')")
+    variables.host = "{{count}}"
+    assert str(deferred) == "ping {{count}} {{count}}"
+    with pytest.raises(apssh.UndefinedVariableError) as caught:
+        deferred.render()
+    assert str(caught.value) == "no value yet for count in ping {{ host }} {{count}}"
+    variables.count = 3
+    assert deferred.render() == "ping {{count}} 3"  # a value is never read as a template
+
+
+def test_deferred_expressions_use_jinja() -> None:
+    assert Deferred("{{ '%02d' % n }}{% if n > 1 %}s{% endif %}", {"n": 7}).render() == "07s"
+    with pytest.raises(apssh.UndefinedVariableError) as caught:
+        Deferred("{{ n + 1 }}", {}).render()
+    assert str(caught.value) == "no value yet in {{ n + 1 }}: 'n' is undefined"
+    with pytest.raises(UsageError, match=r"^\{\{ n \+ \}\}: "):
+        Deferred("{{ n + }}", {}).render()
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert Deferred("{{ n }}", {"n": 7}).render() == "7"
+    with pytest.raises(UsageError) as caught:
+        Deferred("{{ n + 1 }}", {"n": 7}).render()
+    assert str(caught.value) == "this needs jinja2: pip install 'apssh[yaml]'"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# commands
+# ---------------------------------------------------------------------------------------------------------------
+
+LINE_VARIABLES = Variables(known="value")
+
+
+@pytest.mark.parametrize(("command", "line"), [
+    (Run("ls", "-l", 3), "ls -l 3"), (Run("a  b"), "a b"), (Run("x", label="text"), "text"), (Run("x", label=""), None),
+    (Run("echo", Deferred("{{known}} {{unknown}}", LINE_VARIABLES)), "echo value {{unknown}}"), (Run("time", Run("ls", "/")), "time ls /"),
+    (RunScript("dir/check.sh", "a", 1), "RunScript: check.sh a 1"), (RunScript("check.sh"), "RunScript: check.sh"),
+    (RunString("#!/bin/sh\n# about\n\n  echo a long first line\n", "x"), "RunString: echo a long fir... x"), (RunString("ls"), "RunString: ls..."),
+    (Push("a", "b"), "Push: a onto b"), (Push(["a", "b", "c"], "d"), "Push: a ... (3 total) onto d"), (Pull("a", "b"), "Pull: a into b"),
+    (Pull([Deferred("{{known}}", LINE_VARIABLES)], "b"), "Pull: value into b"), (apssh.AbstractCommand(), "AbstractCommand"),
+])
+def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None:
+    assert command._line() == line
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Run(), "Run: an empty command"), (lambda: Run("", " "), "Run: an empty command"),
+    (lambda: Run("a", timeout=-1), "timeout -1: seconds, more than 0 (None: no limit)"),
+    (lambda: Run(["ls", "-l"]), "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']"),
+    (lambda: RunString(" "), "RunString: an empty script"), (lambda: Push([], "x"), "a path or a list of paths, not []"),
+    (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
+])
+def test_command_misuse(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == message
+
+
+NODE_KINDS = ["remote", "local"]
+
+
+@pytest.fixture(params=NODE_KINDS)
+def node(request: pytest.FixtureRequest, sshd: Sshd) -> Iterator[Any]:
+    """The same steps on a remote node and on this machine."""
+    each = sshd.node(formatter=apssh.RawFormatter()) if request.param == "remote" else LocalNode(formatter=apssh.RawFormatter())
+    yield each
+    asyncio.run(each.close())
+
+
+def step(node: Any, command: apssh.AbstractCommand) -> Any:
+    return asyncio.run(command._run(node, apssh.StepRecord()))
+
+
+def test_run(node: Any, capfdbinary: Any) -> None:
+    variables = Variables(word="late")
+    assert step(node, Run("echo", Deferred("{{word}}", variables), 3, Run("and", "more"), "; exit 4")) == 4
+    assert step(node, Run("echo lost; echo lost >&2; exit 5", ignore_outputs=True)) == 5
+    assert step(node, Run("kill -USR1 $$")) == "USR1"
+    assert capfdbinary.readouterr() == (b"late 3 and more\n", b"")
+
+
+def test_capture(node: Any, capfdbinary: Any) -> None:
+    variables = Variables()
+    assert step(node, Run("echo one; echo err >&2; echo two", capture=Capture("out", variables))) == 0
+    assert variables.out == "one\ntwo"
+    assert capfdbinary.readouterr() == (b"", b"err\n")
+
+
+def test_output_beyond_the_limit_fails_the_command(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1024 * 1024)
+    with pytest.raises(ApsshError, match="more than 1 MiB of output to hold"):
+        step(node, Run("yes", capture=Capture("out", Variables())))
+
+
+def test_run_script(node: Any, home: Path, sshd: Sshd, capfdbinary: Any) -> None:
+    (home / "check.sh").write_text('#!/bin/bash\nsource "$(dirname "$BASH_SOURCE")/lib.sh"\nshow "$@"; pwd; exit 6\n')
+    (home / "lib.sh").write_text('show() { printf "[%s]" "$@"; echo; }\n')
+    assert step(node, RunScript("check.sh", "a", "'b c'", "> redirected", includes=["lib.sh"])) == 6
+    where = home if isinstance(node, LocalNode) else sshd.home
+    assert (where / "redirected").read_text() == f"[a][b c]\n{where}\n"
+    assert capfdbinary.readouterr() == (b"", b"")
+    assert not list((where / ".apssh-remote").iterdir())
+    assert stat.S_IMODE((where / ".apssh-remote").stat().st_mode) == 0o700
+
+
+def test_run_string(node: Any, capfdbinary: Any) -> None:
+    variables = Variables(n=3)
+    body = Deferred("#!/usr/bin/env python3\nimport os, sys\nprint(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
+                    "oct(os.stat(os.path.dirname(sys.argv[0])).st_mode)[-3:])", variables)
+    assert step(node, RunString(body, "x", 1, remote_name="mine")) == 0
+    assert step(node, RunString("echo no interpreter line; exit 2")) == 2
+    assert capfdbinary.readouterr().out == b"['x', '1'] 3 mine 700\nno interpreter line\n"
+
+
+def test_many_scripts_at_once(sshd: Sshd) -> None:
+    async def main() -> None:
+        async with sshd.node() as node:
+            captured = Variables()
+            scripts = [RunString(f"sleep 0.1; echo {number}", capture=Capture(f"v{number}", captured)) for number in range(12)]
+            assert await asyncio.gather(*(script.co_run_remote(node) for script in scripts)) == [0] * 12
+            assert captured == {f"v{number}": str(number) for number in range(12)}
+
+    run(main())
+    assert not list((sshd.home / ".apssh-remote").iterdir())
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes=["gone"]), "include gone: no such file"),
+    (lambda: RunScript("dir"), "script dir: no such file"), (lambda: Push("gone", "x"), "gone: no such file"),
+])
+def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
+    """Raised when the job starts, before its first step and any connection."""
+    (home / "dir").mkdir()
+    scheduler = Scheduler(job := SshJob(SshNode("127.0.0.1", port=1), commands=[Run("true"), make()]))
+    with pytest.raises(UsageError) as caught:
+        scheduler.run()
+    assert str(caught.value) == message
+    assert job.records == []
+
+
+def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
+    class Mine(apssh.AbstractCommand):
+        async def co_run_remote(self, node: Any) -> int | str | None:
+            return await node.run("echo mine; exit 7")  # type: ignore[no-any-return]
+
+        async def co_run_local(self, node: Any) -> int | str | None:
+            await asyncio.sleep(0)
+            return None
+
+    assert step(node, Mine()) == (0 if isinstance(node, LocalNode) else 7)
+
+    class Slow(Mine):
+        async def co_run_remote(self, node: Any) -> int | str | None:
+            await asyncio.sleep(3600)
+            return 0
+
+        co_run_local = co_run_remote
+
+    with pytest.raises(CommandFailedError) as caught:
+        step(node, Slow(timeout=0.1))
+    assert str(caught.value) == f"{node.hostname}: timeout: no end within 0.1 s: Slow"
+
+
+def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
+    (home / "f").write_text("")
+    assert step(node, Run("true", verbose=True)) == step(node, Push("f", "g", verbose=True)) == 0
+    assert capfd.readouterr().err == f"{node.hostname}: runs: true\n{node.hostname}: runs: Push: f onto g\n"
+
+
+def test_x11_needs_a_display(sshd: Sshd) -> None:
+    assert str(failure_of(Run("xterm", x11=True)._run(sshd.node(), apssh.StepRecord()))) == "127.0.0.1: local: x11: no DISPLAY here to forward to"
+
+
+def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:
+    if not (shutil.which("Xvfb") and shutil.which("xauth")):
+        pytest.skip("needs Xvfb and xauth")
+    read, write = os.pipe()
+    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-nolisten", "tcp", "-noreset"], pass_fds=[write], stderr=subprocess.DEVNULL)
+    try:
+        monkeypatch.setenv("DISPLAY", f":{os.read(read, 10).decode().strip()}")
+        probe = "python3 -c \"import socket,os; h,d=os.environ['DISPLAY'].split(':'); s=socket.create_connection(('127.0.0.1',6000+int(d.split('.')[0]))); print('shown')\""
+
+        async def main() -> None:
+            async with sshd.node(formatter=apssh.RawFormatter()) as node:
+                assert await node.run(probe, x11=True) == 0
+
+        run(main())
+        assert capfd.readouterr().out == "shown\n"
+    finally:
+        server.terminate()
+        server.wait()
+        os.close(read)
+        os.close(write)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# jobs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({}, "SshJob: give one of command= and commands=, there is neither"),
+    ({"command": "a", "commands": ["b"]}, "SshJob: give one of command= and commands=, not both"),
+    ({"commands": []}, "SshJob: an empty list of commands: give it one, or leave the job out"),
+    ({"commands": [None, None]}, "SshJob: an empty list of commands: give it one, or leave the job out"),
+    ({"commands": ["ls", Run("x")]}, "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ..."),
+    ({"command": 3}, "SshJob: a string, a Deferred, a command, or a list of commands or of words, not 3"),
+    ({"command": ""}, "Run: an empty command"),
+])
+def test_job_misuse(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        SshJob(SshNode("h"), **arguments)
+    assert str(caught.value) == message
+
+
+def test_job_needs_a_node() -> None:
+    with pytest.raises(UsageError, match=r"^SshJob: the node is an SshNode or a LocalNode, not 'h'$"):
+        SshJob("h", command="ls")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("arguments", [
+    {"command": "echo a b"}, {"commands": "echo a b"}, {"command": Run("echo a b")}, {"commands": [Run("echo", "a", "b"), None]},
+    {"command": ["echo", "a", "b"]}, {"commands": ("echo", "a", "b")}, {"command": Deferred("echo a {{x}}", {"x": "b"})},
+])
+def test_job_forms(arguments: dict[str, Any], capfd: Any) -> None:
+    job = SshJob(LocalNode(), **arguments)
+    assert Scheduler(job).run() and job.result() == 0
+    assert capfd.readouterr().out == "LOCALNODE:a b\n"
+
+
+def test_critical_job_stops_at_its_first_failure(sshd: Sshd, capfd: Any) -> None:
+    job = SshJob(sshd.node(), commands=[Run("echo one; exit 3"), Run("echo two")])
+    scheduler = Scheduler(job, SshJob(sshd.node(), command="echo later", required=job))
+    with pytest.raises(CommandFailedError) as caught:
+        scheduler.run()
+    error = caught.value
+    assert str(error) == "127.0.0.1: status: ended with status 3: echo one; exit 3"
+    assert (error.host, error.command, error.status, error.kind) == ("127.0.0.1", "echo one; exit 3", 3, "status")
+    assert [line for line in capfd.readouterr().out.splitlines() if "SCHEDULER" not in line] == ["127.0.0.1:one"]
+    assert job.repr_result() == "!! step 1 `echo one; exit 3`: 127.0.0.1: status: ended with status 3: echo one; exit 3 !!"
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_non_critical_job_runs_all_its_steps(sshd: Sshd, capfd: Any) -> None:
+    job = SshJob(sshd.node(), commands=[Run("exit 3"), Run("kill -TERM $$"), Run("echo last")], critical=False)
+    allowed = SshJob(sshd.node(), commands=[Run("exit 4", allowed_exits=[4]), Run("kill -TERM $$", allowed_exits="SIGTERM")])
+    scheduler = Scheduler(job, allowed)
+    assert scheduler.run()
+    assert (job.result(), allowed.result()) == ("TERM", 0)
+    assert capfd.readouterr().out == "127.0.0.1:last\n"
+    assert [(step.status, step.kind) for step in job.records] == [(3, "status"), ("TERM", "signal"), (0, None)]
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_unreachable_host_is_never_a_success() -> None:
+    lost = SshNode("127.0.0.1", port=free_port())
+    job = SshJob(lost, command=Run("true", allowed_exits=[1, 255]), critical=False)
+    assert Scheduler(job).run()
+    assert isinstance(job.result(), ConnectionFailedError) and job.result()
+    with pytest.raises(ConnectionFailedError):
+        Scheduler(SshJob(lost, command="true")).run()
+
+
+def test_failing_jobs_give_back_their_window_slot() -> None:
+    lost = SshNode("127.0.0.1", port=free_port())
+    jobs = [SshJob(lost, command="true", critical=False) for _ in range(12)]
+    scheduler = Scheduler(*jobs, jobs_window=2, timeout=30)
+    assert scheduler.run()
+    assert all(isinstance(job.result(), ApsshError) for job in jobs)
+
+
+def test_scheduler_that_runs_twice(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    gateway = sshd.node()
+    nodes = [sshd.node(gateway=gateway) for _ in range(2)]
+    for _ in range(2):
+        scheduler = Scheduler(*(SshJob(node, command="true") for node in nodes))
+        assert scheduler.run()
+        eventually(lambda: sshd.connections() == 3)
+    apssh.close_ssh_in_scheduler(scheduler)
+    eventually(lambda: sshd.connections() == 0)
+    assert not gateway.is_connected()
+
+
+def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    async def main() -> None:
+        scheduler = Scheduler(SshJob(sshd.node(), command="true"))
+        assert await scheduler.co_run()
+        assert sshd.connections() == 1
+        await apssh.co_close_ssh_in_scheduler(scheduler)
+        await eventually_async(lambda: not sshd.connections())
+
+    run(main())
+
+
+def test_many_jobs_on_one_node(sshd: Sshd) -> None:
+    variables, node = Variables(), sshd.node()
+    jobs = [SshJob(node, command=Run(f"for i in 1 2 3; do echo {number}; sleep 0.05; done", capture=Capture(f"v{number}", variables)))
+            for number in range(25)]
+    scheduler = Scheduler(*jobs)
+    assert scheduler.run()
+    assert variables == {f"v{number}": f"{number}\n{number}\n{number}" for number in range(25)}
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_output_of_jobs_is_never_mixed(sshd: Sshd, capfdbinary: Any) -> None:
+    formatter = apssh.TerminalFormatter("{linenl}")
+    nodes = [sshd.node(formatter=formatter) for _ in range(4)]
+    scheduler = Scheduler(*(SshJob(nodes[number % 4], command=f"for i in $(seq 300); do echo {number} {'x' * 100} $i; done") for number in range(12)))
+    assert scheduler.run()
+    apssh.close_ssh_in_scheduler(scheduler)
+    lines = capfdbinary.readouterr().out.splitlines()
+    assert len(lines) == 12 * 300
+    for number in range(12):
+        mine = [line for line in lines if line.startswith(b"%d " % number)]
+        assert mine == [b"%d %s %d" % (number, b"x" * 100, index) for index in range(1, 301)]
+
+
+def test_scheduler_timeout_ends_remote_commands(sshd: Sshd) -> None:
+    token = f"96{os.getpid()}"
+    scheduler = Scheduler(SshJob(sshd.node(), command=f"sleep {token}"), SshJob(sshd.node(), command=f"sleep {token}", forever=True), timeout=1)
+    with pytest.raises(TimeoutError):
+        scheduler.run()
+    eventually(lambda: not processes(f"sleep {token}"))
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_critical_failure_ends_commands_elsewhere(sshd: Sshd) -> None:
+    token = f"95{os.getpid()}"
+    scheduler = Scheduler(SshJob(sshd.node(), command=f"sleep {token}"), SshJob(sshd.node(), command="sleep 0.5; exit 1"))
+    with pytest.raises(CommandFailedError):
+        scheduler.run()
+    eventually(lambda: not processes(f"sleep {token}"))
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
+    node = sshd.node()
+    scheduler = Scheduler(*(SshJob(node, command="sleep 60", forever=True) for _ in range(12)), SshJob(node, command="true"))
+    assert scheduler.run()
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_nested_schedulers(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    inner = Scheduler(SshJob(sshd.node(), command="true"), label="inner")
+    outer = Scheduler(inner, SshJob(sshd.node(), command="true", required=inner))
+    assert outer.run()
+    eventually(lambda: sshd.connections() == 2)
+    apssh.close_ssh_in_scheduler(outer)
+    eventually(lambda: sshd.connections() == 0)
+
+
+def test_labels_and_listings(capfd: Any) -> None:
+    node = SshNode("box", username="me")
+    job = SshJob(node, commands=[Run("ls"), Push("a", "b"), Run("hidden", label="")])
+    labelled = SshJob(node, command="x", label="a label", required=job)
+    scheduler = Scheduler(job, labelled, PrintJob("hello", required=labelled))
+    scheduler.list(details=True)
+    assert (job.text_label(), labelled.text_label()) == ("me@box: ls (+1)", "me@box: x")
+    assert job.graph_label().splitlines()[1:] == ["ls", "Push: a onto b"] and job.graph_label().splitlines()[0].endswith(": me@box")
+    assert labelled.graph_label().splitlines()[1:] == ["a label"]
+    assert job.details() == "  me@box: ls\n  me@box: Push: a onto b\n  me@box: (hidden)"
+    assert "me@box: Push: a onto b" in capfd.readouterr().out
+
+
+def test_pictures_of_asynciojobs(home: Path) -> None:
+    scheduler = Scheduler(SshJob(SshNode("box"), commands=[Run('echo "quoted" <&>'), RunScript("not-there.sh")]))
+    scheduler.export_as_dotfile("s.dot")
+    assert "RunScript: not-there.sh" in (home / "s.dot").read_text()
+    if shutil.which("dot"):
+        scheduler.export_as_svgfile("s")
+        scheduler.export_as_pngfile("s")
+        assert (home / "s.svg").stat().st_size and (home / "s.png").stat().st_size
+
+
+def test_inner_cancellation_does_not_break_the_scheduler() -> None:
+    class Cancels(apssh.AbstractCommand):
+        async def co_run_local(self, node: Any) -> int | str | None:
+            raise asyncio.CancelledError
+
+    job = SshJob(LocalNode(), command=Cancels(), critical=False)
+    other = SshJob(LocalNode(), command="true", required=job)
+    assert Scheduler(job, other).run()
+    assert str(job.result()) == "LOCALNODE: local: cancelled from inside" and other.result() == 0
+
+
+def test_any_exception_of_a_step_is_a_result() -> None:
+    class Breaks(apssh.AbstractCommand):
+        async def co_run_local(self, node: Any) -> int | str | None:
+            return 1 // 0
+
+    job = SshJob(LocalNode(), command=Breaks(), critical=False)
+    assert Scheduler(job).run()
+    assert str(job.result()) == "LOCALNODE: local: ZeroDivisionError: integer division or modulo by zero"
+    with pytest.raises(ZeroDivisionError):
+        Scheduler(SshJob(LocalNode(), command=Breaks())).run()
+
+
+def test_plain_jobs_between_ssh_jobs(capfd: Any) -> None:
+    async def plain() -> int:
+        return 42
+
+    scheduler = Scheduler()
+    first = SshJob(LocalNode(), command="echo first", scheduler=scheduler)
+    job = Job(plain(), required=(first, None), scheduler=scheduler)
+    Sequence(SshJob(LocalNode(), command="echo second", required=[job]), PrintJob("printed"), scheduler=scheduler)
+    assert scheduler.orchestrate()
+    scheduler.debrief()
+    assert capfd.readouterr().out.splitlines()[:3] == ["LOCALNODE:first", "LOCALNODE:second", "printed"]
