@@ -1375,6 +1375,8 @@ class _Clock:
 
     def __init__(self, scope: asyncio.Timeout) -> None:
         self._scope = scope
+        self.progress = ""  # how far it came
+        self.drops = 0  # how often the server cut the connection before login
 
     @contextlib.asynccontextmanager
     async def turn(self, gate: asyncio.Semaphore) -> AsyncIterator[None]:
@@ -1419,6 +1421,8 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
         self._inner = inner
         self.banner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._held: list[bytes] | None = []
+        self._lost: Exception | None = None
+        self.greeting = b""
         self.transport: Any = None
         self._socket: Any = None
 
@@ -1439,6 +1443,7 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
             self._inner.data_received(data)
             return
         self._held.append(data)
+        self.greeting = self.greeting or data[:100]
         self.transport.pause_reading()
         if not self.banner.done():
             self.banner.set_result(None)
@@ -1448,16 +1453,21 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
         held, self._held = self._held or [], None
         for data in held:
             self._inner.data_received(data)
-        self.transport.resume_reading()
+        if self._lost:
+            self._inner.connection_lost(self._lost)
+        else:
+            self.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        return bool(self._inner.eof_received())
+        return self._held is None and bool(self._inner.eof_received())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = exc or asyncssh.ConnectionLost("Connection lost")
         if not self.banner.done():
-            self.banner.set_exception(exc or asyncssh.ConnectionLost("connection closed before any banner"))
+            self.banner.set_exception(self._lost)
             self.banner.exception()
-        self._inner.connection_lost(exc)
+        if self._held is None:  # before, asyncssh waits for nothing, and would leave its exception to nobody
+            self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self._inner.pause_writing()
@@ -1508,6 +1518,17 @@ class _Route:
         await self._turns.enter_async_context(self._clock.turn(limits.handshakes))
         self.wire.release()
         return self.wire.transport, inner
+
+    def foreign(self) -> str:
+        """What the server said instead of an ssh banner; empty, as a rule."""
+        text = self.wire.greeting if self.wire else b""
+        return "" if not text or b"SSH-" in text else f"not an ssh server: it says {_brief(text.splitlines()[0].decode('ascii', 'replace'))!r}"
+
+    def progress(self) -> str:
+        """How far it came, for somebody who has waited in vain."""
+        if not self.wire:
+            return "no answer"
+        return self.foreign() or ("the key exchange does not end" if self.wire.greeting else "connected, but the server says nothing")
 
     def abandon(self) -> None:
         """Leave nothing of an attempt that gave no connection."""
@@ -1962,17 +1983,19 @@ class SshNode(_Node):
         await self._apply_config()
         keys = await self._login_keys()
         trust = _Trust(self)
+        scope = asyncio.timeout(self.timeout)
+        clock = _Clock(scope)
         try:
-            async with asyncio.timeout(self.timeout) as scope, _login_pairs(keys) as pairs:
-                return await self._log_in(_Clock(scope), pairs, trust)
+            async with scope, _login_pairs(keys) as pairs:
+                return await self._log_in(clock, pairs, trust)
         except TimeoutError:
-            raise ConnectionFailedError(f"no connection within {self.timeout:g} s", host=self.hostname,
-                                        kind="timeout") from None
+            raise ConnectionFailedError(f"no connection within {self.timeout:g} s{clock.progress and ': '}{clock.progress}",
+                                        host=self.hostname, kind="lost" if clock.drops else "timeout") from None
 
     async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> _Link:
         """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a server that takes only
         a few keys on a connection (MaxAuthTries) is offered the others on the next."""
-        drops = rounds = 0
+        rounds = 0
         startups = _Limits.here().startups(self._address or self.hostname, self.port, id(self.gateway))
         while True:
             client, route, link = _Client(self, list(pairs), trust), None, None
@@ -1993,11 +2016,16 @@ class SshNode(_Node):
                 raise self._failure(exc) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
                 refused = isinstance(exc, asyncssh.PermissionDenied)
-                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError) \
-                        and drops < RETRIES_BEFORE_LOGIN and not client.host_key_error:
-                    drops += 1
-                    await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** drops)
-                    continue
+                foreign = route.foreign() if route and not client.begun else ""
+                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError) and not client.host_key_error \
+                        and (not foreign or "MaxStartups" in foreign):
+                    clock.drops += 1
+                    if clock.drops <= RETRIES_BEFORE_LOGIN:
+                        await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** clock.drops)
+                        continue
+                    raise ConnectionFailedError(f"dropped before login, {clock.drops} times", host=self.hostname) from None
+                if foreign and not isinstance(exc, ConnectionFailedError):
+                    raise ConnectionFailedError(foreign, host=self.hostname, kind="refused") from None
                 offered = {pair.public_data for pair in client.offered}
                 left = [pair for pair in pairs if pair.public_data not in offered]
                 if client.begun and not refused and offered and left and rounds < MAX_AUTH_ROUNDS:
@@ -2006,6 +2034,8 @@ class SshNode(_Node):
                 raise (client.host_key_error or self._failure(exc, client)) from None
             finally:
                 if route and not link:
+                    clock.progress = f"dropped before login, {_count(clock.drops, 'time')}" if clock.drops else \
+                        "the login does not end" if client.begun else route.progress()
                     route.abandon()
 
     def _failure(self, exc: Exception, client: _Client | None = None) -> ConnectionFailedError:
@@ -2024,7 +2054,8 @@ class SshNode(_Node):
             kind, text = "auth", f"login as {self.username} refused, after {tried}" + \
                 (" and the password" if client and client._password_tried else "")
         elif isinstance(exc, asyncssh.ChannelOpenError):
-            kind, text = "refused", f"gateway {self.gateway.hostname if self.gateway else ''}: {text}"
+            where = f"gateway {self.gateway.hostname}: " if client and self.gateway else "no session there: "
+            kind, text = "refused", f"{where}{text}"
         elif isinstance(exc, asyncssh.Error):
             text = exc.reason
         elif isinstance(exc, OSError):
