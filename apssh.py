@@ -96,6 +96,7 @@ CONNECT_TIMEOUT = 30.0       # seconds to a ready connection, all hops included:
 KEEPALIVE_INTERVAL = 9.0     # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
 KEEPALIVE_COUNT = 2
 HANDSHAKES = 32              # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.1 s
+HANDSHAKE_TURN = 0.5         # seconds that a host may hold one of these, so that those who stall do not keep the others waiting
 CONNECTS = 1024              # TCP connects at once; they cost nothing but a descriptor
 STARTUPS_PER_HOST = 8        # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
 SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
@@ -1379,15 +1380,22 @@ class _Clock:
         self.drops = 0  # how often the server cut the connection before login
 
     @contextlib.asynccontextmanager
-    async def turn(self, gate: asyncio.Semaphore) -> AsyncIterator[None]:
-        """Take a slot of this gate."""
+    async def turn(self, gate: asyncio.Semaphore, at_most: float | None = None) -> AsyncIterator[None]:
+        """Take a slot of this gate; it is given back after ``at_most`` seconds, when the work takes longer."""
         when, now = self._scope.when(), asyncio.get_running_loop().time
         queued = now()
         self._scope.reschedule(None)
-        async with gate:
+        await gate.acquire()
+        give_back = functools.cache(gate.release)  # once
+        timer = asyncio.get_running_loop().call_later(at_most, give_back) if at_most else None
+        try:
             if when is not None:
                 self._scope.reschedule(when + now() - queued)
             yield
+        finally:
+            give_back()
+            if timer:
+                timer.cancel()
 
 
 class _Shared:
@@ -1515,7 +1523,7 @@ class _Route:
         assert self.wire
         self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
         await self.wire.banner
-        await self._turns.enter_async_context(self._clock.turn(limits.handshakes))
+        await self._turns.enter_async_context(self._clock.turn(limits.handshakes, HANDSHAKE_TURN))
         self.wire.release()
         return self.wire.transport, inner
 
