@@ -1797,13 +1797,18 @@ class _Node:
         self.formatter._started(self._endpoint)
         self._formatter_event("session_start", command)
         try:
-            return await self._session(command, step, sink, timeout, **options)
+            try:
+                return await self._session(command, step, sink, timeout, **options)
+            finally:
+                sink.end()
+                self._formatter_event("session_stop", command)
         except TimeoutError:
             raise CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=self.hostname, kind="timeout",
                                      command=command) from None
-        finally:
-            sink.end()
-            self._formatter_event("session_stop", command)
+        except BrokenPipeError:
+            raise
+        except OSError as exc:
+            raise ApsshError(f"its output could not be written: {_reason(exc)}", host=self.hostname, command=command) from exc
 
     _session: Callable[..., Coroutine[Any, Any, int | str]]
 
@@ -2622,10 +2627,12 @@ class _Copy:
                 await file.setstat(attrs)
             await self._replace(sftp, temporary, target)
         except BaseException as exc:
+            full = False
             with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
+                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(sftp, target)
                     await sftp.remove(temporary)
-            if isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(sftp, target):
+            if full:
                 raise TransferError("no space left on the device") from exc
             raise
 
@@ -2667,8 +2674,9 @@ class _Copy:
     @staticmethod
     async def _disk_full(sftp: asyncssh.SFTPClient, target: str) -> bool:
         """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
-        with contextlib.suppress(asyncssh.Error, OSError, ValueError):
-            return (await sftp.statvfs(posixpath.dirname(target) or ".")).bavail * 4096 < CHUNK
+        with contextlib.suppress(asyncssh.Error, ValueError):
+            disk = await sftp.statvfs(posixpath.dirname(target) or ".")
+            return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
     async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str) -> None:
