@@ -2446,6 +2446,36 @@ class _Folder:
         os.close(self.fd)
 
 
+class _UnderWay:
+    """Requests under way on one file, at most so many; leaving it waits for all of them, or, on a failure, cancels them."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._tasks = most, collections.deque[asyncio.Task[Any]]()
+
+    async def start(self, request: Coroutine[Any, Any, Any]) -> None:
+        """One more, when there is room. Raises what an earlier one raised."""
+        self._tasks.append(asyncio.create_task(request))
+        while len(self._tasks) >= self._most:
+            await self._oldest()
+
+    async def _oldest(self) -> None:
+        await self._tasks[0]
+        self._tasks.popleft()
+
+    async def __aenter__(self) -> _UnderWay:
+        return self
+
+    async def __aexit__(self, kind: object, *exc_info: object) -> None:
+        try:
+            while self._tasks and kind is None:
+                await self._oldest()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            if self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
 class _Copy:
     """One Push or Pull with one node: its options, what it has moved, what failed (the other files go on)."""
 
@@ -2465,7 +2495,7 @@ class _Copy:
         """A failure of this path is noted; only the loss of the connection stops the rest."""
         try:
             yield
-        except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost) as exc:
+        except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError) as exc:
             raise ConnectionFailedError(f"connection lost during the copy of {escape(path)}", host=self.node.hostname) from exc
         except TransferError as exc:
             self.failures.append(f"{escape(path)}: {exc.message}")
@@ -2605,14 +2635,14 @@ class _Copy:
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError(f"{escape(target)} is a folder over there")
         if self.inplace:
-            async with sftp.open(target, "wb", encoding=None) as file:
-                await self._push_bytes(file, read)
+            async with sftp.open(target, "wb", encoding=None, block_size=0) as file:
+                await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
             return
         temporary = self._temporary(target)
         try:
             file = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-                                   asyncssh.SFTPAttrs(permissions=0o600), encoding=None)
+                                   asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
         except asyncssh.SFTPPermissionDenied as exc:
             raise TransferError(f"{escape(posixpath.dirname(target) or '.')}: permission denied for a temporary file "
                                 "(inplace writes onto the file itself)") from exc
@@ -2623,7 +2653,7 @@ class _Copy:
                     if (mine.uid, mine.gid) != (existing.uid, existing.gid):
                         with contextlib.suppress(asyncssh.SFTPError):  # only root may: the file then becomes ours
                             await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
-                await self._push_bytes(file, read)
+                await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
             await self._replace(sftp, temporary, target)
         except BaseException as exc:
@@ -2636,22 +2666,15 @@ class _Copy:
                 raise TransferError("no space left on the device") from exc
             raise
 
-    async def _push_bytes(self, file: asyncssh.SFTPClientFile, read: Callable[[int, int], bytes]) -> None:
-        """Two chunks under way: one is acknowledged while the next is sent."""
-        position, under_way = 0, collections.deque[asyncio.Task[int]]()
-        try:
-            while data := read(CHUNK, position):
-                under_way.append(asyncio.create_task(file.write(data, position)))
+    async def _push_bytes(self, sftp: asyncssh.SFTPClient, file: asyncssh.SFTPClientFile, read: Callable[[int, int], bytes]) -> None:
+        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a loss or a cancellation."""
+        size = max(min(sftp.limits.max_write_len, CHUNK // 4), 1)
+        position, under_way = 0, _UnderWay(2 * CHUNK // size)
+        async with under_way:
+            while data := read(size, position):
+                await under_way.start(file.write(data, position))
                 position += len(data)
                 self.step.bytes_transferred += len(data)
-                if len(under_way) > 1:
-                    await under_way.popleft()
-            while under_way:
-                await under_way.popleft()
-        finally:
-            for task in under_way:
-                task.cancel()
-                task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @staticmethod
     def _temporary(target: str) -> str:
@@ -2797,12 +2820,22 @@ class _Copy:
     async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
         """The announced size in parallel, then on to the real end."""
         end = 0
-        async with sftp.open(path, "rb", encoding=None) as file:
-            with contextlib.suppress(asyncssh.SFTPEOFError):
-                async for position, data in await file.read_parallel(size, 0):
+        block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
+        async with sftp.open(path, "rb", encoding=None, block_size=0) as file:
+            async def fetch(position: int, wanted: int) -> None:
+                nonlocal end
+                while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
                     os.pwrite(fd, data, position)
-                    end = max(end, position + len(data))
+                    position, wanted, end = position + len(data), wanted - len(data), max(end, position + len(data))
                     self.step.bytes_transferred += len(data)
+                short[0] |= wanted > 0
+
+            short = [False]  # the file ends before its announced size
+            async with _UnderWay(2 * CHUNK // block) as under_way:
+                for position in range(0, size, block):
+                    if short[0]:
+                        break
+                    await under_way.start(fetch(position, min(block, size - position)))
             while data := cast("bytes", await file.read(CHUNK // 4, end)):
                 os.pwrite(fd, data, end)
                 end += len(data)
