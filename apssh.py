@@ -387,7 +387,8 @@ class _Screen:
 
     def say(self, text: str) -> None:
         """One message of apssh's own, on stderr."""
-        self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
+        with contextlib.suppress(OSError):  # whom could we tell?
+            self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
 
     def show(self, progress: str) -> None:
         """Put this line at the bottom of the terminal (empty: take it away)."""
@@ -1733,12 +1734,17 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     async def feed(self, stdin: AsyncIterator[bytes]) -> None:
         """Give standard input at the pace of the command, then its end."""
         assert self.chan
-        async for data in stdin:
-            await self.writable.wait()
-            if self.ended.done() or self.chan.is_closing():
-                return
-            self.chan.write(data)
-        self.chan.write_eof()
+        try:
+            async for data in stdin:
+                await self.writable.wait()
+                if self.ended.done() or self.chan.is_closing():
+                    return
+                self.chan.write(data)
+            self.chan.write_eof()
+        except OSError as exc:
+            if not self.ended.done():
+                self.error = self.error or ApsshError(f"standard input: {_reason(exc)}")
+                self.abort()
 
 
 class _Node:
@@ -5071,6 +5077,9 @@ def _targets(options: argparse.Namespace) -> list[Target]:
 def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
              body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
+    for name in ("stdin", "stdout", "stderr"):  # one that was closed when we were started is /dev/null, as for ssh
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
         with asyncio.Runner() as runner:
             options = _parse(parser, argv)
@@ -5087,8 +5096,10 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        with contextlib.suppress(OSError):
+    except OSError as exc:
+        if not isinstance(exc, BrokenPipeError):
+            _screen.say(f"{parser.prog}: {_reason(exc)}")
+        with contextlib.suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
         return 1
 
