@@ -5237,18 +5237,17 @@ class _Spool:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the run
         self._size = 0
         self._ended = False
-        self._lock = asyncio.Lock()
+        self._reading: asyncio.Future[None] | None = None
 
     async def read(self) -> AsyncIterator[bytes]:
         """All of it, for one host."""
         position = 0
         while True:
-            if position == self._size and not self._ended:
-                async with self._lock:
-                    if position == self._size and not self._ended:
-                        await self._more()
+            while position == self._size and not self._ended:
+                self._reading = self._reading or self._more()
+                await asyncio.shield(self._reading)  # what one host waited for is the others' too
             data = os.pread(self._file.fileno(), SESSION_WINDOW, position)
-            if not data and self._ended:
+            if not data:
                 return
             position += len(data)
             yield data
@@ -5257,10 +5256,34 @@ class _Spool:
         """Forget it all."""
         self._file.close()
 
-    async def _more(self) -> None:
-        data = await asyncio.to_thread(os.read, 0, SESSION_WINDOW)
-        self._ended = not data
-        self._size += os.pwrite(self._file.fileno(), data, self._size) if data else 0
+    def _more(self) -> asyncio.Future[None]:
+        """Read once more, in a thread that nobody waits for at the end: whoever types may never do."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def came(data: bytes, failure: OSError | None) -> None:
+            self._reading = None
+            try:
+                if failure:
+                    raise failure
+                self._ended = not data
+                self._size += os.pwrite(self._file.fileno(), data, self._size) if data else 0
+                done.set_result(None)
+            except (OSError, ValueError) as exc:  # ValueError: closed meanwhile
+                done.set_exception(exc)
+                done.exception()
+
+        def wait() -> None:
+            data, failure = b"", None
+            try:
+                data = os.read(0, SESSION_WINDOW)
+            except OSError as exc:
+                failure = exc
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(came, data, failure)
+
+        threading.Thread(target=wait, daemon=True).start()
+        return done
 
 
 def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
