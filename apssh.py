@@ -751,7 +751,7 @@ def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
     try:
         data = path.read_bytes()
     except OSError as exc:
-        raise UsageError(f"key {path}: {exc.strerror}") from None
+        raise UsageError(f"key {escape(str(path))}: {_reason(exc)}") from None
     digest = hashlib.sha256(data).digest()
     with _import_lock:
         if digest not in _imported:
@@ -1531,7 +1531,8 @@ class _Route:
     def foreign(self) -> str:
         """What the server said instead of an ssh banner; empty, as a rule."""
         text = self.wire.greeting if self.wire else b""
-        return "" if not text or b"SSH-" in text else f"not an ssh server: it says {_brief(text.splitlines()[0].decode('ascii', 'replace'))!r}"
+        said = _brief(text.splitlines()[0].decode("ascii", "replace")) if text.strip() else ""
+        return "" if not text or b"SSH-" in text else f"not an ssh server: it says {said!r}"
 
     def progress(self) -> str:
         """How far it came, for somebody who has waited in vain."""
@@ -1800,14 +1801,11 @@ class _Node:
             raise UsageError("an empty command: it would open a shell that nobody talks to", host=self.hostname)
         sink = sink or self.formatter._sink(self._endpoint)
         step.command = step.command or command
-        self.formatter._started(self._endpoint)
-        self._formatter_event("session_start", command)
         try:
             try:
                 return await self._session(command, step, sink, timeout, **options)
             finally:
                 sink.end()
-                self._formatter_event("session_stop", command)
         except TimeoutError:
             raise CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=self.hostname, kind="timeout",
                                      command=command) from None
@@ -1815,6 +1813,16 @@ class _Node:
             raise
         except OSError as exc:
             raise ApsshError(f"its output could not be written: {_reason(exc)}", host=self.hostname, command=command) from exc
+
+    @contextlib.contextmanager
+    def _shown(self, command: str) -> Iterator[None]:
+        """What the formatter hears of a session that is open."""
+        self.formatter._started(self._endpoint)
+        self._formatter_event("session_start", command)
+        try:
+            yield
+        finally:
+            self._formatter_event("session_stop", command)
 
     _session: Callable[..., Coroutine[Any, Any, int | str]]
 
@@ -1853,6 +1861,8 @@ class SshNode(_Node):
             raise UsageError(f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)")
         if gateway is not None and not isinstance(gateway, SshNode):
             raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
+        if host_keys not in (None, "ask", *_POLICIES):
+            raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
         self.keys = list(keys or ())
         self.known_hosts, self.host_keys = known_hosts, host_keys
@@ -2132,7 +2142,8 @@ class SshNode(_Node):
                         feeder = asyncio.create_task(session.feed(stdin))
                     elif not self.guard:
                         session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
-                    await asyncio.wait([session.ended])  # not awaited itself: that would cancel it with us
+                    with self._shown(command):
+                        await asyncio.wait([session.ended])  # not awaited itself: that would cancel it with us
                 except asyncssh.Error as exc:
                     if not link.alive:
                         raise self._lost(link, command) from None
@@ -2355,8 +2366,9 @@ class LocalNode(_Node):
             lambda: _LocalProcess(sink, step), "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet),
             env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True)
         try:
-            async with asyncio.timeout(timeout):
-                await asyncio.wait([process.ended, process.broken], return_when=asyncio.FIRST_COMPLETED)
+            with self._shown(command):
+                async with asyncio.timeout(timeout):
+                    await asyncio.wait([process.ended, process.broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
             cast("asyncio.WriteTransport", transport.get_pipe_transport(0)).close()
             await asyncio.wait([process.ended], timeout=5)
@@ -4532,7 +4544,8 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
     return nodes
 
 
-async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[str, Any]) -> list[Result]:
+async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[str, Any],
+                    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> list[Result]:
     """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
     parsing = {name: options.pop(name, None) for name in ("login", "gateway", "port")}
@@ -4542,6 +4555,7 @@ async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[s
     formatter = options.pop("formatter", None) or _HoldingFormatter()
     nodes = await asyncio.to_thread(lambda: _build_nodes(parsed, formatter=formatter, config="none" if config is None else
                                                          None if config is True else config, **options))
+    check(nodes)
     return await _fan_out(nodes, steps, **limits)
 
 
@@ -4574,7 +4588,8 @@ async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str
     Raises UsageError when two hosts would write to the same place.
     """
     copying = {name: options.pop(name) for name in _COPY_OPTIONS if name in options}
-    return await _co_quick(targets, _Destinations(remotepaths, localpath, copying), options)
+    pulls = _Destinations(remotepaths, localpath, copying)
+    return await _co_quick(targets, pulls, options, pulls.check)
 
 
 _COPY_OPTIONS = ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
@@ -4596,8 +4611,14 @@ class _Destinations:
     def check(self, nodes: Sequence[SshNode]) -> None:
         """Raises UsageError before anything is copied."""
         places: dict[str, SshNode] = {}
+        fixed = not _FIELD.search(self._localpath.rpartition("/")[2] or self._localpath)
         for node in nodes:
-            place = os.path.realpath(_expand_path(self._localpath, node))
+            place = os.path.realpath(shown := _expand_path(self._localpath, node))
+            folder = place if os.path.isdir(place) else os.path.dirname(place)
+            if fixed and self._localpath.endswith("/") and folder != place:
+                raise UsageError(f"{escape(shown)}: no such folder")
+            if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+                raise UsageError(f"{escape(folder)}: permission denied")
             if place in places:
                 raise UsageError(f"{places[place].hostname} and {node.hostname} would both write to {self._localpath}: "
                                  "put {host} in the path")
@@ -4763,8 +4784,9 @@ def _summary(results: Sequence[Result]) -> list[str]:
         groups.setdefault("interrupted" if result.error == "interrupted" else result.outcome, []).append(result.name)
     ok = len(groups.pop("ok", ()))
     failed = sum(len(names) for outcome, names in groups.items() if outcome.startswith(("status", "signal", "local")))
-    unreached = len(results) - ok - failed
-    parts = [f"{ok} ok"] + ([f"{failed} failed"] if failed else []) + ([f"{unreached} not reached or lost"] if unreached else [])
+    interrupted = len(groups.get("interrupted", ()))
+    counts = {"failed": failed, "not reached or lost": len(results) - ok - failed - interrupted, "interrupted": interrupted}
+    parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [_paint(", ".join(parts), "32" if ok == len(results) else "31")]
     lines += [f"  {outcome}: {fold_names(names)} ({len(names)})" for outcome, names in sorted(groups.items())]
     if lost := [result.name for result in results if result.may_run]:
@@ -5009,6 +5031,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add("--env", action="append", default=[], metavar="K=V", help="a variable for the command, whatever the server accepts")
     add("-X", "--x11", action="store_true", help="forward the DISPLAY")
+    add("--scenario", metavar="F", help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and command")
+    add("--set", action="append", default=[], metavar="K=V", help="with --scenario: a variable of its Jinja2 template")
     group = parser.add_argument_group("output")
     add = group.add_mutually_exclusive_group().add_argument
     add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
@@ -5041,7 +5065,7 @@ def _build_copy_parser(prog: str, usage: str, description: str, *examples: str) 
 def build_push_parser() -> argparse.ArgumentParser:
     """The command line of appush."""
     return _build_copy_parser("appush", "appush [options] local ... @:remote",
-                              "Copy local files to many hosts at once. {host}, {fqdn} and {user} may stand in any path.",
+                              "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
                               "appush -t node[1-3] hosts @:/etc/hosts", "appush -t node[1-3] -r site @:",
                               "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519")
 
@@ -5049,7 +5073,7 @@ def build_push_parser() -> argparse.ArgumentParser:
 def build_pull_parser() -> argparse.ArgumentParser:
     """The command line of appull."""
     return _build_copy_parser("appull", "appull [options] @:remote ... local",
-                              "Copy files from many hosts at once. {host}, {fqdn} and {user} in the local path keep hosts apart.",
+                              "Copy files from many hosts; {host} in the local path keeps them apart.",
                               "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'", "appull -t node[1-3] -r @:results 'results/{host}/'")
 
 
@@ -5138,8 +5162,9 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
         if options.demo:
             nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
         else:
+            targets = _targets(options)
             keys = await asyncio.to_thread(_keys_wanted, options)
-            nodes = _build_nodes(_targets(options), formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
+            nodes = _build_nodes(targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
                                  keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
                                  guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
         check(nodes)
@@ -5189,6 +5214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _run_program(options: argparse.Namespace) -> int:
+    if options.scenario:
+        return await _run_scenario(options)
+    if options.set:
+        raise UsageError("--set goes with --scenario")
     if options.list_targets:
         return _show_targets(options)
     command = _command(options)
@@ -5203,18 +5232,52 @@ async def _run_program(options: argparse.Namespace) -> int:
     return code
 
 
+def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """NAME=value, several times."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UsageError(f"{option} {escape(text)}: write NAME=value")
+        found[name] = value
+    return found
+
+
+async def _run_scenario(options: argparse.Namespace) -> int:
+    """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end with the loop."""
+    if options.target or options.command or options.demo:
+        raise UsageError("--scenario brings its own hosts and commands: leave -t, --demo and the command out")
+    _, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(_assignments("--set", options.set))
+    names = {id(job): name for name, job in jobs.items()}
+    if options.dry_run:
+        for job in scheduler.topological_order():
+            after = ", ".join(names[id(each)] for each in job.required)
+            _screen.write(escape(f"{names[id(job)]}: {job.node!r}" + (f" after {after}" if after else "")).encode() + b"\n")
+            for command in job.commands:
+                _screen.write(f"    {escape(command._line() or '(hidden)')}\n".encode("utf-8", "surrogateescape"))
+        return 0
+    with contextlib.suppress(Exception):  # a critical job's: it is told below
+        await scheduler.co_run()
+    await co_close_ssh_in_scheduler(scheduler)
+    states: dict[str, list[str]] = {}
+    for name, job in jobs.items():
+        state, error = _job_state(job)
+        states.setdefault("never ran" if state in ("idle", "waiting") else state, []).append(name)
+        if state == "failed":
+            _screen.say(_paint(f"{escape(name)}: {escape(error or state)}", "31"))
+    ok = set(states) <= {"ok"} or all(jobs[name].forever for state, members in states.items() if state != "ok" for name in members)
+    if not options.quiet:
+        _screen.write(_paint(", ".join(f"{len(members)} {state}" for state, members in states.items()) + "\n",
+                             "32" if ok else "31").encode(), err=True, raw=True)
+    return 0 if ok else 1
+
+
 def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
     """What the command line asks to run, as a function of each host's standard input; checked on this machine."""
     words = options.command
     if not words or not any(word.strip() for word in words):
         raise UsageError("no command: apssh [options] command ...")
-    env = {}
-    for assignment in options.env:
-        name, equals, value = assignment.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise UsageError(f"--env {escape(assignment)}: write NAME=value")
-        env[name] = value
-    common = {"timeout": options.command_timeout, "env": env, "pty": options.pty, "x11": options.x11}
+    common = {"timeout": options.command_timeout, "env": _assignments("--env", options.env), "pty": options.pty, "x11": options.x11}
     if options.includes and not options.script:
         raise UsageError("-i goes with -s")
     if not options.script:
