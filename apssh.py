@@ -853,6 +853,9 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
         agents: dict[str, dict[bytes, asyncssh.SSHKeyPair]] = {}
         pairs: dict[bytes, asyncssh.SSHKeyPair] = {}
         for key in keys:
+            certificate = None
+            if isinstance(key, tuple) and isinstance(key[0], _AgentKey):
+                key, certificate = key
             if isinstance(key, _AgentKey):
                 if key.agent_path not in agents:
                     agents[key.agent_path] = await stack.enter_async_context(_agent_pairs(key.agent_path))
@@ -860,8 +863,10 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
                 fresh = [held] if held else []
             else:
                 fresh = list(asyncssh.load_keypairs([key]))
-            for pair in fresh:
-                pairs.setdefault(pair.public_data, copy.copy(pair))
+            for pair in map(copy.copy, fresh):
+                if certificate:
+                    pair.set_certificate(certificate)
+                pairs.setdefault(pair.public_data, pair)
         yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _accepted_keys)
 
 
@@ -888,12 +893,12 @@ def _fingerprint(algorithm: str, blob: bytes) -> str:
     return f"{algorithm.removeprefix('ssh-').removeprefix('ecdsa-sha2-').split('-cert-')[0].upper()} SHA256:{digest}"
 
 
-def _matches_patterns(patterns: Iterable[str], name: str) -> bool:
+def _matches_patterns(patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE) -> bool:
     """OpenSSH's pattern lists: ``*`` and ``?``, and ``!`` which excludes whatever else matches."""
     matched = False
     for pattern in patterns:
         negated = pattern.startswith("!")
-        if re.fullmatch(re.escape(pattern.lstrip("!").lower()).replace(r"\*", ".*").replace(r"\?", "."), name.lower()):
+        if re.fullmatch(re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags):
             if negated:
                 return False
             matched = True
@@ -1142,6 +1147,7 @@ class _SshConfig:
     def __init__(self, path: str | None) -> None:
         self.trouble = ""
         home = os.path.expanduser("~")
+        path = "none" if path == os.devnull else path
         user_file = os.path.join(home, ".ssh", "config")
         with contextlib.suppress(KeyError):
             if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:  # ssh itself does not look at $HOME
@@ -1152,6 +1158,7 @@ class _SshConfig:
         self._patterns: list[list[str]] = []
         self._one_by_one = False
         self._keywords: set[str] = set()
+        self._names: set[str] = set()
         if path is None:
             self._scan("/etc/ssh/ssh_config", "/etc/ssh", 0)
             self._keywords.discard("hashknownhosts")  # Debian's default, worth no question
@@ -1175,8 +1182,10 @@ class _SshConfig:
             elif keyword == "host":
                 self._patterns.append(value.replace('"', "").split())
             elif (keyword == "match" and value.lower().strip() != "all") or keyword == "canonicalizehostname" \
-                    or (keyword == "hostname" and "%" in value):
+                    or (keyword in ("hostname", "userknownhostsfile") and "%" in value):  # ssh -G expands these two
                 self._one_by_one = True
+            elif keyword == "hostname":
+                self._names.add(value.strip(' "').lower())
 
     def lookup_all(self, hosts: Collection[tuple[str, str | None, int | None]]) -> dict[tuple[str, str | None, int | None], _HostConfig]:
         """What is configured for each (host, user, port). Raises UsageError when ssh refuses the configuration."""
@@ -1188,12 +1197,14 @@ class _SshConfig:
             return dict.fromkeys(hosts, nothing)
         classes: dict[object, list[tuple[str, str | None, int | None]]] = {}
         for each in hosts:
-            key: object = each if self._one_by_one else tuple(_matches_patterns(patterns, each[0]) for patterns in self._patterns)
+            key: object = each
+            if not self._one_by_one and each[0].lower() not in self._names:  # a HostName equal to what was asked says nothing
+                key = tuple(_matches_patterns(patterns, each[0], re.NOFLAG) for patterns in self._patterns)
             classes.setdefault(key, []).append(each)
         with ThreadPoolExecutor(8) as pool:
             defaults, *answers = pool.map(lambda args: self._ask(*args), [
                 ("none", "default", None, None), *((self._path, *members[0]) for members in classes.values())])
-        return {each: self._host_config(answer, defaults, members[0][0], each[0], each[1])
+        return {each: self._host_config(answer, defaults, members[0][0], *each)
                 for members, answer in zip(classes.values(), answers, strict=True) for each in members}
 
     def _ask(self, path: str | None, host: str, user: str | None, port: int | None) -> dict[str, list[str]]:
@@ -1210,7 +1221,7 @@ class _SshConfig:
         return answer
 
     def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, host: str,
-                     user: str | None) -> _HostConfig:
+                     user: str | None, port: int | None) -> _HostConfig:
         """One host's part of an answer that was asked for another host of its class."""
         def get(keyword: str) -> str | None:
             values = answer.get(keyword)
@@ -1218,30 +1229,34 @@ class _SshConfig:
 
         def files(keyword: str) -> tuple[str, ...]:
             values = answer.get(keyword, [])
-            return () if values == defaults.get(keyword) else tuple(expand(value) for value in values if value != "none")
+            return () if values == defaults.get(keyword) else tuple(map(expand, values))
 
         def expand(text: str, quote: bool = False) -> str:
             """ssh_config(5), TOKENS; a name that a shell will see must be harmless."""
             me = getpass.getuser()
-            tokens = {"h": hostname or host, "n": host, "r": user or get("user") or me, "u": me, "p": get("port") or "22",
-                      "d": os.path.expanduser("~"), "i": str(os.getuid()), "l": socket.gethostname(), "%": "%"}
+            tokens = {"h": hostname or host.lower(), "n": host, "r": user or get("user") or me, "u": me,
+                      "p": str(port or get("port") or 22), "d": os.path.expanduser("~"), "i": str(os.getuid()), "l": socket.gethostname(),
+                      "%": "%", "L": socket.gethostname().partition(".")[0], "k": get("hostkeyalias") or host}
             if quote and not all(re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"):
                 raise UsageError(f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand")
-            text = re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
-            return text if quote else os.path.expanduser(text)
+            if quote:
+                return re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
+            return os.path.expanduser(re.sub(r"%(.)|\$\{(\w+)\}", lambda match: tokens.get(match[1], match[0]) if match[1] else
+                                             os.environ.get(match[2], match[0]), text))
 
         hostname = get("hostname")
         hostname = None if hostname is None or hostname == asked.lower() else hostname
         strict = {"true": "yes", "false": "no"}.get(get("stricthostkeychecking") or "", get("stricthostkeychecking"))
         command = get("proxycommand")
-        known = [file for keyword in ("userknownhostsfile", "globalknownhostsfile")
+        jump = get("proxyjump")
+        known = [os.devnull if file == "none" else file for keyword in ("userknownhostsfile", "globalknownhostsfile")
                  for value in (answer if keyword in answer else defaults).get(keyword, []) for file in value.split()]
         changed = any(answer.get(keyword) != defaults.get(keyword) for keyword in ("userknownhostsfile", "globalknownhostsfile"))
-        agent = get("identityagent")
+        agent = {"none": os.devnull}.get(answer.get("identityagent", [""])[0], get("identityagent"))  # no agent answers there
         return _HostConfig(
             hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), files("certificatefile"),
             get("identitiesonly") == "yes",
-            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), get("proxyjump"),
+            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), expand(jump, quote=True) if jump else None,
             expand(command, quote=True) if command else None, tuple(expand(file) for file in known) if changed else (), strict,
             get("hashknownhosts") == "yes", get("hostkeyalias"), float(get("connecttimeout") or 0) or None,
             float(get("serveraliveinterval") or 0) or None)
@@ -1249,7 +1264,8 @@ class _SshConfig:
 
 def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
     """The hops of a ProxyJump."""
-    return tuple(_parse_hop(text, text, None) for text in config.proxy_jump.split(",")) if config.proxy_jump else ()
+    return tuple(_parse_hop(text.removeprefix("ssh://").removesuffix("/"), text, None)
+                 for text in config.proxy_jump.split(",")) if config.proxy_jump else ()
 
 
 def _configure(node: SshNode, config: _HostConfig) -> None:
@@ -1257,8 +1273,6 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
     node._address = node._address or config.hostname
     if not node._username_given and config.user:
         node.username = config.user
-    if node.port == 22 and config.port:
-        node.port = config.port
     if config.identity_agent:
         node._agent_path = config.identity_agent
     if not node.keys:
@@ -1274,11 +1288,13 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
 
 def _keys_of_run(node: SshNode) -> list[Key]:
     """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh does; or load_private_keys'."""
-    if node.keys or not (node._configured_keys or node._agent_path or node._certificates):
+    if node.keys or not (node._configured_keys or node._agent_path or node._certificates or not node._agent_too):
         return load_private_keys(node.keys)
     agent_keys = functools.cache(functools.partial(load_agent_keys, node._agent_path))
     keys: list[Key] = []
     for file in node._configured_keys or [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]:
+        if file == "none":
+            continue
         try:
             keys += _key_from_file(file, agent_keys)
         except UsageError as exc:  # ssh goes on without it too
@@ -1288,7 +1304,7 @@ def _keys_of_run(node: SshNode) -> list[Key]:
     for file in node._certificates:
         with contextlib.suppress(OSError, asyncssh.KeyImportError):
             certificate = asyncssh.read_certificate(file)
-            certified += [(key, certificate) for key in keys if isinstance(key, asyncssh.SSHKey)
+            certified += [(key, certificate) for key in [*keys, *agent_keys()] if isinstance(key, asyncssh.SSHKey | _AgentKey)
                           and key.public_data == certificate.key.public_data]
     return certified + keys
 
@@ -2008,8 +2024,8 @@ class SshNode(_Node):
 
     async def _connect(self) -> _Link:
         """Make one connection. Cancelling it leaves no socket."""
-        self._hops()
         await self._apply_config()
+        self._hops()
         keys = await self._login_keys()
         trust = _Trust(self)
         scope = asyncio.timeout(self.timeout)
@@ -2046,8 +2062,8 @@ class SshNode(_Node):
             except (OSError, asyncssh.Error, ValueError) as exc:
                 refused = isinstance(exc, asyncssh.PermissionDenied)
                 foreign = route.foreign() if route and not client.begun else ""
-                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError) and not client.host_key_error \
-                        and (not foreign or "MaxStartups" in foreign):
+                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError) \
+                        and not client.host_key_error and (not foreign or "MaxStartups" in foreign):
                     clock.drops += 1
                     if clock.drops <= RETRIES_BEFORE_LOGIN:
                         await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** clock.drops)
@@ -2111,10 +2127,14 @@ class SshNode(_Node):
             answers = await asyncio.to_thread(config.lookup_all, [(self.hostname, None, None)])
             (self._host_config,) = answers.values()
             _configure(self, self._host_config)
+            self.port = self._host_config.port or 22 if self.port == 22 else self.port
+            if self.timeout == CONNECT_TIMEOUT:
+                self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
             for index, hop in enumerate(jumps := _jumps(self._host_config) if self.gateway is None else ()):
-                way = jumps[:index + 1], str(self._config)
+                way = (jumps[:index + 1], str(self._config), *(key if isinstance(key, str) else id(key) for key in self.keys),
+                       id(self.known_hosts), self.host_keys)
                 self.gateway = _jump_nodes.get(way) or SshNode(
-                    hop.host, username=hop.user, port=hop.port or 22, gateway=self.gateway, config=self._config if index == 0 else None,
+                    hop.host, username=hop.user, port=hop.port or 22, gateway=self.gateway, config=self._config,
                     keys=self.keys, known_hosts=self.known_hosts, host_keys=self.host_keys, formatter=_quiet)
                 _jump_nodes[way] = self.gateway
 
@@ -4278,7 +4298,7 @@ def _parse_targets(
     ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway`` for targets that name no way;
     ``stdin`` answers ``-``, and ``last`` the selector of ``@last:selector``. UsageError names the text, its file and line.
     """
-    ways = [_parse_target(name, login) for word in _words(gateway or "") for name in _expand_ranges(word)]
+    ways = [_parse_target(name, login) for word in _words("" if gateway == "None" else gateway or "") for name in _expand_ranges(word)]
     if len(ways) > 1:
         raise UsageError(f"-g {_brief(gateway or '')}: gateways make one chain, as in gw1->gw2")
     parse = functools.partial(_parse_target, login=login, port=port, gateways=ways[0].chain if ways else ())
@@ -4521,27 +4541,28 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
         _screen.say(f"apssh: {ssh_config.trouble}")
     gateways: dict[Any, SshNode] = {}
 
-    def build(chain: tuple[Hop, ...], direct: bool, shown: Formatter) -> SshNode:
+    def build(chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()) -> SshNode:
         hop = chain[-1]
         answer = answers[hop.host, hop.user, hop.port]
         before = chain[:-1] or (() if direct else _jumps(answer))
         gateway = None
         if before:
-            if hop in before:
-                raise UsageError(f"{hop.host}: it is its own gateway")
+            for each in behind.union([hop]).intersection(before):
+                raise UsageError(f"{each.host}: it is its own gateway")
             if (before, direct) not in gateways:
-                gateways[before, direct] = build(before, bool(chain[:-1]), _quiet)
+                gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
         node = SshNode(hop.host, username=hop.user or answer.user or getpass.getuser(), port=hop.port or answer.port or 22, gateway=gateway,
                        formatter=shown, timeout=connect_timeout or answer.connect_timeout or CONNECT_TIMEOUT, **options)
         _configure(node, answer)
         return node
 
-    nodes = []
+    nodes: dict[Any, SshNode] = {}
     for target in targets:
-        nodes.append(build(target.chain, target.direct, formatter))
-        nodes[-1]._target = str(target)
-    return nodes
+        node = build(target.chain, target.direct, formatter)
+        node._target = str(target)
+        nodes.setdefault(tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()), node)  # `a a:22 A` runs once
+    return list(nodes.values())
 
 
 async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[str, Any],
@@ -4611,12 +4632,13 @@ class _Destinations:
     def check(self, nodes: Sequence[SshNode]) -> None:
         """Raises UsageError before anything is copied."""
         places: dict[str, SshNode] = {}
-        fixed = not _FIELD.search(self._localpath.rpartition("/")[2] or self._localpath)
+        made = self._localpath.endswith("/") and _FIELD.search(self._localpath)  # a folder for each host
         for node in nodes:
             place = os.path.realpath(shown := _expand_path(self._localpath, node))
-            folder = place if os.path.isdir(place) else os.path.dirname(place)
-            if fixed and self._localpath.endswith("/") and folder != place:
-                raise UsageError(f"{escape(shown)}: no such folder")
+            into = os.path.isdir(place) or shown.endswith("/")
+            folder = place if into else os.path.dirname(place)
+            if not os.path.isdir(folder) and not made:
+                raise UsageError(f"{escape(shown if into else os.path.dirname(shown))}: no such folder")
             if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
                 raise UsageError(f"{escape(folder)}: permission denied")
             if place in places:
@@ -4629,7 +4651,7 @@ class _Destinations:
         sources = [_expand_path(source, node) for source in sources]
         place = _expand_path(self._localpath, node)
         if place.endswith("/") and place != self._localpath:
-            os.makedirs(place, exist_ok=True)  # a folder for each host
+            os.makedirs(place, exist_ok=True)
         return [Pull(sources if many else sources[0], place, **self._options)]
 
 
@@ -5163,10 +5185,13 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
         else:
             targets = _targets(options)
-            keys = await asyncio.to_thread(_keys_wanted, options)
-            nodes = _build_nodes(targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
-                                 keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
-                                 guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
+            keys = await asyncio.to_thread(load_private_keys, options.key, options.verbose) if options.key else []
+            nodes = await asyncio.to_thread(  # a Match exec may take its time
+                _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
+                keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
+                guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
+            if not (keys or options.ok_if_no_key or options.askpass):
+                await asyncio.to_thread(_check_keys, nodes)
         check(nodes)
         progress = _Progress(len(nodes), options.quiet)
         results: list[Result] = []
@@ -5193,12 +5218,10 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
         return 0 if all(result.ok for result in results) else 1
 
 
-def _keys_wanted(options: argparse.Namespace) -> list[Key]:
-    """The keys of the command line; with none anywhere, stop before connecting unless told otherwise."""
-    keys = load_private_keys(options.key, options.verbose)
-    if not keys and not (options.ok_if_no_key or options.askpass):
+def _check_keys(nodes: Sequence[SshNode]) -> None:
+    """With no key anywhere, in the config neither, stop before connecting."""
+    if not (any(node._configured_keys or node._agent_path or node._certificates for node in nodes) or load_private_keys()):
         raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
-    return keys if options.key else []
 
 
 def _show_targets(options: argparse.Namespace) -> int:
