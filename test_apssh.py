@@ -14,9 +14,11 @@ import gc
 import getpass
 import importlib
 import io
+import itertools
 import json
 import os
 import pty
+import pwd
 import re
 import shlex
 import shutil
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import termios
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from typing import Any
 import asyncssh
 import pytest
 from asynciojobs import Job, PrintJob, Scheduler, Sequence
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import apssh
@@ -52,11 +55,25 @@ from apssh import (
     Run,
     RunScript,
     RunString,
+    ScenarioError,
     SshJob,
     SshNode,
+    StepRecord,
+    SubdirFormatter,
+    TimeHostFormatter,
     TransferError,
     UsageError,
     Variables,
+    YamlLoader,
+    recording,
+    run_record,
+    save_record,
+    timeline_as_svgfile,
+    timeline_as_text,
+    topology_as_dotfile,
+    topology_as_pngfile,
+    topology_dot,
+    topology_graph,
 )
 
 MODULE = Path(apssh.__file__).resolve()
@@ -65,6 +82,7 @@ ME = getpass.getuser()
 # ---------------------------------------------------------------------------------------------------------------
 # the rig
 # ---------------------------------------------------------------------------------------------------------------
+
 
 TESTBED = [host for host in os.environ.get("TESTBED_HOSTS", "").split(",") if host]
 on_testbed = pytest.mark.skipif(not TESTBED, reason="needs several real hosts: set TESTBED_HOSTS and TESTBED_KEY")
@@ -308,7 +326,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 def cli(*argv: str, program: str = "apssh", input: bytes = b"", timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a program as a person would, warnings being errors."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh, logging; logging.getLogger('asyncio').setLevel('ERROR'); sys.exit(apssh.{MAINS[program]}())"  # -X dev tells of slow callbacks
     return subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", code, *argv], input=input, capture_output=True,
                           timeout=timeout, env=os.environ | environment, check=False)
 
@@ -404,6 +422,7 @@ def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> No
 # ---------------------------------------------------------------------------------------------------------------
 # formatters
 # ---------------------------------------------------------------------------------------------------------------
+
 
 BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
 
@@ -559,8 +578,671 @@ def test_output_to_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# ssh_config
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def ssh_says(file: Path, target: str) -> dict[str, Any]:
+    """What ``ssh -G`` answers for a target, its tokens expanded as ssh_config(5) has them, in the terms of ``seen_on``."""
+    def ask(config: str, *words: str) -> dict[str, list[str]]:
+        done = subprocess.run(["ssh", "-F", config, *words, "-G", host], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UsageError("ssh config: " + " ".join(done.stderr.splitlines()))
+        answer: dict[str, list[str]] = {}
+        for line in done.stdout.splitlines():
+            keyword, _, value = line.partition(" ")
+            answer.setdefault(keyword, []).append(value)
+        return answer
+
+    hop = apssh._parse_targets([target])[0].chain[-1]
+    host = hop.host
+    answer = ask(str(file), *(["-l", hop.user] if hop.user else []), *(["-p", str(hop.port)] if hop.port else []))
+    default = ask("none")
+    (user,), (port,), (address,) = answer["user"], answer["port"], answer["hostname"]
+    alias = answer.get("hostkeyalias", [""])[0]
+    tokens = {"%h": address, "%n": host, "%p": port, "%r": user, "%u": ME, "%d": os.environ["HOME"], "%k": alias or host, "%%": "%"}
+
+    def expand(text: str) -> str:
+        text = re.sub(r"%.", lambda match: tokens[match[0]], text)
+        text = re.sub(r"\$\{(\w+)\}", lambda match: os.environ[match[1]], text)
+        return os.path.expanduser(text)
+
+    def files(keyword: str) -> list[str]:
+        values = answer.get(keyword, [])
+        return [] if values == default.get(keyword) else [expand(value) for value in values]
+
+    def way(text: str) -> list[str]:
+        """Each jump host as ssh would be called for it; the first one may itself be behind others."""
+        hops = [jump.removeprefix("ssh://") for jump in re.sub("%.", lambda match: tokens[match[0]], text).split(",")]
+        steps = [ssh_says(file, jump) for jump in hops]
+        return steps[0]["way"] + [f"{step['user']}@{step['address']} {step['port']}" for step in steps]
+
+    agent = answer.get("identityagent", ["SSH_AUTH_SOCK"])[0]
+    (policy,), (timeout,) = answer["stricthostkeychecking"], answer["connecttimeout"]
+    known = [answer[keyword][0] for keyword in ("userknownhostsfile", "globalknownhostsfile")]
+    changed = known != [default[keyword][0] for keyword in ("userknownhostsfile", "globalknownhostsfile")]
+    (jump,), (command,) = answer.get("proxyjump", ["none"]), answer.get("proxycommand", ["none"])
+    return {
+        "address": address, "user": user, "port": int(port), "keys": files("identityfile"), "certificates": files("certificatefile"),
+        "only": answer["identitiesonly"] == ["yes"],
+        "agent": {"SSH_AUTH_SOCK": None, "none": os.devnull}.get(agent, os.path.expandvars(expand(agent))),
+        "way": [] if jump == "none" else way(jump),
+        "command": None if command == "none" else re.sub("%.", lambda match: tokens[match[0]], command),
+        "known": [os.devnull if path == "none" else path for path in " ".join(known).split()] if changed else
+        [os.path.expanduser(path) for path in apssh.KNOWN_HOSTS_FILES],
+        "policy": {"true": "yes", "false": "no", "ask": "accept-new"}.get(policy, policy),
+        "name": alias or (address if port == "22" else f"[{address}]:{port}"),
+        "timeout": apssh.CONNECT_TIMEOUT if timeout == "none" else float(timeout),
+        "keepalive": float(answer["serveraliveinterval"][0]) or apssh.KEEPALIVE_INTERVAL, "hashed": answer["hashknownhosts"] == ["yes"]}
+
+
+def seen_on(node: SshNode) -> dict[str, Any]:
+    """The same of a node."""
+    trust = apssh._Trust(node)
+    return {
+        "address": (node._address or node.hostname).lower(), "user": node.username, "port": node.port, "keys": list(node._configured_keys),
+        "certificates": list(node._certificates), "only": not node._agent_too, "agent": node._agent_path,
+        "way": [f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}" for hop in node._hops()[:-1]],
+        "command": node._proxy_command, "known": [os.path.expanduser(path) for path in node._known_hosts_files], "policy": trust.policy,
+        "name": trust._name.lower(), "timeout": node.timeout, "keepalive": node.keepalive, "hashed": node._hash_names}
+
+
+def config_nodes(file: Path, *targets: str, **options: Any) -> list[SshNode]:
+    return apssh._build_nodes(apssh._parse_targets(list(targets)), formatter=apssh.HostFormatter(), config=str(file), **options)
+
+
+CONFIGURATIONS = {
+    "empty": ("", "web", {"address": "web", "user": ME, "port": 22, "way": [], "policy": "accept-new"}),
+    "comments-only": ("# nothing\n\n   # here\n", "web", {"address": "web"}),
+    "hostname": ("Host web\n HostName Web.Example.ORG\n", "web db", {"address": "web.example.org"}),
+    "hostname-token": ("Host web db\n HostName %h.example.org\n", "web db", {"address": "web.example.org"}),
+    "hostname-percent": ("HostName a%%%h\n", "web", {"address": "a%web"}),
+    "hostname-of-one-host-for-two": ("Host web db\n HostName web\n", "web db", {"address": "web"}),
+    "hostname-v6": ("Host web\n HostName 2001:db8::1\n Port 2200\n", "web", {"address": "2001:db8::1", "name": "[2001:db8::1]:2200"}),
+    "user-port": ("Host web\n User bob\n Port 2200\n", "web db", {"user": "bob", "port": 2200, "name": "[web]:2200"}),
+    "target-wins": ("Host *\n User bob\n Port 2200\n", "ann@web:22 web db:23", {"user": "ann", "port": 22}),
+    "equals-and-case": ("HOST = web\n\tUSER=bob\n  pOrT =2200\n", "web db", {"user": "bob", "port": 2200}),
+    "quotes": ('Host "web"\n User "bob"\n IdentityFile "~/.ssh/my key"\n', "web db", {"user": "bob"}),
+    "comment-at-the-end": ("Host web db # both\n User bob # the builder\n Port 2200 # odd\n", "web db", {"user": "bob", "port": 2200}),
+    "no-newline-at-the-end": ("Host web\n Port 2200", "web", {"port": 2200}),
+    "dos-line-ends": ("Host web\r\n Port 2200\r\n", "web db", {"port": 2200}),
+    "first-wins": ("Host web\n User one\nHost w*\n User two\n Port 2222\nHost *\n User three\n Port 3333\n", "web wiki db",
+                   {"user": "one", "port": 2222}),
+    "negated": ("Host *.org !secret.org\n User bob\n", "web.org secret.org web.com", {"user": "bob"}),
+    "negated-alone": ("Host !web\n User bob\n", "web db", {"user": ME}),
+    "wildcards": ("Host node? 10.0.*.1\n User bob\n", "node1 node10 10.0.3.1 10.0.3.2", {"user": "bob"}),
+    "patterns-know-case": ("Host WEB\n User upper\nHost web\n User lower\n", "web WEB", {"user": "lower"}),
+    "many-identities": ("Host web\n IdentityFile ~/one\n IdentityFile ~/two\nHost *\n IdentityFile ~/three\n", "web db", {}),
+    "identity-tokens": ("IdentityFile %d/%h-%n-%r-%u-%p\nHost web\n User bob\n Port 2200\n HostName box\n", "web db", {}),
+    "identity-tokens-of-the-target": ("IdentityFile ~/%r-%p-%%\n", "ann@web:2200 web", {}),
+    "identity-variable": ("IdentityFile ${STORE}/key\n", "web", {"keys": ["/store/key"]}),
+    "identity-none": ("IdentityFile none\n", "web", {"keys": ["none"]}),
+    "identities-only": ("Host web\n IdentitiesOnly yes\n IdentityFile ~/one\n", "web db", {"only": True}),
+    "identities-only-alone": ("IdentitiesOnly yes\n", "web", {"only": True, "keys": []}),
+    "agent-path": ("Host web\n IdentityAgent ~/%h.sock\n", "web db", {}),
+    "agent-none": ("Host web\n IdentityAgent none\n", "web db", {"agent": os.devnull}),
+    "agent-of-the-environment": ("IdentityAgent SSH_AUTH_SOCK\n", "web", {"agent": None}),
+    "agent-variable": ("IdentityAgent $STORE\n", "web", {"agent": "/store"}),
+    "jump": ("Host web\n ProxyJump gw\nHost gw\n HostName gate\n User bob\n", "web db", {"way": ["bob@gate 22"]}),
+    "jump-chain": ("Host web\n ProxyJump ann@gw1:2201,[2001:db8::1]:2202,gw3\nHost gw3\n Port 2203\n", "web",
+                   {"way": ["ann@gw1 2201", f"{ME}@2001:db8::1 2202", f"{ME}@gw3 2203"]}),
+    "jump-through-jumps": ("Host web\n ProxyJump gw3\nHost gw3\n ProxyJump gw2\nHost gw2\n ProxyJump gw1\n", "web gw3 gw2",
+                           {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]}),
+    "jump-chain-behind-a-jump": ("Host web\n ProxyJump gw2,gw3\nHost gw2\n ProxyJump gw1\nHost gw3\n ProxyJump other\n", "web",
+                                 {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]}),
+    "jump-none": ("Host web\n ProxyJump none\nHost *\n ProxyJump gw\nHost gw\n ProxyJump none\n", "web", {"way": []}),
+    "jump-for-all-but-itself": ("Host * !gw\n ProxyJump gw\n", "web db gw", {"way": [f"{ME}@gw 22"]}),
+    "jump-uri": ("Host web\n ProxyJump ssh://bob@gw:2200\n", "web", {"way": ["bob@gw 2200"]}),
+    "jump-token": ("Host web db\n ProxyJump gw-%h\n", "web db", {"way": [f"{ME}@gw-web 22"]}),
+    "command": ("Host web\n ProxyCommand nc -x %% %h %n %p %r\n HostName box\n Port 2200\n User bob\n", "web db",
+                {"command": "nc -x % box web 2200 bob"}),
+    "command-of-two": ("Host web db\n ProxyCommand nc %h %p\n", "web:2200 db", {"command": "nc web 2200"}),
+    "command-none": ("Host web\n ProxyCommand none\nHost *\n ProxyCommand nc %h %p\n", "web db", {"command": None}),
+    "command-before-jump": ("ProxyCommand nc %h %p\nProxyJump gw\n", "web", {"command": "nc web 22", "way": []}),
+    "jump-before-command": ("Host web\n ProxyJump gw\n ProxyCommand nc %h %p\n", "web", {"command": None, "way": [f"{ME}@gw 22"]}),
+    "known-hosts": ("Host web\n UserKnownHostsFile /one /two\n", "web db",
+                    {"known": ["/one", "/two", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"]}),
+    "known-hosts-none": ("UserKnownHostsFile none\nGlobalKnownHostsFile /global\n", "web", {"known": [os.devnull, "/global"]}),
+    "known-hosts-tokens": ("UserKnownHostsFile /known/%k-%h-%p\nHost db\n HostKeyAlias ali\n", "web db", {}),
+    "known-hosts-tokens-of-two": ("Host web db\n UserKnownHostsFile /known/%k\n", "web db", {}),
+    "global-known-hosts": ("UserKnownHostsFile /mine\nGlobalKnownHostsFile /one /two\n", "web", {"known": ["/mine", "/one", "/two"]}),
+    "policy-ask": ("StrictHostKeyChecking ask\n", "web", {"policy": "accept-new"}),
+    "policy-yes": ("Host web\n StrictHostKeyChecking yes\n", "web db", {"policy": "yes"}),
+    "policy-no": ("Host web\n StrictHostKeyChecking no\n", "web db", {"policy": "no"}),
+    "policy-off": ("Host web\n StrictHostKeyChecking off\n", "web db", {"policy": "no"}),
+    "policy-accept-new": ("StrictHostKeyChecking accept-new\n", "web", {"policy": "accept-new"}),
+    "alias": ("Host web\n HostKeyAlias box\n Port 2200\n", "web db", {"name": "box"}),
+    "timeout": ("Host web\n ConnectTimeout 10\n", "web db", {"timeout": 10}),
+    "timeout-with-unit": ("ConnectTimeout 1m10s\n", "web", {"timeout": 70}),
+    "keepalive": ("Host web\n ServerAliveInterval 5\n", "web db", {"keepalive": 5}),
+    "hashed": ("Host web\n HashKnownHosts yes\n", "web db", {"hashed": True}),
+    "certificate": ("Host web\n CertificateFile ~/%r-cert.pub\n CertificateFile ${STORE}/c\n", "web db", {}),
+    "match-host": ("Match host web,db*\n User bob\n", "web db wiki", {"user": "bob"}),
+    "match-original-host": ("Host web\n HostName box\nMatch originalhost web\n User bob\nMatch host box\n Port 2200\n", "web box",
+                            {"user": "bob", "port": 2200}),
+    "match-user": ("Match user ann\n Port 2200\nMatch localuser nobody\n Port 2201\n", "ann@web web", {"port": 2200}),
+    "match-exec": ('Match exec "test %h = web"\n User bob\n', "web db", {"user": "bob"}),
+    "match-negated": ("Match !host web\n User bob\n", "db web", {"user": "bob"}),
+    "match-all": ("Host db\n User ann\nMatch all\n User bob\n", "web db", {"user": "bob"}),
+    "match-final": ("Host web\n HostName box\nMatch final host box\n User bob\n", "web db", {"user": "bob"}),
+    "canonical": ("CanonicalizeHostname yes\nCanonicalizeMaxDots 0\nMatch canonical host *.org\n User bob\n", "web.org db.com",
+                  {"user": "bob"}),
+    "include": ("Include {folder}/one.conf\nHost *\n User bob\n", "web db", {"user": "one", "port": 2201}),
+    "include-glob": ("Include {folder}/*.conf {folder}/missing\n", "web db", {"user": "one", "port": 2201}),
+    "include-in-a-block": ("Host web\n Include {folder}/two.conf\nHost *\n User bob\n", "web db", {"user": "two"}),
+    "include-quoted": ('Include "{folder}/one.conf"\n', "web db", {"user": "one"}),
+    "tag": ("Host web\n Tag x\nMatch tagged x\n User bob\n", "web", {"user": "bob"}),
+    "ignored-keyword": ("IgnoreUnknown Mystery\nHost web\n Mystery yes\n User bob\n", "web db", {"user": "bob"}),
+    "bad-keyword": ("Host web\n Usr bob\n Port 22\n", "web", None),
+    "bad-value": ("Host web\n Port many\n", "web", None),
+    "bad-for-one": ("Host db\n ConnectTimeout never\n", "web db", None),
+}
+
+
+@pytest.fixture
+def included(tmp_path: Path) -> Path:
+    """Files for Include."""
+    folder = tmp_path / "included"
+    folder.mkdir()
+    (folder / "one.conf").write_text("Host web\n User one\n Port 2201\n")
+    (folder / "two.conf").write_text("User two\n")
+    return folder
+
+
+@pytest.mark.parametrize(("text", "targets", "expected"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_config_is_what_ssh_says(text: str, targets: str, expected: dict[str, Any] | None, tmp_path: Path, included: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE", "/store")
+    file = tmp_path / "config"
+    file.write_text(text.replace("{folder}", str(included)), newline="")
+    try:
+        told = [ssh_says(file, target) for target in targets.split()]
+    except UsageError as exc:  # what ssh refuses (Tag is of OpenSSH 9.4), in its words
+        assert expected is None or "Bad configuration option: tag" in str(exc)
+        with pytest.raises(UsageError) as caught:
+            config_nodes(file, *targets.split())
+        assert str(caught.value) == str(exc)
+        return
+    assert expected is not None
+    assert {field: told[0][field] for field in expected} == expected
+    assert [seen_on(node) for node in config_nodes(file, *targets.split())] == told
+
+
+def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files and the command that ``ssh -v`` says it uses."""
+    monkeypatch.setenv("STORE", "store")
+    file = tmp_path / "config"
+    file.write_text("Host box\n HostName real\n User bob\n Port 2200\n HostKeyAlias ali\n ProxyCommand echo %h %n %p %r %%\n"
+                    " IdentityFile ~/%h-%n-%p-%r-%u-%k-%i-%L-%l-%%\n IdentityFile %d/${STORE}\n CertificateFile ~/%r.pub\n"
+                    " UserKnownHostsFile /known/%k-%h\n")
+    for target, options in (("box", ["box"]), ("ann@box:2201", ["-l", "ann", "-p", "2201", "box"])):
+        done = subprocess.run(["ssh", "-v", "-F", file, *options, "true"], input=b"", capture_output=True, check=False)
+        said = done.stderr.decode().replace(pwd.getpwuid(os.getuid()).pw_dir + "/", os.environ["HOME"] + "/")
+        (node,) = config_nodes(file, target)
+        assert f"debug1: Executing proxy command: exec {node._proxy_command}" in said.splitlines()
+        assert [*node._configured_keys, *node._certificates] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
+
+
+def test_config_relative_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name is below ~/.ssh, whichever file includes it; ssh takes the home from the passwd file."""
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    if not os.path.isdir(f"{home}/.ssh"):
+        pytest.skip("this user has no ~/.ssh folder")
+    monkeypatch.setenv("HOME", home)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "one").write_text("Host web\n User bob\n")
+    (tmp_path / "more" / "two").write_text("Host db\n Port 2200\n")
+    file = tmp_path / "config"
+    file.write_text(f"Include {os.path.relpath(tmp_path / 'more', os.path.realpath(f'{home}/.ssh'))}/*\n")
+    web, db, wiki = config_nodes(file, "web", "db", "wiki")
+    assert [(node.username, node.port) for node in (web, db, wiki)] == [("bob", 22), (ME, 2200), (ME, 22)]
+    assert [seen_on(node) for node in (web, db, wiki)] == [ssh_says(file, target) for target in ("web", "db", "wiki")]
+
+
+@pytest.mark.parametrize(("text", "targets", "message"), [
+    ("Host gw\n ProxyJump gw\n", "gw", "ssh config: jumphost loop via gw"),
+    ("Host web\n ProxyJump gw\nHost gw\n ProxyJump gw\n", "web", "ssh config: jumphost loop via gw"),
+    ("Host a\n ProxyJump b\nHost b\n ProxyJump a\n", "a", "a: it is its own gateway"),
+    ("Host a\n ProxyJump b\nHost b\n ProxyJump c\nHost c\n ProxyJump a\n", "a", "a: it is its own gateway"),
+    ("Host web\n ProxyCommand nc %r %h\n", "a.b+c@web", None),
+    ("Host web\n ProxyCommand nc %r %h\n", "a*b@web", "web: a host or user name with such characters cannot stand in a ProxyCommand"),
+], ids=["own-jump", "jump-of-a-jump", "loop-of-two", "loop-of-three", "odd-user", "shell-user"])
+def test_config_refused(text: str, targets: str, message: str | None, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(text)
+    with contextlib.nullcontext() if message is None else pytest.raises(UsageError) as caught:
+        config_nodes(tmp_path / "config", targets)
+    assert message is None or str(caught.value) == message
+
+
+# what configs are asked for
+
+
+@pytest.fixture
+def program(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, list[str]]]:
+    """Run apssh in this process, as in a new one: its exit code, stdout, and the lines of stderr."""
+    def call(*argv: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(apssh, "_accepted_keys", set())
+        capfd.readouterr()
+        code = apssh.main(argv)
+        out, err = capfd.readouterr()
+        return code, out, err.splitlines()
+
+    return call
+
+
+Program = Callable[..., tuple[int, str, list[str]]]
+Config = Callable[[str], Path]
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The command lines of ssh since the start of the test: a program named ssh, first on PATH, notes them."""
+    log, folder = tmp_path / "asked", tmp_path / "counting"
+    folder.mkdir()
+    (folder / "ssh").write_text(f'#!/bin/sh\necho "$*" >>{shlex.quote(str(log))}\nexec {shutil.which("ssh")} "$@"\n')
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return lambda: log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.fixture
+def config(home: Path) -> Callable[[str], Path]:
+    """Write ~/.ssh/config."""
+    def write(text: str) -> Path:
+        path = home / ".ssh" / "config"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+PLAIN = """
+Host gw
+  HostName gate.example.org
+Host node1*
+  Port 2200
+  IdentityFile ~/.ssh/%h-%r
+Host node* !node1999
+  ProxyJump gw
+Host *
+  User bob
+  ServerAliveInterval 7
+"""
+
+
+def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], home: Path) -> None:
+    nodes = config_nodes(config(PLAIN), "node[1-2000]")
+    assert len(asked()) <= 6, asked()
+    assert len(nodes) == 2000
+    assert {node.gateway for node in nodes if node.hostname != "node1999"} == {nodes[0].gateway}
+    by_name = {node.hostname: node for node in nodes}
+    assert by_name["node1999"].gateway is None and by_name["node1999"].port == 2200
+    assert by_name["node1234"]._configured_keys == (f"{home}/.ssh/node1234-bob",)
+    assert by_name["node2"].port == 22 and by_name["node2"].keepalive == 7 and by_name["node2"]._configured_keys == ()
+    assert [seen_on(by_name[name]) for name in ("node1", "node7", "node1999", "node2000")] == [
+        ssh_says(home / ".ssh" / "config", name) for name in ("node1", "node7", "node1999", "node2000")]
+
+
+def test_config_with_nothing_of_ours_asks_nothing(config: Config, asked: Callable[[], list[str]]) -> None:
+    assert len(config_nodes(config("Host *\n SendEnv LANG\n Compression yes\n"), "node[1-20]")) == 20
+    assert asked() == []
+
+
+@pytest.mark.parametrize("options", [["-F", "none"], []], ids=["none", "no-file"])
+def test_no_config_asks_nothing(program: Program, options: list[str], sshd: Sshd, config: Config, asked: Callable[[], list[str]]) -> None:
+    if options:
+        config("Host *\n Nonsense yes\n HostName nowhere.invalid\n User nobody\n Port 1\n")
+    done = program(*options, "-t", sshd.target, "-r", "echo", "fine")
+    assert (done, asked()) == ((0, "fine\n", []), [])
+
+
+@pytest.mark.parametrize(("argv", "expected"), [
+    ((), ("bob", 2200, "gw", "~/.ssh/of-config")), (("-l", "ann"), ("ann", 2200, "gw", "~/.ssh/of-config")),
+    (("-p", "22"), ("bob", 22, "gw", "~/.ssh/of-config")), (("-p", "23"), ("bob", 23, "gw", "~/.ssh/of-config")),
+    (("-g", "other"), ("bob", 2200, "other", "~/.ssh/of-config")), (("-k", "~/.ssh/id_ed25519"), ("bob", 2200, "gw", None)),
+    (("-t", "ann@web"), ("ann", 2200, "gw", "~/.ssh/of-config")), (("-t", "web:22"), ("bob", 22, "gw", "~/.ssh/of-config")),
+    (("-t", "other->web"), ("bob", 2200, "other", "~/.ssh/of-config")), (("-t", "None->web"), ("bob", 2200, None, "~/.ssh/of-config")),
+    (("-t", "ann@web:24", "-l", "eve", "-p", "25"), ("ann", 24, "gw", "~/.ssh/of-config")),
+], ids=lambda value: "_".join(map(str, value)) or "nothing")
+def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, int, str | None, str | None], home: Path,
+                                   config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config("Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port 2200\n ProxyJump gw\n"
+           " IdentityFile ~/.ssh/of-config\n")
+    shutil.copy(home / ".ssh" / "id_ed25519", home / ".ssh" / "of-config")
+    built: list[SshNode] = []
+
+    async def fan_out(nodes: list[SshNode], *args: Any, **options: Any) -> list[apssh.Result]:
+        built.extend(nodes)
+        return []
+
+    monkeypatch.setattr(apssh, "_fan_out", fan_out)
+    assert apssh.main([*(() if "-t" in argv else ("-t", "web")), *argv, "true"]) == 0
+    (node,) = built
+    user, port, gateway, key = expected
+    assert (node.username, node.port, node.gateway and node.gateway.hostname) == (user, port, gateway)
+    assert node._address == "web.example.org"
+    assert list(node._configured_keys) == ([os.path.expanduser(key)] if key else [])
+    assert bool(node.keys) == (key is None)
+    if gateway:
+        assert node.gateway and node.gateway.username == ("ann" if argv == ("-l", "ann") and gateway != "gw" else "gate")
+
+
+def test_no_ssh_program(program: Program, sshd: Sshd, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config("Host *\n User nobody\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = "apssh: no ssh program here to read the ssh config: it is not used"
+    assert program("-t", sshd.target, "-r", "echo", "fine") == (0, "fine\n", [said])
+
+
+@pytest.mark.parametrize("text", ["Host *\n Usr bob\n Port 22\n", "Host *\n User bob\n Port many\n ConnectTimeout x\n", "Host\n User bob\n",
+                                  "Match nonsense\n", "HostName %q\n"],
+                         ids=["keyword", "values", "no-pattern", "match", "token"])
+def test_broken_config(program: Program, text: str, config: Config) -> None:
+    file = config(text)
+    said = subprocess.run(["ssh", "-F", file, "-G", "web"], capture_output=True, text=True, check=False).stderr
+    assert said
+    done = program("-t", "web", "true")
+    assert done == (2, "", [f"apssh: ssh config: {' '.join(said.splitlines())}"])
+
+
+def test_missing_config(program: Program, home: Path) -> None:
+    for path in ("missing", str(home)):
+        done = program("-F", path, "-t", "web", "true")
+        assert done == (2, "", [f"apssh: ssh config {path}: no such file"])
+
+
+def test_empty_device_as_config(program: Program, sshd: Sshd, asked: Callable[[], list[str]]) -> None:
+    done = program("-F", os.devnull, "-t", sshd.target, "-r", "echo", "fine")
+    assert done == (0, "fine\n", [])
+
+
+def test_api_reads_no_config_unless_asked(sshd: Sshd, config: Config, asked: Callable[[], list[str]]) -> None:
+    file = config(f"Host box\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\n ConnectTimeout 17\n")
+
+    async def main() -> None:
+        node = SshNode("box", timeout=5)
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert (caught.value.kind, node.port) == ("dns", 22)
+        assert [result.kind for result in await apssh.co_run("box", "true")] == ["dns"]
+        assert asked() == []
+        for each in (True, str(file)):
+            async with SshNode("box", config=each, formatter=apssh.CaptureFormatter()) as node:
+                assert await node.run("true") == 0
+                assert (node.hostname, node.port, node.username, node.timeout) == ("box", sshd.port, ME, 17)
+            (result,) = await apssh.co_run("box", "echo fine", config=each)
+            assert (result.ok, result.stdout, result.host, result.port) == (True, "fine\n", "box", sshd.port)
+
+    run(main())
+
+
+def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
+    """Each hop is looked up; nodes with other ideas of trust share no jump host."""
+    config(f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n ProxyJump gw1,gw2\n")
+
+    async def main() -> None:
+        logins = sshd.logins()
+        nodes = [SshNode(f"box{number}", config=True, timeout=10, formatter=apssh.CaptureFormatter()) for number in range(3)]
+        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0, 0, 0]
+        assert [hop.hostname for hop in nodes[0]._hops()] == ["gw1", "gw2", "box0"]
+        assert len({node.gateway for node in nodes}) == 1
+        assert sshd.logins() - logins == 5
+        trusting = SshNode("box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter())
+        assert await trusting.run("true") == 0
+        assert trusting.gateway is not nodes[0].gateway
+        for hop in {hop for node in [*nodes, trusting] for hop in node._hops()}:
+            await hop.close()
+
+    run(main())
+
+
+# logins
+
+
+def aliases(server: Sshd, *names: str, more: str = "") -> str:
+    """A block for names of a server."""
+    return f"Host {' '.join(names)}\n HostName 127.0.0.1\n Port {server.port}\n {more}\n"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("chain", [True, False], ids=["chain", "nested"])
+def test_jump_hosts_are_shared(program: Program, depth: int, chain: bool, sshd: Sshd, make_sshd: Callable[..., Sshd],
+                               config: Config) -> None:
+    gates = [make_sshd() for _ in range(depth)]
+    names = [f"gw{number}" for number in range(depth)]
+    if chain:
+        blocks = [aliases(gate, name) for gate, name in zip(gates, names, strict=True)]
+    else:
+        blocks = [aliases(gate, name, more=f"ProxyJump gw{number - 1}" if number else "")
+                  for number, (gate, name) in enumerate(zip(gates, names, strict=True))]
+    config("".join(blocks) + aliases(sshd, "box*", more=f"ProxyJump {','.join(names) if chain else names[-1]}"))
+    logins = sshd.logins()
+    code, out, said = program("-t", "box[1-5]", "-q", "echo", "$SSH_CONNECTION")
+    assert (code, said) == (0, [])
+    assert sorted(line.split()[0] for line in out.splitlines()) == [f"box{number}:127.0.0.1" for number in range(1, 6)]
+    assert sshd.logins() - logins == 5
+    assert [gate.logins() for gate in gates] == [1] * depth
+    assert eventually(lambda: all(gate.connections() == 0 for gate in gates))
+
+
+def test_failed_jump_host(program: Program, sshd: Sshd, config: Config) -> None:
+    port = free_port()
+    config(f"Host gw\n HostName 127.0.0.1\n Port {port}\n" + aliases(sshd, "box1", "box2", more="ProxyJump gw"))
+    code, out, said = program("-t", "box[1-2]", "-q", "true")
+    assert (code, out) == (1, "")
+    assert sorted(said) == [f"{name}: refused: gateway gw: nothing listens on port {port}" for name in ("box1", "box2")]
+
+
+RELAY = """
+import os, socket, sys, threading
+sock = socket.create_connection(sys.argv[2:4])
+def back():
+    while data := sock.recv(65536):
+        os.write(1, data)
+    os._exit(0)
+threading.Thread(target=back).start()
+while data := os.read(0, 65536):
+    sock.sendall(data)
+os._exit(0)
+"""
+
+
+def test_proxy_command(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+    (home / "relay.py").write_text(RELAY)
+    token = f"relay-{os.urandom(4).hex()}"
+    command = f"{shlex.quote(sys.executable)} {home}/relay.py {token} %h %p"
+    config(f"Host box* broken\n HostName 127.0.0.1\n Port {sshd.port}\n ProxyCommand {command}\n"
+           "Host broken\n StrictHostKeyChecking yes\n HostKeyAlias unknown\n")
+    code, out, said = program("-t", "box[1-3]", "-t", f"box4:{sshd.port}", "-q", "echo fine")
+    assert (code, sorted(out.splitlines()), said) == (0, [f"box{number}:fine" for number in range(1, 5)], [])
+    assert processes(token) == []
+    assert program("-t", "broken", "-q", "true")[0] == 1
+    assert processes(token) == []
+
+    async def main() -> None:
+        node = SshNode("box9", config=True, username=ME, formatter=apssh.CaptureFormatter())
+        assert await node.run("true") == 0
+        assert len(processes(token)) == 1
+        await node.close()
+        assert processes(token) == []
+
+    run(main())
+
+
+def test_proxy_command_that_fails(program: Program, config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    """What it says is shown, and there is no traceback."""
+    config("Host box\n ProxyCommand echo no way >&2; exit 3\n")
+    code, out, said = program("-t", "box", "-q", "-c", "1", "true")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"box: lost: no connection within 1 s: dropped before login, [23] times", said[-1])
+    assert {*said[:-1]} == {"no way"}
+    gc.collect()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_host_key_alias(program: Program, sshd: Sshd, config: Config, home: Path) -> None:
+    config(aliases(sshd, "box", "wrong", more="HostKeyAlias the-box"))
+    assert program("-t", "box", "true")[0] == 0
+    known = home / ".ssh" / "known_hosts"
+    assert known.read_text() == f"the-box {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    other = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode().strip()
+    known.write_text(f"[127.0.0.1]:{sshd.port} {sshd.key.export_public_key().decode()}the-box {other}\n")
+    code, _, (said,) = program("-t", "box", "-q", "true")
+    assert code == 1
+    assert said.startswith("box: hostkey: HOST KEY CHANGED: it presents ED25519 SHA256:")
+    assert "ssh-keygen -R 'the-box' -f" in said
+
+
+def test_user_known_hosts_file(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+    """The first file is written to, all are read; a file for each host is its own."""
+    config(aliases(sshd, "box", more=f"UserKnownHostsFile {tmp_path}/first {tmp_path}/second")
+           + aliases(sshd, "each*", more=f"UserKnownHostsFile {tmp_path}/of-%k") + aliases(sshd, "none", more="UserKnownHostsFile none")
+           + aliases(sshd, "null", more="UserKnownHostsFile /dev/null"))
+    line = f"[127.0.0.1]:{sshd.port} {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    mode = os.stat(os.devnull).st_mode
+    for target in ("box", "each[1-2]", "none", "null"):
+        done = program("-t", target, "-q", "true")
+        assert done == (0, "", [])
+    written = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert written == {"first": line, "of-each1": line, "of-each2": line}
+    assert sorted(path.name for path in (home / ".ssh").iterdir()) == ["config", "id_ed25519", "id_ed25519.pub"]
+    assert [path.name for path in home.iterdir() if path.name not in (".ssh", ".apssh")] == []
+    assert os.stat(os.devnull).st_mode == mode
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert program("-t", "box", "--host-keys", "yes", "true")[0] == 0
+
+
+@pytest.mark.parametrize(("policy", "code"), [("ask", 0), ("yes", 1), ("accept-new", 0), ("no", 0)])
+def test_strict_host_key_checking(program: Program, policy: str, code: int, sshd: Sshd, config: Config, home: Path) -> None:
+    config(aliases(sshd, "box", more=f"StrictHostKeyChecking {policy}"))
+    assert program("-t", "box", "-q", "true")[0] == code
+    assert program("-t", "box", "-q", "--host-keys", "accept-new", "true")[0] == 0
+
+
+def login_of(server: Sshd, since: int) -> str:
+    """The algorithm and key of the one login since then, when no other key was offered before."""
+    log = server.log()[since:]
+    assert "Failed publickey" not in log
+    (line,) = re.findall(r"Accepted publickey for \S+ from \S+ port \d+ ssh2: (.*)", log)
+    return str(line)
+
+
+def fingerprint(path: Path) -> str:
+    return subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True).stdout.split()[1]
+
+
+@pytest.mark.parametrize("more", [[], ["other"]], ids=["file", "behind-a-bad-file"])
+def test_identities_only(program: Program, more: list[str], make_sshd: Callable[..., Sshd], agent: Callable[..., None], keys: Path,
+                         config: Config) -> None:
+    """The agent's keys would exhaust the server's patience; only what is named is offered."""
+    server = make_sshd(MaxAuthTries=len(more) + 1)
+    agent(keys / "other", keys / "rsa", keys / "id_ed25519")
+    config(aliases(server, "box", more="IdentitiesOnly yes\n" + "".join(f" IdentityFile {keys}/{name}\n" for name in [*more, "ecdsa"])))
+    done = program("-t", "box", "-q", "true")
+    assert done == (0, "", [])
+    assert f"ECDSA {fingerprint(keys / 'ecdsa.pub')}" in server.log()
+    assert fingerprint(keys / "rsa.pub") not in server.log()
+
+
+def test_identities_only_means_the_default_files(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path,
+                                                 config: Config) -> None:
+    agent(keys / "other", keys / "rsa")
+    config(aliases(sshd, "box", more="IdentitiesOnly yes"))
+    since = len(sshd.log())
+    assert program("-t", "box", "-q", "true")[0] == 0
+    assert login_of(sshd, since) == f"ED25519 {fingerprint(keys / 'id_ed25519.pub')}"
+
+
+def test_identity_file_with_its_key_in_the_agent(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
+                                                 home: Path) -> None:
+    """IdentityFile may name a public key, whose private one is in the agent."""
+    agent(keys / "other", keys / "rsa", keys / "ecdsa")
+    shutil.copy(keys / "ecdsa.pub", home / ".ssh" / "work.pub")
+    config(aliases(sshd, "box", more="IdentityFile ~/.ssh/work.pub\n IdentitiesOnly yes"))
+    since = len(sshd.log())
+    assert program("-t", "box", "-q", "true")[0] == 0
+    assert login_of(sshd, since) == f"ECDSA {fingerprint(keys / 'ecdsa.pub')}"
+
+
+@pytest.mark.parametrize("setting", ["IdentityAgent {path}", "IdentityAgent $APSSH_TEST_AGENT", "IdentityFile {keys}/rsa"],
+                         ids=["path", "variable", "file"])
+def test_only_key_is_of_the_config(program: Program, setting: str, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
+                                   home: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """No agent in the environment and no default key: what the config names is enough to go on."""
+    agent(keys / "rsa")
+    path = os.environ["SSH_AUTH_SOCK"]
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    monkeypatch.setenv("APSSH_TEST_AGENT", path)
+    for name in ("id_ed25519", "id_ed25519.pub"):
+        (home / ".ssh" / name).unlink()
+    config(aliases(sshd, "box", more=setting.format(path=path, keys=keys)))
+    since = len(sshd.log())
+    done = program("-t", "box", "-q", "true")
+    assert done == (0, "", [])
+    assert login_of(sshd, since) == f"RSA {fingerprint(keys / 'rsa.pub')}"
+
+
+@pytest.mark.parametrize(("setting", "code"), [
+    ("IdentityAgent none", 1), ("IdentityFile none", 0), ("IdentityFile none\n IdentitiesOnly yes", 1),
+], ids=["agent", "files", "files-only"])
+def test_none_of_the_keys(program: Program, setting: str, code: int, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
+                          home: Path) -> None:
+    """``none`` as ssh means it: the agent holds the only good key."""
+    agent(keys / "ecdsa")
+    shutil.copy(keys / "other", home / ".ssh" / "id_ed25519")
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    config(aliases(sshd, "box", more=setting))
+    since = len(sshd.log())
+    assert program("-t", "box", "-q", "true")[0] == code
+    if not code:
+        assert login_of(sshd, since) == f"ECDSA {fingerprint(keys / 'ecdsa.pub')}"
+    assert (fingerprint(keys / "other.pub") in sshd.log()[since:]) == ("Agent" in setting)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["file", "agent"])
+def test_certificate_file(program: Program, held: bool, make_sshd: Callable[..., Sshd], keys: Path, config: Config, home: Path,
+                          tmp_path: Path,
+                          request: pytest.FixtureRequest) -> None:
+    authority = asyncssh.generate_private_key("ssh-ed25519")
+    authority.write_public_key(tmp_path / "ca.pub")
+    server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub")
+    certificate = authority.generate_user_certificate(asyncssh.read_public_key(keys / "other.pub"), "somebody", principals=[ME])
+    certificate.write_certificate(home / f"{ME}.cert")
+    shutil.copy(keys / "other.pub", home / ".ssh" / "work.pub")
+    if held:
+        request.getfixturevalue("agent")(keys / "other")
+    else:
+        shutil.copy(keys / "other", home / ".ssh" / "work")
+    config(aliases(server, "box", more=f"IdentityFile ~/.ssh/work{'.pub' if held else ''}\n IdentitiesOnly yes\n"
+                   f" CertificateFile {home}/%r.cert"))
+    done = program("-t", "box", "-q", "true")
+    assert done == (0, "", [])
+    assert f"ED25519-CERT {fingerprint(keys / 'other.pub')}" in login_of(server, 0)
+
+
+def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
+    config(aliases(sshd, "box", more="User nobody-here"))
+    done = program("-t", "box", "-q", "true")
+    assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key(s)"])
+    for argv in (("-l", ME, "-t", "box"), ("-t", f"{ME}@box"), ("-t", "box", "-l", ME, "-p", str(sshd.port))):
+        done = program(*argv, "-q", "echo fine")
+        assert done == (0, "box:fine\n", [])
+
+
+@pytest.mark.parametrize(("argv", "text"), [((), "no connection within 1 s"), (("-c", "0.3"), "no connection within 0.3 s")],
+                         ids=["config", "option"])
+def test_connect_timeout(program: Program, argv: tuple[str, ...], text: str, config: Config) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as silent:
+        config(f"Host box\n HostName 127.0.0.1\n Port {silent.getsockname()[1]}\n ConnectTimeout 1s\n")
+        done = program("-t", "box", "-q", *argv, "true")
+    assert done == (1, "", [f"box: timeout: {text}: connected, but the server says nothing"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # the guard
 # ---------------------------------------------------------------------------------------------------------------
+
 
 # command lines whose exit status, outputs and reading by the shell must be those of plain ssh
 AS_PLAIN_SSH = [
@@ -1034,6 +1716,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # commands
 # ---------------------------------------------------------------------------------------------------------------
 
+
 LINE_VARIABLES = Variables(known="value")
 
 
@@ -1418,6 +2101,360 @@ def test_plain_jobs_between_ssh_jobs(capfd: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# the record of a run, and its picture
+# ---------------------------------------------------------------------------------------------------------------
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def fleet() -> Any:
+    gateway = SshNode("gw.example.org", username="slice")
+    return gateway, [SshNode(f"node{number}", gateway=gateway) for number in (10, 2)]
+
+
+def elements(path, kind, name) -> Any:
+    """The elements of this class, after the picture parsed as XML."""
+    root = ElementTree.parse(path).getroot()
+    assert root.tag == f"{SVG}svg"
+    return [each for each in root.iter(f"{SVG}{kind}") if name in each.get("class", "").split()]
+
+
+def bars_of(path) -> Any:
+    return [each for each in elements(path, "rect", "bar") if "key" not in each.get("class")]
+
+
+def titles(path) -> Any:
+    return [bar.findtext(f"{SVG}title") for bar in bars_of(path)]
+
+
+def texts(path) -> Any:
+    return [each.text for each in ElementTree.parse(path).getroot().iter(f"{SVG}text")]
+
+
+def jobs_by_label(record) -> Any:
+    return {job["label"]: job for job in record["jobs"]}
+
+
+# topology
+
+
+def test_topology_goes_from_here_outwards() -> Any:
+    _, nodes = fleet()
+    scheduler = Scheduler(*(SshJob(node, command="true") for node in nodes), SshJob(LocalNode(), command="true"),
+                          Scheduler(SshJob(SshNode("direct", port=2222), command="true")))
+    assert topology_dot(scheduler) == """digraph topology {
+  rankdir=LR;
+  local [label="Local Node" shape=box];
+  n1 [label="root@direct:2222"];
+  local -> n1;
+  n2 [label="root@node2"];
+  n4 -> n2;
+  n3 [label="root@node10"];
+  n4 -> n3;
+  n4 [label="slice@gw.example.org"];
+  local -> n4;
+}
+"""
+
+
+def test_topology_quotes_names() -> Any:
+    node = SshNode("host", username='a"b\\N&lt;\n')
+    assert r'label="a\"b\\N&amp;lt; @host"' in topology_dot(Scheduler(SshJob(node, command="true")))
+
+
+def test_topology_files(tmp_path) -> Any:
+    _, nodes = fleet()
+    scheduler = Scheduler(SshJob(nodes[0], command="true"))
+    topology_as_dotfile(scheduler, tmp_path / "a.dot")
+    assert (tmp_path / "a.dot").read_text() == topology_dot(scheduler)
+    try:
+        subprocess.run(["dot", "-V"], capture_output=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("no dot program")
+    name = topology_as_pngfile(scheduler, str(tmp_path / "-b"))
+    assert name == str(tmp_path / "-b.png")
+    assert (tmp_path / "-b.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "-b.dot").read_text() == topology_dot(scheduler)
+
+
+def test_topology_without_dot(tmp_path, monkeypatch) -> Any:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match=r"^no dot program to draw .*x\.png with: install graphviz"):
+        topology_as_pngfile(Scheduler(), tmp_path / "x")
+
+
+def test_topology_graph(monkeypatch) -> Any:
+    monkeypatch.setitem(sys.modules, "graphviz", None)
+    with pytest.raises(UsageError, match="pip install graphviz"):
+        topology_graph(Scheduler())
+    monkeypatch.delitem(sys.modules, "graphviz")
+    graphviz = pytest.importorskip("graphviz")
+    graph = topology_graph(Scheduler())
+    assert isinstance(graph, graphviz.Source) and graph.source == topology_dot(Scheduler())
+
+
+# records
+
+
+def test_record_of_a_run() -> Any:
+    here = LocalNode()
+    first = SshJob(here, commands=[Run("printf hello"), Run("exit 3")], label="first", critical=False)
+    plain = PrintJob("word", label="plain", required=first)
+    inner = Scheduler(SshJob(LocalNode(), command=RunString("sleep 0.1", label="nap")), label="inner", required=[plain, first])
+    last = SshJob(here, command="true", required=inner)
+    scheduler = Scheduler(first, plain, inner, last, critical=False)
+    assert scheduler.run()
+    last.forever = True
+    record = json.loads(json.dumps(run_record(scheduler)))
+    assert set(record) == {"versions", "started", "started_epoch", "ended", "ended_epoch", "nodes", "jobs"}
+    assert set(record["versions"]) == {"apssh", "asyncssh", "asynciojobs", "python"} and all(record["versions"].values())
+    assert 0.1 < record["ended_epoch"] - record["started_epoch"] < 30 and record["started"] < record["ended"]
+    assert [(node["id"], node["hostname"], node["gateway"], node["host_key"]) for node in record["nodes"]] == [(1, "LOCALNODE", None, None)]
+    jobs = record["jobs"]
+    assert [(job["id"], job["label"], job["parent"], job["requirements"], job["state"], job["node"]) for job in jobs] == [
+        (1, "first", None, [], "failed", 1), (2, "plain", None, [1], "ok", None), (3, "inner", None, [1, 2], "ok", None),
+        (4, "nap", 3, [], "ok", 1), (5, "true", None, [3], "ok", 1)]
+    assert [job["critical"] for job in jobs] == [False, True, True, True, True] and jobs[4]["forever"] is True
+    assert jobs[0]["error"] == "LOCALNODE: status: ended with status 3: exit 3"
+    hello, exits = jobs[0]["steps"]
+    assert hello["status"] == 0 and hello["kind"] is None and hello["bytes_out"] >= 5 and hello["end"] >= hello["start"]
+    assert (exits["label"], exits["status"], exits["kind"]) == ("exit 3", 3, "status")
+    assert len(jobs[3]["steps"][0]["script_sha256"]) == 64
+
+
+def test_record_before_a_run() -> Any:
+    gateway, nodes = fleet()
+    gateway._host_key_shown = "SHA256:abc"
+    scheduler = Scheduler(Sequence(SshJob(nodes[0], command="true", label="a"), SshJob(nodes[1], command="true", label="b")))
+    record = run_record(scheduler)
+    assert [(node["label"], node["gateway"], node["host_key"]) for node in record["nodes"]] == [
+        ("root@node2", 3, None), ("root@node10", 3, None), ("slice@gw.example.org", None, "SHA256:abc")]
+    assert [(job["label"], job["state"], job["requirements"], job["steps"]) for job in record["jobs"]] == [
+        ("a", "idle", [], []), ("b", "idle", [1], [])]
+    assert record["started"] is record["ended_epoch"] is None
+
+
+def test_record_of_a_stopped_run() -> Any:
+    here = LocalNode()
+    sleeper, server = SshJob(here, command="sleep 30", label="sleeper"), SshJob(here, command="sleep 30", label="server", forever=True)
+    plain = Job(asyncio.sleep(30), label="plain")
+    never = SshJob(here, command="true", label="never", required=sleeper)
+    bad = SshJob(here, command="sleep 0.2; exit 4", label="bad")
+    scheduler = Scheduler(sleeper, server, plain, never, bad, critical=False)
+    assert not scheduler.run()
+    jobs = jobs_by_label(run_record(scheduler))
+    assert {label: job["state"] for label, job in jobs.items()} == {
+        "sleeper": "cancelled", "server": "cancelled", "plain": "cancelled", "never": "idle", "bad": "failed"}
+    assert jobs["bad"]["error"] == "LOCALNODE: status: ended with status 4: sleep 0.2; exit 4"
+    assert jobs["sleeper"]["steps"][0]["kind"] == "cancelled"
+
+
+def test_record_and_picture_in_the_middle_of_a_run(tmp_path) -> Any:
+    here, seen = LocalNode(), []
+    scheduler = Scheduler(critical=False)
+
+    async def look():
+        await asyncio.sleep(0.3)
+        seen.append(run_record(scheduler))
+        timeline_as_svgfile(scheduler, tmp_path / "now")
+
+    first = SshJob(here, command="true", label="first")
+    runs = SshJob(here, command="sleep 0.6", label="runs", required=first)
+    inside = Scheduler(SshJob(here, command="true", label="later"), label="in", required=runs)
+    scheduler.update([first, runs, Job(look(), label="looks"), inside])
+    assert scheduler.run()
+    states = {label: job["state"] for label, job in jobs_by_label(seen[0]).items()}
+    assert states == {"first": "ok", "runs": "running", "looks": "running", "later": "idle", "in": "idle"}
+    assert seen[0]["ended_epoch"] - seen[0]["started_epoch"] > 0.2
+    assert len(elements(tmp_path / "now.svg", "rect", "running")) == 2  # the bar, and the legend's
+    assert all(job["state"] == "ok" for job in run_record(scheduler)["jobs"])
+
+
+def test_record_under_a_window() -> Any:
+    jobs = [SshJob(LocalNode(), command="sleep 0.3", label=f"job{number}", critical=False) for number in range(3)]
+    scheduler = Scheduler(*jobs, jobs_window=1, timeout=0.45, critical=False)
+    assert not scheduler.run()
+    assert sorted(job["state"] for job in run_record(scheduler)["jobs"]) == ["cancelled", "ok", "waiting"]
+
+
+def test_saved_record_is_private_and_whole(tmp_path) -> Any:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    scheduler = Scheduler(SshJob(LocalNode(), command="true"))
+    scheduler.run()
+    save_record(scheduler, path)
+    assert json.loads(path.read_text()) == run_record(scheduler)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["run.json"]
+
+
+def test_saving_that_fails_leaves_the_old_one(tmp_path, monkeypatch) -> Any:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    monkeypatch.setattr(apssh, "run_record", lambda scheduler: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_record(Scheduler(), path)
+    assert path.read_text() == "old" and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["run.json"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_recording_saves_whatever_happens(tmp_path, error) -> Any:
+    scheduler = Scheduler(SshJob(LocalNode(), command="true", label="done"), SshJob(LocalNode(), command="exit 3", label="bad"))
+    with pytest.raises(error), recording(scheduler, tmp_path / "run.json"):
+        with pytest.raises(Exception, match="status 3"):
+            scheduler.run()
+        raise error
+    assert jobs_by_label(json.loads((tmp_path / "run.json").read_text()))["bad"]["state"] == "failed"
+
+
+# pictures
+
+
+def test_picture_of_a_run(tmp_path) -> Any:
+    here = LocalNode()
+    first = SshJob(here, commands=["sleep", "0.1"], label="first")
+    bad = SshJob(here, commands=[Run("true"), Run("exit 3")], critical=False, required=first)
+    side, plain = SshJob(here, command="true", label="side"), PrintJob("x", label="plain", required=bad)
+    scheduler = Scheduler(first, bad, side, plain, critical=False)
+    scheduler.run()
+    name = timeline_as_svgfile(scheduler, tmp_path / "run")
+    assert name == str(tmp_path / "run.svg") == timeline_as_svgfile(scheduler, name)
+    assert len(elements(name, "rect", "lane")) == 1
+    assert len(titles(name)) == 4 and len(elements(name, "path", "arrow")) == 2  # one is the legend's
+    title = next(title for title in titles(name) if "exit 3" in title)
+    assert "failed: LOCALNODE: status: ended with status 3: exit 3" in title and "(Local Node)" in title
+    assert any(text.startswith("4 jobs on 1 node: 3 ok, 1 failed, 20") for text in texts(name))
+    assert "Times not known: plain" in texts(name)
+
+
+def made(job, *times, kind=None, error=None, command=None) -> Any:
+    """A job with records of a run that was not."""
+    job.records = [StepRecord(label=step._line() or "", command=command or step._text(), start_wall=1e9 + start, start=start, end=end,
+                              status=0, kind=kind, error=error) for step, (start, end) in zip(job.commands, times, strict=True)]
+    return job
+
+
+def test_lanes_are_grouped_and_rows_stacked(tmp_path) -> Any:
+    gateway, (ten, two) = fleet()
+    scheduler = Scheduler(made(SshJob(gateway, command="g"), (0, 9)), made(SshJob(ten, command="a"), (0, 5)),
+                          made(SshJob(ten, command="b"), (3, 8)), made(SshJob(ten, command="c"), (5, 6)),
+                          SshJob(two, command="never", label="nope"))
+    name = timeline_as_svgfile(scheduler, tmp_path / "x")
+    lanes = elements(name, "rect", "lane")
+    assert [lane.findtext(f"{SVG}title") for lane in lanes] == ["slice@gw.example.org", "root@node2", "root@node10"]
+    assert [float(lane.get("height")) for lane in lanes] == [22, 22, 44]
+    assert "behind slice@gw.example.org" in texts(name) and "Never ran: nope (root@node2)" in texts(name)
+    bars = {title.splitlines()[1]: bar for bar, title in zip(bars_of(name), titles(name), strict=True)}
+    assert bars["a"].get("y") == bars["c"].get("y") != bars["b"].get("y")
+    assert float(bars["a"].get("width")) == pytest.approx(5 * float(bars["c"].get("width")), abs=0.3)
+
+
+def test_waits_and_requirements_through_other_jobs(tmp_path) -> Any:
+    here = LocalNode()
+    first = made(SshJob(here, command="first"), (0, 2))
+    inner = Scheduler(made(SshJob(here, command="one"), (4, 5)), made(SshJob(here, command="two"), (2, 8)), label="inner", required=first)
+    plain = PrintJob("x", required=inner)
+    last = made(SshJob(here, command="last"), (10, 11), )
+    last.requires(plain)
+    end = made(SshJob(here, command="end"), (14, 15))
+    end.requires(last)
+    scheduler = Scheduler(first, inner, plain, last, end)
+    line = apssh._Timeline(run_record(scheduler))
+    number = {job["label"]: job["id"] for job in line.jobs.values()}
+    assert line.before[number["one"]] == line.before[number["two"]] == {number["first"]}
+    assert line.before[number["last"]] == {number["one"], number["two"]} and number["last"] not in line.ready
+    assert line.ready == {number["one"]: 2, number["two"]: 2, number["end"]: 11}
+    name = timeline_as_svgfile(scheduler, tmp_path / "x")
+    waits = [each for each in elements(name, "rect", "wait") if each.find(f"{SVG}title") is not None]
+    assert sorted(each.findtext(f"{SVG}title").splitlines()[1] for each in waits) == [
+        "waited 2 s after its last requirement", "waited 3 s after its last requirement"]
+    assert len(elements(name, "path", "arrow")) == 6
+
+
+NASTY = '<&"\'> \x1b[31m\x00\udc80\ufffe\u202e]]>é漢'
+
+
+def test_texts_cannot_break_the_picture(tmp_path) -> Any:
+    node = SshNode("host", username='a<&"b')
+    scheduler = Scheduler(made(SshJob(node, command="x", label=NASTY), (0, 9), kind="lost", error=NASTY, command=NASTY + "x" * 900),
+                          SshJob(node, command="y", label=NASTY + "2"), PrintJob("m", label=NASTY))
+    name = timeline_as_svgfile(scheduler, tmp_path / "x")
+    shown = '<&"\'>  [31m ]]>é漢'
+    title, = titles(name)
+    assert title.splitlines()[0] == f'{shown} (a<&"b@host)' and f"failed: {shown}" in title
+    assert max(map(len, title.splitlines())) == 500
+    assert shown in texts(name) and 'a<&"b@host' in texts(name) and f'Never ran: {shown}, {shown}2 (a<&"b@host)' in texts(name)
+    text = timeline_as_text(scheduler, 120)
+    assert shown in text and not set(NASTY) & set("\x1b\x00\udc80\ufffe\u202e") & set(text)
+
+
+def test_a_record_read_back_gives_the_same_picture(tmp_path) -> Any:
+    scheduler = Scheduler(made(SshJob(LocalNode(), command="x"), (0, 9)))
+    save_record(scheduler, tmp_path / "run.json")
+    record = json.loads((tmp_path / "run.json").read_text())
+    timeline_as_svgfile(record, tmp_path / "a")
+    timeline_as_svgfile(scheduler, tmp_path / "b")
+    assert (tmp_path / "a.svg").read_text() == (tmp_path / "b.svg").read_text()
+    assert timeline_as_text(record) == timeline_as_text(scheduler)
+
+
+def test_nothing_ran(tmp_path) -> Any:
+    for scheduler in Scheduler(), Scheduler(SshJob(LocalNode(), command="true", label="a")):
+        assert not titles(timeline_as_svgfile(scheduler, tmp_path / "x"))
+        assert timeline_as_text(scheduler).startswith(("0 jobs on 0 nodes\n", "1 job on 1 node: 1 never ran"))
+
+
+def test_texts_of_a_picture_do_not_overlap(tmp_path) -> Any:
+    jobs = []
+    for node in (SshNode(f"node{number}") for number in range(50)):
+        for number in range(6):
+            start = number * 10 + (number * 7 + int(node.hostname[4:]) * 3) % 9
+            jobs.append(made(SshJob(node, command="x", label=f"job number {number}"), (start, start + (number * 5) % 11 + 0.1)))
+    name = timeline_as_svgfile(Scheduler(*jobs), tmp_path / "x")
+    rows = {}
+    for each in ElementTree.parse(name).getroot().iter(f"{SVG}text"):
+        if each.get("class") == "row":
+            rows.setdefault(each.get("y"), []).append((float(each.get("x")), len(each.text) * 0.6 * 9))
+    bars = bars_of(name)
+    assert len(bars) == 300 and len(rows) >= 50 and all(10 <= float(bar.get("height")) <= 14 for bar in bars)
+    for row in rows.values():
+        for (left, width), (right, _) in itertools.pairwise(sorted(row)):
+            assert left + width <= right + 0.1
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 s"), (0.25, "0.25 s"), (59, "59 s"), (59.97, "1 min"), (90, "1 min 30 s"), (3600, "1 h"), (5400, "1 h 30 min")])
+def test_durations(seconds, text) -> Any:
+    assert apssh._duration(seconds) == text
+
+
+@pytest.mark.parametrize("span, step", [
+    (0.001, 1e-4), (0.9, 0.1), (12, 2), (51, 10), (300, 30), (1700, 300), (7000, 900), (90_000, 14_400), (1e6, 2 * 86_400)])
+def test_ticks_are_round_and_few(span, step) -> Any:
+    assert apssh._tick(span) == pytest.approx(step)
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_text_is_never_wider_than_the_terminal(columns) -> Any:
+    _, nodes = fleet()
+    jobs = [made(SshJob(node, commands=[Run("漢字" * 9), Run("b")]), (0, 5), (5, 5.001)) for node in nodes]
+    text = timeline_as_text(Scheduler(*jobs, SshJob(nodes[0], command="never")), columns)
+    assert all(apssh._cells(line) <= columns for line in text.splitlines()) and len(text.splitlines()) == 2 + 5
+
+
+def test_text_of_a_run() -> Any:
+    here = LocalNode()
+    jobs = Sequence(made(SshJob(here, command="one"), (0, 5)), made(SshJob(here, command="two"), (5, 10), kind="cancelled"))
+    timed = made(SshJob(here, command="three"), (0, 10), kind="status")
+    timed.records[0].status = 3
+    assert timeline_as_text(Scheduler(jobs, timed), 60).splitlines()[1:] == [
+        "           |              10 s|",
+        "Local Node ██████████           5 s         ok         one",
+        "Local Node ████████████████████ 10 s        status 3   three",
+        "Local Node           ██████████ 5 s         cancelled  two"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # services
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1494,6 +2531,767 @@ def test_service_kinds(keywords: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# scenarios
+# ---------------------------------------------------------------------------------------------------------------
+
+
+NODE = "nodes: [{id: n1, hostname: h1}]\n"
+JOB = "jobs: [{id: j1, node: n1, command: uname}]\n"
+JOB1 = NODE + "jobs:\n  - id: j1\n    node: n1\n"
+STEP = JOB1 + "    commands:\n      - "
+NODE1 = "nodes:\n  - id: n1\n    "
+MISTAKES = {  # text of the file, the whole message
+    "empty file": ("", "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+    "only a comment": ("# nothing\n", "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+    "null": ("~\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing"),
+    "a list": ("- nodes\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not a list"),
+    "text": ("nodes\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not the text 'nodes'"),
+    "unknown section": ("node: []\n" + JOB, "s.yaml:1: unknown section 'node': did you mean 'nodes'?"),
+    "section far off": (
+        NODE + "jobs: [{id: j1, node: n1, command: uname}]\nextra: 1\n",
+        "s.yaml:3: unknown section 'extra': there is nodes, jobs"),
+    "no nodes section": (JOB, "s.yaml:1: no section 'nodes': add 'nodes:' and a list below it"),
+    "no jobs section": (NODE, "s.yaml:1: no section 'jobs': add 'jobs:' and a list below it"),
+    "empty nodes": (
+        "nodes: []\n" + JOB,
+        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not an empty list"),
+    "null jobs": (NODE + "jobs:\n", "s.yaml:2: section jobs: it must be a list with at least one item ('- id: ...'), not nothing"),
+    "nodes as mapping": (
+        "nodes: {n1: {hostname: h1}}\n" + JOB,
+        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not a mapping"),
+    "node as text": (
+        "nodes: [n1]\n" + JOB,
+        "s.yaml:1: section nodes, item 1: it must be a mapping (lines of 'key: value'), not the text 'n1'"),
+    "no node id": ("nodes: [{hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: no 'id': add 'id: ...'"),
+    "null id": ("nodes: [{id: , hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: 'id' must be text, not nothing"),
+    "list id": ("nodes: [{id: [a], hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: 'id' must be text, not a list"),
+    "duplicate node id": (
+        "nodes:\n  - {id: n1, hostname: h1}\n  - {id: n1, hostname: h2}\n" + JOB,
+        "s.yaml:3: section nodes, id n1: duplicate id: line 2 has it too"),
+    "duplicate job id": (
+        NODE + "jobs:\n  - {id: j1, node: n1, command: a}\n  - {id: j1, node: n1, command: b}\n",
+        "s.yaml:4: section jobs, id j1: duplicate id: line 3 has it too"),
+    "duplicate key": (
+        NODE1 + "hostname: h1\n    port: 22\n    hostname: h2\n" + JOB,
+        "s.yaml:5: section nodes, id n1: duplicate key 'hostname': line 3 has it too"),
+    "no hostname": (NODE1 + "port: 22\n" + JOB, "s.yaml:2: section nodes, id n1: no 'hostname': add 'hostname: ...'"),
+    "unknown node key": (
+        NODE1 + "hostname: h1\n    usernam: x\n" + JOB,
+        "s.yaml:4: section nodes, id n1: unknown key 'usernam': did you mean 'username'?"),
+    "local node key": (
+        NODE1 + "localnode: true\n    gateway: x\n" + JOB,
+        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, formatter, verbose"),
+    "localnode text": (
+        NODE1 + "hostname: h1\n    localnode: maybe\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not the text 'maybe'"),
+    "unknown gateway": (
+        "nodes:\n  - {id: n1, hostname: h1, gateway: n22}\n  - {id: n2, hostname: h2}\n" + JOB,
+        "s.yaml:2: section nodes, id n1: unknown node 'n22': did you mean 'n2'?"),
+    "gateway itself": (
+        NODE1 + "hostname: h1\n    gateway: n1\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'gateway' goes in a circle: n1 -> n1: take one out"),
+    "gateway circle": (
+        "nodes: [{id: a, hostname: a, gateway: b}, {id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n" + JOB,
+        "s.yaml:1: section nodes, id a: 'gateway' goes in a circle: a -> b -> c -> a: take one out"),
+    "gateway local": (
+        "nodes:\n  - {id: n1, hostname: h1, gateway: n2}\n  - {id: n2, localnode: true}\n" + JOB,
+        "s.yaml:2: section nodes, id n1: gateway of h1: an SshNode, not LocalNode"),
+    "gateway list": (
+        NODE1 + "hostname: h1\n    gateway: [n2]\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'gateway' must be text, not a list"),
+    "bad port": (
+        NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
+        "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535"),
+    "quoted port": (
+        NODE1 + "hostname: h1\n    port: '22'\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not the text '22'"),
+    "bad hostname": (NODE1 + "hostname: 'a b'\n" + JOB, "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address"),
+    "verbose text": (
+        NODE1 + "hostname: h1\n    verbose: 'yes'\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'verbose' must be true or false, not the text 'yes'"),
+    "timeout text": (
+        NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not the text 'long'"),
+    "keys mapping": (
+        NODE1 + "hostname: h1\n    keys: {a: b}\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'keys' must be a list, not a mapping"),
+    "unknown formatter": (
+        NODE1 + "hostname: h1\n    formatter: HostFormater\n" + JOB,
+        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': did you mean 'HostFormatter'?"),
+    "formatter list": (
+        NODE1 + "hostname: h1\n    formatter: [HostFormatter]\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'formatter' must be the name of a formatter, not a list"),
+    "formatter argument": (
+        NODE1 + "hostname: h1\n    formatter: SubdirFormatter\n" + JOB,
+        "s.yaml:4: section nodes, id n1, formatter: no 'run_name': add 'run_name: ...'"),
+    "formatter format": (
+        NODE1 + "hostname: h1\n    formatter: {type: TerminalFormatter, custom_format: '{lin}'}\n" + JOB,
+        "s.yaml:4: section nodes, id n1, formatter: unknown field {lin} in format '{lin}': "
+        "the fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}"),
+    "template without env": (
+        NODE1 + "hostname: {{gw}}\n" + JOB,
+        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env"),
+    "template block without env": (
+        "{% if x %}\nnodes: [{id: n1, hostname: h1}]\n" + JOB,
+        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env)"),
+    "unknown job key": (JOB1 + "    comand: uname\n", "s.yaml:5: section jobs, id j1: unknown key 'comand': did you mean 'command'?"),
+    "job without commands": (JOB1, "s.yaml:3: section jobs, id j1: no 'command' and no 'commands': add one of them"),
+    "job with an empty list": (
+        JOB1 + "    commands: []\n",
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out"),
+    "job with nulls": (
+        JOB1 + "    commands: [~]\n",
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out"),
+    "job null commands": (JOB1 + "    commands:\n", "s.yaml:5: section jobs, id j1: 'commands' must be a list of commands, not nothing"),
+    "both command and commands": (
+        JOB1 + "    command: a\n    commands: b\n",
+        "s.yaml:3: section jobs, id j1: both 'command' and 'commands': leave one out"),
+    "no node": (NODE + "jobs:\n  - {id: j1, command: a}\n", "s.yaml:3: section jobs, id j1: no 'node': add 'node: ...'"),
+    "unknown node": (NODE + "jobs:\n  - {id: j1, node: n2, command: a}\n", "s.yaml:3: section jobs, id j1: unknown node 'n2': there is n1"),
+    "unknown node far": (
+        NODE + "jobs:\n  - {id: j1, node: zz, command: a}\n",
+        "s.yaml:3: section jobs, id j1: unknown node 'zz': there is n1"),
+    "critical text": (
+        JOB1 + "    critical: 'no'\n    command: a\n",
+        "s.yaml:5: section jobs, id j1: 'critical' must be true or false, not the text 'no'"),
+    "unknown required": (JOB1 + "    required: j0\n    command: a\n", "s.yaml:5: section jobs, id j1: unknown job 'j0': there is j1"),
+    "required mapping": (
+        JOB1 + "    required: {j0: 1}\n    command: a\n",
+        "s.yaml:5: section jobs, id j1: 'required' must be text or a list, not a mapping"),
+    "required itself": (
+        JOB1 + "    required: [j1]\n    command: a\n",
+        "s.yaml:5: section jobs, id j1: 'required' goes in a circle: j1 -> j1: take one out"),
+    "required circle": (
+        NODE + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n  - {id: b, node: n1, required: [a], command: x}\n",
+        "s.yaml:3: section jobs, id a: 'required' goes in a circle: a -> b -> a: take one out"),
+    "command as list of text": (
+        JOB1 + "    commands: [uname, ls]\n",
+        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: value'), not the text 'uname'"),
+    "no type": (
+        STEP + "command: uname\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'type': it is one of Run, RunScript, RunString, Push, Pull"),
+    "unknown type": (
+        STEP + "type: Runs\n        command: uname\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you mean 'Run'?"),
+    "unknown type far": (
+        STEP + "type: Shell\n        command: uname\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is Run, RunScript, RunString, Push, Pull"),
+    "type list": (
+        STEP + "type: [Run]\n        command: uname\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text, not a list"),
+    "unknown command key": (
+        STEP + "type: Run\n        comand: uname\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: unknown key 'comand': did you mean 'command'?"),
+    "run without command": (
+        STEP + "type: Run\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'argv': add one of them"),
+    "command and argv": (
+        STEP + "type: Run\n        command: a\n        argv: [b]\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'argv': leave one out"),
+    "command list": (
+        STEP + "type: Run\n        command: [a, b]\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not a list"),
+    "command null": (
+        STEP + "type: Run\n        command:\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not nothing"),
+    "command blank": (
+        STEP + "type: Run\n        command: ' '\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command"),
+    "argv empty": (STEP + "type: Run\n        argv: []\n        ", "s.yaml:6: section jobs, id j1, command 1: Run: an empty command"),
+    "argv nested": (
+        STEP + "type: Run\n        argv: [a, [b]]\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text, not a list"),
+    "script both": (
+        STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'local_script': leave one out"),
+    "script none": (
+        STEP + "type: RunScript\n        args: [a]\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'local_script': add one of them"),
+    "script blank": (
+        STEP + "type: RunScript\n        command: ' '\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: RunScript: an empty script name"),
+    "script list": (
+        STEP + "type: RunScript\n        local_script: [c]\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text, not a list"),
+    "script args mapping": (
+        STEP + "type: RunScript\n        local_script: c\n        args: {a: b}\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: 'args' must be a list, not a mapping"),
+    "string none": (
+        STEP + "type: RunString\n        args: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'script_body': add 'script_body: ...'"),
+    "string blank": (
+        STEP + "type: RunString\n        script_body: ' '\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: RunString: an empty script"),
+    "push none": (
+        STEP + "type: Push\n        remotepath: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'"),
+    "push empty": (
+        STEP + "type: Push\n        localpaths: []\n        remotepath: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'"),
+    "push list": (
+        STEP + "type: Push\n        localpaths: a\n        remotepath: [a]\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text, not a list"),
+    "pull none": (
+        STEP + "type: Pull\n        remotepaths: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpath': add 'localpath: ...'"),
+    "pull key": (
+        STEP + "type: Pull\n        remotepaths: a\n        localpaths: b\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean 'localpath'?"),
+    "capture": (
+        STEP + "type: Run\n        command: a\n        capture: my name\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not the text 'my name'"),
+    "step timeout": (
+        STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: timeout -1: seconds, more than 0 (None: no limit)"),
+    "env value": (
+        STEP + "type: Run\n        command: a\n        env: {A: [b]}\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text, not a list"),
+    "tag": (
+        STEP + "type: Run\n        command: !secret a\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: unknown tag '!secret': leave it out"),
+    "python tag": (
+        STEP + "type: Run\n        argv: !!python/object/apply:os.system [id]\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: unknown tag 'python/object/apply:os.system': leave it out"),
+    "bad yaml": (
+        "nodes:\n  - id: n1\n   hostname: h1\n",
+        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block end>, but found '<block mapping start>'"),
+    "tab": ("nodes:\n\t- id: n1\n", "s.yaml:2: wrong YAML: found character '\\t' that cannot start any token"),
+    "open quote": (
+        "nodes:\n  - id: 'n1\n",
+        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end of stream"),
+    "unknown alias": ("nodes: *all\n", "s.yaml:1: wrong YAML: found undefined alias 'all'"),
+    "two documents": (
+        NODE + "---\n" + JOB,
+        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found another document"),
+    "control character": (NODE + "# \u0007\n", "s.yaml:2: wrong YAML: special characters are not allowed"),
+    "key of a mapping": ("nodes:\n  - {? {a: b} : c}\n", "s.yaml:2: section nodes, item 1: a key must be text, not a mapping"),
+    "merged into itself": ("nodes:\n  - &a {<<: *a, id: n1}\n", "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
+    "merge of text": (
+        "nodes:\n  - {<<: text, id: n1}\n",
+        "s.yaml:2: section nodes, id n1: it must be a mapping (lines of 'key: value'), not the text 'text'"),
+    "int tag": (
+        NODE1 + "hostname: h1\n    port: !!int many\n" + JOB,
+        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not 'many'"),
+    "empty key": (
+        NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
+        "s.yaml:3: section jobs, id j1: unknown key '': "
+        "there is id, node, command, commands, required, label, keep_connection, verbose, forever, critical"),
+    "deep": ("[" * 3000, "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
+    "escape": (
+        "nodes:\n  - {id: \"a\\e[31m\", hostnam: \"\\u202e\"}\n" + JOB,
+        "s.yaml:2: section nodes, id a\\x1b[31m: unknown key 'hostnam': did you mean 'hostname'?"),
+}
+
+
+def loaded(text: str, name: str = "s.yaml", **options: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    Path(name).write_text(text)
+    return YamlLoader(name).load_with_maps(**options)
+
+
+def refused(text: str, **options: Any) -> str:
+    with pytest.raises(ScenarioError) as caught:
+        loaded(text, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_scenario_is_told_with_its_place(text: str, message: str) -> None:
+    assert refused(text) == message
+
+
+TEMPLATE_MISTAKES = {
+    "undefined": ("nodes:\n  - id: {{ nobody }}\n", "s.yaml:2: template: 'nobody' is undefined: add it to env"),
+    "undefined attribute": ("\n\n{{ x.y }}\n", "s.yaml:3: template: 'int object' has no attribute 'y': add it to env"),
+    "syntax": ("nodes:\n{% for %}\n", "s.yaml:2: template: Expected an expression, got 'end of statement block'"),
+    "arithmetic": ("nodes:\n\n# {{ 1 // 0 }}\n", "s.yaml:3: template: integer division or modulo by zero"),
+    "after rendering": (
+        "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
+        "s.yaml (rendered):4: section nodes: it must be a list with at least one item ('- id: ...'), not '1'"),
+    "nothing left": (
+        "{% if not x %}nodes: []{% endif %}", "s.yaml (rendered):1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), TEMPLATE_MISTAKES.values(), ids=TEMPLATE_MISTAKES)
+def test_a_mistake_in_a_template_is_told_with_its_line(text: str, message: str) -> None:
+    assert refused(text, env={"x": 1}) == message
+
+
+def test_files_that_cannot_be_read(home: Path) -> None:
+    Path("b.yaml").write_bytes(b"nodes: \xff\n")
+    reasons = {"none.yaml": "no such file or directory", ".": "is a directory", "b.yaml": "not UTF-8 text: save it as UTF-8"}
+    for name, reason in reasons.items():
+        with pytest.raises(ScenarioError) as caught:
+            YamlLoader(name).load()
+        assert str(caught.value) == f"{name}: {reason}"
+    with pytest.raises(ScenarioError, match=r"^a\\x1b\.yaml: no such file or directory$"):
+        YamlLoader("a\x1b.yaml").load()
+
+
+def test_constructing_a_loader_reads_nothing() -> None:
+    YamlLoader("nowhere.yaml")
+
+
+FULL = """
+jobs:
+  - id: send
+    node: n1
+    required: [warmup, ~]
+    critical: false
+    forever: false
+    verbose: true
+    label: >
+      send
+      it
+    commands:
+      - type: RunScript
+        local_script: demo.sh
+        args: [a, 010, yes, 1.10]
+        includes: inc.sh
+        allowed_exits: [TERM, 4]
+        timeout: 5
+      - type: RunScript
+        command: other.sh one  'two three' > out
+      - ~
+      - type: RunString
+        script_body: |
+          #!/bin/bash
+          echo $1
+        args: x y
+        remote_name: it.sh
+        label: false
+      - {type: Push, localpaths: [a, b], remotepath: /tmp/, preserve: true}
+      - {type: Push, localpaths: a, remotepath: b}
+      - {type: Pull, remotepaths: [c], localpath: d, recurse: yes}
+  - {id: warmup, node: gw, required: ~, commands: [{type: Run, command: check --all}, {type: Run, argv: [echo, 1, true]}]}
+  - {id: 7, node: here, command: 'uname -r', required: send}
+nodes:
+  - {id: n1, hostname: node1, gateway: gw, port: 2200, timeout: 2.5, keys: [k1], known_hosts: ~, config: true, password: 0123}
+  - id: gw
+    hostname: gateway.example.org
+    username: slice
+    formatter: TimeHostFormatter
+    verbose: true
+  - {id: gw2, hostname: gw2, formatter: TimeHostFormatter}
+  - {id: out, hostname: o, formatter: {type: SubdirFormatter, run_name: results}}
+  - {id: c1, hostname: o, formatter: CaptureFormatter}
+  - {id: c2, hostname: o, formatter: CaptureFormatter}
+  - id: here
+    localnode: true
+  - {id: far, localnode: false, hostname: far}
+"""
+
+
+def test_a_whole_scenario() -> None:
+    nodes, jobs, scheduler = loaded(FULL)
+    assert list(nodes) == ["n1", "gw", "gw2", "out", "c1", "c2", "here", "far"]
+    assert list(jobs) == ["send", "warmup", "7"]
+    n1, gw = nodes["n1"], nodes["gw"]
+    assert (n1.hostname, n1.username, n1.port, n1.timeout, n1.keys, n1.known_hosts) == ("node1", "root", 2200, 2.5, ["k1"], None)
+    assert n1.gateway is gw and n1._password == "0123" and n1._config is True
+    assert (gw.username, gw.verbose, type(gw.formatter)) == ("slice", True, TimeHostFormatter)
+    assert nodes["gw2"].formatter is gw.formatter
+    assert nodes["c1"].formatter is not nodes["c2"].formatter
+    assert isinstance(nodes["out"].formatter, SubdirFormatter) and nodes["out"].formatter.run_name == Path("results")
+    assert isinstance(nodes["here"], LocalNode) and isinstance(nodes["far"], SshNode)
+    send, warmup, last = jobs.values()
+    assert set(scheduler.jobs) == {send, warmup, last} and list(send.required) == [warmup] and list(last.required) == [send]
+    assert (send.critical, send.forever, send.verbose, send.label, warmup.critical) == (False, False, True, "send it", True)
+    assert send.node is n1 and last.node is nodes["here"]
+    assert [step._line() for step in send.commands] == [
+        "RunScript: demo.sh a 010 yes 1.10", "RunScript: other.sh one 'two three' > out", None,
+        "Push: a ... (2 total) onto /tmp/", "Push: a onto b", "Pull: c into d"]
+    assert [step._line() for step in warmup.commands + last.commands] == ["check --all", "echo 1 true", "uname -r"]
+    script, _, string, push, push_one, pull = send.commands
+    assert (script.includes, script.allowed_exits, script.timeout) == (("inc.sh",), {"TERM", 4}, 5)
+    assert (string.script_body, string.remote_name, string.words) == ("#!/bin/bash\necho $1", "it.sh", ("x y",))
+    assert (push.sources, push_one.sources, pull.sources) == (["a", "b"], "a", ["c"])
+    assert push.options["preserve"] and pull.options["recurse"]
+    scheduler.list()
+
+
+def test_anchors_and_merges() -> None:
+    nodes, jobs, _ = loaded(
+        "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
+        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n  - {id: y, node: b, commands: *steps}\n")
+    assert [(node.hostname, node.port, node.username) for node in nodes.values()] == [
+        ("h", 2200, "root"), ("h", 2200, "root"), ("h", 2200, "u")]
+    assert jobs["x"].commands[0] is not jobs["y"].commands[0]
+
+
+TEMPLATE = """nodes:
+{% for name in names %}
+  - id: {{ name }}
+    localnode: true
+{% endfor %}
+jobs:
+  - id: j
+    node: {{ names[0] }}
+    commands:
+      - {type: Run, command: "echo {% raw %}{{x}}{% endraw %} {{ word }}"}
+"""
+ENV = {"names": ["a", "b"], "word": "hello"}
+
+
+@pytest.mark.parametrize(("name", "save", "written"), [
+    ("s.yaml.j2", True, "s.yaml"), ("s.yaml", True, "s.yaml.tmp"), ("s.yaml.j2", "other.yaml", "other.yaml"),
+    ("s.yaml.j2", Path("other.yaml"), "other.yaml"), ("s.yaml.j2", None, None), ("s.yaml.j2", False, None)])
+def test_a_template_and_its_intermediate_file(home: Path, name: str, save: Any, written: str | None) -> None:
+    nodes, jobs, _ = loaded(TEMPLATE, name, env=ENV, save_intermediate=save)
+    assert list(nodes) == ["a", "b"] and jobs["j"].commands[0]._line() == "echo {{x}} hello"
+    assert {path.name for path in home.iterdir() if path.is_file()} == {name} | ({written} if written else set())
+    if written:
+        assert "  - id: b\n    localnode: true\n" in Path(written).read_text()
+        assert list(YamlLoader(written).load_with_maps()[0]) == ["a", "b"]
+
+
+def test_without_env_there_is_no_template_and_no_intermediate_file(home: Path) -> None:
+    loaded("# {{ x }} {% y %}\n" + NODE + JOB, save_intermediate=True)
+    loaded("# {{ x }} {% y %}\n" + NODE + JOB, env={}, save_intermediate="t")
+    assert [path.name for path in home.iterdir() if path.is_file()] == ["s.yaml"]
+
+
+def test_mistakes_after_rendering_name_the_intermediate_file() -> None:
+    with pytest.raises(ScenarioError, match=r"^t\.yaml:2: unknown section 'jbos': did you mean 'jobs'\?$"):
+        loaded(NODE + "jbos: {{ x }}\n", "s.yaml.j2", env={"x": 1}, save_intermediate="t.yaml")
+
+
+def test_the_intermediate_file_never_replaces_the_template() -> None:
+    assert refused(TEMPLATE, env=ENV, save_intermediate="s.yaml") == \
+        "s.yaml: save_intermediate would overwrite the template: give another path"
+    assert Path("s.yaml").read_text() == TEMPLATE
+    assert refused(TEMPLATE, env=ENV, save_intermediate="no/where") == "no/where: no such file or directory"
+
+
+def test_deferred_values_and_captures() -> None:
+    Path("s.yaml").write_text(NODE + """jobs:
+  - id: j1
+    node: n1
+    commands:
+      - {type: Run, command: "date +%s", capture: now}
+      - {type: Run, argv: [echo, "{{now}}"]}
+      - {type: RunScript, command: "{{ dir }}/a.sh {{ now }} b"}
+      - {type: RunString, script_body: "echo {{now}}", args: "{{now}}"}
+      - {type: Push, localpaths: ["{{now}}", plain], remotepath: "/tmp/{{now}}"}
+      - {type: Pull, remotepaths: "{{now}}", localpath: plain}
+""")
+    loader = YamlLoader("s.yaml")
+    _, jobs, _ = loader.load_with_maps()
+    run, echo, script, string, push, pull = jobs["j1"].commands
+    assert isinstance(run.capture, Capture) and run.capture.varname == "now" and run.capture.variables is loader.variables
+    found = [echo.words[1], script.local_script, script.words[0], string.script_body, string.words[0], push.sources[0],
+             push.destination, pull.sources]
+    assert [type(each) for each in found] == [Deferred] * len(found)
+    assert all(each.variables is loader.variables for each in found)
+    assert [str(each) for each in found[1:3]] == ["{{ dir }}/a.sh", "{{ now }} b"]
+    assert (run.words, push.sources[1], pull.destination) == (("date +%s",), "plain", "plain")
+    first = loader.variables
+    loader.load()
+    assert loader.variables is not first
+
+
+def test_a_scenario_runs_here(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("show.sh").write_text('#!/bin/sh\necho "script $*"\n')
+    _, jobs, scheduler = loaded("""
+nodes: [{id: here, localnode: true, formatter: RawFormatter}]
+jobs:
+  - id: second
+    node: here
+    required: first
+    commands:
+      - {type: RunScript, command: "show.sh {{word}} 'b  c'"}
+      - {type: RunString, script_body: 'echo "string $*"', args: [d, e]}
+      - {type: Push, localpaths: show.sh, remotepath: "{{word}}.sh"}
+      - {type: Pull, remotepaths: "{{word}}.sh", localpath: got.sh}
+  - {id: first, node: here, commands: [{type: Run, command: echo hello, capture: word}]}
+  - {id: third, node: here, required: second, critical: false, command: exit 3}
+""")
+    assert scheduler.run()
+    assert capfd.readouterr().out == "script hello b  c\nstring d e\n"
+    assert (Path("hello.sh").is_file(), Path("got.sh").is_file()) == (True, True)
+    assert [job.result() for job in jobs.values()] == [0, 0, 3]
+
+
+def test_scenario_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(UsageError, match=r"^this needs yaml: pip install 'apssh\[yaml\]'$"):
+        loaded(NODE + JOB)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# targets
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def targets(*texts: str, **options: Any) -> list[str]:
+    return [str(target) for target in apssh._parse_targets(texts, **options)]
+
+
+@pytest.fixture
+def files(home: Path) -> Path:
+    """Files and folders of targets, here and in ~/.apssh."""
+    (home / "hosts").write_text("a b # the first ones\n\n# none here\nu@c:22, gw -> d\nnode[1-2],k#x\n")
+    (home / "dos").write_text("\ufeffa\r\nb, c\r\n", newline="")
+    (home / "no-end").write_text("a\nb")
+    (home / "empty").write_text("# nothing\n\n")
+    (home / "names").write_text("hosts mine\n")
+    (home / "bad").write_text("a\n\nb:99999 # too high\n")
+    (home / "bad-range").write_text("a\nnode[3-1]\n")
+    (home / "binary").write_bytes(b"\x7fELF\0\0")
+    (home / "latin").write_bytes(b"caf\xe9\n")
+    (home / "two words").write_text("a\n")
+    marks = home / "out" / "1failed"
+    (marks / "folder").mkdir(parents=True)
+    for name in ("web", "u@db:2200", ".hidden"):
+        (marks / name).write_text("1\n")
+    own = home / ".apssh"
+    (own / "group").mkdir(parents=True)
+    (own / "group" / "g1").touch()
+    (own / "mine").write_text("m1 m2\n")
+    (own / "hosts").write_text("not-this-one\n")
+    return home
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("a", "a"), ("a b,c", "a b c"), ("a\tb\nc\r\nd", "a b c d"), ("a ,, b,", "a b"), ("u@a", "u@a"), ("a:2200", "a:2200"),
+    ("u@a:2200", "u@a:2200"),
+    ("web.example.org", "web.example.org"), ("web.example.org.", "web.example.org."), ("x_y-z", "x_y-z"),
+    ("bücher.example", "bücher.example"),
+    ("10.0.0.1", "10.0.0.1"), ("10.0.0.1:22", "10.0.0.1:22"), ("::1", "::1"), ("[::1]", "::1"), ("[::1]:22", "[::1]:22"),
+    ("u@::1", "u@::1"),
+    ("u@[2001:db8::1]:2200", "u@[2001:db8::1]:2200"), ("fe80::1%eth0", "fe80::1%eth0"), ("[fe80::1%eth0]:22", "[fe80::1%eth0]:22"),
+    ("me@example.org@a", "me@example.org@a"), (r"DOM\me@a", r"DOM\me@a"), ("u:p@a", "u:p@a"),
+    ("node[1-3]", "node1 node2 node3"), ("node[01-03,25]", "node01 node02 node03 node25"), ("n[9-11]", "n9 n10 n11"),
+    ("n[098-100]", "n098 n099 n100"),
+    ("n[1-2]x[1-2]", "n1x1 n1x2 n2x1 n2x2"), ("u@n[1-2].org:22", "u@n1.org:22 u@n2.org:22"), ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"),
+    ("a:[1-2]", "a:1 a:2"), ("a,b[1,3],c", "a b1 b3 c"), ("[1-2].org", "1.org 2.org"), ("n[7]", "n7"),
+    ("gw->a", "gw->a"), ("gw→a", "gw->a"), ("gw -> a", "gw->a"), ("gw ->\n a, b", "gw->a b"),
+    ("u@g:1->v@h:2->w@a:3", "u@g:1->v@h:2->w@a:3"),
+    ("gw[1-2]->n[1-2]", "gw1->n1 gw1->n2 gw2->n1 gw2->n2"), ("[::1]:22->[::2]:22", "[::1]:22->[::2]:22"), ("gw:22->gw:23", "gw:22->gw:23"),
+    ("None->a", "None->a"), ("None->gw->a", "None->gw->a"), ("None", "None"), ("a a b a", "a b"), ("gw->a a gw->a", "gw->a a"),
+    ("u@a v@a", "u@a v@a"), ("node[1-3] node[2-4]", "node1 node2 node3 node4"), ("WEB", "WEB"),
+], ids=lambda value: repr(value))
+def test_targets(text: str, expected: str) -> None:
+    assert targets(text) == expected.split()
+    assert targets(*targets(text)) == targets(text)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("hosts", "a b u@c:22 gw->d node1 node2 k"), ("./hosts", "a b u@c:22 gw->d node1 node2 k"),
+    ("x,hosts,y", "x a b u@c:22 gw->d node1 node2 k y"),
+    ("dos", "a b c"), ("no-end", "a b"), ("two words", "a"), ("names", "hosts mine"), ("mine", "m1 m2"), ("~/.apssh/mine", "m1 m2"),
+    ("out/1failed", "u@db:2200 web"), ("out/1failed/", "u@db:2200 web"), ("group", "g1"), ("empty a", "a"),
+], ids=lambda value: repr(value))
+def test_target_files(text: str, expected: str, files: Path) -> None:
+    assert targets(text) == expected.split()
+
+
+def test_targets_of_a_pipe() -> None:
+    """As the shell's <(command) gives them."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a # one\nb\n")
+    os.close(writing)
+    assert targets(f"/dev/fd/{reading}") == ["a", "b"]
+    os.close(reading)
+
+
+@pytest.mark.parametrize(("texts", "stdin", "expected"), [
+    (["-"], "a b # c\nd, u@e\n", "a b d u@e"), (["x", "-", "y"], "a\n", "x a y"), (["-"], "gw -> a\r\nb", "gw->a b"),
+    (["-"], "hosts\n", "hosts"),
+], ids=["lines", "between", "arrows", "no-files"])
+def test_targets_of_standard_input(texts: list[str], stdin: str, expected: str, files: Path) -> None:
+    assert targets(*texts, stdin=lambda: stdin) == expected.split()
+
+
+@pytest.mark.parametrize(("text", "options", "expected"), [
+    ("a v@b", {"login": "u"}, "u@a v@b"), ("gw->a", {"login": "u"}, "u@gw->u@a"), ("v@gw->a", {"login": "u"}, "v@gw->u@a"),
+    ("a b:7", {"port": 5}, "a:5 b:7"), ("gw->a", {"port": 5}, "gw->a:5"), ("::1", {"port": 5}, "[::1]:5"),
+    ("a", {"gateway": "gw"}, "gw->a"), ("a", {"gateway": "u@g1:5 -> g2"}, "u@g1:5->g2->a"), ("other->a", {"gateway": "gw"}, "other->a"),
+    ("None->a", {"gateway": "gw"}, "None->a"), ("None->b->a", {"gateway": "gw"}, "None->b->a"), ("a", {"gateway": ""}, "a"),
+    ("a", {"gateway": "None->gw"}, "gw->a"), ("a", {"gateway": "gw1", "login": "u", "port": 5}, "u@gw1->u@a:5"),
+    ("a", {"gateway": "[::1]:5"}, "[::1]:5->a"),
+    ("a", {"gateway": "None"}, "a"), ("gw:23", {"gateway": "gw"}, "gw->gw:23"), ("a", {"gateway": "gw[7]"}, "gw7->a"),
+], ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value))
+def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> None:
+    found = apssh._parse_targets([text], **options)
+    assert [str(target) for target in found] == expected.split()
+    assert all(len(target.chain) == len(str(target).removeprefix("None->").split("->")) for target in found)
+
+
+@pytest.mark.parametrize(("text", "exclude", "expected"), [
+    ("n[1-4]", ["n2"], "n1 n3 n4"), ("n[1-4]", ["n[1-2]", "n4"], "n3"), ("u@a v@a b", ["a"], "b"), ("u@a v@a", ["u@a"], "v@a"),
+    ("a:1 a:2", ["a:1"], "a:2"), ("u@a:1 u@a:2 v@a:1", ["u@a:1"], "u@a:2 v@a:1"), ("gw->a b", ["a"], "b"), ("gw->a a", ["gw->a"], "a"),
+    ("gw->a a", ["None->a"], "gw->a"), ("u@gw->a v@gw->a", ["u@gw->a"], "v@gw->a"), ("A b", ["a"], "b"), ("a b", ["c"], "a b"),
+    ("a b", [""], "a b"),
+    ("a b", ["empty"], "a b"), ("a b c", ["hosts"], "c u@c:1"), ("hosts", ["b", "d", "node[1-9]"], "a u@c:22 k"), ("a b", ["-"], "b"),
+    ("web db", ["out/1failed"], "db"), ("::1 ::2", ["[::1]:22", "::2"], "::1"),
+], ids=lambda value: repr(value))
+def test_exclude(text: str, exclude: list[str], expected: str, files: Path) -> None:
+    texts = [text] if exclude != ["hosts"] else [text, "u@c:1"]
+    assert targets(*texts, exclude=exclude, stdin=lambda: "a\n") == expected.split()
+
+
+@pytest.mark.parametrize("argv", [
+    ["-t", "n[1-3]", "-x", "n2"], ["-x", "n2", "-t", "n[1-3]"], ["-t", "n1", "-x", "n[2,2]", "-t", "n[2-3]", "-t", "n1"],
+], ids=["after", "before", "between"])
+def test_order_of_options(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert apssh.main([*argv, "-L"]) == 0
+    assert capfd.readouterr() == ("n1\nn3\n", "")
+
+
+BRACKETS = "brackets must be closed and not nested, as in node[01-20,25]"
+PORT = "a port is a number from 1 to 65535"
+NO_HOST = "is not a host name or an address"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("", "no target: use -t HOST ..."), (" , ", "no target: use -t HOST ..."), ("empty", "no target: use -t HOST ..."),
+    ("u@", "u@: a host is missing"), (":22", ":22: a host is missing"), ("u@:22", "u@:22: a host is missing"),
+    ("[]", "[]: '' is not a number or a range such as 01-20"),
+    ("->a", "->a: a host is missing"), ("a->", "a->: a host is missing"), ("a->->b", "a->->b: a host is missing"),
+    ("None->", "None->: a host is missing"),
+    ("@a", "@a: '' is not a user name"), ("-u@a", "-u@a: '-u' is not a user name"), ("u'x@a", "u'x@a: 'u'x' is not a user name"),
+    ("$USER@a", "$USER@a: '$USER' is not a user name"), ("u;x@a", "u;x@a: 'u;x' is not a user name"),
+    ("`id`@a", "`id`@a: '`id`' is not a user name"),
+    ("u\\@a", "u\\@a: 'u\\' is not a user name"), ("a|b@c", "a|b@c: 'a|b' is not a user name"),
+    ("u\x07@a", r"u\x07@a: 'u\x07' is not a user name"),
+    ("ok,u<x@a", "u<x@a: 'u<x' is not a user name"), ("gw->u&x@a", "gw->u&x@a: 'u&x' is not a user name"),
+    ("a:", f"a:: {PORT}"), ("a:0", f"a:0: {PORT}"), ("a:65536", f"a:65536: {PORT}"), ("a:22x", f"a:22x: {PORT}"), ("a:-1", f"a:-1: {PORT}"),
+    ("a:+5", f"a:+5: {PORT}"), ("a:２２", f"a:２２: {PORT}"), ("[::1]:", f"[::1]:: {PORT}"), ("[::1]:0", f"[::1]:0: {PORT}"),
+    ("gw:0->a", f"gw:0->a: {PORT}"),
+    ("node[3-1]", "node[3-1]: 3-1 runs backwards; write 1-3"), ("node[10-09]", "node[10-09]: 10-09 runs backwards; write 09-10"),
+    ("node[1-", f"node[1-: {BRACKETS}"), ("node[1-3", f"node[1-3: {BRACKETS}"), ("node]1[", f"node]1[: {BRACKETS}"),
+    ("n[[1]]", f"n[[1]]: {BRACKETS}"),
+    ("::1]", f"::1]: {BRACKETS}"), ("[::1", f"[::1: {BRACKETS}"), ("node[]", "node[]: '' is not a number or a range such as 01-20"),
+    ("node[a-c]", "node[a-c]: 'a-c' is not a number or a range such as 01-20"),
+    ("node[1,]", "node[1,]: '' is not a number or a range such as 01-20"),
+    ("node[1-2-3]", "node[1-2-3]: '1-2-3' is not a number or a range such as 01-20"),
+    ("[abc]:22", "[abc]:22: 'abc' is not a number or a range such as 01-20"),
+    ("node[1-100001]", "node[1-100001]: more than 100000 names"), ("n[1-1000]x[1-1000]", "n[1-1000]x[1-1000]: more than 100000 names"),
+    ("n[1-999999999999999999]", "n[1-999999999999999999]: more than 100000 names"),
+    ("a;b", f"a;b: 'a;b' {NO_HOST}"), ("$(id)", f"$(id): '$(id)' {NO_HOST}"), ("a`b", f"a`b: 'a`b' {NO_HOST}"),
+    ("a|b", f"a|b: 'a|b' {NO_HOST}"),
+    ("*", f"*: '*' {NO_HOST}"), ("!a", f"!a: '!a' {NO_HOST}"), ("-a", f"-a: '-a' {NO_HOST}"),
+    ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
+    ("a..b", f"a..b: 'a..b' {NO_HOST}"), (".a", f".a: '.a' {NO_HOST}"), ("a%b", f"a%b: 'a%b' {NO_HOST}"),
+    ("a#b", f"a#b: 'a#b' {NO_HOST}"), ("x" * 64, f"{'x' * 64}: '{'x' * 64}' {NO_HOST}"),
+    ("1:2:3", f"1:2:3: '1:2:3' {NO_HOST}"), ("::1:99999", f"::1:99999: '::1:99999' {NO_HOST}"),
+    ("fe80::1%", f"fe80::1%: 'fe80::1%' {NO_HOST}"),
+    ("a\x1bb", rf"a\x1bb: 'a\x1bb' {NO_HOST}"), ("\u202ea", rf"\u202ea: '\u202ea' {NO_HOST}"),
+    ("x." * 130, f"{('x.' * 130)[:77]}...: '{('x.' * 130)[:77]}...' {NO_HOST}"),
+    ("x" * 5000, f"{'x' * 77}...: too long for a target"),
+    ("a->a", "a->a: a->a passes a host twice; None->HOST has no gateway"),
+    ("u@a->v@A", "u@a->v@A: u@a->v@A passes a host twice; None->HOST has no gateway"),
+    ("a->b->a:22", "a->b->a:22: a->b->a:22 passes a host twice; None->HOST has no gateway"),
+    ("../etc/x", "../etc/x: no such file"), ("/nowhere", "/nowhere: no such file"), ("a/b@c", "a/b@c: no such file"),
+    ("binary", "binary: not a text file of targets"),
+    ("latin", "latin: not a text file of targets"), ("/dev/zero", "/dev/zero: not a text file of targets"),
+    pytest.param("/proc/self/mem", "/proc/self/mem: input/output error",
+                 marks=pytest.mark.skipif(sys.platform != "linux", reason="no /proc here")),
+    ("bad", f"bad:3: b:99999: {PORT}"), ("x,./bad", f"./bad:3: b:99999: {PORT}"),
+    ("bad-range", "bad-range:2: node[3-1]: 3-1 runs backwards; write 1-3"),
+    ("-", "-: cannot be read here"), ("@last:failed", "@last:failed: cannot be read here"),
+], ids=lambda value: repr(value[:20]))
+def test_bad_targets(text: str, message: str, files: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        apssh._parse_targets([text])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"gateway": "g1,g2"}, "-g g1,g2: gateways make one chain, as in gw1->gw2"),
+    ({"gateway": "g[1-2]"}, "-g g[1-2]: gateways make one chain, as in gw1->gw2"),
+    ({"gateway": "g->"}, "g->: a host is missing"), ({"gateway": "a"}, "a: a->a passes a host twice; None->HOST has no gateway"),
+    ({"gateway": "g;h"}, f"g;h: 'g;h' {NO_HOST}"), ({"login": "two words"}, "a: 'two words' is not a user name"),
+    ({"login": ""}, "a: '' is not a user name"),
+    ({"login": "$(id)"}, "a: '$(id)' is not a user name"), ({"port": 0}, f"a: {PORT}"),
+    ({"exclude": ["a"]}, "no target: -x excludes them all"),
+    ({"exclude": ["bad"]}, f"bad:3: b:99999: {PORT}"), ({"exclude": ["/nowhere"]}, "/nowhere: no such file"),
+    ({"exclude": ["n[2-1]"]}, "n[2-1]: 2-1 runs backwards; write 1-2"),
+    ({"exclude": ["b;c"]}, f"b;c: 'b;c' {NO_HOST}"), ({"exclude": ["-"], "stdin": lambda: "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
+], ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value))
+def test_bad_target_options(options: dict[str, Any], message: str, files: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        apssh._parse_targets(["a"], **options)
+    assert str(caught.value) == message
+
+
+def test_too_many_targets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all, however many texts and lines they come from."""
+    monkeypatch.setattr(apssh, "MAX_TARGETS", 10)
+    (home / "many").write_text("a[1-6]\nb[1-6]\n")
+    for texts, message in ((["a[1-6]", "b[1-6]"], "more than 10 targets"), (["many"], "many:2: more than 10 targets")):
+        with pytest.raises(UsageError) as caught:
+            apssh._parse_targets(texts)
+        assert str(caught.value) == message
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads every file")
+def test_unreadable_targets(files: Path) -> None:
+    for name in ("hosts", "out"):
+        (files / name).chmod(0)
+        with pytest.raises(UsageError) as caught:
+            apssh._parse_targets([name])
+        (files / name).chmod(0o700)
+        assert str(caught.value) == f"{name}: permission denied"
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["-t", "node[1-", "true"], f"apssh: node[1-: {BRACKETS}"), (["-p", "0", "-t", "a", "true"], None),
+    (["true"], "apssh: no target: use -t HOST ..."),
+    (["-t", "bad", "-L"], f"apssh: bad:3: b:99999: {PORT}"),
+    (["-t", "a", "-g", "a", "true"], "apssh: a: a->a passes a host twice; None->HOST has no gateway"),
+], ids=["range", "port", "none", "file", "gateway"])
+def test_bad_targets_of_the_program(argv: list[str], message: str | None, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert apssh.main(argv) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message is None or err == f"{message}\n"
+
+
+LABEL = st.from_regex(r"[A-Za-z0-9_é][A-Za-z0-9_é-]{0,8}", fullmatch=True)
+NAME = st.lists(LABEL, min_size=1, max_size=3).map(".".join)
+ADDRESS = NAME | st.ip_addresses().map(str) | st.builds("{}%{}".format, st.ip_addresses(v=6), LABEL)
+USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(lambda text: not text.startswith("-"))
+HOP = st.builds(apssh.Hop, ADDRESS, USER, st.none() | st.integers(1, 65535))
+
+
+CHAIN = st.lists(HOP, min_size=1, max_size=4, unique_by=lambda hop: (hop.host.lower(), hop.port or 22)).map(tuple)
+
+
+@given(st.builds(apssh.Target, CHAIN, st.booleans()))
+@example(apssh.Target((apssh.Hop("::1", "u", 23), apssh.Hop("::1")), True))
+@example(apssh.Target((apssh.Hop("None"),)))
+@settings(max_examples=150, deadline=None)
+def test_targets_say_themselves(target: apssh.Target) -> None:
+    """What -L prints, -t reads."""
+    if str(target).startswith("None->") and not target.direct:
+        return
+    (again,) = apssh._parse_targets([str(target)])
+    assert (again, again.direct, str(again)) == (target, target.direct and len(str(target).split("->")) > 1, str(target))
+
+
+@given(st.text(max_size=30) | st.text("ab1[]-,@:>. #/%→", max_size=20))
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_targets_or_an_error(text: str) -> None:
+    """One line that a terminal can show, whatever is given; and what is taken can be a host."""
+    try:
+        found = apssh._parse_targets([text], stdin=lambda: text.replace("-", "x"))
+    except UsageError as exc:
+        assert exc.message == apssh.escape(exc.message)
+    else:
+        assert all(apssh._is_host(hop.host) and (hop.port is None or 0 < hop.port < 65536) for target in found for hop in target.chain)
+
+
+def test_same_endpoint_runs_once(tmp_path: Path) -> None:
+    """However it is named: by case, by the port and the user that it would have anyway."""
+    (tmp_path / "config").write_text("Host db\n User bob\n Port 2200\n")
+    named = ["a", "A", "a:22", f"{ME}@a", f"{ME}@a:22", "db", "bob@db", "db:2200", "gw->a", "gw:22->a", "ann@a"]
+    nodes = apssh._build_nodes(apssh._parse_targets(named), formatter=apssh.HostFormatter(), config=str(tmp_path / "config"))
+    assert [node._target for node in nodes] == ["a", "db", "gw->a", "ann@a"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # fan-out
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -1537,11 +3335,10 @@ def test_quick_misuse(call: Callable[[], Any], message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_window(sshd: Sshd) -> None:
-    targets = [f"{ME}@127.0.0.{number}:{sshd.port}" for number in range(1, 2)]
-    script = f"f=$(mktemp {sshd.home}/run.XXXXXX); ls {sshd.home}/run.* | wc -l; sleep 0.2; rm $f"
-    results = apssh.run([f"demo{number}" for number in range(1)] and targets, script, window=1)
-    assert [result.stdout.strip() for result in results] == ["1"]
+def test_window(tmp_path: Path) -> None:
+    script = f"f=$(mktemp {tmp_path}/run.XXXXXX); ls {tmp_path}/run.* | wc -l; sleep 0.3; rm $f"
+    done = cli("--demo", "7", "-w", "2", "-r", "-q", script)
+    assert sorted(set(done.stdout.split())) in ([b"1", b"2"], [b"2"]) and len(done.stdout.split()) == 7
 
 
 def test_retries() -> None:
