@@ -33,6 +33,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -286,7 +287,8 @@ def _file_name(endpoint: Endpoint, form: str) -> str:
     user, host, port = endpoint
     text = _endpoint_text(host if "domain" in form else _short_name(host),
                           user if "user" in form else None, port if "port" in form else None)
-    return _NOT_IN_FILE_NAME.sub("_", text or "_").encode()[:200].decode("utf-8", "ignore")
+    name = _NOT_IN_FILE_NAME.sub("_", text or "_").encode()[:200].decode("utf-8", "ignore")
+    return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name  # these are names of -m and -o themselves
 
 
 def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
@@ -580,7 +582,7 @@ class Formatter:
         if endpoint not in self._names:
             for other, name in zip(self._endpoints, _distinct_names(list(self._endpoints)), strict=True):
                 self._names.setdefault(other, name)
-        return self._names.get(endpoint) or endpoint[1]
+        return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
     def _sink(self, endpoint: Endpoint) -> _Sink:
         """Where one command's output goes: by default whole lines, to this formatter."""
@@ -1730,7 +1732,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status = status
 
     def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
-        self.status = signal
+        self.status = _brief(signal)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.writable.set()
@@ -2428,15 +2430,26 @@ SURPLUS_LIMIT = 1 << 30      # bytes past the announced size (/proc announces 0,
 def _reason(exc: BaseException) -> str:
     """Why a file operation failed, in a few words."""
     if isinstance(exc, asyncssh.SFTPError):
-        return escape(exc.reason[:1].lower() + exc.reason[1:])
+        return _shown(exc.reason[:1].lower() + exc.reason[1:])
     return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
 
 
+def _shown(path: str) -> str:
+    """A path (or a reason) from outside as an error shows it: a server may send a hundred thousand bytes."""
+    return escape(path if len(path) <= 200 else path[:197] + "...")
+
+
 def _safe_name(name: str) -> str:
-    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere."""
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise TransferError(f"refused the name {escape(name)!r} sent by the server")
+    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file system has longer ones."""
+    if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
+        raise TransferError(f"refused the name '{_brief(name)}' sent by the server")
     return name
+
+
+def _write_all(fd: int, data: bytes, position: int) -> None:
+    """A full disk takes a part without an error: the next write tells."""
+    while (written := os.pwrite(fd, data, position)) < len(data):
+        data, position = data[written:], position + written
 
 
 def _paths(paths: Any) -> tuple[list[str], bool]:
@@ -2459,8 +2472,9 @@ class _Folder:
     Its files and subfolders refer to it: when the last is done it gets its final mode and times, and is closed.
     """
 
-    def __init__(self, fd: int, parent: _Folder | None = None) -> None:
-        self.fd, self.parent = fd, parent
+    def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
+        self.fd, self.path, self.parent = fd, path, parent
+        self.real = ""  # where its source really is, when links are followed
         self.depth: int = parent.depth + 1 if parent else 0
         self.mode: int | None = None
         self.times: tuple[float, float] | None = None
@@ -2469,11 +2483,28 @@ class _Folder:
         """The subfolder of this name, made if need be; never through a link."""
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=self.fd)
-        folder = _Folder(os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd), self)
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+        except NotADirectoryError:
+            link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
+            raise TransferError(f"a {'link' if link else 'file'} has that name") from None
+        folder = _Folder(fd, os.path.join(self.path, name), self)
         folder.mode = None if attrs.permissions is None else attrs.permissions & 0o777
         if preserve and attrs.mtime is not None:
             folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
         return folder
+
+    def put_link(self, name: str, target: str) -> None:
+        """A link of this name, in place of what is there."""
+        temporary = f".apssh-{os.urandom(6).hex()}"
+        os.symlink(target, temporary, dir_fd=self.fd)
+        try:
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as exc:
+            os.unlink(temporary, dir_fd=self.fd)
+            if isinstance(exc, IsADirectoryError):
+                raise TransferError("a folder has that name") from exc
+            raise
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
@@ -2512,6 +2543,7 @@ class _UnderWay:
                 task.cancel()
             if self._tasks:
                 await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._tasks.clear()  # an exception kept here would keep its frames, and the folder they hold open
 
 
 class _Copy:
@@ -2521,12 +2553,11 @@ class _Copy:
                  follow_symlinks: bool = False, inplace: bool = False) -> None:
         self.node, self.step = node, step
         self.preserve, self.recurse, self.follow, self.inplace = preserve, recurse, follow_symlinks, inplace
-        self.failures: list[str] = []
+        self.failure, self.failed = "", 0  # the first, and how many: a hostile server has no end of them
         self.count = 0
         self._fatal: Exception | None = None  # the loss of the connection: stops the walk
         self._room = asyncio.Semaphore(FILES_IN_FLIGHT)
         self._running: set[asyncio.Task[None]] = set()
-        self._links: list[tuple[_Folder, str, str]] = []
 
     @contextlib.contextmanager
     def _failing(self, path: str) -> Iterator[None]:
@@ -2534,16 +2565,20 @@ class _Copy:
         try:
             yield
         except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError) as exc:
-            raise ConnectionFailedError(f"connection lost during the copy of {escape(path)}", host=self.node.hostname) from exc
+            raise ConnectionFailedError(f"connection lost during the copy of {_shown(path)}", host=self.node.hostname) from exc
         except TransferError as exc:
-            self.failures.append(f"{escape(path)}: {exc.message}")
+            self._fail(path, exc.message)
         except (OSError, asyncssh.SFTPError, ValueError) as exc:
-            self.failures.append(f"{escape(path)}: {_reason(exc)}")
+            self._fail(path, _reason(exc))
 
-    def _counted(self) -> None:
+    def _fail(self, path: str, reason: str) -> None:
+        self.failure, self.failed = self.failure or f"{_shown(path)}: {reason}", self.failed + 1
+
+    def _counted(self, path: str) -> None:
+        """Every name that a folder is said to have counts, whatever becomes of it."""
         self.count += 1
         if self.count > TREE_LIMIT:
-            raise ApsshError(f"more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
+            raise ApsshError(f"{_shown(path)}: more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
 
     async def _spawn(self, path: str, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the others, as soon as there is room."""
@@ -2575,25 +2610,24 @@ class _Copy:
                 await asyncio.wait(self._running)
             if self._fatal:
                 raise self._fatal
-            for folder, name, target in self._links:
-                with self._failing(name):
-                    self._make_link(folder, name, target)
         finally:
-            self._links.clear()
             for task in (running := set(self._running)):
                 task.cancel()
             if running:
                 await asyncio.wait(running)
-        if self.failures:
-            more = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
-            raise TransferError(self.failures[0] + more, host=self.node.hostname)
+        if self.failed:
+            more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
+            raise TransferError(self.failure + more, host=self.node.hostname)
 
     # push
 
     async def push(self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool) -> None:
         """Local sources onto a remote file, or into a remote folder."""
         target = _remote(destination)
-        existing = await self._remote_stat(sftp, target, follow=True)
+        with self._failing(destination):
+            existing = await self._remote_stat(sftp, target, follow=True)
+        if self.failed:
+            return
         folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
         into = many or folder or destination.endswith("/")
         if into and not folder:
@@ -2603,7 +2637,7 @@ class _Copy:
         for source, name in zip(sources, names, strict=True):
             with self._failing(source):
                 if into and names.count(name) > 1:
-                    raise TransferError(f"two sources are called {name}")
+                    raise TransferError(f"two sources are called {escape(name)}")
                 path = posixpath.join(target, name) if into else target
                 await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
         while self._running:
@@ -2620,22 +2654,29 @@ class _Copy:
             return None
 
     async def _push_entry(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None,
-                          late: list[tuple[str, asyncssh.SFTPAttrs]], depth: int) -> None:
+                          late: list[tuple[str, asyncssh.SFTPAttrs]], depth: int, within: tuple[tuple[int, int], ...] = ()) -> None:
         """One local entry, named (depth 0: a link is followed) or found in a tree."""
-        self._counted()
+        self._counted(source)
         info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
         if stat.S_ISREG(info.st_mode):
             await self._spawn(source, self._push_file(sftp, source, target, existing, follow=self.follow or depth == 0))
         elif stat.S_ISLNK(info.st_mode):
-            await self._spawn(source, self._push_link(sftp, os.readlink(source), target))
+            await self._spawn(source, self._push_link(sftp, os.readlink(source), target, existing))
         elif not stat.S_ISDIR(info.st_mode):
             raise TransferError("not a regular file, folder or link")
         elif not self.recurse:
             raise TransferError("is a folder (recurse copies folders)")
         elif depth > DEPTH_LIMIT:
             raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
+        elif (info.st_dev, info.st_ino) in within:
+            raise TransferError("a link to a folder it is in")
         else:
             present: dict[str, asyncssh.SFTPAttrs] = {}
+            if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
+                existing = await self._remote_stat(sftp, target, follow=True)  # what is named may be a link, over there too
+            if existing and existing.type in (asyncssh.FILEXFER_TYPE_SYMLINK, asyncssh.FILEXFER_TYPE_REGULAR):
+                raise TransferError(f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name")
+            within += ((info.st_dev, info.st_ino),)
             if existing is None:
                 await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
             else:
@@ -2645,7 +2686,7 @@ class _Copy:
                 for entry in entries:
                     with self._failing(entry.path):
                         await self._push_entry(sftp, entry.path, posixpath.join(target, entry.name), present.get(entry.name),
-                                               late, depth + 1)
+                                               late, depth + 1, within)
 
     def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
         """The mode bits to give; times with preserve."""
@@ -2670,22 +2711,25 @@ class _Copy:
         """Content onto a remote file: whole, or not at all."""
         if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
             target = str(await sftp.realpath(target))
+            existing = await self._remote_stat(sftp, target)
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError(f"{escape(target)} is a folder over there")
+            raise TransferError("a folder has that name")
+        if existing and existing.type not in (asyncssh.FILEXFER_TYPE_REGULAR, asyncssh.FILEXFER_TYPE_UNKNOWN):
+            raise TransferError(f"{escape(target)} is there and not a regular file")
         if self.inplace:
-            async with sftp.open(target, "wb", encoding=None, block_size=0) as file:
+            async with self._closing(await sftp.open(target, "wb", encoding=None, block_size=0)) as file:
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
             return
         temporary = self._temporary(target)
         try:
-            file = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-                                   asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
-        except asyncssh.SFTPPermissionDenied as exc:
-            raise TransferError(f"{escape(posixpath.dirname(target) or '.')}: permission denied for a temporary file "
-                                "(inplace writes onto the file itself)") from exc
-        try:
-            async with file:
+            try:
+                opened = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
+                                         asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
+            except asyncssh.SFTPPermissionDenied as exc:
+                raise TransferError(f"{escape(posixpath.dirname(target) or '.')}: permission denied for a temporary file "
+                                    "(inplace writes onto the file itself)") from exc
+            async with self._closing(opened) as file:
                 if existing:
                     mine = await file.stat()
                     if (mine.uid, mine.gid) != (existing.uid, existing.gid):
@@ -2693,7 +2737,10 @@ class _Copy:
                             await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
-            await self._replace(sftp, temporary, target)
+            try:
+                await self._replace(sftp, temporary, target)
+            except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
+                raise TransferError(f"{escape(target)} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)") from exc
         except BaseException as exc:
             full = False
             with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
@@ -2703,6 +2750,19 @@ class _Copy:
             if full:
                 raise TransferError("no space left on the device") from exc
             raise
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def _closing(file: asyncssh.SFTPClientFile) -> AsyncIterator[asyncssh.SFTPClientFile]:
+        """Closed at the end; after a failure or a cancellation without waiting for ever for a host that answers no more."""
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await file.close()
+            raise
+        await file.close()
 
     async def _push_bytes(self, sftp: asyncssh.SFTPClient, file: asyncssh.SFTPClientFile, read: Callable[[int, int], bytes]) -> None:
         """As many requests under way as fill the window; ours, for asyncssh's own would outlive a loss or a cancellation."""
@@ -2740,10 +2800,18 @@ class _Copy:
             return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
-    async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str) -> None:
+    async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None) -> None:
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
+            raise TransferError("a folder has that name")
         temporary = self._temporary(target)
-        await sftp.symlink(link, temporary)
-        await self._replace(sftp, temporary, target)
+        try:
+            await sftp.symlink(link, temporary)
+            await self._replace(sftp, temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await sftp.remove(temporary)
+            raise
 
     # pull: the server is not trusted
 
@@ -2752,23 +2820,32 @@ class _Copy:
         found: list[str] = []
         for source in sources:
             path = _remote(source)
-            matches = [each async for each in self._glob(sftp, path)] if re.search(r"[*?[]", path) else []
-            many = many or len(matches) > 1
-            found += matches or [path]
-        into = many or destination.endswith("/") or os.path.isdir(destination)
-        if into and not os.path.isdir(destination):
-            raise TransferError(f"{destination}: {'not a folder' if os.path.exists(destination) else 'no such folder'}")
-        place = destination if into else os.path.realpath(destination)  # a link that the user named is resolved
-        folder = _Folder(os.open(place if into else os.path.dirname(place), os.O_RDONLY | os.O_DIRECTORY))
-        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
+            with self._failing(source):
+                matches = [each async for each in self._glob(sftp, path)] if re.search(r"[*?[]", path) else []
+                many = many or len(matches) > 1
+                found += matches or [path]
+        folder, name = self._landing(destination, many)
         taken: set[str] = set()
         for path in found:
             with self._failing(path):
-                name = os.path.basename(place) if not into else posixpath.basename(path.rstrip("/"))
-                if into and name in ("", ".", ".."):
-                    name = posixpath.basename(str(await sftp.realpath(path)))
+                own = name or posixpath.basename(path.rstrip("/"))
+                if own in ("", ".", ".."):
+                    own = posixpath.basename(str(await sftp.realpath(path)))
                 attrs = await sftp.stat(path)
-                await self._pull_entry(sftp, path, folder, self._unique(name, taken), attrs)
+                self._counted(path)
+                await self._pull_entry(sftp, path, folder, self._unique(own, taken), attrs, followed=True)
+
+    def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
+        """The local folder that sources arrive in, and the name there, if it is not their own."""
+        into = many or destination.endswith("/") or os.path.isdir(destination)
+        if into and not os.path.isdir(destination):
+            what = "not a folder" if os.path.exists(destination.rstrip("/")) else "no such folder"
+            raise TransferError(f"{escape(destination)}: {what}", host=self.node.hostname)
+        place = os.path.realpath(destination) if os.path.islink(destination) else destination  # a link that the user named is resolved
+        path = place if into else os.path.dirname(place)
+        folder = _Folder(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY), path)
+        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
+        return folder, "" if into else os.path.basename(place)
 
     @staticmethod
     def _unique(name: str, taken: set[str]) -> str:
@@ -2789,24 +2866,26 @@ class _Copy:
             names: list[str] = []
             with contextlib.suppress(asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure):
                 async for entry in sftp.scandir(folder):
-                    self._counted()
+                    self._counted(pattern)
                     name = str(entry.filename)
                     if fnmatch.fnmatchcase(name, last) and name not in (".", "..") and name.startswith(".") <= last.startswith("."):
-                        names.append(_safe_name(name))
+                        with self._failing(pattern):
+                            names.append(_safe_name(name))
             for name in sorted(set(names)):
                 yield name if folder == "." and not pattern.startswith("./") else posixpath.join(folder, name)
 
-    async def _pull_entry(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
-        """One remote entry to a checked name in an open folder."""
-        self._counted()
+    async def _pull_entry(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs, *,
+                          followed: bool = False) -> None:
+        """One remote entry to a checked name in an open folder; ``followed``: the attributes are those that a link leads to."""
+        if attrs.type == asyncssh.FILEXFER_TYPE_UNKNOWN and not followed:
+            attrs = await sftp.lstat(path)  # some servers list names only
+        if linked := attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow and not followed:
+            attrs, followed = await sftp.stat(path), True
         kind = attrs.type
-        if kind == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow:
-            attrs = await sftp.stat(path)
-            kind = attrs.type
         if kind == asyncssh.FILEXFER_TYPE_REGULAR:
             await self._spawn(path, self._pull_file(sftp, path, folder, name, attrs))
-        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK:
-            self._links.append((folder, name, str(await sftp.readlink(path))))
+        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
+            self._make_link(folder, name, str(await sftp.readlink(path)))
         elif kind != asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError("not a regular file, folder or link")
         elif not self.recurse:
@@ -2814,41 +2893,73 @@ class _Copy:
         elif folder.depth >= DEPTH_LIMIT:
             raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
         else:
+            real = str(await sftp.realpath(path)) if self.follow else ""
+            if linked and (f"{real}/" == f"{folder.real}/"[:len(real) + 1]):
+                raise TransferError("a link to a folder it is in")
             inner = folder.enter(name, attrs, self.preserve)
+            inner.real = real
             taken: set[str] = set()
+            links: list[tuple[str, asyncssh.SFTPAttrs]] = []  # made when the rest of the folder is on its way
             async for entry in sftp.scandir(path):
-                if entry.filename in (".", ".."):
-                    continue
                 child = str(entry.filename)
+                self._counted(posixpath.join(path, child))
+                if child in (".", ".."):
+                    continue
                 with self._failing(posixpath.join(path, child)):
-                    await self._pull_entry(sftp, posixpath.join(path, child), inner, self._unique(child, taken), entry.attrs)
+                    self._unique(child, taken)
+                    if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
+                        links.append((child, entry.attrs))
+                    else:
+                        await self._pull_entry(sftp, posixpath.join(path, child), inner, child, entry.attrs)
+            for child, its_attrs in links:
+                with self._failing(posixpath.join(path, child)):
+                    await self._pull_entry(sftp, posixpath.join(path, child), inner, child, its_attrs)
 
     async def _pull_file(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
-        """One file, under a temporary name until it is whole; read to its end, whatever size was announced."""
+        """One file, read to its end, whatever size was announced."""
+        with self._arriving(folder, name, attrs) as fd:
+            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
+
+    @contextlib.contextmanager
+    def _arriving(self, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> Iterator[int]:
+        """A local file to write, under a temporary name until it is whole; what is there and is no file is left alone."""
         try:
             existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
         except FileNotFoundError:
             existing = None
+        place = escape(os.path.join(folder.path, name))
         if existing and stat.S_ISDIR(existing.st_mode):
-            raise TransferError("a folder has that name here")
-        temporary = name if self.inplace and existing else f".{name[:100]}.apssh-{os.urandom(6).hex()}"
-        creation = os.O_NONBLOCK if temporary == name else os.O_CREAT | os.O_EXCL
-        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
+            raise TransferError("a folder has that name")
+        if existing and not stat.S_ISREG(existing.st_mode) and (self.inplace or not stat.S_ISLNK(existing.st_mode)):
+            raise TransferError(f"{place} is there and not a regular file")
+        inplace = self.inplace and existing
+        temporary = name if inplace else f".{name[:100]}.apssh-{os.urandom(6).hex()}"
+        creation = os.O_NONBLOCK if inplace else os.O_CREAT | os.O_EXCL
         try:
-            if temporary == name:
+            fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
+        except OSError as exc:
+            if inplace or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise TransferError(f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
+                                "(inplace writes onto the file itself)") from exc
+        try:
+            if inplace:
                 os.ftruncate(fd, 0)
-            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
-            if existing and temporary != name and stat.S_ISREG(existing.st_mode):
+            yield fd
+            if existing and not inplace and stat.S_ISREG(existing.st_mode):
                 with contextlib.suppress(OSError):  # only root may
                     os.fchown(fd, existing.st_uid, existing.st_gid)
             if attrs.permissions is not None:
                 os.fchmod(fd, attrs.permissions & 0o777)
             if self.preserve and attrs.mtime is not None:
                 os.utime(fd, (attrs.atime or attrs.mtime, attrs.mtime))
-            if temporary != name:
-                os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+            if not inplace:
+                try:
+                    os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+                except OSError as exc:
+                    raise TransferError(f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)") from exc
         except BaseException:
-            if temporary != name:
+            if not inplace:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary, dir_fd=folder.fd)
             raise
@@ -2859,11 +2970,11 @@ class _Copy:
         """The announced size in parallel, then on to the real end."""
         end = 0
         block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
-        async with sftp.open(path, "rb", encoding=None, block_size=0) as file:
+        async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
             async def fetch(position: int, wanted: int) -> None:
                 nonlocal end
                 while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
-                    os.pwrite(fd, data, position)
+                    _write_all(fd, data, position)
                     position, wanted, end = position + len(data), wanted - len(data), max(end, position + len(data))
                     self.step.bytes_transferred += len(data)
                 short[0] |= wanted > 0
@@ -2875,7 +2986,7 @@ class _Copy:
                         break
                     await under_way.start(fetch(position, min(block, size - position)))
             while data := cast("bytes", await file.read(CHUNK // 4, end)):
-                os.pwrite(fd, data, end)
+                _write_all(fd, data, end)
                 end += len(data)
                 self.step.bytes_transferred += len(data)
                 if end > size + SURPLUS_LIMIT:
@@ -2885,41 +2996,55 @@ class _Copy:
         """A link of the tree, only where it leads inside: relative, ``..`` only in front and no further than the top."""
         steps = [step for step in target.split("/") if step not in ("", ".")]
         ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
-        if target.startswith("/") or "\0" in target or ups > max(folder.depth, 0) or ".." in steps[ups:]:
-            raise TransferError(f"refused a link that leads out, to {escape(target)}")
-        temporary = f".apssh-{os.urandom(6).hex()}"
-        os.symlink(target, temporary, dir_fd=folder.fd)
-        try:
-            os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-        except OSError:
-            os.unlink(temporary, dir_fd=folder.fd)
-            raise
+        if not target or len(target) > 4000 or target.startswith("/") or "\0" in target or ups > folder.depth or ".." in steps[ups:]:
+            raise TransferError(f"refused a link that leads out, to {_brief(target) or repr('')}")
+        folder.put_link(name, target)
 
     # on this machine
 
     async def local(self, sources: list[str], destination: str, many: bool) -> None:
-        """A plain copy, for LocalNode; the same rules about folders and links."""
-        into = many or destination.endswith("/") or os.path.isdir(destination)
-        if into and not os.path.isdir(destination):
-            raise TransferError(f"{destination}: no such folder")
-        for source in sources:
+        """A plain copy, for LocalNode; the same rules about folders, links, names and what arrives."""
+        folder, name = self._landing(destination, many)
+        names = [name or os.path.basename(os.path.abspath(source)) for source in sources]
+        for source, own in zip(sources, names, strict=True):
             with self._failing(source):
-                target = os.path.join(destination, os.path.basename(os.path.abspath(source))) if into else os.path.realpath(destination)
-                if os.path.isdir(source):
-                    if not self.recurse:
-                        raise TransferError("is a folder (recurse copies folders)")
-                    if Path(source).resolve() in [resolved := Path(target).resolve(), *resolved.parents]:
-                        raise TransferError("cannot be copied into itself")
-                    await asyncio.to_thread(shutil.copytree, source, target, symlinks=not self.follow, dirs_exist_ok=True)
-                    continue
-                temporary = self._temporary(target)
-                try:
-                    await asyncio.to_thread(shutil.copy2 if self.preserve else shutil.copy, source, temporary)
-                    os.replace(temporary, target)
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(temporary)
-                self.step.bytes_transferred += os.path.getsize(target)
+                if names.count(own) > 1:
+                    raise TransferError(f"two sources are called {escape(own)}")
+                target = Path(folder.path, own).resolve()
+                if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents) and self.recurse:
+                    raise TransferError("cannot be copied into itself")
+                await self._local_entry(source, folder, own, ())
+
+    async def _local_entry(self, source: str, folder: _Folder, name: str, within: tuple[tuple[int, int], ...], named: bool = True) -> None:
+        self._counted(source)
+        info = os.stat(source) if self.follow or named else os.lstat(source)
+        if stat.S_ISREG(info.st_mode):
+            await asyncio.to_thread(self._local_file, source, folder, name)
+        elif stat.S_ISLNK(info.st_mode):
+            folder.put_link(name, os.readlink(source))
+        elif not stat.S_ISDIR(info.st_mode):
+            raise TransferError("not a regular file, folder or link")
+        elif not self.recurse:
+            raise TransferError("is a folder (recurse copies folders)")
+        elif (info.st_dev, info.st_ino) in within:
+            raise TransferError("a link to a folder it is in")
+        elif folder.depth >= DEPTH_LIMIT:
+            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
+        else:
+            inner = folder.enter(name, self._attrs(info), self.preserve)
+            for child in os.listdir(source):
+                path = os.path.join(source, child)
+                with self._failing(path):
+                    await self._local_entry(path, inner, child, (*within, (info.st_dev, info.st_ino)), False)
+
+    def _local_file(self, source: str, folder: _Folder, name: str) -> None:
+        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+        with open(fd, "rb") as file, self._arriving(folder, name, self._attrs(os.fstat(fd))) as out:
+            position = 0
+            while data := file.read(CHUNK):
+                _write_all(out, data, position)
+                position += len(data)
+                self.step.bytes_transferred += len(data)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5452,7 +5577,7 @@ def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
             raise UsageError(f"{escape(path)}: {'a remote path is written @:path' if remote else 'a local path has no @:'}: {usage}")
         if not path:
             raise UsageError(f"an empty path: {usage}")
-    return [path.removeprefix("@:") for path in paths]
+    return [path.removeprefix("@:") or "." for path in paths]
 
 
 # Published scripts import from submodules of the older package (``from apssh.formatters import TimeHostFormatter``): answered as

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import getpass
@@ -17,9 +18,11 @@ import io
 import itertools
 import json
 import os
+import posixpath
 import pty
 import pwd
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -30,9 +33,10 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -1665,6 +1669,1031 @@ def test_local_node(home: Path, capfd: Any) -> None:
     assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == ["d/e", "d/e/script", "d/script"]
     assert (home / "f" / "script").read_text() == "exit 5"
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# transfers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def build(folder: Path, layout: Mapping[str, str]) -> None:
+    """Make these: ``name`` a file of this text, ``name/`` a folder, ``-> target`` as the text of a link."""
+    for name, text in layout.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir(exist_ok=True)
+        elif text.startswith("-> "):
+            path.symlink_to(text[3:])
+        else:
+            path.write_text(text)
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """What there is, in the words of ``build``; all else by its kind."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            found[name] = f"-> {os.readlink(path)}"
+        elif stat.S_ISDIR(mode):
+            found[f"{name}/"] = ""
+        else:
+            found[name] = path.read_text(errors="surrogateescape") if stat.S_ISREG(mode) else f"mode {mode:o}"
+    return found
+
+
+async def outcome(node: Any, command: Any) -> str:
+    """What the error of this step says; nothing when it succeeds."""
+    try:
+        await (command.co_run_local(node) if isinstance(node, LocalNode) else command.co_run_remote(node))
+    except ApsshError as exc:
+        return str(exc)
+    return ""
+
+
+def copied(server: Sshd, *commands: Any, **options: Any) -> str:
+    """The same, of steps one after the other on one node of this server, the texts joined."""
+    async def main() -> str:
+        async with server.node(**options) as node:
+            return " | ".join([text for command in commands if (text := await outcome(node, command))])
+
+    return run(main())
+
+
+T = {"tree/": "", "tree/a": "A", "tree/sub/": "", "tree/sub/b": "B", "tree/empty/": "", "tree/nothing": "", "tree/link": "-> sub/b"}
+UNDER = {f"d/{name}": text for name, text in T.items()}
+RECURSE = {"recurse": True}
+ODD = {"with space": "1", "new\nline": "2", "-rf": "3", "raw\udcff": "4", "quo'te\"": "5", "*": "6", "$(x)": "7", "{host}": "8"}
+
+# name: sources, destination, options, what the sources' side has, what the destination's side has before and then, message after the host
+COPIES: dict[str, tuple[Any, str, dict[str, bool], dict[str, str], dict[str, str], dict[str, str], str]] = {
+    "file onto a new name": ("f", "g", {}, {"f": "F"}, {}, {"g": "F"}, ""),
+    "file onto a file": ("f", "g", {}, {"f": "F"}, {"g": "old"}, {"g": "F"}, ""),
+    "file into a folder": ("f", "d", {}, {"f": "F"}, {"d/": ""}, {"d/": "", "d/f": "F"}, ""),
+    "file into a folder, slash": ("f", "d/", {}, {"f": "F"}, {"d/": ""}, {"d/": "", "d/f": "F"}, ""),
+    "file into a missing folder": ("f", "d/", {}, {"f": "F"}, {}, {}, "d/: no such folder"),
+    "file into a file, slash": ("f", "d/", {}, {"f": "F"}, {"d": "D"}, {"d": "D"}, "d/: not a folder"),
+    "list of one needs a folder": (["f"], "g", {}, {"f": "F"}, {}, {}, "g: no such folder"),
+    "list into a folder": (["f", "g"], "d", {}, {"f": "F", "g": "G"}, {"d/": ""}, {"d/": "", "d/f": "F", "d/g": "G"}, ""),
+    "list onto a file": (["f", "g"], "h", {}, {"f": "F", "g": "G"}, {"h": "H"}, {"h": "H"}, "h: not a folder"),
+    "folder without recurse": ("tree", "d", {}, T, {"d/": ""}, {"d/": ""}, "tree: is a folder (recurse copies folders)"),
+    "tree onto a new name": ("tree", "new", RECURSE, T, {}, {name.replace("tree", "new"): text for name, text in T.items()}, ""),
+    "tree into a folder": ("tree", "d", RECURSE, T, {"d/": ""}, {"d/": ""} | UNDER, ""),
+    "tree over itself": ("tree", "d", RECURSE, T, {"d/": ""} | UNDER | {"d/tree/a": "old", "d/tree/more": "M"},
+                         {"d/": ""} | UNDER | {"d/tree/more": "M"}, ""),
+    "source ending in a slash": ("tree/", "d", RECURSE, T, {"d/": ""}, {"d/": ""} | UNDER, ""),
+    "source is a link": ("l", "d", {}, {"l": "-> f", "f": "F"}, {"d/": ""}, {"d/": "", "d/l": "F"}, ""),
+    "source is a link to a folder": ("l", "d", RECURSE, T | {"l": "-> tree"}, {"d/": ""},
+                                     {"d/": ""} | {name.replace("d/tree", "d/l"): text for name, text in UNDER.items()}, ""),
+    "dangling link in a tree": ("tree", "d", RECURSE, {"tree/l": "-> nowhere"}, {"d/": ""}, {"d/": "", "d/tree/": "",
+        "d/tree/l": "-> nowhere"}, ""),
+    "links followed": ("tree", "d", {"recurse": True, "follow_symlinks": True}, T, {"d/": ""}, {"d/": ""} | UNDER | {"d/tree/link": "B"},
+                       ""),
+    "loop of links": ("tree", "d", RECURSE, {"tree/l": "-> m", "tree/m": "-> l"}, {"d/": ""},
+                      {"d/": "", "d/tree/": "", "d/tree/l": "-> m", "d/tree/m": "-> l"}, ""),
+    "empty file": ("f", "g", {}, {"f": ""}, {}, {"g": ""}, ""),
+    "destination is a link": ("f", "l", {}, {"f": "F"}, {"l": "-> g", "g": "old"}, {"l": "-> g", "g": "F"}, ""),
+    "destination is a dangling link": ("f", "l", {}, {"f": "F"}, {"l": "-> g"}, {"l": "-> g", "g": "F"}, ""),
+    "destination is a link to a folder": ("f", "l", {}, {"f": "F"}, {"d/": "", "l": "-> d"}, {"d/": "", "d/f": "F", "l": "-> d"}, ""),
+    "inplace": ("f", "g", {"inplace": True}, {"f": "F"}, {"g": "older"}, {"g": "F"}, ""),
+    "inplace onto a new name": ("f", "g", {"inplace": True}, {"f": "F"}, {}, {"g": "F"}, ""),
+    "two of one name": (["a/f", "b/f", "g"], "d", {}, {"a/f": "1", "b/f": "2", "g": "G"}, {"d/": ""}, {"d/": "", "d/g": "G"},
+                        "a/f: two sources are called f (and 1 more)"),
+    "odd names": (list(ODD), "d", {}, ODD, {"d/": ""}, {"d/": ""} | {f"d/{name}": text for name, text in ODD.items()}, ""),
+    "odd names in a tree": ("t", "d", RECURSE, {f"t/{name}": text for name, text in ODD.items()}, {"d/": ""},
+                            {"d/": "", "d/t/": ""} | {f"d/t/{name}": text for name, text in ODD.items()}, ""),
+    "odd names of folders": ("t", "d", RECURSE, {"t/a\nb\udcff c/-x/": ""}, {"d/": ""},
+                             {"d/": "", "d/t/": "", "d/t/a\nb\udcff c/": "", "d/t/a\nb\udcff c/-x/": ""}, ""),
+    "a missing one among others": (["f", "no\x1b[2J", "g"], "d", {}, {"f": "F", "g": "G"}, {"d/": ""}, {"d/": "", "d/f": "F", "d/g": "G"},
+                                   r"no\x1b[2J: no such file or directory"),
+    "folder over a file": ("tree", "d", RECURSE, {"tree/a": "A"}, {"d/tree": "file"}, {"d/": "", "d/tree": "file"},
+                           "tree: a file has that name"),
+    "file over a folder": ("f", "d", {}, {"f": "F"}, {"d/f/": ""}, {"d/": "", "d/f/": ""}, "f: a folder has that name"),
+    "link over a folder": ("t", ".", RECURSE, {"t/l": "-> x", "t/f": "F"}, {"t/l/": ""}, {"t/": "", "t/f": "F", "t/l/": ""},
+                           "t/l: a folder has that name"),
+}
+SEEN_AS = {  # where a way has words of its own
+    ("push", "file into a file, slash"): "d/: no such folder", ("pull", "a missing one among others"): r"no\x1b[2J: no such file",
+    ("pull", "two of one name"): "b/f: the name f comes twice",
+}
+COPIES_LEAVE = {("pull", "two of one name"): {"d/": "", "d/f": "1", "d/g": "G"}}  # the first is already on its way
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local push", "local pull"])
+def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    local, pushing = way.startswith("local"), way.endswith("push")
+    host = "LOCALNODE" if local else "127.0.0.1"
+    wrong: dict[str, Any] = {}
+
+    async def one(node: Any, name: str, number: int) -> None:
+        sources, destination, options, there, before, after, message = COPIES[name]
+        near, far = home / "near" / str(number), (home / "far" if local else sshd.home) / str(number)
+        begin, end = (near, far) if pushing else (far, near)
+        build(begin, there)
+        build(end, before)
+        for folder in (near, far):
+            folder.mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(near)
+        prefix = f"{far}/" if local else f"{number}/"
+        given = [sources] if isinstance(sources, str) else list(sources)
+        if pushing:
+            destination = prefix + destination
+        else:
+            given = [prefix + ("[*]" if source == "*" and not local else source) for source in given]
+        step = Push if pushing else Pull
+        text = await outcome(node, step(given[0] if isinstance(sources, str) else given, destination, **options))
+        seen = (text.replace(prefix, ""), listing(end), listing(begin))
+        message = SEEN_AS.get((way, name), message)
+        wanted = (f"{host}: local: {message}" if message else "", COPIES_LEAVE.get((way, name), after), listing(begin))
+        if seen != wanted:
+            wrong[name] = [each for each in zip(seen, wanted, strict=True) if each[0] != each[1]]
+
+    async def main() -> None:
+        async with LocalNode() if local else sshd.node() as node:
+            for number, name in enumerate(COPIES):
+                await one(node, name, number)
+
+    run(main())
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_copies_keep_modes(sshd: Sshd, home: Path, pushing: bool) -> None:
+    begin, end = (home, sshd.home) if pushing else (sshd.home, home)
+    modes = {"t/x": 0o755, "t/r": 0o400, "t/w": 0o666, "t/s": 0o4755, "t/none": 0o000 if os.getuid() == 0 else 0o400, "t/d/": 0o750,
+             "t/d/ro/": 0o555, "t/": 0o711}
+    build(begin, dict.fromkeys(modes, "text") | {"t/d/ro/f": ""})
+    for name, mode in modes.items():
+        (begin / name).chmod(mode)
+    for path in (begin / "t").rglob("*"):
+        os.utime(path, (1_000_000_000, 1_100_000_000))
+    step = Push if pushing else Pull
+    assert copied(sshd, step("t", "kept", recurse=True, preserve=True), step("t", "plain", recurse=True)) == ""
+    for name, mode in modes.items():
+        path = name.rstrip("/")[1:]
+        assert stat.S_IMODE((end / f"plain{path}").stat().st_mode) == mode & 0o777, name
+        assert stat.S_IMODE((end / f"kept{path}").stat().st_mode) & 0o777 == mode & 0o777, name
+    assert not stat.S_IMODE((end / "plain/s").stat().st_mode) & 0o7000
+    times = {int(path.stat().st_mtime) for path in (end / "kept").rglob("*")}
+    assert times == {1_100_000_000}
+    assert int((end / "kept/x").stat().st_atime) == 1_000_000_000
+    assert min(path.stat().st_mtime for path in (end / "plain").rglob("*")) > time.time() - 100
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_replacing_is_atomic(sshd: Sshd, home: Path, pushing: bool) -> None:
+    """Whoever reads the destination meanwhile sees the old content or the new, and never a part."""
+    begin, end = (home / "f", sshd.home / "g") if pushing else (sshd.home / "f", home / "g")
+    old, new = b"o" * 1_000_000, b"n" * 30_000_000
+    end.write_bytes(old)
+    begin.write_bytes(new)
+    inode = end.stat().st_ino
+    seen, ended = set(), threading.Event()
+
+    def watch() -> None:
+        while not ended.is_set():
+            with open(end, "rb") as file:
+                seen.add((os.fstat(file.fileno()).st_size, file.read(1)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert copied(sshd, Push("f", "g") if pushing else Pull("f", "g")) == ""
+    finally:
+        ended.set()
+        watcher.join()
+    assert seen <= {(len(old), b"o"), (len(new), b"n")}
+    assert end.read_bytes() == new
+    assert end.stat().st_ino != inode
+    inode = end.stat().st_ino
+    begin.write_bytes(b"short")
+    assert copied(sshd, (Push if pushing else Pull)("f", "g", inplace=True)) == ""
+    assert (end.read_bytes(), end.stat().st_ino) == (b"short", inode)
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+
+
+@as_root
+@pytest.mark.parametrize("pushing", [True, False])
+@pytest.mark.parametrize("name", ["f", "link"])
+def test_owner_is_kept(sshd: Sshd, home: Path, pushing: bool, name: str) -> None:
+    begin, end = (home, sshd.home) if pushing else (sshd.home, home)
+    (begin / "source").write_text("new")
+    build(end, {"f": "old", "link": "-> f"})
+    os.chown(end / "f", 1234, 4321)
+    assert copied(sshd, (Push if pushing else Pull)("source", name)) == ""
+    assert ((end / "f").read_text(), (end / "f").stat().st_uid, (end / "f").stat().st_gid) == ("new", 1234, 4321)
+    assert (end / "link").is_symlink()
+
+
+@contextlib.contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """A folder or file that nobody can replace: for root that takes the immutable flag."""
+    if os.getuid() == 0:
+        if not shutil.which("chattr") or subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
+            pytest.skip("no immutable files here (chattr +i)")
+        try:
+            yield
+        finally:
+            subprocess.run(["chattr", "-i", str(path)], check=True)
+    else:
+        path.chmod(0o500)
+        yield
+        path.chmod(0o700)
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_unwritable_folder_names_inplace(sshd: Sshd, home: Path, way: str) -> None:
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    (begin / "f").write_text("new")
+    build(end, {"d/f": "old"})
+    there = f"{end}/d" if way == "local" else "d"
+    step = Pull if way == "pull" else Push
+
+    def copy(*commands: Any) -> str:
+        return copied(sshd, *commands) if way != "local" else " | ".join(filter(None, (run(outcome(LocalNode(),
+            each)) for each in commands)))
+
+    host = "LOCALNODE" if way == "local" else "127.0.0.1"
+    why = {True: "operation not permitted", False: "permission denied"}[os.getuid() == 0 and way != "push"]
+    with unwritable(end / "d"):
+        assert copy(step("f", there)) == f"{host}: local: f: {there}: {why} for a temporary file (inplace writes onto the file itself)"
+        assert copy(step("f", there, inplace=True)) == ""
+    assert listing(end / "d") == {"f": "new"}
+
+
+@as_root
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_busy_file_names_inplace(sshd: Sshd, home: Path, way: str) -> None:
+    """A file that is mounted by itself, as containers have them, cannot be replaced."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    (begin / "f").write_text("new")
+    build(end, {"d/f": "old", "other": "mounted"})
+    if subprocess.run(["mount", "--bind", str(end / "other"), str(end / "d/f")], capture_output=True, check=False).returncode:
+        pytest.skip("mounts are not permitted here")
+    there = f"{end}/d/f" if way == "local" else "d/f"
+    step = Pull if way == "pull" else Push
+
+    def copy(command: Any) -> str:
+        return copied(sshd, command) if way != "local" else run(outcome(LocalNode(), command))
+
+    try:
+        host, why = ("LOCALNODE" if way == "local" else "127.0.0.1"), "failure" if way == "push" else "device or resource busy"
+        assert copy(step("f", there)) == f"{host}: local: f: {there} cannot be replaced: {why} (inplace writes onto the file itself)"
+        assert copy(step("f", there, inplace=True)) == ""
+    finally:
+        subprocess.run(["umount", "-l", str(end / "d/f")], check=True)
+    assert listing(end / "d") == {"f": "old"}
+    assert (end / "other").read_text() == "new"
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_is_no_file_is_not_replaced(sshd: Sshd, home: Path, way: str, inplace: bool) -> None:
+    """A FIFO (or /dev/null: think of root) under the name of the destination."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    (begin / "f").write_text("new")
+    os.mkfifo(end / "fifo")
+    step = (Pull if way == "pull" else Push)("f", f"{end}/fifo" if way == "local" else "fifo", inplace=inplace)
+    text = run(outcome(LocalNode(), step)) if way == "local" else copied(sshd, step)
+    host, there = ("LOCALNODE", f"{end}/fifo") if way == "local" else ("127.0.0.1", "fifo")
+    assert text == f"{host}: local: f: {there} is there and not a regular file"
+    assert listing(end)["fifo"].startswith("mode 1")
+
+
+@pytest.mark.parametrize(("sources", "arrived", "message"), [
+    ("logs/*.log", {"a.log", "b.log"}, ""), ("logs/[ab].log", {"a.log", "b.log"}, ""), ("lo*/a.*", {"a.log", "a.txt"}, ""),
+    ("~/logs/a.log", {"a.log"}, ""),
+    ("~/logs/*.log", {"a.log", "b.log"}, ""), ("logs/*", {"a.log", "b.log", "a.txt", "[x]"}, ""), ("logs/.*", {".hidden"}, ""),
+    ("logs/[x]", {"[x]"}, ""), ("logs/*.none", set(), "127.0.0.1: local: logs/*.none: no such file"), ("{home}/logs/?.txt", {"a.txt"}, ""),
+    (["logs/*.log", "logs/a.txt"], {"a.log", "b.log", "a.txt"}, ""), ("*/*/deep", set(), "127.0.0.1: local: */*/deep: no such file"),
+    ("./logs/a*g", {"a.log"}, ""),
+])
+def test_globs(sshd: Sshd, home: Path, sources: Any, arrived: set[str], message: str) -> None:
+    build(sshd.home, dict.fromkeys((f"logs/{name}" for name in ("a.log", "b.log", "a.txt", ".hidden", "[x]")), "text"))
+    (home / "d").mkdir()
+    given = sources.replace("{home}", str(sshd.home)) if isinstance(sources, str) else sources
+    assert copied(sshd, Pull(given, "d")) == message
+    assert set(os.listdir(home / "d")) == arrived
+
+
+def test_nothing_is_the_remote_home(sshd: Sshd, home: Path, capfd: Any) -> None:
+    for number, remote in enumerate(["", "~", ".", "~/", "./"]):
+        (home / f"f{number}").write_text("F")
+        assert (apssh.main_push(["-t", sshd.target, f"f{number}", f"@:{remote}"]), capfd.readouterr()) == (0, ("", ""))
+    build(sshd.home, {"there/g": "G"})
+    for number, remote in enumerate(["", "~", ".", "~/", "./"]):
+        assert (apssh.main_pull(["-t", sshd.target, "-r", f"@:{remote}", f"all{number}"]), capfd.readouterr()) == (0, ("", ""))
+        assert listing(home / f"all{number}") == {f"f{each}": "F" for each in range(5)} | {"there/": "", "there/g": "G"}
+
+
+def test_proc_files_arrive_whole(sshd: Sshd, home: Path) -> None:
+    (home / "d").mkdir()
+    assert copied(sshd, Pull(["/proc/version", "/proc/cpuinfo", "/proc/sys/kernel/ostype"], "d")) == ""
+    assert (home / "d/version").read_bytes() == Path("/proc/version").read_bytes()
+    assert b"processor" in (home / "d/cpuinfo").read_bytes()
+    assert (home / "d/ostype").read_text() == "Linux\n"
+
+
+def test_pushed_proc_file_arrives_whole(sshd: Sshd) -> None:
+    assert copied(sshd, Push("/proc/version", "v")) == ""
+    assert (sshd.home / "v").read_bytes() == Path("/proc/version").read_bytes()
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_what_is_no_file_is_refused_by_name(sshd: Sshd, home: Path, way: str) -> None:
+    """A FIFO, a socket, a device in a tree: named, not opened; the other files go on."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    build(begin, {"t/a": "A", "t/z/b": "B"})
+    os.mkfifo(begin / "t/fifo")
+    with socket.socket(socket.AF_UNIX) as sock:
+        os.chdir(begin / "t")
+        sock.bind("sock")
+        os.chdir(home)
+    special = 2
+    if os.getuid() == 0:
+        with contextlib.suppress(OSError):
+            os.mknod(begin / "t/zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: endless to who reads it
+            special = 3
+    step = (Pull if way == "pull" else Push)("t", str(end / "new") if way == "local" else "new", recurse=True, timeout=20)
+    alone = (Pull if way == "pull" else Push)("t/fifo", str(end / "one") if way == "local" else "one", timeout=20)
+    text, one = (run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each) for each in (step, alone))
+    host = "LOCALNODE" if way == "local" else "127.0.0.1"
+    assert re.fullmatch(rf"{host}: local: t/(fifo|sock|zero): not a regular file, folder or link \(and {special - 1} more\)", text)
+    assert one == f"{host}: local: t/fifo: not a regular file, folder or link"
+    assert listing(end / "new") == {"a": "A", "z/": "", "z/b": "B"}
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_links_that_lead_to_their_own_folder(sshd: Sshd, home: Path, way: str) -> None:
+    """Followed, they would be endless: they are named instead, as cp does."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    build(begin, {"t/a": "A", "t/d/b": "B", "t/d/up": "-> ..", "t/here": "-> .", "t/twin": "-> d/b"})
+    step = (Pull if way == "pull" else Push)("t", f"{end}/new" if way == "local" else "new", recurse=True, follow_symlinks=True)
+    text = run(outcome(LocalNode(), step)) if way == "local" else copied(sshd, step)
+    host = "LOCALNODE" if way == "local" else "127.0.0.1"
+    assert re.fullmatch(rf"{host}: local: t/(here|d/up): a link to a folder it is in \(and 1 more\)", text)
+    assert listing(end / "new") == {"a": "A", "d/": "", "d/b": "B", "twin": "B"}
+
+
+def test_push_follows_no_remote_link_to_a_folder(sshd: Sshd, home: Path) -> None:
+    """As cp: below what was named, a folder is not written through a link that is in its place."""
+    build(home, {"t/d/f": "new", "t/a": "A"})
+    build(sshd.home, {"out/f": "precious", "t/d": "-> ../out"})
+    assert copied(sshd, Push("t", ".", recurse=True)) == "127.0.0.1: local: t/d: a link has that name"
+    assert listing(sshd.home) == {"out/": "", "out/f": "precious", "t/": "", "t/a": "A", "t/d": "-> ../out"}
+
+
+def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
+    build(home, {"t/a": "A", "t/b": "B"})
+    build(sshd.home, {"p/a": "A", "p/b": "B"})
+    if os.getuid() == 0:
+        pytest.skip("root reads everything")
+    (home / "t/a").chmod(0)
+    (sshd.home / "p/a").chmod(0)
+    assert copied(sshd, Push("t", "new", recurse=True)) == "127.0.0.1: local: t/a: permission denied"
+    assert copied(sshd, Pull("p", "new", recurse=True)) == "127.0.0.1: local: p/a: permission denied"
+    assert listing(home / "new") == listing(sshd.home / "new") == {"b": "B"}
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_cancelled_copy_leaves_nothing(sshd: Sshd, home: Path, pushing: bool) -> None:
+    begin, end = (home, sshd.home) if pushing else (sshd.home, home)
+    build(end, {"d/0": "old"})
+    for number in range(5):
+        with open(begin / str(number), "wb") as file:
+            file.truncate(1 << 40)  # holes: it would take hours
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            step = (Push if pushing else Pull)([str(number) for number in range(5)], "d")
+            task = asyncio.create_task(outcome(node, step))
+            await eventually_async(lambda: len(os.listdir(end / "d")) == 6)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await node.run("true") == 0
+            step = (Push if pushing else Pull)("1", "d/1", timeout=0.3)
+            assert await outcome(node, step) == f"127.0.0.1: timeout: no end within 0.3 s: {step._line()}"
+
+    run(main())
+    assert listing(end / "d") == {"0": "old"}
+
+
+def test_lost_connection_during_a_pull_leaves_nothing(sshd: Sshd, home: Path) -> None:
+    with open(sshd.home / "f", "wb") as file:
+        file.truncate(1 << 40)
+    (home / "d").mkdir()
+
+    async def main() -> None:
+        node = sshd.node()
+        task = asyncio.create_task(outcome(node, Pull("f", "d")))
+        await eventually_async(lambda: os.listdir(home / "d"))
+        (await node.connect_lazy()).abort()
+        assert await task == "127.0.0.1: lost: connection lost during the copy of f"
+        await node.close()
+
+    run(main())
+    assert os.listdir(home / "d") == []
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A file system of this size, mounted here."""
+    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "none", str(folder)], capture_output=True,
+                                     check=False).returncode:
+        pytest.skip("mounts are not permitted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_disk_full(sshd: Sshd, home: Path, way: str) -> None:
+    """Whatever the size: a last block that fits in part only must not pass for a whole file."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    (end / "d").mkdir()
+    sizes = {"62k": 62_000, "100k": 100_000, "2M": 2_000_000}
+    for name, size in sizes.items():
+        (begin / name).write_bytes(os.urandom(size))
+    build(begin, {"tiny": "T"})
+    step = Pull if way == "pull" else Push
+    there = str(end / "d") if way == "local" else "d"
+    with small_disk(end / "d", "60k"):
+        for name in sizes:
+            commands = step(["tiny"], there), step([name], there)
+            text = "".join(run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each) for each in commands)
+            host = "LOCALNODE" if way == "local" else "127.0.0.1"
+            assert text == f"{host}: local: {name}: no space left on {'the ' if way == 'push' else ''}device"
+            assert listing(end / "d") == {"tiny": "T"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pushing", [True, False])
+def test_large_file(sshd: Sshd, home: Path, pushing: bool) -> None:
+    begin, end = (home, sshd.home) if pushing else (sshd.home, home)
+    block = os.urandom(1_000_003)
+    with open(begin / "f", "wb") as file:
+        for _ in range(300):
+            file.write(block)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert copied(sshd, (Push if pushing else Pull)("f", "g")) == ""
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert subprocess.run(["cmp", str(begin / "f"), str(end / "g")], check=False).returncode == 0
+
+
+def test_many_folders_with_links_need_few_files(sshd: Sshd, home: Path) -> None:
+    build(sshd.home, {f"t/{number}/l": "-> ../x" for number in range(150)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(120, hard), hard))
+        text = copied(sshd, Pull("t", "new", recurse=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert text == ""
+    assert sum((home / f"new/{number}/l").is_symlink() for number in range(150)) == 150
+
+
+# hostile servers: what is pulled from them must change nothing but the destination
+
+REGULAR, FOLDER, LINK, FIFO = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o644
+
+
+@dataclasses.dataclass
+class Node:
+    """One name of a hostile server: what it says, and what it does, which need not agree."""
+
+    content: bytes = b""
+    names: Callable[[], Iterable[tuple[bytes, Node]]] | None = None  # a folder's names, made as they are asked for
+    target: bytes = b""  # of a link
+    mode: int | None = None  # what stat says; None: what it is
+    said: int | None = None  # what scandir says, where it differs
+    size: int | None = None  # what both say; None: the truth; -1: nothing
+    endless: bool = False
+    error: str = ""  # opening it fails so
+
+    def attrs(self, mode: int | None = None) -> asyncssh.SFTPAttrs:
+        if mode is None:
+            mode = self.mode if self.mode is not None else FOLDER if self.names else LINK if self.target else REGULAR
+        size = len(self.content) if self.size is None else self.size
+        return asyncssh.SFTPAttrs(permissions=None if mode == -1 else mode, size=None if size == -1 else size)
+
+
+def folder(*names: tuple[bytes, Node], **says: Any) -> Node:
+    return Node(names=lambda: names, **says)
+
+
+class HostileServer(asyncssh.SFTPServer):
+    """An SFTP server that has one tree called ``tree``, and checks nothing of what it sends."""
+
+    root = Node()
+    area = b""
+
+    def __init__(self, chan: Any) -> None:
+        super().__init__(chan)
+        self._known = {b"tree": self.root}
+
+    def _node(self, path: bytes) -> Node:
+        if path not in self._known:
+            raise asyncssh.SFTPNoSuchFile("No such file")
+        return self._known[path]
+
+    def stat(self, path: bytes) -> Any:
+        return self._node(path).attrs()
+
+    lstat = stat
+
+    def realpath(self, path: bytes) -> Any:
+        return path
+
+    def readlink(self, path: bytes) -> Any:
+        return self._node(path).target.replace(b"{area}", self.area)
+
+    async def scandir(self, path: bytes) -> AsyncIterator[asyncssh.SFTPName]:
+        node = self._node(path)
+        if not node.names:
+            raise asyncssh.SFTPNotADirectory("Not a directory")
+        for name, child in node.names():
+            name = name.replace(b"{area}", self.area)
+            if len(self._known) < 5000:
+                self._known.setdefault(posixpath.join(path, name), child)
+            yield asyncssh.SFTPName(name, b"-", child.attrs(child.said))
+
+    def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:
+        node = self._node(path)
+        if node.error or node.names:
+            raise asyncssh.SFTPFailure(node.error or "Failure")
+        return node
+
+    def read(self, file_obj: Any, offset: int, size: int) -> Any:
+        return b"x" * size if file_obj.endless else file_obj.content[offset:offset + size]
+
+    def fstat(self, file_obj: Any) -> Any:
+        return file_obj.attrs()
+
+    def close(self, file_obj: Any) -> Any:
+        return None
+
+
+def hostile(root: Node, area: Path) -> type[HostileServer]:
+    return type("Hostile", (HostileServer,), {"root": root, "area": os.fsencode(area)})
+
+
+EVIL = Node(b"evil")
+GOOD = (b"good", Node(b"good"))
+ALSO = {"out/tree/": "", "out/tree/good": "good"}
+LOOP = folder()
+LOOP.names = lambda: [(b"a", LOOP)]
+
+# attack: what the server has, what is then in the area (besides what it had), the message;
+# the area has ``secret``, ``outside/keep`` and ``out/``
+ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
+    "name ../x": (folder((b"../x", EVIL), (b"../../x", EVIL), GOOD), ALSO,
+                  "tree/../x: refused the name '../x' sent by the server (and 1 more)"),
+    "name ../../secret, a folder first": (folder((b"..", folder((b"..", folder((b"secret", EVIL))), (b"secret", EVIL))), GOOD), ALSO, ""),
+    "absolute name": (folder((b"{area}/x", EVIL), (b"{area}/secret", EVIL), GOOD), ALSO,
+                      "{area}/x: refused the name '{area}/x' sent by the server (and 1 more)"),
+    "name a/b": (folder((b"a", folder()), (b"a/b", EVIL), GOOD), ALSO | {"out/tree/a/": ""},
+                 "tree/a/b: refused the name 'a/b' sent by the server"),
+    "name with NUL": (folder((b"a\0b", EVIL), GOOD), ALSO, r"tree/a\x00b: refused the name 'a\x00b' sent by the server"),
+    "empty name": (folder((b"", EVIL), GOOD), ALSO, "tree/: refused the name '' sent by the server"),
+    "name that is a control sequence": (folder((b"\x1b[2J", Node(error="No\x1b[2J\n")), GOOD), ALSO, r"tree/\x1b[2J: no\x1b[2J\n"),
+    "name of 100,000 bytes": (folder((b"n" * 100_000, EVIL), GOOD), ALSO,
+                              f"tree/{'n' * 192}...: refused the name '{'n' * 77}...' sent by the server"),
+    "one name twice": (folder((b"a", Node(b"first")), (b"a", EVIL), GOOD), ALSO | {"out/tree/a": "first"},
+                       "tree/a: the name a comes twice"),
+    "a link, then a file of that name": (folder((b"a", Node(target=b"../../secret")), (b"a", EVIL), GOOD), ALSO,
+                                         "tree/a: the name a comes twice (and 1 more)"),
+    "a link, then a folder of that name": (folder((b"a", Node(target=b"../../outside")), (b"a", folder((b"x", EVIL))), GOOD), ALSO,
+                                           "tree/a: the name a comes twice (and 1 more)"),
+    "a folder, then a link of that name": (folder((b"a", folder((b"x", EVIL))), (b"a", Node(target=b"../../outside")), GOOD),
+                                           ALSO | {"out/tree/a/": "", "out/tree/a/x": "evil"}, "tree/a: the name a comes twice"),
+    "absolute link": (folder((b"a", Node(target=b"/etc/passwd")), GOOD), ALSO, "tree/a: refused a link that leads out, to /etc/passwd"),
+    "link to what is beside the destination": (folder((b"a", Node(target=b"../../secret")), GOOD), ALSO,
+                                               "tree/a: refused a link that leads out, to ../../secret"),
+    "link that goes in and out": (folder((b"a", Node(target=b"b/../../../secret")), GOOD), ALSO,
+                                  "tree/a: refused a link that leads out, to b/../../../secret"),
+    "links that chain out": (folder((b"a", Node(target=b"b/..")), (b"b", Node(target=b"..")), (b"c", Node(target=b"b/../..")), GOOD),
+                             ALSO | {"out/tree/b": "-> .."}, "tree/a: refused a link that leads out, to b/.. (and 1 more)"),
+    "links that chain out through a folder": (
+        folder((b"d", folder((b"e", Node(target=b"../../..")), (b"f", Node(target=b"../..")))), (b"g", Node(target=b"d/f/../..")), GOOD),
+        ALSO | {"out/tree/d/": "", "out/tree/d/f": "-> ../.."}, "tree/d/e: refused a link that leads out, to ../../.. (and 1 more)"),
+    "link of 100,000 bytes": (folder((b"a", Node(target=b"n/" * 50_000)), GOOD), ALSO,
+                              f"tree/a: refused a link that leads out, to {'n/' * 38}n..."),
+    "link with NUL": (folder((b"a", Node(target=b"b\0c")), GOOD), ALSO, r"tree/a: refused a link that leads out, to b\x00c"),
+    "folder said to be a file": (folder((b"a", folder((b"x", EVIL), said=REGULAR)), GOOD), ALSO, "tree/a: failure"),
+    "file said to be a folder": (folder((b"a", Node(b"evil", said=FOLDER)), GOOD), ALSO | {"out/tree/a/": ""}, "tree/a: not a directory"),
+    "link said to be a folder": (folder((b"a", Node(target=b"{area}/outside", said=FOLDER)), GOOD), ALSO | {"out/tree/a/": ""},
+                                 "tree/a: not a directory"),
+    "folder said to be a link": (folder((b"a", folder((b"x", EVIL), said=LINK)), GOOD), ALSO,
+                                 "tree/a: refused a link that leads out, to ''"),
+    "the named one is a link after all": (Node(target=b"outside"), {}, "tree: not a regular file, folder or link"),
+    "the named one is a device": (Node(mode=stat.S_IFCHR | 0o666), {}, "tree: not a regular file, folder or link"),
+    "names that differ in case": (folder((b"A", Node(b"upper")), (b"a", Node(b"lower")), GOOD), ALSO | {"out/tree/A": "upper",
+        "out/tree/a": "lower"}, ""),
+    "endless folders": (LOOP, {f"out/tree/{'a/' * depth}": "" for depth in range(100)},
+                        f"tree/{'a/' * 96}...: more than 100 folders deep"),
+    "endless names": (Node(names=lambda: ((b"%d" % number, Node(mode=FIFO)) for number in itertools.count())), {"out/tree/": ""},
+                      "tree/1999: more than 2,000 names: given up"),
+    "one name without end": (Node(names=lambda: ((b"a", Node(mode=FIFO)) for _ in itertools.count())), {"out/tree/": ""},
+                             "tree/a: more than 2,000 names: given up"),
+    "bad names without end": (Node(names=lambda: ((b"/%d" % number, EVIL) for number in itertools.count())), {"out/tree/": ""},
+                              "/1999: more than 2,000 names: given up"),
+    "dots without end": (Node(names=lambda: ((b"." * (1 + number % 2), folder()) for number in itertools.count())), {"out/tree/": ""},
+                         "tree/..: more than 2,000 names: given up"),
+    "links without end": (Node(names=lambda: ((b"%d" % number, Node(target=b"/x")) for number in itertools.count())), {"out/tree/": ""},
+                          "tree/1999: more than 2,000 names: given up"),
+    "huge size": (folder((b"a", Node(b"small", size=1 << 62)), (b"b", Node(b"small", size=(1 << 64) - 1)), GOOD),
+                  ALSO | {"out/tree/a": "small", "out/tree/b": "small"}, ""),
+    "no size": (folder((b"a", Node(b"whole" * 100_000, size=-1)), GOOD), ALSO | {"out/tree/a": "whole" * 100_000}, ""),
+    "size too small": (folder((b"a", Node(b"whole" * 100_000, size=3)), GOOD), ALSO | {"out/tree/a": "whole" * 100_000}, ""),
+    "endless file": (folder((b"a", Node(endless=True, size=10)), GOOD), ALSO, "tree/a: goes on far beyond its size: given up"),
+    "mode bits of power": (folder((b"a", Node(b"evil", mode=stat.S_IFREG | 0o7777)), (b"d", folder(mode=stat.S_IFDIR | 0o7777)), GOOD),
+                           ALSO | {"out/tree/a": "evil", "out/tree/d/": ""}, ""),
+    "no attributes": (folder((b"a", Node(b"text", mode=REGULAR, said=-1)), (b"b", Node(b"text", mode=-1, size=-1)), GOOD),
+                      ALSO | {"out/tree/a": "text"},
+                      "tree/b: not a regular file, folder or link"),
+}
+AREA = {"secret": "precious", "outside/": "", "outside/keep": "precious", "out/": ""}
+
+# the same with what an earlier pull, or somebody, left in the destination: what is there, the options, what then is there
+TRAPS: dict[str, tuple[Node, dict[str, str], dict[str, bool], dict[str, str], str]] = {
+    "a file's name is a link": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../secret"}, {}, ALSO | {"out/tree/f": "evil"}, ""),
+    "a file's name is a link, inplace": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../secret"}, {"inplace": True},
+                                         ALSO | {"out/tree/f": "-> ../../secret"},
+                                         "tree/f: {area}/out/tree/f is there and not a regular file"),
+    "a file's name is a dangling link, inplace": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../new"}, {"inplace": True},
+                                                  ALSO | {"out/tree/f": "-> ../../new"},
+                                                  "tree/f: {area}/out/tree/f is there and not a regular file"),
+    "a folder's name is a link": (folder((b"d", folder((b"keep", EVIL), (b"x", EVIL))), GOOD), {"out/tree/d": "-> ../../outside"}, {},
+                                  ALSO | {"out/tree/d": "-> ../../outside"}, "tree/d: a link has that name"),
+    "the tree's name is a link": (folder((b"keep", EVIL), (b"x", EVIL)), {"out/tree": "-> ../outside"}, {}, {"out/tree": "-> ../outside"},
+                                  "tree: a link has that name"),
+    "a link's name is a link": (folder((b"l", Node(target=b"good")), GOOD), {"out/tree/l": "-> ../../outside"}, {},
+                                ALSO | {"out/tree/l": "-> good"}, ""),
+    "a file's name is a hard link": (folder((b"f", EVIL), GOOD), {"out/tree/f": "hard"}, {}, ALSO | {"out/tree/f": "evil"}, ""),
+}
+
+
+async def attacked(keys: Path, root: Node, area: Path, source: str = "tree", destination: str = "out", **options: Any) -> str:
+    """Pull from a hostile server into the area."""
+    async with (ssh_server(keys, sftp=hostile(root, area)) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+        return await outcome(node, Pull(source, str(area / destination), timeout=10, **{"recurse": True} | options))
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_hostile_server(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
+    root, leaves, message = ATTACKS[attack]
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA)
+    monkeypatch.setattr(apssh, "TREE_LIMIT", 2000)
+    monkeypatch.setattr(apssh, "SURPLUS_LIMIT", 1 << 20)
+    if attack == "endless folders":
+        leaves = leaves | {f"out/tree/{'a/' * depth}": "" for depth in range(100)}
+    text = run(attacked(keys, root, area))
+    assert text == (f"127.0.0.1: local: {message.format(area=area)}" if message else "")
+    left = listing(area)
+    assert left == AREA | leaves
+    assert not any(path.lstat().st_mode & 0o7000 for path in area.rglob("*"))
+    assert sorted(os.listdir(tmp_path)) == ["area", "home"]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_hostile_server_and_what_was_there(keys: Path, tmp_path: Path, trap: str) -> None:
+    root, before, options, leaves, message = TRAPS[trap]
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA | before)
+    if before.get("out/tree/f") == "hard":
+        (area / "out/tree/f").unlink()
+        (area / "out/tree/f").hardlink_to(area / "secret")
+    assert run(attacked(keys, root, area, **options)) == (f"127.0.0.1: local: {message.format(area=area)}" if message else "")
+    assert listing(area) == AREA | leaves
+
+
+def test_pulls_one_after_the_other_chain_nothing(keys: Path, tmp_path: Path) -> None:
+    """What is a folder becomes a link, and a folder again: between two pulls, and between two calls of one."""
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA)
+    turns = [
+        (folder((b"d", Node(target=b"../outside"))), "tree/d: refused", {"out/tree/": ""}),
+        (folder((b"d", Node(target=b".."))), "", {"out/tree/": "", "out/tree/d": "-> .."}),
+        (folder((b"d", folder((b"x", EVIL)))), "tree/d: a link has that name", {"out/tree/": "", "out/tree/d": "-> .."}),
+        (folder((b"d", EVIL)), "", {"out/tree/": "", "out/tree/d": "evil"}),
+    ]
+    turns[0][0].names = lambda: [(b"d", Node(target=b"../../outside"))]
+    for root, message, leaves in turns:
+        assert run(attacked(keys, root, area)).startswith(f"127.0.0.1: local: {message}" if message else "")
+        assert listing(area) == AREA | leaves
+
+
+@pytest.mark.parametrize("name", ["out/new", "out"])
+def test_named_file_never_becomes_a_link(keys: Path, tmp_path: Path, name: str) -> None:
+    """Else the next pull onto it would write through: the destination is resolved, for it is the user's."""
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA | {"out/precious": "mine"})
+    assert run(attacked(keys, Node(target=b"precious"), area,
+                        destination=name)) == "127.0.0.1: local: tree: not a regular file, folder or link"
+    assert run(attacked(keys, EVIL, area, destination=name)) == ""
+    assert (area / "out/precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    ((b"../x", b"good"), ""), ((b"a/b", b"good"), "tree/*: refused the name 'a/b' sent by the server"), ((b"{area}/x", b"good"),
+        "tree/*: refused the name '{area}/x' sent by the server"),
+    ((b"good", b"good"), ""), ((b"..", b"good"), ""), ((b"a\0", b"good"), r"tree/*: refused the name 'a\x00' sent by the server"),
+])
+def test_hostile_answer_to_a_glob(keys: Path, tmp_path: Path, names: tuple[bytes, ...], message: str) -> None:
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA)
+    root = folder(*((name, Node(b"text")) for name in names))
+    assert run(attacked(keys, root, area, source="tree/*")) == (f"127.0.0.1: local: {message.format(area=area)}" if message else "")
+    assert listing(area) == AREA | {"out/good": "text"}
+
+
+@pytest.mark.parametrize("names", [lambda: ((b"%d" % number, EVIL) for number in itertools.count()),
+                                   lambda: ((b"../%d" % number, EVIL) for number in itertools.count())])
+def test_endless_answer_to_a_glob(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Any) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(apssh, "TREE_LIMIT", 2000)
+    assert run(attacked(keys, Node(names=names), tmp_path, source="tree/*")) == "127.0.0.1: local: tree/*: more than 2,000 names: given up"
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_endless_links_followed(keys: Path, tmp_path: Path) -> None:
+    """A server where every link is a folder with that link in it."""
+    (tmp_path / "out").mkdir()
+    LOOP.said = LINK
+    try:
+        text = run(attacked(keys, LOOP, tmp_path, follow_symlinks=True))
+    finally:
+        LOOP.said = None
+    assert text == f"127.0.0.1: local: tree/{'a/' * 96}...: more than 100 folders deep"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [b"%d"])
+def test_a_million_names_need_little_memory(keys: Path, tmp_path: Path, name: bytes) -> None:
+    (tmp_path / "out").mkdir()
+    root = Node(names=lambda: ((name % number, Node(mode=FIFO)) for number in itertools.count()))
+
+    async def main() -> str:
+        async with (ssh_server(keys, sftp=hostile(root, tmp_path)) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+            return await outcome(node, Pull("tree", str(tmp_path / "out"), recurse=True, timeout=600))
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert run(main(), 600).endswith("more than 1,000,000 names: given up")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600_000
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_server_that_stops_answering(keys: Path, home: Path, monkeypatch: pytest.MonkeyPatch, pushing: bool) -> None:
+    """Its connection is alive, its disk is not: the deadline holds all the same."""
+    class Stuck(HostileServer):
+        root = Node(endless=True, size=1 << 40)
+
+        async def _stuck(self, *_: Any) -> Any:
+            await released.wait()
+            raise asyncssh.SFTPFailure("too late")
+
+        read = write = close = remove = _stuck
+
+        def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:
+            return self.root
+
+        def lstat(self, path: bytes) -> Any:
+            raise asyncssh.SFTPNoSuchFile("No such file")
+
+        def fsetstat(self, file_obj: Any, attrs: asyncssh.SFTPAttrs) -> None:
+            return None
+
+    (home / "f").write_text("text")
+    (home / "d").mkdir()
+
+    monkeypatch.setattr(apssh, "CLOSE_TIMEOUT", 0.3)
+    released = asyncio.Event()
+
+    async def main() -> None:
+        async with (ssh_server(keys, sftp=Stuck) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+            step = (Push if pushing else Pull)("f" if pushing else "tree", "new" if pushing else "d/new", timeout=0.5)
+            begin = time.monotonic()
+            if pushing:
+                Stuck.stat = Stuck.lstat  # type: ignore[method-assign]
+            assert await outcome(node, step) == f"127.0.0.1: timeout: no end within 0.5 s: {step._line()}"
+            assert time.monotonic() - begin < 2 * apssh.CLOSE_TIMEOUT + 4
+            released.set()
+
+    run(main())
+    assert os.listdir(home / "d") == []
+
+
+def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> None:
+    class Plain(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("Operation not supported")
+
+    build(tmp_path / "far", {"f": "old"})
+    build(home, {"f": "new", "t/l": "-> ../f"})
+
+    async def main() -> str:
+        async with (ssh_server(keys, sftp=Plain) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+            return await outcome(node, Push("f", "f")) + await outcome(node, Push("t", "t", recurse=True)) + await outcome(node,
+                Push("t", ".", recurse=True))
+
+    assert run(main()) == ""
+    assert listing(tmp_path / "far") == {"f": "new", "t/": "", "t/l": "-> ../f"}
+
+
+def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
+    class Leaves(asyncssh.SFTPServer):
+        def stat(self, path: bytes) -> Any:
+            self.channel.get_connection().abort()
+            raise asyncssh.SFTPFailure("gone")
+
+    (home / "f").write_text("text")
+
+    async def main(step: Any) -> None:
+        async with (ssh_server(keys, sftp=Leaves) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+            with pytest.raises(ConnectionFailedError) as caught:
+                await step.co_run_remote(node)
+            assert str(caught.value) == "127.0.0.1: lost: connection lost during the copy of f"
+
+    run(main(Push("f", "f")))
+    run(main(Pull("f", "g")))
+
+
+# names of hosts and users that would lead elsewhere
+
+@pytest.mark.parametrize("target", ["../../etc/x", "/etc/x", "..", "a/../../b", "x\0y", "me@../x", "..->box", "[../x]:22", "-rf"])
+def test_target_that_is_a_path(home: Path, tmp_path: Path, target: str) -> None:
+    before = listing(tmp_path)
+    for options in (["-o", "out", "-m"], ["-o", "out"]):
+        assert apssh.main([*options, f"--target={target}", "true"]) == 2
+    (home / "f").write_text("")
+    assert apssh.main_pull([f"--target={target}", "@:f", "{host}/{fqdn}"]) == 2
+    left = listing(tmp_path)
+    assert {name for name in left if not name.startswith("home/")} == {name for name in before if not name.startswith("home/")}
+
+
+@pytest.mark.parametrize("host", ["../../etc/x", "/etc/x", "..", "a/b", ""])
+def test_node_that_is_a_path(host: str) -> None:
+    with pytest.raises(UsageError):
+        SshNode(host)
+
+
+@pytest.mark.parametrize("host", ["../../x", "/x", "..", ".", "a/b", "", "~", "\x1b[2J", "a\nb", "-rf", "x" * 5000])
+def test_formatter_keeps_to_its_folder(tmp_path: Path, host: str) -> None:
+    formatter = apssh.SubdirFormatter(tmp_path / "area/run")
+    formatter.line("out\n", None, host)
+    formatter.line("err\n", apssh.EXTENDED_DATA_STDERR, host)
+    assert sorted(os.listdir(tmp_path)) == ["area", "home"]
+    assert os.listdir(tmp_path / "area") == ["run"]
+    names = sorted(os.listdir(tmp_path / "area/run"))
+    assert len(names) == 2 and names[1] == f"{names[0]}.err"
+    assert apssh.escape(names[0]) == names[0] and not names[0].startswith(("-", "."))
+
+
+def test_user_that_is_a_path(sshd: Sshd, home: Path, tmp_path: Path) -> None:
+    where = f"127.0.0.1:{sshd.port}"
+    assert apssh.main_pull(["-t", where, "-l", "../../x", "@:f", "out/{user}/{host}/"]) == 1
+    assert apssh.main(["-t", where, "-t", sshd.target, "-l", "../../x", "-o", "files", "-m", "true"]) == 1
+    assert sorted(os.listdir(tmp_path)) == ["home"]
+    assert sorted(path.name for path in (home / "out").iterdir()) == ["_._.._x"]
+    assert {str(path.relative_to(home / "files")) for path in (home / "files").rglob("*") if path.is_file()} - {"_._.._x@127.0.0.1"} == {
+        f"{ME}@127.0.0.1", f"0ok/{ME}@127.0.0.1", "1failed/_._.._x@127.0.0.1"}
+
+
+@pytest.mark.parametrize("taken", ["0ok", "1failed", "box"])
+def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
+    """Hosts that are called as the folders of -m, or as another's .err file."""
+    endpoints = [("root", taken, 22), ("root", f"{taken}.err", 22)]
+    formatter = apssh.SubdirFormatter(tmp_path / "run")
+    for endpoint in endpoints:
+        formatter._node_added(endpoint, verbose=False)
+    marks = apssh._Marks(tmp_path / "run")
+    for endpoint in endpoints:
+        formatter._write(endpoint, b"out\n", None)
+        formatter._write(endpoint, b"err\n", 1)
+        for error in (None, "broken"):
+            marks.done(apssh.Result(endpoint[1], "root", 22, formatter._name(endpoint), endpoint[1], status=0, error=error))
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) == 8
+    assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
+
+
+def test_pull_of_several_hosts_to_one_place_is_refused(home: Path) -> None:
+    ports = free_port(), free_port()
+    targets = [f"127.0.0.1:{port}" for port in ports]
+    for where in ("one", "sub/../one", "{fqdn}"):
+        with pytest.raises(UsageError) as caught:
+            apssh.pull(targets, "f", where)
+        assert str(caught.value) == f"127.0.0.1 and 127.0.0.1 would both write to {where}: put {{host}} in the path"
+    results = apssh.pull(targets, "f", "{host}")
+    assert [result.kind for result in results] == ["refused", "refused"]
+
+
+# what reaches a terminal
+
+POWER = "\x1b[2Jclear \x1b]0;title\x07 \x1b[31mred\x1b[0m\ttab \x9b2J back\bspace over\rwrite end"
+SHOWN = rb"\x1b[2Jclear \x1b]0;title\x07 " + b"\x1b[31mred\x1b[0m\ttab " + rb"\x9b2J back\x08space over\rwrite end"
+
+
+def test_output_has_no_power_over_a_terminal(sshd: Sshd, capfdbinary: Any) -> None:
+    """Shown escaped on a terminal; as it is with -r, and anywhere else."""
+    (sshd.home / "f").write_text(POWER + "\n")
+    code, seen = on_terminal("-t", sshd.target, "cat f; sleep 0.3; cat f >&2")
+    seen = re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen)  # the line of progress, on a slow day
+    assert (code, seen) == (0, (b"127.0.0.1:" + SHOWN + b"\r\n") * 2)
+    code, seen = on_terminal("-t", sshd.target, "-r", "cat f; sleep 0.3; cat f >&2")
+    seen = re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen)
+    assert (code, seen.replace(b"\r\n", b"\n")) == (0, (POWER.encode() + b"\n") * 2)
+    for options, prefix in (([], b"127.0.0.1:"), (["-r"], b"")):
+        assert apssh.main(["-t", sshd.target, *options, "cat f; cat f >&2"]) == 0
+        assert tuple(capfdbinary.readouterr()) == (prefix + POWER.encode() + b"\n",) * 2
+
+
+def test_gathered_output_has_no_power_over_a_terminal(sshd: Sshd, capfdbinary: Any) -> None:
+    (sshd.home / "f").write_text(POWER + "\n")
+    code, seen = on_terminal("-t", sshd.target, "-b", "cat f")
+    assert code == 0 and SHOWN in seen and b"\x1b[2J" not in seen and b"\x07" not in seen
+    assert apssh.main(["-t", sshd.target, "-b", "cat f"]) == 0
+    assert POWER.encode() in capfdbinary.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["-r"], ["-o", "out"]])
+def test_own_messages_are_always_escaped(sshd: Sshd, home: Path, capfd: Any, options: list[str]) -> None:
+    """Even in a file or with -r: a file's name, a command, an error's text."""
+    name = "f\x1b[2J\x1b[31m\u202e\n"
+    (home / name).write_text("text")
+    shown = r"f\x1b[2J\x1b[31m\u202e\n"
+    assert apssh.main_pull(["-t", sshd.target, f"@:{name}", "x"]) == 1
+    assert capfd.readouterr().err.splitlines()[0] == f"127.0.0.1: local: {shown}: no such file"
+    assert apssh.main_push(["-t", sshd.target, name, f"@:{name}/"]) == 1
+    assert capfd.readouterr().err.splitlines()[0] == f"127.0.0.1: local: {shown}/: no such folder"
+    for more, command in ((["-u", "0.2"], f"sleep 3 # {name}"), (["-v"], f"true # {name}")):
+        apssh.main(["-t", sshd.target, *options, *more, command])
+        out, err = capfd.readouterr()
+        assert "\x1b" not in out + err and "\u202e" not in out + err and shown in err
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_banner_is_escaped(keys: Path, terminal: bool) -> None:
+    class Greets(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            self._conn = conn
+
+        def begin_auth(self, username: str) -> bool:
+            self._conn.send_auth_banner(POWER + "\n")
+            return True
+
+    async def main() -> bytes:
+        async with ssh_server(keys, server=Greets) as port:
+            argv = ["-v", "-t", f"{ME}@127.0.0.1:{port}", "true"]
+            if terminal:
+                return (await asyncio.to_thread(on_terminal, *argv))[1]
+            return (await asyncio.to_thread(cli, *argv)).stderr
+
+    seen = run(main())
+    assert b"banner: " in seen and rb"\x1b[2Jclear" in seen
+    assert b"\x1b[2J" not in seen and b"\x1b[31m" not in seen and b"\x07" not in seen
+
+
+def test_refusals_of_a_server_are_escaped(keys: Path) -> None:
+    """The text of an exit signal, of a disconnection."""
+    async def main(process: Any) -> bytes:
+        async with ssh_server(keys, process=process) as port:
+            done = await asyncio.to_thread(cli, "-t", f"{ME}@127.0.0.1:{port}", "--no-guard", "true")
+            assert done.returncode == 1
+            return done.stderr
+
+    async def killed(process: Any) -> None:
+        process.channel.exit_with_signal("\x1b[2J", False, POWER)
+
+    async def thrown_out(process: Any) -> None:
+        process.get_extra_info("connection").disconnect(2, POWER)
+
+    for seen in (run(main(killed)), run(main(thrown_out))):
+        assert seen and b"\x1b" not in seen and b"\x07" not in seen
+
+
+def test_two_sources_of_one_name_are_escaped(sshd: Sshd, home: Path) -> None:
+    name = "f\x1b[2J"
+    build(home, {f"a/{name}": "", f"b/{name}": "", "d/": ""})
+    (sshd.home / "d").mkdir()
+    text = copied(sshd, Push([f"a/{name}", f"b/{name}"], "d"))
+    assert text == r"127.0.0.1: local: a/f\x1b[2J: two sources are called f\x1b[2J (and 1 more)"
+    assert "\x1b" not in copied(sshd, Pull("x", f"{name}/")) + copied(sshd, Push(f"a/{name}", f"{name}/"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3582,7 +4611,7 @@ def test_last_run_again(sshd: Sshd) -> None:
     assert cli("-t", "@last:ok", "-L").stdout.decode() == f"{sshd.target}\n"
 
 
-def test_copies(sshd: Sshd, home: Path) -> None:
+def test_copy_programs(sshd: Sshd, home: Path) -> None:
     Path("tree/sub").mkdir(parents=True)
     Path("tree/sub/f").write_text("text")
     Path("127.0.0.1").write_text("mine")
