@@ -1528,6 +1528,7 @@ class _Route:
 
         if self._node.gateway:
             gateway = await self._node.gateway._connected()
+            gateway.forwards = True
             await gateway.conn.create_connection(wire, host, port)
         elif self._node._proxy_command:
             ours, theirs = socket.socketpair()
@@ -1663,6 +1664,7 @@ class _Link:
         self._loop = asyncio.get_running_loop()
         self.sessions = 0
         self.limit = SESSIONS_PER_CONNECTION
+        self.forwards = False  # leads to other nodes
 
     @property
     def alive(self) -> bool:
@@ -1707,6 +1709,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.status: int | str | None = None
         self.error: Exception | None = None
+        self.guarded = False  # the guard over there waits for the end of stdin
         self.writable = asyncio.Event()
         self.writable.set()
 
@@ -1746,8 +1749,12 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.writable.set()
 
     def abort(self) -> None:
-        """Close the channel now: over there, the end of stdin is what ends the command."""
-        if self.chan:
+        """Over there, the end of stdin is what ends the command; the channel closes soon after. Closed at once, a command that prints
+        could die of SIGPIPE before the guard sees that it was alive, and its children would be taken for left on purpose."""
+        if self.chan and self.guarded:
+            self.chan.write_eof()
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT / 4, self.chan.abort)
+        elif self.chan:
             self.chan.abort()
 
     async def feed(self, stdin: AsyncIterator[bytes]) -> None:
@@ -1845,6 +1852,7 @@ class _Node:
     _session: Callable[..., Coroutine[Any, Any, int | str]]
 
 
+_LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError)
 _VERIFY = object()  # known_hosts: the default policy
 
 
@@ -2003,10 +2011,14 @@ class SshNode(_Node):
         live.wake()
 
     @contextlib.asynccontextmanager
-    async def _slot(self) -> AsyncIterator[_Link]:
-        """A link with room for one more session: sshd refuses the eleventh, so there may be further connections."""
+    async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
+        """A link with room for one more session: sshd refuses the eleventh, so there may be further connections.
+
+        ``alone``: with nothing else on it, so that it can be cut.
+        """
         live = self._here()
-        while not (link := next((link for link in live.links if link.alive and link.sessions < link.limit), None)):
+        while not (link := next((link for link in live.links if link.alive and (
+                not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
             alive = sum(link.alive for link in live.links)
             if alive < live.max_links or live.opening:
                 try:
@@ -2153,8 +2165,9 @@ class SshNode(_Node):
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
         for attempt in itertools.count():
-            async with self._slot() as link, asyncio.timeout(timeout):
+            async with self._slot(alone=self.guard and (stdin is not None or pty)) as link, asyncio.timeout(timeout):
                 session, feeder = _Session(sink, step), None
+                session.guarded = self.guard and stdin is None and not pty
                 try:
                     await self._open_channel(link, session, text, x11_forwarding=x11, request_pty="force" if pty else False,
                                              term_type=os.environ.get("TERM", "dumb") if pty else None,
@@ -2179,7 +2192,9 @@ class SshNode(_Node):
                     if session.chan and not session.ended.done():
                         session.abort()
                         await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
-                        step.may_run = not session.ended.done() or not link.alive or not self.guard
+                        if self.guard and not session.guarded and link.sessions == 1 and not link.forwards:
+                            link.drop()  # its stdin being data, the guard over there waits for the end of the connection
+                        step.may_run = not session.ended.done() or not self.guard
                 if session.error:
                     raise session.error
                 if session.status is None:
@@ -2248,15 +2263,20 @@ class SshNode(_Node):
         folder = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
         private = asyncssh.SFTPAttrs(permissions=0o700)
         try:
-            with contextlib.suppress(asyncssh.SFTPFailure, asyncssh.SFTPFileAlreadyExists):  # it exists, as a rule
-                await sftp.mkdir(REMOTE_FOLDER, private)
-            await sftp.mkdir(folder, private)
-            async with asyncio.TaskGroup() as group:
-                for name, (data, mode) in files.items():
-                    group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
-            yield str(await sftp.realpath(folder)), folder
-        except* (asyncssh.SFTPError, OSError) as group_exc:
-            raise TransferError(f"~/{folder}: {_reason(group_exc.exceptions[0])}", host=self.hostname) from None
+            try:
+                with contextlib.suppress(asyncssh.SFTPFailure, asyncssh.SFTPFileAlreadyExists):  # it exists, as a rule
+                    await sftp.mkdir(REMOTE_FOLDER, private)
+                await sftp.mkdir(folder, private)
+                async with asyncio.TaskGroup() as group:
+                    for name, (data, mode) in files.items():
+                        group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
+                path = str(await sftp.realpath(folder))
+            except* (asyncssh.Error, OSError, ValueError) as group_exc:
+                exc = group_exc.exceptions[0]
+                if isinstance(exc, _LOST):
+                    raise ConnectionFailedError(f"connection lost while ~/{folder} was made", host=self.hostname) from None
+                raise TransferError(f"~/{folder}: {_reason(exc)}", host=self.hostname) from None
+            yield path, folder
         finally:
             with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -2564,7 +2584,7 @@ class _Copy:
         """A failure of this path is noted; only the loss of the connection stops the rest."""
         try:
             yield
-        except (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError) as exc:
+        except _LOST as exc:
             raise ConnectionFailedError(f"connection lost during the copy of {_shown(path)}", host=self.node.hostname) from exc
         except TransferError as exc:
             self._fail(path, exc.message)
