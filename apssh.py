@@ -740,7 +740,15 @@ def _ask_secret(prompt: str) -> str:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:
         raise UsageError(f"no terminal to ask: {prompt}") from None
-    return getpass.getpass(f"{prompt}: ")
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None  # the loop's own would wait for the answer
+    try:
+        return getpass.getpass(f"{prompt}: ")
+    except EOFError:
+        raise UsageError(f"no answer: {prompt}") from None
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
@@ -809,17 +817,16 @@ async def _agent_pairs(path: str) -> AsyncIterator[dict[bytes, asyncssh.SSHKeyPa
 def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[Key]:
     """What a named key file stands for: the agent's key when it holds it, else the file, with its certificate."""
     path = Path(filename).expanduser()
+    certificates: list[asyncssh.SSHCertificate] = []
+    with contextlib.suppress(OSError, ValueError, asyncssh.KeyImportError):
+        certificates = [asyncssh.read_certificate(path.with_name(path.name.removesuffix(".pub") + "-cert.pub"))]
     with contextlib.suppress(OSError, ValueError, asyncssh.KeyImportError):
         public = path if path.suffix == ".pub" else path.with_name(path.name + ".pub")
         data = asyncssh.read_public_key(public).public_data
         if held := [key for key in agent_keys() if key.public_data == data]:
-            return held
+            return [(held[0], certificate) for certificate in certificates] + held
     key = import_private_key(path)
-    certificate = path.with_name(path.name + "-cert.pub")
-    if certificate.exists():
-        with contextlib.suppress(OSError, asyncssh.KeyImportError):
-            return [(key, asyncssh.read_certificate(certificate))]
-    return [key]
+    return [(key, certificate) for certificate in certificates] or [key]
 
 
 def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None,
@@ -885,6 +892,13 @@ class _KnownKey:
     file: str
     line: int
 
+    @functools.cached_property
+    def public(self) -> asyncssh.SSHKey | None:
+        """None where the data is no key, or of a type unheard of: ssh skips such a line."""
+        with contextlib.suppress(asyncssh.KeyImportError):
+            return asyncssh.import_public_key(f"{self.algorithm} {base64.b64encode(self.blob).decode()}")
+        return None
+
     def __str__(self) -> str:
         return f"{_fingerprint(self.algorithm, self.blob)} in {self.file}:{self.line}"
 
@@ -892,7 +906,8 @@ class _KnownKey:
 def _fingerprint(algorithm: str, blob: bytes) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
     digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-    return f"{algorithm.removeprefix('ssh-').removeprefix('ecdsa-sha2-').split('-cert-')[0].upper()} SHA256:{digest}"
+    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", algorithm.split("@")[0]).upper()
+    return f"{kind}{'-SK' if algorithm.startswith('sk-') else ''} SHA256:{digest}"
 
 
 def _matches_patterns(patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE) -> bool:
@@ -905,6 +920,15 @@ def _matches_patterns(patterns: Iterable[str], name: str, flags: re.RegexFlag = 
                 return False
             matched = True
     return matched
+
+
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))  # RFC 2104
+
+
+def _hmac_states(salt: bytes) -> tuple[Any, Any]:
+    """HMAC-SHA1 under this key as far as it is the same for all names: asking for a name then costs a third of hmac.digest."""
+    key = salt.ljust(64, b"\0")
+    return hashlib.sha1(key.translate(_INNER)), hashlib.sha1(key.translate(_OUTER))
 
 
 class _KnownHosts:
@@ -932,12 +956,14 @@ class _KnownHosts:
             return
         self._stamp = stamp
         self._plain: dict[str, list[_KnownKey]] = {}
-        self._hashed: list[tuple[bytes, bytes, _KnownKey]] = []
+        self._hashed: dict[bool, list[tuple[Any, Any, bytes, _KnownKey]]] = {False: [], True: []}  # by: has a marker
         self._patterns: list[tuple[list[str], _KnownKey]] = []
+        self._lines = 0  # of the first file
         for file in self._files:
-            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="surrogateescape") as lines:
+            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
                 for number, line in enumerate(lines, 1):
                     self._parse(line, file, number)
+                    self._lines += file == self._files[0]
 
     def _stamp_now(self) -> list[tuple[int, int, int] | None]:
         stamps: list[tuple[int, int, int] | None] = []
@@ -961,8 +987,8 @@ class _KnownHosts:
                 return
             key = _KnownKey(marker, fields[1], blob, file, number)
             if fields[0].startswith("|1|"):
-                _, _, salt, digest = fields[0].split("|")
-                self._hashed.append((base64.b64decode(salt), base64.b64decode(digest), key))
+                salt, digest = map(base64.b64decode, fields[0].split("|")[2:])
+                self._hashed[bool(marker)].append((*_hmac_states(salt), digest, key))
                 return
         except ValueError:
             return
@@ -973,13 +999,18 @@ class _KnownHosts:
             for name in names:
                 self._plain.setdefault(name.lower(), []).append(key)
 
-    def find(self, name: str) -> list[_KnownKey]:
-        """The lines about a name (``host``, or ``[host]:port``)."""
+    def find(self, name: str, *, marked: bool = False) -> list[_KnownKey]:
+        """The lines about a name (``host``, or ``[host]:port``); ``marked``: of the hashed ones those that have a marker will do."""
         name = name.lower()
         data = name.encode("utf-8", "surrogateescape")
         found = list(self._plain.get(name, ()))
-        found += [key for salt, digest, key in self._hashed if hmac.digest(salt, data, "sha1") == digest]
-        return found + [key for patterns, key in self._patterns if _matches_patterns(patterns, name)]
+        for inner, outer, digest, key in itertools.chain(() if marked else self._hashed[False], self._hashed[True]):
+            (first := inner.copy()).update(data)
+            (second := outer.copy()).update(first.digest())
+            if second.digest() == digest:
+                found.append(key)
+        found += [key for patterns, key in self._patterns if _matches_patterns(patterns, name)]
+        return [key for key in found if key.public]
 
     def record(self, name: str, key: asyncssh.SSHKey, hashed: bool) -> str | None:
         """Append a line for this name, unless it is there; None, or why that cannot be."""
@@ -1000,7 +1031,8 @@ class _KnownHosts:
                     text = f"{shown} {' '.join(public)}\n"
                     file.write(newline + text.encode())
                     file.flush()
-                    self._parse(text, str(path), 0)
+                    self._lines += 1
+                    self._parse(text, str(path), self._lines)
                     self._stamp = self._stamp_now()
         except OSError as exc:
             return f"its key could not be recorded in {path}: {_reason(exc)}"
@@ -1050,6 +1082,7 @@ class _Trust:
         self.policy = "no" if given is None else _host_key_policy(node.hostname, node.host_keys, node._configured_policy)
         self._new: asyncssh.SSHKey | None = None
         self._known: _KnownHosts | None = None
+        self._certified = False  # whether certificates are asked for
         if given is None or isinstance(given, list | tuple):
             self._keys = [_KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1) for key in given or ()]
             self.policy = "yes" if given is not None else "no"
@@ -1057,23 +1090,30 @@ class _Trust:
             return
         self._known = _KnownHosts.of(node._known_hosts_files if given is _VERIFY else [os.fspath(given)])
         self._keys = self._known.find(self._name)
-        self._elsewhere = self._known.find(self._host) if self._name != self._host else []
+        self._elsewhere = self._known.find(self._host, marked=any(not key.marker for key in self._keys)) if self._name != self._host else []
+        self._certified = self.policy != "no" and bool(self._marked("@cert-authority"))
 
     def _marked(self, marker: str) -> list[_KnownKey]:
         """Authorities and revoked keys count whatever the port."""
         return [key for key in self._keys + self._elsewhere if key.marker == marker]
 
     def for_asyncssh(self) -> Any:
-        """Its known_hosts: no trusted key (each comes to ``check``), and the authorities that may sign certificates."""
-        authorities, revoked = ([asyncssh.import_public_key(f"{key.algorithm} {base64.b64encode(key.blob).decode()}")
-                                 for key in self._marked(marker)] for marker in ("@cert-authority", "@revoked"))
-        return [], [] if self.policy == "no" else authorities, [] if self.policy == "no" else revoked, [], [], [], []
+        """Its known_hosts: no trusted key (each comes to ``check``), and the authorities that may sign certificates, unless
+        revoked (these come to ``check_authority``)."""
+        marked = [{key.blob: key.public for key in self._marked(marker) if self._certified} for marker in ("@cert-authority", "@revoked")]
+        authorities, revoked = ([key for data, key in each.items() if data not in marked[1 - index]] for index, each in enumerate(marked))
+        return [], authorities, revoked, [], [], [], []
+
+    def without_certificate(self) -> bool:
+        """After a certificate that does not count: whether to try again with the plain key, as ssh does."""
+        certified, self._certified = self._certified, False
+        return certified
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: the types that are known of it first."""
         known = [algorithm for key in self._keys + self._elsewhere if not key.marker
                  for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])]
-        certified = _CERTIFICATE_ALGORITHMS if self._marked("@cert-authority") and self.policy != "no" else []
+        certified = _CERTIFICATE_ALGORITHMS if self._certified else []
         return list(dict.fromkeys([*certified, *known, *_HOST_KEY_ALGORITHMS]))
 
     def check(self, key: asyncssh.SSHKey) -> None:
@@ -1082,8 +1122,7 @@ class _Trust:
         if self.policy == "no":
             return
         shown = self._node._host_key_shown
-        if any(each.blob == key.public_data for each in self._marked("@revoked")):
-            raise self._error(f"its key {shown} is revoked in {self._marked('@revoked')[0].file}")
+        self._check_revoked(key, f"its key {shown} is revoked")
         known = [each for each in self._keys if not each.marker]
         if any(each.blob == key.public_data for each in (known or [each for each in self._elsewhere if not each.marker])):
             return
@@ -1098,11 +1137,15 @@ class _Trust:
                               "(--host-keys accept-new records them)")
         self._new = key
 
-    def check_authority(self, key: asyncssh.SSHKey) -> None:
-        """Raises HostKeyError: called for the authority of a certificate that no known_hosts line names."""
-        if self.policy != "no":
-            raise self._error(f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, "
-                              f"no known authority for {self._name}")
+    def check_authority(self, key: asyncssh.SSHKey) -> bool:
+        """For the signer of a certificate that is no authority of this host: False; raises HostKeyError if it is revoked."""
+        self._check_revoked(key, f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked")
+        return False
+
+    def _check_revoked(self, key: asyncssh.SSHKey, message: str) -> None:
+        for each in self._marked("@revoked"):
+            if each.blob == key.public_data:
+                raise self._error(f"{message} in {each.file}")
 
     def record(self) -> str | None:
         """Record a host never seen; None, or why that could not be done."""
@@ -1593,14 +1636,14 @@ class _Client(asyncssh.SSHClient):
         self.why: Exception | None = None
         self.host_key_error: HostKeyError | None = None
         self._password_tried: set[str] = set()
+        self._kbdint_begun = False
 
-    def _check(self, check: Callable[[], None]) -> bool:
+    def _check(self, check: Callable[[], bool | None]) -> bool:
         try:
-            check()
+            return check() is not False
         except HostKeyError as exc:
             self.host_key_error = exc
             return False
-        return True
 
     def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         return self._check(lambda: self._trust.check(key))
@@ -1634,7 +1677,8 @@ class _Client(asyncssh.SSHClient):
         return self._password_once("password")
 
     def kbdint_auth_requested(self) -> str | None:
-        return "" if self._node._password is not None and "kbdint" not in self._password_tried else None
+        begun, self._kbdint_begun = self._kbdint_begun, True
+        return "" if self._node._password is not None and not begun else None
 
     def kbdint_challenge_received(self, name: str, instructions: str, lang: str,
                                   prompts: Sequence[tuple[str, bool]]) -> list[str] | None:
@@ -2066,6 +2110,7 @@ class SshNode(_Node):
                         self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
                         client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
                         agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
+                        host_key_alias=self._host_key_alias,
                         known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(), encryption_algs=CIPHERS,
                         compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
                         login_timeout=0, gss_host=None)
@@ -2085,6 +2130,8 @@ class SshNode(_Node):
                     raise ConnectionFailedError(f"dropped before login, {clock.drops} times", host=self.hostname) from None
                 if foreign and not isinstance(exc, ConnectionFailedError):
                     raise ConnectionFailedError(foreign, host=self.hostname, kind="refused") from None
+                if isinstance(exc, asyncssh.HostKeyNotVerifiable) and not client.host_key_error and trust.without_certificate():
+                    continue
                 offered = {pair.public_data for pair in client.offered}
                 left = [pair for pair in pairs if pair.public_data not in offered]
                 if client.begun and not refused and offered and left and rounds < MAX_AUTH_ROUNDS:
@@ -2118,7 +2165,7 @@ class SshNode(_Node):
         elif isinstance(exc, asyncssh.Error):
             text = exc.reason
         elif isinstance(exc, OSError):
-            kind, text = "refused", os.strerror(exc.errno).lower() if exc.errno else text
+            kind, text = "lost" if isinstance(exc, ConnectionError) else "refused", os.strerror(exc.errno).lower() if exc.errno else text
         return ConnectionFailedError(escape(text) or "connection lost", host=self.hostname, kind=kind)
 
     async def _login_keys(self) -> list[Key]:
@@ -5330,13 +5377,14 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
         else:
             targets = _targets(options)
-            keys = await asyncio.to_thread(load_private_keys, options.key, options.verbose) if options.key else []
+            _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
+            keys = load_private_keys(options.key, options.verbose) if options.key else []  # here, where Ctrl-C reaches a prompt
             nodes = await asyncio.to_thread(  # a Match exec may take its time
                 _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
                 keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
                 guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
             if not (keys or options.ok_if_no_key or options.askpass):
-                await asyncio.to_thread(_check_keys, nodes)
+                _check_keys(nodes)
         check(nodes)
         progress = _Progress(len(nodes), options.quiet)
         results: list[Result] = []

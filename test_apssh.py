@@ -8,11 +8,13 @@ that need several real hosts run too.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import fcntl
 import gc
 import getpass
+import hmac
 import importlib
 import io
 import itertools
@@ -23,6 +25,7 @@ import pty
 import pwd
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -38,7 +41,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import asyncssh
 import pytest
@@ -53,6 +56,7 @@ from apssh import (
     CommandFailedError,
     ConnectionFailedError,
     Deferred,
+    HostKeyError,
     LocalNode,
     Pull,
     Push,
@@ -579,6 +583,988 @@ def test_output_to_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", stream)
     apssh._screen.write(b"caf\xc3\xa9\n")
     assert stream.getvalue() == "café\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# host keys and login
+# ---------------------------------------------------------------------------------------------------------------
+
+
+needs_ssh = pytest.mark.skipif(not shutil.which("ssh"), reason="no OpenSSH client (ssh) is installed here")
+POLICIES = ["accept-new", "yes", "no"]
+
+
+def public(key: Any) -> str:
+    """Type and data, as a known_hosts line has them."""
+    return " ".join(key.export_public_key().decode().split()[:2])
+
+
+def fingerprint(key: asyncssh.SSHKey) -> str:
+    """As ssh shows it."""
+    return f"{'ECDSA' if 'ecdsa' in key.get_algorithm() else key.get_algorithm().removeprefix('ssh-').upper()} {key.get_fingerprint()}"
+
+
+def hashed(name: str) -> str:
+    salt = os.urandom(20)
+    return "|1|" + "|".join(base64.b64encode(part).decode() for part in (salt, hmac.digest(salt, name.encode(), "sha1")))
+
+
+def blob(algorithm: str, data: bytes) -> str:
+    """A public key of some type, right only at first sight."""
+    return f"{algorithm} {base64.b64encode(len(algorithm).to_bytes(4, 'big') + algorithm.encode() + data).decode()}"
+
+
+def changed(file: Path, host: str, port: int, shown: asyncssh.SSHKey, known: asyncssh.SSHKey, line: int = 1) -> str:
+    """The whole message about a changed key."""
+    return (f"{host}: hostkey: HOST KEY CHANGED: it presents {fingerprint(shown)}, known is {fingerprint(known)} in {file}:{line}; "
+            f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[{host}]:{port}' -f {file} "
+            "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)")
+
+
+def openssh(port: int, known_hosts: Path, policy: str, key: Path, *options: str, host: str = "127.0.0.1") -> bool:
+    """Whether OpenSSH's own client logs in."""
+    words = ["ssh", "-F", "none", "-n", "-i", str(key), "-p", str(port), *options]
+    for option in ("IdentitiesOnly=yes", "BatchMode=yes", f"UserKnownHostsFile={known_hosts}", "GlobalKnownHostsFile=none",
+                   "UpdateHostKeys=no",
+                   f"StrictHostKeyChecking={policy}"):
+        words += ["-o", option]
+    return subprocess.run([*words, f"{ME}@{host}", "exit 3"], capture_output=True, check=False, timeout=30).returncode == 3
+
+
+OTHER = {name: asyncssh.generate_private_key(name) for name in ("ssh-ed25519", "ecdsa-sha2-nistp256")}
+CA, OTHER_CA = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+NOT_KNOWN = "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys accept-new records them)"
+REVOKED = "its key {shown} is revoked in {file}"
+SHORT = blob("ssh-ed25519", (32).to_bytes(4, "big") + b"short")
+
+# the lines of known_hosts ({n}: the name with its port, {h}: without, |n| and |h|: hashed), the policy, what comes of it: "" it is
+# trusted, "recorded", or the message ("changed N": about the key in line N); and whether it is known that ssh is less careful
+HOST_KEYS = {
+    "unknown": ("", "accept-new", "recorded"), "unknown-yes": ("", "yes", NOT_KNOWN), "unknown-no": ("", "no", ""),
+    "known": ("{n} {key}", "accept-new", ""), "known-yes": ("{n} {key}", "yes", ""),
+    "known-among-others": ("# {n} {other}\n\n  \nelsewhere {other}\n  {n}\t{key} a comment of words\n", "yes", ""),
+    "known-in-a-list": ("elsewhere,{n},[elsewhere]:77 {key}", "yes", ""), "known-without-port": ("{h} {key}", "yes", ""),
+    "known-on-another-port": ("[{h}]:1 {key}", "yes", NOT_KNOWN),
+    "other-key-on-another-port": ("[{h}]:1 {other}", "accept-new", "recorded"),
+    "other-key-without-port": ("{h} {other}", "accept-new", "recorded"),
+    "changed": ("{n} {other}", "accept-new", "changed 1"), "changed-yes": ("{n} {other}", "yes", "changed 1"),
+    "changed-no": ("{n} {other}", "no", ""),
+    "changed-type": ("# one\n{n} {ecdsa}", "accept-new", "changed 2"),
+    "changed-in-a-list": ("elsewhere,{n} {other}", "accept-new", "changed 1"),
+    "second-type-later": ("{n} {ecdsa}\n{n} {key}", "yes", ""), "second-key-later": ("{n} {other}\n{n} {key}", "yes", ""),
+    "revoked": ("@revoked {n} {key}", "accept-new", REVOKED), "revoked-yes": ("@revoked {n} {key}", "yes", REVOKED),
+    "revoked-without-port": ("@revoked {h} {key}", "accept-new", REVOKED, "ssh: new"), "revoked-no": ("@revoked {n} {key}", "no", ""),
+    "revoked-everywhere": ("@revoked * {key}", "accept-new", REVOKED), "revoked-hashed": ("@revoked |n| {key}", "accept-new", REVOKED),
+    "revoked-and-known": ("{n} {key}\n@revoked {n} {key}", "yes", REVOKED),
+    "revoked-other-key": ("@revoked {n} {other}", "accept-new", "recorded"),
+    "revoked-other-then-known": ("@revoked * {other}\n{n} {key}", "yes", ""),
+    "revoked-on-another-port": ("@revoked [{h}]:1 {key}", "accept-new", "recorded"),
+    "hashed": ("|n| {key}", "yes", ""), "hashed-without-port": ("|h| {key}", "yes", ""),
+    "hashed-changed": ("|n| {other}", "accept-new", "changed 1"),
+    "hashed-of-another": ("|other| {other}", "accept-new", "recorded"),
+    "wildcard": ("[127.*]:* {key}", "yes", ""), "wildcard-without-port": ("127.0.0.? {key}", "yes", ""),
+    "wildcard-changed": ("[127.0.?.1]:* {other}", "accept-new", "changed 1"),
+    "wildcard-of-others": ("*.example.org,10.* {other}", "accept-new", "recorded"),
+    "negated": ("[127.*]:*,!{n} {other}", "accept-new", "recorded"), "negated-first": ("!{n},[127.*]:* {other}", "accept-new", "recorded"),
+    "negated-other": ("[127.*]:*,![127.0.0.2]:* {key}", "yes", ""), "negated-alone": ("!{n} {key}", "yes", NOT_KNOWN),
+    "brackets-are-no-pattern": ("[127.0.0.1]:[0-9]* {other}", "accept-new", "recorded"),
+    "authority-of-a-host-without-certificate": ("@cert-authority * {other}", "accept-new", "recorded"),
+    "authority-is-not-a-key": ("@cert-authority {n} {key}", "yes", NOT_KNOWN),
+    "malformed-words": ("garbage\n{n} ssh-ed25519\n@revoked\n@other {n} {other}\n{n} {key}", "yes", ""),
+    "malformed-data": ("{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} {key}", "yes", ""),
+    "malformed-bytes": ("\udcff\udcfe {other}\n\0{n} {other}\n{n} {key}", "yes", ""),
+    "malformed-key": ("{n} {short}", "accept-new", "recorded"), "malformed-key-then-known": ("{n} {short}\n{n} {key}", "yes", ""),
+    "malformed-type": ("{n} {unheard}", "accept-new", "recorded"), "malformed-type-then-known": ("{n} {unheard}\n{n} {key}", "yes", ""),
+    "malformed-wrong-type": ("{n} ssh-rsa {data}", "accept-new", "recorded"),
+    "malformed-revoked": ("@revoked * {short}\n@revoked * {unheard}\n{n} {key}", "yes", ""),
+    "malformed-authority": ("@cert-authority * {short}\n@cert-authority * {unheard}\n{n} {key}", "yes", ""),
+}
+
+
+async def log_in(node: SshNode) -> None:
+    async with node:
+        assert node.is_connected()
+
+
+def known_hosts_text(text: str, port: int, key: asyncssh.SSHKey) -> bytes:
+    for mark, name in (("|n|", f"[127.0.0.1]:{port}"), ("|h|", "127.0.0.1"), ("|other|", "elsewhere")):
+        text = text.replace(mark, hashed(name))
+    return os.fsencode(text.format(n=f"[127.0.0.1]:{port}", h="127.0.0.1", key=public(key), other=public(OTHER["ssh-ed25519"]),
+                                   ca=public(CA),
+                                   ecdsa=public(OTHER["ecdsa-sha2-nistp256"]), other_ca=public(OTHER_CA), short=SHORT,
+                                   unheard=blob("ssh-foo", b"x" * 40),
+                                   data=public(key).split()[1]))
+
+
+@pytest.mark.parametrize("case", HOST_KEYS)
+def test_host_keys(sshd: Sshd, home: Path, case: str) -> None:
+    """Each situation: who is trusted, what is written, and the words."""
+    lines, policy, outcome = HOST_KEYS[case][:3]
+    file = home / ".ssh" / "known_hosts"
+    text = known_hosts_text(lines, sshd.port, sshd.key)
+    if text:
+        file.write_bytes(text)
+    if outcome in ("", "recorded"):
+        run(log_in(sshd.node(host_keys=policy)))
+    else:
+        error = failure_of(sshd.node(host_keys=policy).run("true"))
+        if outcome.startswith("changed"):
+            old = OTHER["ecdsa-sha2-nistp256" if "ecdsa" in lines else "ssh-ed25519"]
+            assert str(error) == changed(file, "127.0.0.1", sshd.port, sshd.key, old, int(outcome.split()[1]))
+        else:
+            assert str(error) == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(sshd.key), file=file)}"
+        assert isinstance(error, HostKeyError)
+    newline = b"\n" if text and not text.endswith(b"\n") else b""
+    record = newline + f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n".encode() if outcome == "recorded" else b""
+    assert (file.read_bytes() if file.exists() else b"") == text + record
+
+
+@needs_ssh
+@pytest.mark.slow
+@pytest.mark.parametrize("case", HOST_KEYS)
+def test_ssh_decides_alike(sshd: Sshd, keys: Path, tmp_path: Path, case: str) -> None:
+    lines, policy, outcome, *less_careful = HOST_KEYS[case]
+    file = tmp_path / "known_hosts"
+    file.write_bytes(text := known_hosts_text(lines, sshd.port, sshd.key))
+    assert openssh(sshd.port, file, policy, keys / "id_ed25519") == (outcome in ("", "recorded") or bool(less_careful))
+    assert (file.read_bytes() != text) == (outcome == "recorded" or bool(less_careful) or case == "unknown-no")
+
+
+# the host's certificate, the lines, the policy, what comes of it
+CERTIFICATES = {
+    "by-name": ("good", "@cert-authority {h} {ca}", "yes", ""), "by-name-and-port": ("good", "@cert-authority {n} {ca}", "yes", ""),
+    "by-pattern": ("good", "@cert-authority 127.* {ca}", "yes", ""),
+    "everywhere": ("good", "@cert-authority * {other_ca}\n@cert-authority * {ca}", "yes", ""),
+    "not-recorded": ("good", "@cert-authority * {ca}", "accept-new", ""),
+    "over-another-key": ("good", "@cert-authority * {ca}\n{n} {other}", "yes", ""),
+    "hashed": ("good", "@cert-authority |n| {ca}", "yes", ""),
+    "of-others": ("good", "@cert-authority *.example.org {ca}", "yes", NOT_KNOWN),
+    "of-others-new": ("good", "@cert-authority *.example.org {ca}", "accept-new", "recorded"),
+    "negated": ("good", "@cert-authority *,!{h},!{n} {ca}", "yes", NOT_KNOWN),
+    "unknown-authority": ("good", "@cert-authority * {other_ca}", "yes", NOT_KNOWN),
+    "unknown-authority-new": ("good", "@cert-authority * {other_ca}", "accept-new", "recorded"),
+    "unknown-authority-known-key": ("good", "@cert-authority * {other_ca}\n{n} {key}", "yes", ""),
+    "unknown-authority-changed-key": ("good", "@cert-authority * {other_ca}\n{n} {other}", "accept-new", "changed 2"),
+    "revoked-authority": ("good", "@cert-authority * {ca}\n@revoked * {ca}", "accept-new",
+                          "its certificate is signed by {ca}, which is revoked in {file}"),
+    "revoked-key": ("good", "@cert-authority * {ca}\n@revoked * {key}", "accept-new", REVOKED),
+    "no-check": ("good", "@cert-authority * {other_ca}\n@revoked * {key}", "no", ""),
+    "expired": ("expired", "@cert-authority * {ca}", "yes", NOT_KNOWN),
+    "expired-known-key": ("expired", "@cert-authority * {ca}\n{n} {key}", "yes", ""),
+    "other-principal": ("other", "@cert-authority * {ca}", "yes", NOT_KNOWN), "users": ("user", "@cert-authority * {ca}", "yes", NOT_KNOWN),
+    "other-principal-known-key": ("other", "@cert-authority * {ca}\n{n} {key}", "yes", ""),
+}
+
+
+@pytest.fixture(scope="session")
+def certified(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[dict[str, Sshd]]:
+    """Servers with a host certificate: a good one, an expired one, one of another host, one of a user."""
+    servers, key = {}, asyncssh.generate_private_key("ssh-ed25519")
+    for kind in ("good", "expired", "other", "user"):
+        folder = tmp_path_factory.mktemp(kind)
+        if kind == "user":
+            certificate = CA.generate_user_certificate(key, kind, principals=["127.0.0.1"])
+        else:
+            certificate = CA.generate_host_certificate(key, kind, principals=["box.example.org" if kind == "other" else "127.0.0.1"],
+                                                       valid_after="20200101",
+                                                       valid_before="20210101" if kind == "expired" else "29990101")
+        key.write_private_key(folder / "key")
+        (folder / "key").chmod(0o600)
+        certificate.write_certificate(folder / "key-cert.pub")
+        servers[kind] = Sshd(folder, keys, HostKey=folder / "key", HostCertificate=folder / "key-cert.pub")
+        servers[kind].key = key
+    yield servers
+    for server in servers.values():
+        server.stop()
+
+
+@pytest.mark.parametrize("case", CERTIFICATES)
+def test_host_certificates(certified: dict[str, Sshd], home: Path, case: str) -> None:
+    """A certificate that does not count leaves the plain key, as with ssh."""
+    kind, lines, policy, outcome = CERTIFICATES[case]
+    server, file = certified[kind], home / ".ssh" / "known_hosts"
+    file.write_bytes(text := known_hosts_text(lines, server.port, server.key))
+    if outcome in ("", "recorded"):
+        run(log_in(server.node(host_keys=policy)))
+    else:
+        error = failure_of(server.node(host_keys=policy).run("true"))
+        if outcome.startswith("changed"):
+            assert str(error) == changed(file, "127.0.0.1", server.port, server.key, OTHER["ssh-ed25519"], int(outcome.split()[1]))
+        else:
+            assert str(error) == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(server.key), file=file, ca=fingerprint(CA))}"
+        assert isinstance(error, HostKeyError)
+    record = f"\n[127.0.0.1]:{server.port} {public(server.key)}\n".encode() if outcome == "recorded" else b""
+    assert file.read_bytes() == text + record
+
+
+@needs_ssh
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CERTIFICATES)
+def test_ssh_decides_alike_on_certificates(certified: dict[str, Sshd], keys: Path, tmp_path: Path, case: str) -> None:
+    kind, lines, policy, outcome = CERTIFICATES[case]
+    server, file = certified[kind], tmp_path / "known_hosts"
+    file.write_bytes(text := known_hosts_text(lines, server.port, server.key))
+    assert openssh(server.port, file, policy, keys / "id_ed25519") == (outcome in ("", "recorded"))
+    assert (file.read_bytes() != text) == (outcome == "recorded")
+
+
+def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
+    """The name that a certificate must hold is the one that known_hosts is asked for."""
+    server = certified["other"]
+    (home / ".ssh" / "known_hosts").write_text(f"@cert-authority *.example.org {public(CA)}\n")
+    (home / "config").write_text("Host *\n HostKeyAlias box.example.org\n")
+    run(log_in(server.node(config="config", host_keys="yes")))
+
+
+def test_new_files(sshd: Sshd, home: Path, keys: Path) -> None:
+    """A missing folder is made; nobody else may look into it."""
+    shutil.rmtree(home / ".ssh")
+    run(log_in(sshd.node(keys=[keys / "id_ed25519"])))
+    file = home / ".ssh" / "known_hosts"
+    assert file.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
+    assert (stat.S_IMODE(file.parent.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (0o700, 0o600)
+
+
+def test_file_that_cannot_be_written(sshd: Sshd, home: Path, capfd: Any) -> None:
+    """The host is reached all the same, with a word about it."""
+    file = home / ".ssh" / "known_hosts"
+    file.mkdir()
+    run(log_in(sshd.node()))
+    assert capfd.readouterr() == ("", f"127.0.0.1: its key could not be recorded in {file}: is a directory\n")
+
+
+def test_read_only_file(sshd: Sshd, home: Path, capfd: Any) -> None:
+    file = home / ".ssh" / "known_hosts"
+    file.write_text(text := f"elsewhere {public(OTHER['ssh-ed25519'])}\n")
+    if os.getuid():
+        file.chmod(0o400)
+    elif not shutil.which("chattr") or subprocess.run(["chattr", "+i", str(file)], capture_output=True, check=False).returncode:
+        pytest.skip("root writes to any file, and chattr +i cannot be had here")
+    try:
+        run(log_in(sshd.node()))
+        assert file.read_text() == text
+    finally:
+        if not os.getuid():
+            subprocess.run(["chattr", "-i", str(file)], check=True)
+    reason = "permission denied" if os.getuid() else "operation not permitted"
+    assert capfd.readouterr() == ("", f"127.0.0.1: its key could not be recorded in {file}: {reason}\n")
+
+
+def test_global_file(sshd: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the administrator says in /etc/ssh/ssh_known_hosts counts too, and is not repeated."""
+    everybody, mine = tmp_path / "everybody", home / ".ssh" / "known_hosts"
+    assert "/etc/ssh/ssh_known_hosts" in apssh.KNOWN_HOSTS_FILES
+    monkeypatch.setattr(apssh, "KNOWN_HOSTS_FILES", tuple(str(everybody) if "/etc/" in name else name for name in apssh.KNOWN_HOSTS_FILES))
+    everybody.write_text(f"127.0.0.1 {public(sshd.key)}\n")
+    run(log_in(sshd.node(host_keys="yes")))
+    assert not mine.exists()
+    everybody.write_text(f"@revoked * {public(sshd.key)}\n")
+    mine.write_text(f"127.0.0.1 {public(sshd.key)}\n")
+    assert str(failure_of(sshd.node().run("true"))) == f"127.0.0.1: hostkey: its key {fingerprint(sshd.key)} is revoked in {everybody}"
+    everybody.write_text(f"elsewhere {public(sshd.key)}\n")
+    mine.unlink()
+    run(log_in(sshd.node()))
+    assert mine.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
+
+
+def test_remedy_of_a_changed_key(sshd: Sshd, home: Path) -> None:
+    """The command in the message is one that helps, in the same run too."""
+    file = home / ".ssh" / "known_hosts"
+    file.write_bytes(known_hosts_text("{n} {other}\n", sshd.port, sshd.key))
+    node = sshd.node()
+    remedy = re.search("ssh-keygen -R '.*' -f [^ ]*", str(failure_of(node.run("true"))))
+    assert remedy
+    subprocess.run(remedy[0], shell=True, check=True, capture_output=True)
+    run(log_in(node))
+    assert file.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
+
+
+def test_key_that_changes_within_a_run(home: Path, keys: Path) -> None:
+    """The message names the very line that this run has written."""
+    file = home / ".ssh" / "known_hosts"
+    file.write_text(f"elsewhere {public(OTHER['ssh-ed25519'])}\n# no newline at the end")
+    before, after = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+
+    async def main() -> None:
+        async with ssh_server(keys, host_key=before) as port:
+            node = SshNode("127.0.0.1", port=port, username=ME)
+            await log_in(node)
+        async with ssh_server(keys, host_key=after, port=port):
+            with pytest.raises(HostKeyError) as caught:
+                await node.run("true")
+        assert str(caught.value) == changed(file, "127.0.0.1", port, after, before, 3)
+
+    run(main())
+
+
+def test_known_hosts_of_a_node(sshd: Sshd, home: Path, tmp_path: Path) -> None:
+    """None checks nothing, a path is the only file, keys are the only ones."""
+    mine, own = home / ".ssh" / "known_hosts", tmp_path / "folder" / "own"
+    mine.write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    before = mine.read_bytes()
+    run(log_in(sshd.node(known_hosts=None)))
+    run(log_in(sshd.node(known_hosts=None, host_keys="yes")))
+    for path in (own, str(own)):
+        run(log_in(sshd.node(known_hosts=path)))
+    assert own.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
+    own.write_bytes(before)
+    assert str(failure_of(sshd.node(known_hosts=own).run("true"))) == changed(own, "127.0.0.1", sshd.port, sshd.key, OTHER["ssh-ed25519"])
+    run(log_in(sshd.node(known_hosts=[OTHER["ssh-ed25519"].convert_to_public(), sshd.key.convert_to_public()])))
+    error = failure_of(sshd.node(known_hosts=[OTHER["ssh-ed25519"].convert_to_public()]).run("true"))
+    assert str(error) == f"127.0.0.1: hostkey: it presents {fingerprint(sshd.key)}, which is not the key given for it"
+    assert mine.read_bytes() == before
+
+
+TRUSTED = ""  # in the table below: the host whose key has changed is trusted; else it is not
+REFUSED = "hostkey"
+BAD_VARIABLE = "127.0.0.1: local: APSSH_HOST_KEYS={value}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*"
+
+
+@pytest.mark.parametrize(("value", "options", "outcome"), [
+    ("no", {}, TRUSTED), ("accept-new", {}, REFUSED), ("yes", {}, REFUSED), ("ask", {}, REFUSED), ("", {}, REFUSED),
+    ("no:127.*", {}, TRUSTED), ("no:fit*,127.0.0.[1-9]", {}, TRUSTED), ("no:fit* , 127.*", {}, TRUSTED),
+    ("no:fit*,node[1-9]*", {}, REFUSED),
+    ("no:127.0.0.1", {"host_keys": "accept-new"}, REFUSED), ("yes", {"host_keys": "no"}, TRUSTED), ("yes", {"known_hosts": None}, TRUSTED),
+    ("maybe", {}, BAD_VARIABLE), ("no,127.*", {}, BAD_VARIABLE), ("maybe:fit*", {}, BAD_VARIABLE), ("No", {}, BAD_VARIABLE),
+    ("no:", {}, REFUSED),
+    ("\x1b[2J", {}, BAD_VARIABLE), ("maybe", {"known_hosts": None}, TRUSTED),
+], ids=lambda value: {TRUSTED: "trusted", BAD_VARIABLE: "misuse"}.get(value, value) if isinstance(value, str) else
+   "-".join(value) or "plain")
+def test_variable(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, value: str, options: dict[str, Any], outcome: str) -> None:
+    """APSSH_HOST_KEYS, for a host whose key has changed."""
+    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    monkeypatch.setenv("APSSH_HOST_KEYS", value)
+    node = sshd.node(**options)
+    if outcome == TRUSTED:
+        run(log_in(node))
+    elif outcome == REFUSED:
+        assert failure_of(node.run("true")).kind == "hostkey"
+    else:
+        assert str(failure_of(node.run("true"))).removeprefix("127.0.0.1: local: ") == \
+            outcome.format(value=apssh.escape(value)).removeprefix("127.0.0.1: local: ")
+
+
+def test_variable_of_the_program(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """It counts for the programs, after --host-keys; a wrong one is misuse."""
+    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    words = ["-t", sshd.target, "exit 0"]
+    assert apssh.main(words) == 1
+    assert capfd.readouterr().err.startswith("127.0.0.1: hostkey: HOST KEY CHANGED: it presents ED25519 SHA256:")
+    assert apssh.main(["--host-keys", "no", *words]) == 0
+    assert apssh.main(["--host-keys", "yes", *words]) == 1
+    monkeypatch.setenv("APSSH_HOST_KEYS", "no:127.*")
+    assert apssh.main(words) == 0
+    assert apssh.main(["--host-keys", "accept-new", *words]) == 1
+    capfd.readouterr()
+    monkeypatch.setenv("APSSH_HOST_KEYS", "never")
+    assert apssh.main(words) == 2
+    assert capfd.readouterr().err == "apssh: " + BAD_VARIABLE.format(value="never").removeprefix("127.0.0.1: local: ") + "\n"
+
+
+@pytest.mark.parametrize("config", ["accept-new", "yes", "no", "ask", "off"])
+def test_policy_of_the_config(sshd: Sshd, home: Path, config: str) -> None:
+    """StrictHostKeyChecking, where nothing more explicit is said; ask means accept-new."""
+    (home / "config").write_text(f"Host *\n StrictHostKeyChecking {config}\n")
+    file = home / ".ssh" / "known_hosts"
+    node = sshd.node(config="config")
+    if config == "yes":
+        assert failure_of(node.run("true")).kind == "hostkey"
+    else:
+        run(log_in(node))
+    assert file.exists() == (config in ("accept-new", "ask"))
+
+
+def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path) -> None:
+    """Each hop is checked, and recorded, under its own name as the one before it knows it."""
+    middle, last = make_sshd(), make_sshd()
+    file = home / ".ssh" / "known_hosts"
+
+    async def main(*policies: str | None) -> None:
+        nodes: list[SshNode] = []
+        for server, policy in zip((sshd, middle, last), policies, strict=True):
+            nodes.append(SshNode("localhost" if server is last else "127.0.0.1", port=server.port, username=ME, host_keys=policy,
+                                 gateway=nodes[-1] if nodes else None))
+        try:
+            await nodes[-1].connect_lazy()
+        finally:
+            for node in reversed(nodes):
+                await node.close()
+
+    run(main(None, None, None))
+    recorded = file.read_text()
+    assert recorded.splitlines() == [f"[{name}]:{server.port} {public(server.key)}"
+                                     for name, server in (("127.0.0.1", sshd), ("127.0.0.1", middle), ("localhost", last))]
+    run(main("yes", "yes", "yes"))
+    other = OTHER["ssh-ed25519"]
+    for server, name in ((last, "localhost"), (middle, "127.0.0.1"), (sshd, "127.0.0.1")):
+        file.write_text(recorded.replace(public(server.key), public(other)))
+        line = [sshd, middle, last].index(server) + 1
+        message = changed(file, name, server.port, server.key, other, line)
+        if server is not last:
+            message = f"localhost: hostkey: gateway 127.0.0.1: {message.removeprefix('127.0.0.1: hostkey: ')}"
+        if server is sshd:
+            message = message.replace("gateway 127.0.0.1: ", "gateway 127.0.0.1: gateway 127.0.0.1: ")
+        assert str(failure_of(main(None, None, None))) == message
+    run(main("no", None, None))
+
+
+def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
+    """The server proves that it has its key, then goes: nothing was begun with it."""
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", sshd.port)
+
+        async def forth() -> None:
+            while data := await reader.read(65536):
+                back.write(data)
+
+        task = asyncio.create_task(forth())
+        try:
+            writer.write(await there.readline())
+            message = 0
+            while message != 21:  # SSH_MSG_NEWKEYS, RFC 4253 section 7.3: what comes after it is encrypted
+                length = await there.readexactly(4)
+                packet = await there.readexactly(int.from_bytes(length, "big"))
+                message = packet[1]
+                writer.write(length + packet)
+            await writer.drain()
+        finally:
+            task.cancel()
+            back.close()
+
+    async def main() -> None:
+        async with raw_server(talk) as port:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, username=ME, timeout=1.5).run("true")
+            assert re.fullmatch(r"127\.0\.0\.1: lost: no connection within 1\.5 s: dropped before login, [2-9] times", str(caught.value))
+
+    run(main())
+    assert list((home / ".ssh").glob("known_hosts*")) == []
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_server_without_the_private_key(keys: Path, home: Path, known: bool) -> None:
+    """Somebody shows the public key of a host, but cannot sign with it."""
+    key, forged = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    forged.sign = OTHER["ssh-ed25519"].sign  # type: ignore[method-assign]
+    file = home / ".ssh" / "known_hosts"
+
+    async def main() -> None:
+        async with ssh_server(keys, host_key=forged) as port:
+            if known:
+                file.write_text(f"[127.0.0.1]:{port} {public(forged)}\n")
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, username=ME).run("true")
+            assert caught.value.message == "Key exchange hash mismatch"
+
+    run(main())
+    assert file.exists() == known and public(key) != public(forged)
+
+
+@needs_ssh
+@pytest.mark.parametrize("algorithm", ["ssh-ed25519", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa"))])
+def test_ssh_and_apssh_know_each_others_hosts(make_sshd: Callable[..., Sshd], home: Path, keys: Path, tmp_path: Path,
+                                              algorithm: str) -> None:
+    """Plain and hashed, under address and name."""
+    server = make_sshd(host_key=algorithm)
+    for hashes, host in (("no", "127.0.0.1"), ("yes", "LocalHost")):
+        (home / "config").write_text(f"Host *\n HashKnownHosts {hashes}\n")
+        ours, theirs = tmp_path / f"ours-{host}", tmp_path / f"theirs-{host}"
+        options = {"port": server.port, "username": ME, "config": "config"}
+        run(log_in(SshNode(host, known_hosts=ours, **options)))
+        assert ours.read_text().startswith("|1|" if hashes == "yes" else "[") and len(ours.read_text().splitlines()) == 1
+        assert openssh(server.port, ours, "yes", keys / "id_ed25519", host=host)
+        assert openssh(server.port, theirs, "accept-new", keys / "id_ed25519", "-o", f"HashKnownHosts={hashes}", host=host)
+        run(log_in(SshNode(host, known_hosts=theirs, host_keys="yes", **options)))
+        found = subprocess.run(["ssh-keygen", "-F", f"[{host.lower()}]:{server.port}", "-f", str(ours)], capture_output=True, text=True,
+                               check=True)
+        assert public(server.key).split()[1] in found.stdout
+
+
+def test_known_type_is_asked_for(make_sshd: Callable[..., Sshd], tmp_path: Path, home: Path) -> None:
+    """A server with several keys: the one that is known is what counts, whichever it is."""
+    paths = []
+    for algorithm in ("ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"):
+        paths.append(tmp_path / algorithm)
+        key = asyncssh.generate_private_key(algorithm)
+        key.write_private_key(paths[-1])
+        key.write_public_key(f"{paths[-1]}.pub")
+        paths[-1].chmod(0o600)
+    server = make_sshd(HostKey="\nHostKey ".join(map(str, paths)))
+    file = home / ".ssh" / "known_hosts"
+    for path in paths:
+        file.write_text(text := f"[127.0.0.1]:{server.port} {Path(f'{path}.pub').read_text()}")
+        run(log_in(server.node(host_keys="yes")))
+        assert file.read_text() == text
+    file.unlink()
+    run(log_in(server.node()))
+    assert file.read_text() == f"[127.0.0.1]:{server.port} {Path(f'{paths[0]}.pub').read_text()}"
+
+
+def test_files_are_parsed_once(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for a run; again when somebody else has changed them."""
+    file = home / ".ssh" / "known_hosts"
+    file.write_text("".join(f"{hashed(f'box{number}')} {public(sshd.key)}\n" for number in range(50)) + f"127.0.0.1 {public(sshd.key)}\n")
+    opened: list[str] = []
+    sys_open = open
+
+    def counting(name: Any, *args: Any, **options: Any) -> Any:
+        opened.append(str(name))
+        return sys_open(name, *args, **options)
+
+    monkeypatch.setattr(apssh, "open", counting, raising=False)
+
+    async def main() -> None:
+        nodes = [sshd.node(host_keys="yes") for _ in range(6)]
+        await asyncio.gather(*(node.connect_lazy() for node in nodes))
+        await asyncio.gather(*(node.close() for node in nodes))
+
+    run(main())
+    assert opened.count(str(file)) == 1
+    with sys_open(file, "a") as more:
+        more.write(f"@revoked * {public(sshd.key)}\n")
+    assert failure_of(sshd.node().run("true")).kind == "hostkey"
+    assert opened.count(str(file)) == 2
+
+
+def typed(*argv: str, answers: Sequence[bytes] = (), timeout: float = 60) -> tuple[int, bytes]:
+    """Run apssh on a terminal of its own and give one answer a prompt; its exit code and all that the terminal got."""
+    code = ("import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-W", "error", "-c", code, *argv], stdin=theirs, stdout=theirs, stderr=theirs,
+                               start_new_session=True)
+    os.close(theirs)
+    seen, left, end = b"", list(answers), time.monotonic() + timeout
+    try:
+        with contextlib.suppress(OSError):
+            while select.select([ours], [], [], max(end - time.monotonic(), 0))[0] and (data := os.read(ours, 65536)):
+                seen += data
+                if left and seen.endswith(b": "):
+                    os.write(ours, left.pop(0))
+        return process.wait(max(end - time.monotonic(), 0.1)), re.sub(rb"\r|\x1b\[\d*m", b"", seen)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def without_terminal(*argv: str) -> tuple[int, list[str]]:
+    """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and messages."""
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *argv], stdin=subprocess.DEVNULL, capture_output=True,
+                          start_new_session=True,
+                          timeout=60, check=False)
+    return done.returncode, messages(done)
+
+
+def accepted(server: Sshd) -> list[str]:
+    """The keys that this server has let in: type and fingerprint (of certificates, the word ID and the authority's too)."""
+    return [line.split(" ssh2: ")[1].strip() for line in server.log().splitlines() if line.startswith("Accepted publickey")]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("id_ed25519", "ED25519"), ("ecdsa", "ECDSA"), ("rsa", "RSA")])
+def test_login_with_each_type(sshd: Sshd, keys: Path, name: str, shown: str) -> None:
+    for key in (keys / name, str(keys / name), asyncssh.read_private_key(keys / name)):
+        run(log_in(sshd.node(keys=[key])))
+    assert accepted(sshd)[-3:] == [f"{shown} {asyncssh.read_public_key(keys / f'{name}.pub').get_fingerprint()}"] * 3
+
+
+@pytest.mark.parametrize(("algorithm", "form", "passphrase"), [
+    ("ssh-rsa", "pkcs1-pem", None), ("ssh-rsa", "pkcs8-pem", "secret"), ("ecdsa-sha2-nistp521", "pkcs8-pem", None),
+    ("ecdsa-sha2-nistp384", "openssh", None),
+    ("ssh-ed25519", "openssh", "secret"),
+])
+def test_forms_of_key_files(home: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, form: str, passphrase: str | None) -> None:
+    key = asyncssh.generate_private_key(algorithm)
+    options = {"rounds": 50} if passphrase and form == "openssh" else {}
+    key.write_private_key(home / "key", form, passphrase=passphrase, **options)
+    asked: list[str] = []
+    answers = iter(["wrong", "secret"])
+    monkeypatch.setattr(apssh, "_ask_secret", lambda prompt: asked.append(prompt) or next(answers))
+    for _ in range(2):
+        assert apssh.import_private_key("key").public_data == key.public_data
+    assert asked == (["passphrase for key key"] * 2 if passphrase else [])
+
+
+def test_default_keys(sshd: Sshd, keys: Path, home: Path, agent: Callable[..., None]) -> None:
+    """Named ones alone; else the agent's; else those of ~/.ssh, in their order."""
+    for name in ("rsa", "ecdsa"):
+        shutil.copy(keys / name, home / ".ssh" / f"id_{name}")
+
+    def data(*names: str) -> list[bytes]:
+        return [asyncssh.read_public_key(keys / f"{name}.pub").public_data for name in names]
+
+    assert [key.public_data for key in apssh.load_private_keys()] == data("id_ed25519", "ecdsa", "rsa")
+    agent(keys / "other", keys / "rsa")
+    for none in (None, []):
+        assert [key.public_data for key in apssh.load_private_keys(none)] == data("other", "rsa")
+    assert [key.public_data for key in apssh.load_private_keys([str(keys / "ecdsa")])] == data("ecdsa")
+
+    async def inside() -> list[bytes]:
+        return [key.public_data for key in apssh.load_agent_keys()]
+
+    assert run(inside()) == data("other", "rsa")
+    assert apssh.load_agent_keys("/no/such/agent") == []
+    run(log_in(sshd.node()))
+    assert accepted(sshd)[-1].startswith("RSA ")
+
+
+@pytest.mark.parametrize("right", ["ssh-ed25519", "ssh-rsa"])
+def test_agent_with_many_keys(make_sshd: Callable[..., Sshd], agent: Callable[..., None], tmp_path: Path, capfd: Any, right: str) -> None:
+    """Eight keys, the right one last, and a server that takes six on a connection; what fitted is offered first to the next hosts."""
+    files = []
+    for number in range(8):
+        key = asyncssh.generate_private_key(right if number == 7 else "ecdsa-sha2-nistp256" if number % 2 else "ssh-ed25519")
+        files.append(tmp_path / f"key{number}")
+        key.write_private_key(files[-1])
+        files[-1].chmod(0o600)
+    key.write_public_key(tmp_path / "allowed")
+    agent(*files)
+    first, second = (make_sshd(MaxAuthTries=6, AuthorizedKeysFile=tmp_path / "allowed") for _ in range(2))
+    assert apssh.main(["-t", first.target, "echo in"]) == 0
+    assert capfd.readouterr() == ("127.0.0.1:in\n", "")
+    assert [line.split()[1] for line in accepted(first)] == [key.get_fingerprint()]
+    assert first.log().count("Failed publickey") == 7
+    run(log_in(second.node()))
+    assert len(accepted(second)) == 1 and "Failed publickey" not in second.log()
+
+
+def test_agent_that_has_gone(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale SSH_AUTH_SOCK is no agent."""
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(home / "gone"))
+    run(log_in(sshd.node()))
+
+
+@pytest.fixture
+def user_certificate(make_sshd: Callable[..., Sshd], tmp_path: Path) -> tuple[Sshd, Path, asyncssh.SSHKey]:
+    """A server that takes certificates alone, and a key with one beside it."""
+    CA.write_public_key(tmp_path / "ca.pub")
+    server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub", AuthorizedKeysFile="none")
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    key.write_private_key(tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    key.write_public_key(tmp_path / "key.pub")
+    CA.generate_user_certificate(key, "somebody", principals=[ME]).write_certificate(tmp_path / "key-cert.pub")
+    return server, tmp_path / "key", key
+
+
+def test_user_certificate(user_certificate: Any, home: Path) -> None:
+    """Beside a named key, beside a default one, and as objects."""
+    server, path, key = user_certificate
+    run(log_in(server.node(keys=[path])))
+    run(log_in(server.node(keys=[(key, asyncssh.read_certificate(f"{path}-cert.pub"))])))
+    assert failure_of(server.node(keys=[key]).run("true")).kind == "auth"
+    for name in ("key", "key-cert.pub"):
+        shutil.copy(path.parent / name, home / ".ssh" / name.replace("key", "id_ed25519", 1))
+    run(log_in(server.node()))
+    assert [text.split(" ID ")[1].split(" ")[0] for text in accepted(server)] == ["somebody"] * 3
+    other = asyncssh.read_certificate(f"{path}-cert.pub")
+    CA.generate_user_certificate(key, "nobody", principals=["nobody"]).write_certificate(f"{path}-cert.pub")
+    assert str(failure_of(server.node(keys=[path]).run("true"))).startswith(f"127.0.0.1: auth: login as {ME} refused, after ")
+    assert other.principals == [ME]
+
+
+@pytest.mark.parametrize(("held", "named"), [("key and certificate", False), ("key and certificate", True), ("key alone", True)])
+def test_user_certificate_and_agent(user_certificate: Any, agent: Callable[..., None], held: str, named: bool) -> None:
+    """The agent may hold both, or the key whose certificate lies beside its file."""
+    server, path, _ = user_certificate
+    if held == "key alone":
+        path.with_name("key-cert.pub").rename(path.with_name("aside"))
+    agent(path)
+    if held == "key alone":
+        path.with_name("aside").rename(path.with_name("key-cert.pub"))
+    path.unlink()  # only the agent can sign
+    run(log_in(server.node(keys=[path] if named else None)))
+    assert len(accepted(server)) == 1
+
+
+def test_encrypted_key_in_the_agent(sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path) -> None:
+    """The agent's is used, and nothing is asked."""
+    asyncssh.read_private_key(keys / "encrypted", "secret").write_private_key(tmp_path / "plain")
+    (tmp_path / "plain").chmod(0o600)
+    agent(tmp_path / "plain")
+    assert without_terminal("-k", str(keys / "encrypted"), "-t", sshd.target, "exit 0") == (0, [])
+
+
+def test_passphrase_is_asked_once(make_sshd: Callable[..., Sshd], keys: Path) -> None:
+    """For three hosts."""
+    targets = ",".join(make_sshd().target for _ in range(3))
+    code, seen = typed("-k", str(keys / "encrypted"), "-q", "-f", "{line}", "-t", targets, "echo in", answers=[b"secret\n"])
+    assert (code, seen.decode()) == (0, f"passphrase for key {keys}/encrypted: \n" + "in\n" * 3)
+
+
+def test_passphrase_of_a_default_key(sshd: Sshd, keys: Path, home: Path) -> None:
+    shutil.copy(keys / "encrypted", home / ".ssh" / "id_ed25519")
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    code, seen = typed("-q", "-t", f"{sshd.target},{ME}@localhost:{sshd.port}", "exit 0", answers=[b"wrong\n", b"secret\n"])
+    assert (code, seen.decode()) == (0, f"passphrase for key {home}/.ssh/id_ed25519: \n" * 2)
+
+
+def test_wrong_passphrase(sshd: Sshd, home: Path) -> None:
+    asyncssh.generate_private_key("ssh-rsa").write_private_key(home / "key", "pkcs8-pem", passphrase="secret")
+    code, seen = typed("-k", "key", "-t", sshd.target, "exit 0", answers=[b"one\n", b"two\n", b"\n"])
+    assert (code, seen.decode()) == (2, "passphrase for key key: \n" * 3 + "apssh: key key: wrong passphrase\n")
+
+
+@pytest.mark.parametrize("option", ["-k", "-A"])
+@pytest.mark.parametrize(("answer", "code", "message"), [(b"\x04", 2, "apssh: no answer: {prompt}\n"), (b"\x03", 130, "")],
+                         ids=["end-of-file", "ctrl-c"])
+def test_prompt_that_is_left(sshd: Sshd, keys: Path, option: str, answer: bytes, code: int, message: str) -> None:
+    """Neither hangs nor ends in a traceback."""
+    prompt = "password" if option == "-A" else f"passphrase for key {keys}/encrypted"
+    given = typed(*(["-A"] if option == "-A" else ["-k", str(keys / "encrypted")]), "-t", sshd.target, "exit 0", answers=[answer],
+                  timeout=6)
+    assert (given[0], given[1].decode().replace("^C", "").replace(": \n", ": ")) == (code, f"{prompt}: " + message.format(prompt=prompt))
+
+
+def test_nobody_to_ask(sshd: Sshd, keys: Path, home: Path) -> None:
+    assert without_terminal("-k", str(keys / "encrypted"), "-t", sshd.target, "exit 0") == (
+        2, [f"apssh: no terminal to ask: passphrase for key {keys}/encrypted"])
+    assert without_terminal("-A", "-t", sshd.target, "exit 0") == (2, ["apssh: no terminal to ask: password"])
+    shutil.copy(keys / "encrypted", home / ".ssh" / "id_ed25519")
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    code, said = without_terminal("-t", sshd.target, "exit 0")
+    assert code == 2 and said[0] == f"skipped: no terminal to ask: passphrase for key {home}/.ssh/id_ed25519"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("missing", "key {keys}/missing: no such file or directory"), ("folder", "key {keys}/folder: is a directory"),
+    ("note", "key {keys}/note: not a private key (Invalid private key)"),
+    ("empty", "key {keys}/empty: not a private key (Invalid private key)"),
+    ("id_ed25519.pub", "key {keys}/id_ed25519.pub: not a private key (Invalid private key)"),
+    ("missing.pub", "key {keys}/missing.pub: no such file or directory"),
+])
+def test_named_key_that_is_none(keys: Path, home: Path, capfd: Any, name: str, message: str) -> None:
+    """An error, before anything else is done, though there are default keys."""
+    (home / "keys" / "folder").mkdir(parents=True)
+    (home / "keys" / "note").write_text("-----BEGIN LETTER-----\nDear all\n-----END LETTER-----\n")
+    (home / "keys" / "empty").write_text("")
+    shutil.copy(keys / "id_ed25519.pub", home / "keys")
+    path, message = home / "keys" / name, message.format(keys=home / "keys")
+    assert apssh.main(["-k", str(path), "-t", "127.0.0.1:1", "true"]) == 2
+    assert capfd.readouterr() == ("", f"apssh: {message}\n")
+    with pytest.raises(UsageError) as caught:
+        apssh.load_private_keys([path])
+    assert str(caught.value) == message
+    error = failure_of(SshNode("127.0.0.1", port=1, keys=[path]).run("true"))
+    assert (type(error), str(error)) == (UsageError, message)
+
+
+def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
+    """Stops before connecting, unless told to go on."""
+    (home / ".ssh" / "id_ed25519").unlink()
+    before = sshd.log().count("Connection from")
+    assert apssh.main(["-t", sshd.target, "true"]) == 2
+    assert capfd.readouterr().err == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+    assert sshd.log().count("Connection from") == before
+    assert apssh.main(["-K", "-t", sshd.target, "true"]) == 1
+    assert capfd.readouterr().err.splitlines() == [f"127.0.0.1: auth: login as {ME} refused, after 0 key(s)", "0 ok, 1 not reached or lost",
+                                                   "  auth: 127.0.0.1 (1)"]
+
+
+PASSWORD = f"pass-{os.urandom(6).hex()}"
+
+
+def password_server(*methods: str, prompts: Sequence[tuple[str, bool]] = (("Password: ", False),)) -> type[asyncssh.SSHServer]:
+    """A server that takes the password in these ways; what it was told is in ``told``."""
+    class Server(asyncssh.SSHServer):
+        told: ClassVar[list[tuple[str, str, Any]]] = []
+
+        def password_auth_supported(self) -> bool:
+            return "password" in methods
+
+        def validate_password(self, username: str, password: str) -> bool:
+            self.told.append(("password", username, password))
+            return password == PASSWORD
+
+        def kbdint_auth_supported(self) -> bool:
+            return "keyboard-interactive" in methods
+
+        def get_kbdint_challenge(self, username: str, lang: str, submethods: str) -> Any:
+            return "", "", "", list(prompts)
+
+        def validate_kbdint_response(self, username: str, responses: Sequence[str]) -> Any:
+            self.told.append(("keyboard-interactive", username, list(responses)))
+            return list(responses) == [PASSWORD]
+
+    return Server
+
+
+def secrets_seen() -> list[str]:
+    """The processes that show the password in their arguments or environment."""
+    found = []
+    for file in (*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")):
+        with contextlib.suppress(OSError):
+            if PASSWORD.encode() in file.read_bytes():
+                found.append(str(file))
+    return found
+
+
+@pytest.mark.parametrize("methods", [["password"], ["keyboard-interactive"], ["password", "keyboard-interactive"]], ids="+".join)
+def test_password(keys: Path, methods: list[str]) -> None:
+    """Asked once for all hosts, on the terminal; shown nowhere: not to ps, not in the environment, not under --debug."""
+    server, shown = password_server(*methods), []
+
+    async def process(process: Any) -> None:
+        shown.extend(await asyncio.to_thread(secrets_seen))
+        process.stdout.write(process.command.encode() + b"\n")
+        process.exit(0)
+
+    async def main() -> tuple[int, bytes]:
+        async with contextlib.AsyncExitStack() as stack:
+            ports = [await stack.enter_async_context(ssh_server(keys, server=server, process=process,
+                                                                authorized_client_keys=None)) for _ in range(3)]
+            targets = " ".join(f"me@127.0.0.1:{port}" for port in ports)
+            words = ["-A", "-D", "--no-guard", "-t", targets, "echo in"]
+            return await asyncio.to_thread(typed, *words, answers=[PASSWORD.encode() + b"\n"])
+
+    code, seen = run(main())
+    assert code == 0, seen
+    assert seen.startswith(b"password: \n") and seen.count(b"password: ") == 1
+    assert len(re.findall(rb"(?m)^127\.0\.0\.1:\d+: *echo in$|^127\.0\.0\.1: *echo in$", seen)) == 3, seen
+    assert PASSWORD.encode() not in seen and b"asyncssh" in seen
+    assert server.told == [(methods[-1], "me", [PASSWORD] if "keyboard-interactive" in methods else PASSWORD)] * 3
+    assert shown == []
+
+
+@pytest.mark.parametrize("prompts", [[], [("Code: ", True)], [("Old: ", False), ("New: ", False)], [("Password: ", False)]], ids=len)
+def test_password_goes_to_a_password_prompt_alone(keys: Path, prompts: list[tuple[str, bool]]) -> None:
+    """Not to one whose answer is echoed, and not to several questions; and each is answered once."""
+    server = password_server("keyboard-interactive", prompts=prompts)
+    node_options = {"username": "me", "keys": [keys / "other"], "password": "wrong", "timeout": 5}
+
+    async def main() -> None:
+        async with ssh_server(keys, server=server) as port:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, **node_options).run("true")
+            words = " and the password" if prompts == [("Password: ", False)] else ""
+            assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key(s){words}"
+
+    run(main())
+    assert server.told == ([("keyboard-interactive", "me", [])] if not prompts else [("keyboard-interactive", "me",
+                                                                                      ["wrong"])] if len(prompts) == 1
+                           and not prompts[0][1] else [])
+
+
+def test_wrong_password(keys: Path, caplog: Any) -> None:
+    """The error tells what was tried, not what it was."""
+    server = password_server("password", "keyboard-interactive")
+    secret = PASSWORD + "x"
+
+    async def main() -> ConnectionFailedError:
+        async with ssh_server(keys, server=server) as port:
+            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=secret, debug=True, verbose=True)
+            assert secret not in repr(node) + str(node)
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert secret not in repr(node)
+            return caught.value
+
+    with caplog.at_level("DEBUG", "asyncssh"):
+        error = run(main())
+    assert str(error) == "127.0.0.1: auth: login as me refused, after 1 key(s) and the password"
+    assert server.told == [("keyboard-interactive", "me", [secret]), ("password", "me", secret)]
+    assert secret not in repr(error) + str(vars(error)) + caplog.text
+
+
+def test_no_password_for_those_that_take_the_key(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    """The key goes first; and a host that takes passwords alone says so."""
+    server = make_sshd(PubkeyAuthentication="no", PasswordAuthentication="no", KbdInteractiveAuthentication="no",
+                       AuthenticationMethods="any")
+    run(log_in(sshd.node(password="unused")))
+    assert accepted(sshd) and "password" not in sshd.log()
+    assert failure_of(server.node(password="unused").run("true")).kind == "auth"
+
+
+@pytest.fixture
+def account(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, make_sshd: Callable[..., Sshd]) -> tuple[Sshd, str]:
+    """A real sshd without PAM, that knows one more user with a password: in files that it alone sees in the place of the system's."""
+    if os.getuid() or not all(map(shutil.which, ("unshare", "mount", "openssl"))):
+        pytest.skip("a user with a password needs root, unshare and openssl")
+    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
+    hashed_password = subprocess.run(["openssl", "passwd", "-6", "-stdin"], input=PASSWORD, capture_output=True, text=True,
+                                     check=True).stdout.strip()
+    for name, line in (("passwd", "apsshtest:x:64999:64999::/:/bin/sh"), ("shadow", f"apsshtest:{hashed_password}:19000:0:99999:7:::")):
+        (tmp_path / name).write_text(f"{Path('/etc', name).read_text()}{line}\n")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    mounts = " && ".join(f"mount --bind {shlex.quote(str(tmp_path / name))} /etc/{name}" for name in ("passwd", "shadow"))
+    if subprocess.run(["unshare", "-m", "sh", "-c", mounts], capture_output=True, check=False).returncode:
+        pytest.skip("no private mounts can be had here")
+    (folder / "sshd").write_text(f'#!/bin/sh\nexec unshare -m sh -c \'{mounts} && exec "$@"\' sh {program} "$@"\n')
+    (folder / "sshd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return make_sshd(PasswordAuthentication="yes", ForceCommand="none", SetEnv="A=B"), "apsshtest"
+
+
+def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
+    server, user = account
+    target = f"{user}@127.0.0.1:{server.port}"
+    assert typed("-A", "-t", target, "id -un", answers=[PASSWORD.encode() + b"\n"]) == (0, b"password: \n127.0.0.1:apsshtest\n")
+    assert "Accepted password for apsshtest" in server.log()
+    code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
+    assert (code, seen) == (1, b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key(s) and the password\n")
+
+
+@contextlib.asynccontextmanager
+async def many_hosts(keys: Path, hosts: Sequence[str]) -> AsyncIterator[tuple[int, asyncssh.SSHKey]]:
+    """One server on many loopback addresses, the same port on each."""
+    async def echo(process: Any) -> None:
+        process.exit(0)
+
+    key, port = asyncssh.generate_private_key("ssh-ed25519"), free_port()
+    server = await asyncssh.create_server(asyncssh.SSHServer, hosts, port, server_host_keys=[key], process_factory=echo, backlog=500,
+                                          authorized_client_keys=str(keys / "id_ed25519.pub"))
+    try:
+        yield port, key
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hashes", ["no", "yes"])
+def test_hundreds_of_first_contacts(keys: Path, home: Path, hashes: str) -> None:
+    """200 at once, from two programs: a line each, well-formed, which ssh-keygen finds."""
+    hosts = [f"127.0.{x}.{y}" for x in range(1, 5) for y in range(1, 51)]
+    (home / "config").write_text(f"Host *\n HashKnownHosts {hashes}\n")
+
+    async def main() -> tuple[int, asyncssh.SSHKey]:
+        async with many_hosts(keys, hosts) as (port, key):
+            words = ["-F", "config", "--no-guard", "-q", "-p", str(port), "-l", "me", "-t", ",".join(hosts), "true"]
+            assert await asyncio.gather(*(asyncio.to_thread(without_terminal, *words) for _ in range(2))) == [(0, [])] * 2
+            return port, key
+
+    port, key = run(main(), 240)
+    lines = (home / ".ssh" / "known_hosts").read_text().splitlines()
+    assert len(lines) == 200 and all(re.fullmatch(rf"[^ ]+ {re.escape(public(key))}", line) for line in lines)
+    for host in hosts:
+        found = subprocess.run(["ssh-keygen", "-F", f"[{host}]:{port}", "-f", str(home / ".ssh" / "known_hosts")], capture_output=True,
+                               text=True, check=True)
+        assert len(found.stdout.splitlines()) == 2  # a comment, and the line
+
+
+@pytest.mark.slow
+def test_large_known_hosts(keys: Path, home: Path) -> None:
+    """10,000 hashed lines: a run of 100 hosts costs less than 2 s of CPU."""
+    hosts = [f"127.0.1.{number}" for number in range(1, 101)]
+
+    async def main() -> float:
+        async with many_hosts(keys, hosts) as (port, key):
+            names = [f"[{host}]:{port}" for host in hosts] + [f"box{number}.example.org" for number in range(9900)]
+            (home / ".ssh" / "known_hosts").write_text("".join(f"{hashed(name)} {public(key)}\n" for name in names))
+            code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+            words = ["--host-keys", "yes", "--no-guard", "-F", "none", "-p", str(port), "-l", "me", "-t", ",".join(hosts), "true"]
+            process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+            _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.stderr
+            with process.stderr as said:
+                assert (process.returncode, said.read().decode()) == (0, "100 ok\n")
+            return float(usage.ru_utime + usage.ru_stime)
+
+    assert run(main(), 120) < 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1131,7 +2117,7 @@ def login_of(server: Sshd, since: int) -> str:
     return str(line)
 
 
-def fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     return subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True).stdout.split()[1]
 
 
@@ -1144,8 +2130,8 @@ def test_identities_only(program: Program, more: list[str], make_sshd: Callable[
     config(aliases(server, "box", more="IdentitiesOnly yes\n" + "".join(f" IdentityFile {keys}/{name}\n" for name in [*more, "ecdsa"])))
     done = program("-t", "box", "-q", "true")
     assert done == (0, "", [])
-    assert f"ECDSA {fingerprint(keys / 'ecdsa.pub')}" in server.log()
-    assert fingerprint(keys / "rsa.pub") not in server.log()
+    assert f"ECDSA {file_fingerprint(keys / 'ecdsa.pub')}" in server.log()
+    assert file_fingerprint(keys / "rsa.pub") not in server.log()
 
 
 def test_identities_only_means_the_default_files(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path,
@@ -1154,7 +2140,7 @@ def test_identities_only_means_the_default_files(program: Program, sshd: Sshd, a
     config(aliases(sshd, "box", more="IdentitiesOnly yes"))
     since = len(sshd.log())
     assert program("-t", "box", "-q", "true")[0] == 0
-    assert login_of(sshd, since) == f"ED25519 {fingerprint(keys / 'id_ed25519.pub')}"
+    assert login_of(sshd, since) == f"ED25519 {file_fingerprint(keys / 'id_ed25519.pub')}"
 
 
 def test_identity_file_with_its_key_in_the_agent(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
@@ -1165,7 +2151,7 @@ def test_identity_file_with_its_key_in_the_agent(program: Program, sshd: Sshd, a
     config(aliases(sshd, "box", more="IdentityFile ~/.ssh/work.pub\n IdentitiesOnly yes"))
     since = len(sshd.log())
     assert program("-t", "box", "-q", "true")[0] == 0
-    assert login_of(sshd, since) == f"ECDSA {fingerprint(keys / 'ecdsa.pub')}"
+    assert login_of(sshd, since) == f"ECDSA {file_fingerprint(keys / 'ecdsa.pub')}"
 
 
 @pytest.mark.parametrize("setting", ["IdentityAgent {path}", "IdentityAgent $APSSH_TEST_AGENT", "IdentityFile {keys}/rsa"],
@@ -1184,7 +2170,7 @@ def test_only_key_is_of_the_config(program: Program, setting: str, sshd: Sshd, a
     since = len(sshd.log())
     done = program("-t", "box", "-q", "true")
     assert done == (0, "", [])
-    assert login_of(sshd, since) == f"RSA {fingerprint(keys / 'rsa.pub')}"
+    assert login_of(sshd, since) == f"RSA {file_fingerprint(keys / 'rsa.pub')}"
 
 
 @pytest.mark.parametrize(("setting", "code"), [
@@ -1200,8 +2186,8 @@ def test_none_of_the_keys(program: Program, setting: str, code: int, sshd: Sshd,
     since = len(sshd.log())
     assert program("-t", "box", "-q", "true")[0] == code
     if not code:
-        assert login_of(sshd, since) == f"ECDSA {fingerprint(keys / 'ecdsa.pub')}"
-    assert (fingerprint(keys / "other.pub") in sshd.log()[since:]) == ("Agent" in setting)
+        assert login_of(sshd, since) == f"ECDSA {file_fingerprint(keys / 'ecdsa.pub')}"
+    assert (file_fingerprint(keys / "other.pub") in sshd.log()[since:]) == ("Agent" in setting)
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["file", "agent"])
@@ -1222,7 +2208,7 @@ def test_certificate_file(program: Program, held: bool, make_sshd: Callable[...,
                    f" CertificateFile {home}/%r.cert"))
     done = program("-t", "box", "-q", "true")
     assert done == (0, "", [])
-    assert f"ED25519-CERT {fingerprint(keys / 'other.pub')}" in login_of(server, 0)
+    assert f"ED25519-CERT {file_fingerprint(keys / 'other.pub')}" in login_of(server, 0)
 
 
 def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
