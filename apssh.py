@@ -5308,6 +5308,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
+    for word in options.target if options.verbose else ():
+        if found := _find(word):
+            _screen.say(f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets")
     return _parse_targets(options.target, exclude=options.exclude, login=options.login, gateway=options.gateway, port=options.port,
                           stdin=lambda: sys.stdin.read(), last=_load_last)
 
@@ -5394,6 +5397,7 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             results.append(result)
             for view in (progress, *views):
                 view.done(result)
+            result.stdout_bytes = result.stderr_bytes = b""  # the views have what they need of it
             if result.error and result.kind not in ("status", "signal") and result.error != "interrupted" and not json_lines:
                 _screen.say(_paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31"))
 

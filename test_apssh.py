@@ -5588,6 +5588,28 @@ def test_json(sshd: Sshd) -> None:
     assert (done.returncode, good["stdout"], good["status"], bad["kind"], bad["error"]) == (1, "x\n", 0, "refused", f"nothing listens on port {port}")
 
 
+def test_targets_from_a_file_are_told(home: Path, capfd: Any) -> None:
+    Path("web").write_text("a\n")
+    assert apssh.main(["-t", "web", "-v", "-L"]) == 0
+    assert capfd.readouterr() == ("a\n", "apssh: web is a file here: what it holds are the targets\n")
+
+
+@pytest.mark.parametrize(("argv", "environment", "coloured"), [
+    ([], {}, True), (["--color", "never"], {}, False), ([], {"NO_COLOR": "1"}, False), (["--color", "always"], {"NO_COLOR": "1"}, True)])
+def test_colour(argv: list[str], environment: dict[str, str], coloured: bool, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    _, seen = on_terminal("-F", "none", "-t", sshd.target, *argv, "false")
+    assert (b"\x1b[31m0 ok, 1 failed\x1b[0m" in seen) == coloured
+
+
+def test_gather_of_many_hosts_needs_little_memory() -> None:
+    view = apssh._Gather(diff=False)
+    for number in range(2000):
+        view.done(result_of(f"node{number}", b"x" * 100_000))
+    assert sum(len(out) for _, out, _ in view._groups) == 100_000
+
+
 def test_last_run_again(sshd: Sshd) -> None:
     port = free_port()
     assert cli("-F", "none", "-t", f"{sshd.target},127.0.0.1:{port}", "true").returncode == 1
@@ -5713,6 +5735,68 @@ def test_options_of_the_readme() -> None:
     documented = {option for row in readme_table("Options") for option in re.findall(r"--?[a-zA-Z0-9-]+", row)}
     parsers = [apssh.build_parser(), apssh.build_push_parser(), apssh.build_pull_parser()]
     assert documented == {option for parser in parsers for option in parser._option_string_actions}
+
+
+def readme_blocks(language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (MODULE.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in blocks if name == language]
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_quick_scripts_of_the_readme(number: int, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each at most eight lines; whatever host they name is the test's server."""
+    script = [block for block in readme_blocks("python") if "Scheduler" not in block][number]
+    assert len(script.splitlines()) <= 8
+    original = apssh._Route.create_connection
+
+    async def here(self: Any, factory: Any, host: str, port: int) -> Any:
+        return await original(self, factory, "127.0.0.1", sshd.port)
+
+    monkeypatch.setattr(apssh._Route, "create_connection", here)
+    monkeypatch.setenv("APSSH_HOST_KEYS", "no")
+    (home / "hosts.txt").write_text("node1 node2\n")
+    (home / "hosts").write_text("127.0.0.1 me\n")
+    (home / "resolv.conf").write_text("")
+    (sshd.home / "etc").mkdir()
+    (sshd.home / "syslog").write_text("a line\n")
+    script = script.replace('login="root"', f"login={ME!r}").replace('"/etc/"', '"etc/"').replace("/var/log/syslog", "syslog")
+    names: dict[str, Any] = {}
+    exec(compile(script, "README.md", "exec"), names)
+    assert number != 1 or names["broken"] == ["node1", "node2"]
+    assert number != 2 or (home / "logs-node3").read_text() == "a line\n"
+    assert number != 3 or names["unhealthy"] == {}
+
+
+def test_example_of_the_readme() -> None:
+    (script,) = (block for block in readme_blocks("python") if "Scheduler" in block)
+    shown = (MODULE.parent / "README.md").read_text().split(script)[1].split("```")[2].strip()
+    done = subprocess.run([sys.executable, "-c", script], cwd=MODULE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == shown
+
+
+def test_shell_of_the_readme(tmp_path: Path) -> None:
+    """The ten lines of shell, with the output that they show."""
+    (session,) = (block for block in readme_blocks("") if "--demo 3 -b" in block)
+    for name in MAINS:
+        (tmp_path / name).write_text(f"#!/bin/sh\nexec {sys.executable} {MODULE} \"$@\"\n")
+        (tmp_path / name).chmod(0o755)
+    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE)
+    assert len(shown) >= 6
+    for command, output in shown:
+        if "jq" in command and not shutil.which("jq"):
+            continue
+        done = subprocess.run(["/bin/bash", "-c", f"({command}) 2>&1"], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+                              capture_output=True, text=True, check=False)
+        assert done.stdout == (output.replace("root@", f"{ME}@") if "{user}" in command else output), command
+
+
+def test_json_of_the_readme() -> None:
+    if not shutil.which("jq"):
+        pytest.skip("needs jq")
+    lines = [{"host": "a", "kind": None, "error": None, "stdout": " 95%\n"}, {"host": "b", "kind": "dns", "error": "unknown host name", "stdout": "12%"}]
+    filters = re.findall(r"jq -r '(select.*?@tsv|\[\.host.*?@tsv)'", "".join(readme_blocks("sh")))
+    shown = [subprocess.run(["jq", "-r", each], input="\n".join(map(json.dumps, lines)), capture_output=True, text=True, check=True).stdout for each in filters]
+    assert shown == ["b\tdns\tunknown host name\n", "a\t95\n"]
 
 
 @pytest.mark.parametrize("width", [80, 132])
