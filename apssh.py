@@ -5198,7 +5198,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     add("-L", "--list-targets", action="store_true", help="show the targets and stop")
     add("-n", "--dry-run", action="store_true", help="show what would be done, connect to nothing, and stop")
     add("--demo", type=_number(int, 1, "a number of hosts"), metavar="N",
-        help="N throw-away hosts inside this process, in place of targets")
+        help="N throw-away hosts inside this process, in place of targets (or of a scenario's hosts)")
     group = parser.add_argument_group("connecting")
     add = group.add_argument
     add("-w", "--window", type=_window, default=0, metavar="N", help="at most N hosts at once (default 0: no limit)")
@@ -5465,9 +5465,9 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end with the loop."""
-    if options.target or options.command or options.demo:
-        raise UsageError("--scenario brings its own hosts and commands: leave -t, --demo and the command out")
-    _, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(_assignments("--set", options.set))
+    if options.target or options.command:
+        raise UsageError("--scenario brings its own hosts and commands: leave -t and the command out")
+    nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(_assignments("--set", options.set))
     names = {id(job): name for name, job in jobs.items()}
     if options.dry_run:
         for job in scheduler.topological_order():
@@ -5476,9 +5476,17 @@ async def _run_scenario(options: argparse.Namespace) -> int:
             for command in job.commands:
                 _screen.write(f"    {escape(command._line() or '(hidden)')}\n".encode("utf-8", "surrogateescape"))
         return 0
-    with contextlib.suppress(Exception):  # a critical job's: it is told below
-        await scheduler.co_run()
-    await co_close_ssh_in_scheduler(scheduler)
+    hosts = [node for node in nodes.values() if isinstance(node, SshNode)]
+    async with contextlib.AsyncExitStack() as stack:
+        if options.demo:
+            if options.demo < len(hosts):
+                raise UsageError(f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}")
+            for node, other in zip(hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False):
+                node._address, node.port, node.username = other._address, other.port, other.username
+                node.keys, node.known_hosts = other.keys, other.known_hosts
+        with contextlib.suppress(Exception):  # a critical job's: it is told below
+            await scheduler.co_run()
+        await co_close_ssh_in_scheduler(scheduler)
     states: dict[str, list[str]] = {}
     for name, job in jobs.items():
         state, error = _job_state(job)

@@ -1556,7 +1556,8 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             (home / ".ssh" / "known_hosts").write_text("".join(f"{hashed(name)} {public(key)}\n" for name in names))
             code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
             words = ["--host-keys", "yes", "--no-guard", "-F", "none", "-p", str(port), "-l", "me", "-t", ",".join(hosts), "true"]
-            process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE)
+            plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # measuring costs twice
+            process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, env=plain)
             _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             assert process.stderr
@@ -1564,7 +1565,8 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
                 assert (process.returncode, said.read().decode()) == (0, "100 ok\n")
             return float(usage.ru_utime + usage.ru_stime)
 
-    assert run(main(), 120) < 2
+    seconds = run(main(), 120)
+    assert seconds < 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5507,7 +5509,7 @@ def test_demo_size(count: int) -> None:
     (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"), (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
     (["-t", "gone/targets", "x"], "gone/targets: no such file"), (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
     (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"), (["-g", "gw", "-t", "gw", "x"], "gw: gw->gw passes a host twice; None->HOST has no gateway"),
-    (["--scenario", "s.yaml", "-t", "h"], "--scenario brings its own hosts and commands: leave -t, --demo and the command out"),
+    (["--scenario", "s.yaml", "-t", "h"], "--scenario brings its own hosts and commands: leave -t and the command out"),
     (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"), (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
 ])
 def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> None:
@@ -5723,6 +5725,46 @@ def test_scenario_program(home: Path, capfd: Any) -> None:
     out, err = capfd.readouterr()
     assert out.splitlines()[0] == "LOCALNODE:given"
     assert err == "b: LOCALNODE: status: ended with status 3: exit 3\n1 ok, 1 failed, 1 never ran\n"
+
+
+EXAMPLES = MODULE.parent / "examples"
+
+
+def example_run(*argv: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(MODULE.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, "-W", "error", *argv], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False)
+
+
+LOSSES = ["at 1 Mbit/s: 1 % lost", "at 6 Mbit/s: 6 % lost", "at 24 Mbit/s: 8 % lost", "at 54 Mbit/s: 34 % lost"]
+
+
+def test_example_of_two_nodes(home: Path) -> None:
+    done = example_run(str(EXAMPLES / "two_nodes.py"), "--demo", "--out", "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES and "the gateway is there: " in done.stdout
+    assert sorted(path.name for path in Path("out").iterdir()) == ["rate-1", "rate-24", "rate-54", "rate-6", "run.json", "run.svg", "topology.dot"]
+    record = json.loads(Path("out/run.json").read_text())
+    assert {job["state"] for job in record["jobs"] if not job["forever"]} == {"ok"} and [node["gateway"] for node in record["nodes"]].count(None) == 2
+
+
+def test_example_of_a_scenario(home: Path) -> None:
+    scenario = str(EXAMPLES / "two_nodes.yaml.j2")
+    shown = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "-n")
+    assert shown.returncode == 0 and "<SshNode root@node1 through <SshNode root@gw>> after address" in shown.stdout and "{{address}}" in shown.stdout
+    done = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "3")
+    assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
+    assert (done.returncode, done.stderr) == (0, "9 ok, 1 cancelled\n")
+    few = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "2")
+    assert (few.returncode, few.stderr) == (2, "apssh: --demo 2: the scenario has 3 hosts\n")
+
+
+def test_example_of_a_sweep(home: Path) -> None:
+    sweep = [str(EXAMPLES / "sweep.py"), "--demo"]
+    first = example_run(*sweep, "--fail", "24-2")
+    assert first.returncode == 1 and first.stdout.splitlines()[3] == "24-2: failed {'demo1': '48', 'demo2': '48'}"
+    again = example_run(*sweep)
+    assert again.returncode == 0
+    assert [line for line in again.stdout.splitlines() if "done before" not in line] == ["24-2: ok {'demo1': '48', 'demo2': '48'}"]
 
 
 def readme_table(heading: str) -> list[str]:
