@@ -1709,6 +1709,7 @@ class _Link:
         self.sessions = 0
         self.limit = SESSIONS_PER_CONNECTION
         self.forwards = False  # leads to other nodes
+        self.reserved = False  # for one session that must be alone
 
     @property
     def alive(self) -> bool:
@@ -2061,7 +2062,7 @@ class SshNode(_Node):
         ``alone``: with nothing else on it, so that it can be cut.
         """
         live = self._here()
-        while not (link := next((link for link in live.links if link.alive and (
+        while not (link := next((link for link in live.links if link.alive and not link.reserved and (
                 not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
             alive = sum(link.alive for link in live.links)
             if alive < live.max_links or live.opening:
@@ -2074,10 +2075,12 @@ class SshNode(_Node):
             else:
                 await live.freed()
         link.sessions += 1
+        link.reserved = alone
         try:
             yield link
         finally:
             link.sessions -= 1
+            link.reserved = False
             live.wake()
 
     async def _connect(self) -> _Link:
@@ -2239,7 +2242,7 @@ class SshNode(_Node):
                     if session.chan and not session.ended.done():
                         session.abort()
                         await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
-                        if self.guard and not session.guarded and link.sessions == 1 and not link.forwards:
+                        if link.reserved and not link.forwards:
                             link.drop()  # its stdin being data, the guard over there waits for the end of the connection
                         step.may_run = not session.ended.done() or not self.guard
                 if session.error:
@@ -2265,6 +2268,8 @@ class SshNode(_Node):
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             opening.add_done_callback(lambda task: session.abort() if not task.cancelled() and not task.exception() else None)
             raise
+        except AttributeError as exc:  # asyncssh's, when the connection goes while the channel opens
+            raise asyncssh.ConnectionLost(str(exc)) from None
 
     async def _open_sftp(self, live: _Live) -> None:
         """An SFTP session takes one of the connection's sessions, for as long as the connection lives."""
@@ -3486,6 +3491,8 @@ class _CopyCommand(AbstractCommand):
                 await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, many)
         except TimeoutError:
             raise CommandFailedError(f"no end within {self.timeout:g} s: {self._line()}", host=node.hostname, kind="timeout") from None
+        except _LOST as exc:
+            raise ConnectionFailedError(f"connection lost during {escape(self._text())}", host=node.hostname, command=self._text()) from exc
         except (asyncssh.SFTPError, OSError) as exc:
             raise TransferError(f"{escape(destination)}: {_reason(exc)}", host=node.hostname) from None
         return 0

@@ -2318,6 +2318,41 @@ def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("options", [{"stdin": True}, {"pty": True}], ids=["stdin", "pty"])
+def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
+    monkeypatch.setenv("TERM", "dumb")
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"data\n"
+            await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            other = asyncio.create_task(node.run("sleep 3"))
+            step = Run(f"sleep {token} & sleep {token}", timeout=1, **({"stdin": endless()} if "stdin" in options else options))
+            with pytest.raises(CommandFailedError):
+                await step._run(node, apssh.StepRecord())
+            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+            assert await other == 0  # what runs on other connections of the node is not disturbed
+
+    run(main())
+
+
+def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
+    token = f"90{os.getpid()}"
+
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
+            for _ in range(5):
+                with pytest.raises(CommandFailedError):
+                    await node.run(f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3)
+            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+    run(main())
+
+
 def test_what_left_its_group_lives(sshd: Sshd) -> None:
     token = f"98{os.getpid()}"
 
@@ -2465,6 +2500,26 @@ def test_gateway_that_fails(sshd: Sshd) -> None:
         assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
         assert behind.gateway
         await behind.gateway.close()
+
+    run(main())
+
+
+def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
+    """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
+    server, inner = make_sshd(), make_sshd()
+
+    async def main() -> None:
+        gateway = server.node()
+        nodes = [inner.node(gateway=gateway) for _ in range(50)]
+        tasks = [asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes]
+        await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
+        (child,) = (int(each) for each in Path(f"/proc/{server._process.pid}/task/{server._process.pid}/children").read_text().split())
+        os.kill(child, signal.SIGKILL)
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert {type(each) for each in ended} == {ConnectionFailedError} and {each.kind for each in ended} == {"lost"}
+        assert await nodes[0].run("true") == 0
+        await asyncio.gather(*(node.close() for node in nodes))
+        await gateway.close()
 
     run(main())
 
