@@ -6,7 +6,7 @@
     appull [options] @:remote ... local        copy files from every target
 
     apssh -t root@node[01-20] uptime           twenty hosts, one prefixed line each
-    apssh -t gw.example.org->node1 -b df -h /  through a gateway; equal outputs shown once
+    apssh -t 'gw.example.org->node1' df -h /  through a gateway
     apssh --demo 3 'echo hello; id -un'        three throw-away hosts inside this process
 
 In Python, a node reaches a host, a step is one command, a job is a list of steps that an asynciojobs Scheduler runs:
@@ -186,24 +186,25 @@ class ScenarioError(UsageError):
 # text: names, ranges and folding, control characters: pure functions
 # ---------------------------------------------------------------------------------------------------------------
 
+# patterns are texts, for re to compile when they are first used: at import they would cost a tenth of it
 _CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # C0, C1, line ends, bidi, surrogates
-_NOT_SHOWN = re.compile(f"[{_CONTROLS}]")
-_NOT_SHOWN_OUTPUT = re.compile(r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]")
+_NOT_SHOWN = f"[{_CONTROLS}]"
+_NOT_SHOWN_OUTPUT = r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]"
 _PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
-_NOT_IN_FILE_NAME = re.compile(rf"^[-.]|[\t/~{_CONTROLS}]")
+_NOT_IN_FILE_NAME = rf"^[-.]|[\t/~{_CONTROLS}]"
 
 
 def escape(text: str) -> str:
     r"""The text on one line, with no power over a terminal: control characters but tab, line separators and bidi
     overrides are shown as ``\n``, ``\x1b``, ``\u202e``; bytes that were not UTF-8 (surrogateescape) as ``\xff``."""
-    return _NOT_SHOWN.sub(_visible, text)
+    return re.sub(_NOT_SHOWN, _visible, text)
 
 
 def _escape_bytes(data: bytes) -> bytes:
     """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and UTF-8 text pass."""
     if not data.translate(None, _PLAIN_BYTES):  # ten times faster than a search, and true of most output
         return data
-    return _NOT_SHOWN_OUTPUT.sub(_visible, data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    return re.sub(_NOT_SHOWN_OUTPUT, _visible, data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
 def _visible(match: re.Match[str]) -> str:
@@ -287,7 +288,7 @@ def _file_name(endpoint: Endpoint, form: str) -> str:
     user, host, port = endpoint
     text = _endpoint_text(host if "domain" in form else _short_name(host),
                           user if "user" in form else None, port if "port" in form else None)
-    name = _NOT_IN_FILE_NAME.sub("_", text or "_").encode()[:200].decode("utf-8", "ignore")
+    name = re.sub(_NOT_IN_FILE_NAME, "_", text or "_").encode()[:200].decode("utf-8", "ignore")
     return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name  # these are names of -m and -o themselves
 
 
@@ -309,16 +310,16 @@ def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
     return [names[endpoint] for endpoint in endpoints]
 
 
-_HOST = re.compile(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.-]+)?")
+_HOST = r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.-]+)?"
 
 
 def _is_host(text: str) -> bool:
     with contextlib.suppress(ValueError):
-        return len(text) < 254 and bool(_HOST.fullmatch(text) and (":" not in text or ipaddress.IPv6Address(text)))
+        return len(text) < 254 and bool(re.fullmatch(_HOST, text) and (":" not in text or ipaddress.IPv6Address(text)))
     return False
 
 
-_USER = re.compile(rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}]+(?<!\\)")  # what OpenSSH takes since 9.6
+_USER = rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}]+(?<!\\)"  # what OpenSSH takes since 9.6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -344,7 +345,7 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     for wrong, problem in (
         (not host, "a host is missing"),
         (not _is_host(host), f"'{_brief(host)}' is not a host name or an address"),
-        (name is not None and not _USER.fullmatch(name), f"'{_brief(name or '')}' is not a user name"),
+        (name is not None and not re.fullmatch(_USER, name), f"'{_brief(name or '')}' is not a user name"),
         (port is not None and not 0 < port < 65536, "a port is a number from 1 to 65535"),
     ):
         if wrong:
@@ -493,7 +494,7 @@ class _HeldSink:
         return b"".join(self.pieces[EXTENDED_DATA_STDERR])
 
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = r"\{(\w+)\}"
 _FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
 
 
@@ -516,7 +517,7 @@ class Formatter:
         self._verbose_hosts: set[str] = set()
         self._names: dict[Endpoint, str] = {}
         self._parts: dict[Endpoint, tuple[list[str | None], bool]] = {}
-        for field in _FIELD.findall(self.custom_format):
+        for field in re.findall(_FIELD, self.custom_format):
             if field not in _FIELDS:
                 raise UsageError(f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
                                  + " ".join(f"{{{name}}}" for name in _FIELDS))
@@ -622,7 +623,7 @@ class Formatter:
         width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
         fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
         values = {"host": name.ljust(width), "fqdn": fqdn.ljust(fqdn_width), "user": f"{user}@" if user else "", "nl": "\n"}
-        pieces = _FIELD.split(self.custom_format)
+        pieces = re.split(_FIELD, self.custom_format)
         timed = any("%" in literal for literal in pieces[::2]) or "time" in pieces[1::2]
         parts: list[str | None] = [""]
         for index, piece in enumerate(pieces):
@@ -3160,7 +3161,7 @@ class Deferred:
     As a string (in graphs and listings) a name with no value yet shows as it is. Values are never read as templates.
     """
 
-    _PLAIN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}", re.ASCII)
+    _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
 
     def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
         self.template, self.variables = template, variables
@@ -3169,13 +3170,13 @@ class Deferred:
         return f"Deferred({self.template!r})"
 
     def __str__(self) -> str:
-        return self._PLAIN.sub(lambda match: str(self.variables.get(match[1], match[0])), self.template)
+        return re.sub(self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template)
 
     def render(self) -> str:
         """The text. Raises UndefinedVariableError naming what has no value, UsageError for an expression that Jinja2 refuses."""
-        if re.search(r"\{\{|\{%|\{#", self._PLAIN.sub("", self.template)):
+        if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
             return self._render_jinja()
-        if missing := [name for name in self._PLAIN.findall(self.template) if name not in self.variables]:
+        if missing := [name for name in re.findall(self._PLAIN, self.template) if name not in self.variables]:
             raise UndefinedVariableError(f"no value yet for {', '.join(missing)} in {escape(self.template)}")
         return str(self)
 
@@ -4817,9 +4818,9 @@ _COPY_OPTIONS = ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
 
 def _expand_path(path: str, node: SshNode) -> str:
     """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else."""
-    values = {"host": node.formatter._name(node._endpoint), "fqdn": _NOT_IN_FILE_NAME.sub("_", node.hostname),
-              "user": _NOT_IN_FILE_NAME.sub("_", node.username)}
-    return _FIELD.sub(lambda match: values.get(match[1], match[0]), path)
+    values = {"host": node.formatter._name(node._endpoint), "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
+              "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username)}
+    return re.sub(_FIELD, lambda match: values.get(match[1], match[0]), path)
 
 
 class _Destinations:
@@ -4831,7 +4832,7 @@ class _Destinations:
     def check(self, nodes: Sequence[SshNode]) -> None:
         """Raises UsageError before anything is copied."""
         places: dict[str, SshNode] = {}
-        made = self._localpath.endswith("/") and _FIELD.search(self._localpath)  # a folder for each host
+        made = self._localpath.endswith("/") and re.search(_FIELD, self._localpath)  # a folder for each host
         for node in nodes:
             place = os.path.realpath(shown := _expand_path(self._localpath, node))
             into = os.path.isdir(place) or shown.endswith("/")

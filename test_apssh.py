@@ -277,6 +277,10 @@ def make_sshd(tmp_path: Path, keys: Path) -> Iterator[Callable[..., Sshd]]:
         server.stop()
 
 
+def box(number: int = 0, **options: Any) -> SshNode:
+    return SshNode(TESTBED[number], **{"keys": [os.environ["TESTBED_KEY"]], "formatter": apssh.RawFormatter()} | options)
+
+
 @contextlib.asynccontextmanager
 async def raw_server(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> AsyncIterator[int]:
     """A TCP server that does what ``talk`` says, to stand for what OpenSSH will not do."""
@@ -4096,6 +4100,57 @@ def test_critical_failure_ends_commands_elsewhere(sshd: Sshd) -> None:
     apssh.close_ssh_in_scheduler(scheduler)
 
 
+@on_testbed
+@pytest.mark.parametrize("login", ["root", "tester"])
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_on_real_hosts(login: str, hops: int, home: Path, capfd: Any) -> None:
+    """Everything a job can do, through gateways: one connection each; none after the close; nothing left in the remote home."""
+    (home / "go.sh").write_text('#!/bin/bash\n. "$(dirname "$BASH_SOURCE")/lib.sh"; say "$@"\n')
+    (home / "lib.sh").write_text('say() { echo "$(id -un) says $*"; }\n')
+    (home / "data").write_bytes(bytes(range(256)) * 4000)
+    gateway: SshNode | None = None
+    for number in range(hops - 1):
+        gateway = box(number % 3, username=login, gateway=gateway)
+    nodes = [box((hops - 1 + number) % 3, username=login, gateway=gateway) for number in range(2)]
+    found, scheduler = Variables(), Scheduler()
+    for number, node in enumerate(nodes):
+        SshJob(node, scheduler=scheduler, commands=[
+            Run("uname -s", capture=Capture(f"kernel{number}", found)), RunScript("go.sh", "script", 1, includes=["lib.sh"]),
+            RunString("#!/bin/bash\necho string $1", number), Push("data", f"data{number}"), Run(f"cmp data{number} data{number}; chmod 640 data{number}"),
+            Pull(f"data{number}", f"back{number}"), Run(f"rm data{number}; ls -A .apssh-remote", capture=Capture(f"left{number}", found))])
+    local = lambda: sum(f" {socket.inet_aton(host)[::-1].hex().upper()}:0016 01" in Path("/proc/net/tcp").read_text() for host in TESTBED)  # noqa: E731
+    assert scheduler.run()
+    assert local() == (1 if gateway else 2)
+    apssh.close_ssh_in_scheduler(scheduler)
+    eventually(lambda: local() == 0)
+    assert found == {"kernel0": "Linux", "kernel1": "Linux", "left0": "", "left1": ""}
+    assert sorted(capfd.readouterr().out.splitlines()) == sorted([f"{login} says script 1"] * 2 + ["string 0", "string 1"])
+    for number in range(2):
+        back = home / f"back{number}"
+        assert back.read_bytes() == (home / "data").read_bytes() and stat.S_IMODE(back.stat().st_mode) == 0o640
+
+
+@on_testbed
+@pytest.mark.parametrize("login", ["root", "tester"])
+def test_endings_on_real_hosts(login: str) -> None:
+    token = f"89{os.getpid()}"
+
+    async def main() -> None:
+        async with box(0, username=login) as node, box(0, username="root") as other:
+            for step in (Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=1), RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2)):
+                with pytest.raises(CommandFailedError):
+                    await step.co_run_remote(node)
+                for _ in range(60):
+                    if await other.run(f"pgrep -x -f 'sleep {token}' >/dev/null") == 1:
+                        break
+                    await asyncio.sleep(0.1)
+                else:
+                    raise AssertionError("still running")
+            assert await node.run("test -z \"$(ls -A .apssh-remote)\"") == 0
+
+    run(main())
+
+
 def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
     node = sshd.node()
     scheduler = Scheduler(*(SshJob(node, command="sleep 60", forever=True) for _ in range(12)), SshJob(node, command="true"))
@@ -4540,10 +4595,6 @@ def test_service_misuse(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         apssh.Service("true", **keywords)
     assert str(caught.value) == message
-
-
-def box(number: int = 0, **options: Any) -> SshNode:
-    return SshNode(TESTBED[number], **{"keys": [os.environ["TESTBED_KEY"]], "formatter": apssh.RawFormatter()} | options)
 
 
 def captured_on(node: SshNode, *commands: apssh.AbstractCommand) -> str:

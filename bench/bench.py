@@ -211,17 +211,17 @@ class Rig:
     def ssh(self, host: str, command: str) -> list[str]:
         return ["ssh", "-F", str(self.config), host, command]
 
-    def pssh(self, hosts: list[str], *words: str) -> list[str] | None:
-        return _tool("parallel-ssh", "-h", self.hosts_file(hosts), "-p", str(len(hosts)), "-x", f"-F {self.config}", *words)
+    def pssh(self, hosts: list[str], *words: str, at_once: int = 0) -> list[str] | None:
+        return _tool("parallel-ssh", "-h", self.hosts_file(hosts), "-p", str(at_once or len(hosts)), "-t", "0", "-x", f"-F {self.config}", *words)
 
     def pscp(self, hosts: list[str], *words: str) -> list[str] | None:
         return _tool("parallel-scp", "-h", self.hosts_file(hosts), "-p", str(len(hosts)), "-x", f"-F {self.config}", *words)
 
-    def pdsh(self, hosts: list[str], command: str) -> list[str] | None:
-        return _tool("pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), "-w", f"^{self.hosts_file(hosts)}", command)
+    def pdsh(self, hosts: list[str], command: str, at_once: int = 0) -> list[str] | None:
+        return _tool("pdsh", "-R", "ssh", "-S", "-t", "60", "-f", str(at_once or len(hosts)), "-w", f"^{self.hosts_file(hosts)}", command)
 
-    def clush(self, hosts: list[str], command: str) -> list[str] | None:
-        return _tool("clush", "-n", "-S", "-f", str(len(hosts)), "--hostfile", self.hosts_file(hosts), "-o", f"-F {self.config}", command)
+    def clush(self, hosts: list[str], command: str, at_once: int = 0) -> list[str] | None:
+        return _tool("clush", "-n", "-S", "-t", "60", "-f", str(at_once or len(hosts)), "--hostfile", self.hosts_file(hosts), "-o", f"-F {self.config}", command)
 
     def scp(self, *words: object) -> list[str]:
         return ["scp", "-q", "-F", str(self.config), *map(str, words)]
@@ -412,12 +412,13 @@ def _sized(size: int) -> Callable[[int, Path], None]:
     return check
 
 
-def _many(rig: Rig, hosts: list[str]) -> list[Side]:
-    return [Side("apssh", rig.apssh(hosts, "true")),
+def _many(rig: Rig, hosts: list[str], at_once: int = 0) -> list[Side]:
+    """The sides that run ``true`` on many hosts."""
+    return [Side("apssh", rig.apssh(hosts, "-w", at_once, "true")),
             Side("bare gather", rig.gather(hosts, "true")),
-            Side("pssh", rig.pssh(hosts, "true")),
-            Side("pdsh", rig.pdsh(hosts, "true")),
-            Side("clush", rig.clush(hosts, "true")),
+            Side("pssh", rig.pssh(hosts, "true", at_once=at_once)),
+            Side("pdsh", rig.pdsh(hosts, "true", at_once)),
+            Side("clush", rig.clush(hosts, "true", at_once)),
             Side("parallel-ssh library", rig.library(hosts, "true")),
             Side("apssh 0.27", rig.old(hosts, "true"))]
 
@@ -426,10 +427,10 @@ def _true_bars() -> list[Bar]:
     return [Bar("cpu", "apssh", "bare gather", 1.15), *(Bar("cpu", "apssh", peer, 1 / 8) for peer in ("pssh", "pdsh", "clush"))]
 
 
-@row("true-cpu", "`true` on many hosts (OpenSSH's servers), client CPU")
+@row("true-cpu", "`true` on many hosts (OpenSSH's servers, 32 at once), client CPU")
 def _true_cpu(rig: Rig) -> tuple[Any, ...]:
     rig.need_crowd()
-    return _many(rig, rig.crowd), _true_bars()
+    return _many(rig, rig.crowd, 32), _true_bars()
 
 
 @row("true-fleet", "`true` on many hosts (asyncssh's servers), client CPU")
