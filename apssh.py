@@ -1911,10 +1911,11 @@ class SshNode(_Node):
     file; a list of ``asyncssh.SSHKey`` trusts these alone. ``timeout``: seconds (30) to a ready connection, all hops, key
     exchange and login included, waiting for a turn excluded; None: no limit. ``formatter``: where output goes, by default a HostFormatter.
 
-    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``: an ssh_config file,
-    or True for the user's own; ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection); ``keepalive``:
-    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to connect to
-    when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
+    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``: an ssh_config file, or True
+    for the user's own (the user is then its User, else yours); ``guard``: False for hosts without a POSIX shell (commands
+    then outlive a lost connection); ``keepalive``: seconds between probes of a silent connection (9; dead after two
+    unanswered); ``forward_agent``; ``address``: what to connect to when it is not ``hostname``; ``proxy_command``, as in
+    ssh_config(5).
     Raises UsageError for a host name, port or time that cannot be.
     """
 
@@ -2192,6 +2193,8 @@ class SshNode(_Node):
             answers = await asyncio.to_thread(config.lookup_all, [(self.hostname, None, None)])
             (self._host_config,) = answers.values()
             _configure(self, self._host_config)
+            if not self._username_given and not self._host_config.user:
+                self.username = getpass.getuser()  # as ssh
             self.port = self._host_config.port or 22 if self.port == 22 else self.port
             if self.timeout == CONNECT_TIMEOUT:
                 self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT

@@ -256,8 +256,14 @@ def shared_sshd(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterato
 @pytest.fixture
 def sshd(shared_sshd: Sshd) -> Sshd:
     """The server that the tests share, its home emptied."""
+    shared_sshd.home.chmod(0o700)
     for path in shared_sshd.home.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.is_dir() and not path.is_symlink():
+            for folder, _, _ in os.walk(path):
+                os.chmod(folder, 0o700)  # a test may have closed it
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     return shared_sshd
 
 
@@ -2322,7 +2328,10 @@ def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("options", [{"stdin": True}, {"pty": True}], ids=["stdin", "pty"])
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions")
+
+
+@pytest.mark.parametrize("options", [{"stdin": True}, pytest.param({"pty": True}, marks=as_root)], ids=["stdin", "pty"])
 def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
     monkeypatch.setenv("TERM", "dumb")
@@ -2508,6 +2517,11 @@ def test_gateway_that_fails(sshd: Sshd) -> None:
     run(main())
 
 
+def descendants(process: int) -> list[int]:
+    children = [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
 def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
     """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
     server, inner = make_sshd(), make_sshd()
@@ -2517,8 +2531,8 @@ def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
         nodes = [inner.node(gateway=gateway) for _ in range(50)]
         tasks = [asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes]
         await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
-        (child,) = (int(each) for each in Path(f"/proc/{server._process.pid}/task/{server._process.pid}/children").read_text().split())
-        os.kill(child, signal.SIGKILL)
+        for process in descendants(server._process.pid):
+            os.kill(process, signal.SIGKILL)
         ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
         assert {type(each) for each in ended} == {ConnectionFailedError} and {each.kind for each in ended} == {"lost"}
         assert await nodes[0].run("true") == 0
@@ -2662,14 +2676,16 @@ def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd])
     eventually(lambda: sshd.connections() == 0)
 
 
-def test_environment_and_terminal(sshd: Sshd, capfd: Any) -> None:
+@pytest.mark.parametrize(("step", "out"), [
+    (Run("echo $FOO", env={"FOO": "a'b \"c\" $d\n!"}), "a'b \"c\" $d !\n"),
+    pytest.param(Run("test -t 1 && echo terminal", pty=True), "terminal\n", marks=as_root)], ids=["environment", "terminal"])
+def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
     async def main() -> None:
         async with sshd.node(formatter=apssh.RawFormatter()) as node:
-            await Run("echo $FOO", env={"FOO": "a'b \"c\" $d\n!"}).co_run_remote(node)
-            await Run("test -t 1 && echo terminal", pty=True).co_run_remote(node)
+            await step.co_run_remote(node)
 
     run(main())
-    assert capfd.readouterr().out.replace("\r", "") == "a'b \"c\" $d !\nterminal\n"
+    assert capfd.readouterr().out.replace("\r", "") == out
 
 
 def test_methods_for_files(sshd: Sshd, home: Path) -> None:
