@@ -114,6 +114,7 @@ MAX_TARGETS = 100_000        # names of one run: a slip such as node[1-10000000]
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
 REMOTE_FOLDER = ".apssh-remote"
+CHUNK = 1024 * 1024          # bytes of a file, or of what leaves for one host, handled at once
 
 # AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com",
@@ -1481,6 +1482,40 @@ class _Shared:
                 await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
 
 
+class _Gathered:
+    """A transport as asyncssh sees it: what it writes in one turn of the loop leaves in one piece.
+
+    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of the time was such calls.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Soon."""
+        if not self._pieces:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._pieces, self._size = self._pieces, [], 0
+        if pieces and not self._transport.is_closing():
+            self._transport.write(b"".join(pieces))
+
+    def close(self) -> None:
+        """After what was written."""
+        self._flush()
+        self._transport.close()
+
+
 class _Wire(asyncssh.SSHTCPSession[bytes]):
     """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection.
 
@@ -1502,7 +1537,7 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
         if hasattr(socket, "TCP_QUICKACK") and isinstance(transport, asyncio.Transport):
             sock = transport.get_extra_info("socket")
             self._socket = sock if sock.family in (socket.AF_INET, socket.AF_INET6) else None
-        self._inner.connection_made(transport)
+        self._inner.connection_made(_Gathered(transport))
 
     def session_started(self) -> None:
         self._inner.session_started()
@@ -2497,7 +2532,6 @@ class LocalNode(_Node):
 # ---------------------------------------------------------------------------------------------------------------
 
 FILES_IN_FLIGHT = 64         # small files cost round trips: many at once is what makes them cheap
-CHUNK = 1024 * 1024          # bytes of a file handled at once; two of them are under way
 TREE_LIMIT = 1_000_000       # names in one copy, and links: more is an endless tree
 DEPTH_LIMIT = 100            # folders in folders
 SURPLUS_LIMIT = 1 << 30      # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
@@ -3043,25 +3077,26 @@ class _Copy:
             os.close(fd)
 
     async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
-        """The announced size in parallel, then on to the real end."""
-        end = 0
+        """The announced size in parallel, then on to the real end, unless asking for one byte more than announced has shown it."""
+        end, ended = 0, False
         block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
         async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
             async def fetch(position: int, wanted: int) -> None:
-                nonlocal end
+                nonlocal end, ended
                 while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
                     _write_all(fd, data, position)
                     position, wanted, end = position + len(data), wanted - len(data), max(end, position + len(data))
                     self.step.bytes_transferred += len(data)
-                short[0] |= wanted > 0
+                    if position == size and wanted == 1:
+                        break
+                ended |= wanted > 0
 
-            short = [False]  # the file ends before its announced size
             async with _UnderWay(2 * CHUNK // block) as under_way:
                 for position in range(0, size, block):
-                    if short[0]:
+                    if ended:
                         break
-                    await under_way.start(fetch(position, min(block, size - position)))
-            while data := cast("bytes", await file.read(CHUNK // 4, end)):
+                    await under_way.start(fetch(position, min(block, size + 1 - position)))
+            while not ended and (data := cast("bytes", await file.read(CHUNK // 4, end))):
                 _write_all(fd, data, end)
                 end += len(data)
                 self.step.bytes_transferred += len(data)

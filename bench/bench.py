@@ -374,13 +374,13 @@ class Bar:
     side: str
     against: str
     limit: float
-    over: str = ""  # the wall time of this side is taken off first
+    over: str = ""  # what this side takes is taken off first
 
     def value(self, turns: dict[str, list[Measure]], pick: Callable[[list[float]], float]) -> float:
         """The ratio, from one number for each side."""
         mine = pick([getattr(each, self.what) for each in turns[self.side]])
         if self.over:
-            mine -= pick([each.wall for each in turns[self.over]])
+            mine -= pick([getattr(each, self.what) for each in turns[self.over]])
         return mine / pick([getattr(each, self.what) for each in turns[self.against]]) if self.against else mine
 
 
