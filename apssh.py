@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import atexit
 import base64
 import collections
 import contextlib
@@ -37,6 +38,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import getpass
 import glob
 import graphlib
@@ -96,7 +98,7 @@ EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
 CONNECT_TIMEOUT = 30.0       # seconds to a ready connection, all hops included: twice what a loaded host takes
 KEEPALIVE_INTERVAL = 9.0     # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
 KEEPALIVE_COUNT = 2
-HANDSHAKES = 32              # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.1 s
+HANDSHAKES = 128             # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.4 s; distant hosts need many
 HANDSHAKE_TURN = 0.5         # seconds that a host may hold one of these, so that those who stall do not keep the others waiting
 CONNECTS = 1024              # TCP connects at once; they cost nothing but a descriptor
 STARTUPS_PER_HOST = 8        # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
@@ -114,7 +116,7 @@ MAX_TARGETS = 100_000        # names of one run: a slip such as node[1-10000000]
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
 REMOTE_FOLDER = ".apssh-remote"
-CHUNK = 1024 * 1024          # bytes of a file, or of what leaves for one host, handled at once
+SEND_AT_ONCE = 8192          # bytes; a smaller packet waits for others of the same turn of the loop
 
 # AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com",
@@ -1491,24 +1493,23 @@ class _Gathered:
     def __init__(self, transport: Any) -> None:
         self._transport = transport
         self._pieces: list[bytes] = []
-        self._size = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
         """Soon."""
-        if not self._pieces:
+        if not self._pieces and len(data) < SEND_AT_ONCE:
             asyncio.get_running_loop().call_soon(self._flush)
         self._pieces.append(data)
-        self._size += len(data)
-        if self._size > CHUNK:
+        if len(data) >= SEND_AT_ONCE:
             self._flush()
 
     def _flush(self) -> None:
-        pieces, self._pieces, self._size = self._pieces, [], 0
-        if pieces and not self._transport.is_closing():
-            self._transport.write(b"".join(pieces))
+        pieces, self._pieces = self._pieces, []
+        if pieces:
+            with contextlib.suppress(ConnectionError):  # its loss is told to the other side of the wire
+                self._transport.write(b"".join(pieces) if len(pieces) > 1 else pieces[0])
 
     def close(self) -> None:
         """After what was written."""
@@ -2531,6 +2532,7 @@ class LocalNode(_Node):
 # transfers: one SFTP engine; what arrives is whole, and stays inside the destination
 # ---------------------------------------------------------------------------------------------------------------
 
+CHUNK = 1024 * 1024          # bytes of a file handled at once; two of them are under way
 FILES_IN_FLIGHT = 64         # small files cost round trips: many at once is what makes them cheap
 TREE_LIMIT = 1_000_000       # names in one copy, and links: more is an endless tree
 DEPTH_LIMIT = 100            # folders in folders
@@ -5364,6 +5366,9 @@ def _targets(options: argparse.Namespace) -> list[Target]:
 def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
              body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
+    if argv is None:  # a process of our own: to look for garbage in all that was imported, at the end too, takes as long as to start
+        gc.freeze()
+        atexit.register(gc.freeze)
     for name in ("stdin", "stdout", "stderr"):  # one that was closed when we were started is /dev/null, as for ssh
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

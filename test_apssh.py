@@ -333,7 +333,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         pytest.skip("no ssh-agent is installed here")
     path = f"/tmp/apssh-agent-{os.getpid()}-{os.urandom(3).hex()}"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
-    eventually(lambda: os.path.exists(path))
+    eventually(lambda: subprocess.run(["ssh-add", "-l"], env=os.environ | {"SSH_AUTH_SOCK": path}, capture_output=True).returncode == 1)  # it listens
     monkeypatch.setenv("SSH_AUTH_SOCK", path)
     yield lambda *files: subprocess.run(["ssh-add", "-q", *map(str, files)], check=True)
     process.terminate()
