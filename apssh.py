@@ -5423,6 +5423,7 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
 async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps, views: Sequence[Any] = (),
                 check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> int:
     """Nodes, fan-out, views, summary: the common body of the programs."""
+    logging.getLogger("asyncio").setLevel(logging.NOTSET if options.debug else logging.ERROR)  # it warns of writes to a lost connection
     if options.debug:
         logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
         logging.getLogger("asyncssh").setLevel(logging.DEBUG)
