@@ -1079,7 +1079,7 @@ class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through here."""
 
     def __init__(self, node: SshNode) -> None:
-        self._node = node
+        self._node = weakref.proxy(node)
         self._host, port = node._host_key_alias or node._address or node.hostname, node.port
         self._name = self._host if port == 22 or node._host_key_alias else f"[{self._host}]:{port}"
         given = node.known_hosts
@@ -1590,7 +1590,7 @@ class _Route:
     """
 
     def __init__(self, node: SshNode, clock: _Clock, turns: contextlib.AsyncExitStack) -> None:
-        self._node, self._clock, self._turns = node, clock, turns
+        self._node, self._clock, self._turns = weakref.proxy(node), clock, turns
         self.wire: _Wire | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -1665,7 +1665,7 @@ class _Client(asyncssh.SSHClient):
     """One attempt to log in, and the connection that it gives: decides on host keys, offers keys and password."""
 
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
-        self._node, self._trust = node, trust
+        self._node, self._trust = weakref.proxy(node), trust  # a node that is forgotten is gone at once, and its sockets with it
         self._pairs = pairs
         self.offered: list[asyncssh.SSHKeyPair] = []
         self.begun = False  # the server's key was accepted and the login has begun
@@ -1708,7 +1708,7 @@ class _Client(asyncssh.SSHClient):
         if method in self._password_tried:
             return None
         self._password_tried.add(method)
-        return self._node._password
+        return cast("str | None", self._node._password)
 
     def password_auth_requested(self) -> str | None:
         return self._password_once("password")
@@ -1732,8 +1732,9 @@ class _Client(asyncssh.SSHClient):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.why = True, exc
-        if self.begun:
-            self._node._formatter_event("connection_lost", exc, self._node.username)
+        with contextlib.suppress(ReferenceError):
+            if self.begun:
+                self._node._formatter_event("connection_lost", exc, self._node.username)
 
 
 class _Link:
@@ -3350,9 +3351,9 @@ class _ShellCommand(AbstractCommand):
     """What Run, RunScript and RunString share: words read by the remote shell, and where the output goes."""
 
     def __init__(self, words: tuple[Any, ...], *, x11: bool = False, capture: Capture | None = None, env: Mapping[str, str] | None = None,
-                 pty: bool = False, **common: Any) -> None:
+                 pty: bool = False, stdin: AsyncIterator[bytes] | None = None, **common: Any) -> None:
         super().__init__(**common)
-        self.words, self.x11, self.capture, self.env, self.pty = words, x11, capture, env, pty
+        self.words, self.x11, self.capture, self.env, self.pty, self.stdin = words, x11, capture, env, pty, stdin
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}")
@@ -3368,7 +3369,7 @@ class _ShellCommand(AbstractCommand):
     async def _execute(self, node: Any, command: str, step: StepRecord, **options: Any) -> int | str:
         if self.verbose:
             node._say(f"runs: {self._line()}")
-        options |= {name: value for name in ("x11", "env", "pty") if (value := getattr(self, name))}
+        options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
         try:
             return cast("int | str", await node._execute(command, step, sink=held, timeout=self.timeout, **options))
@@ -3386,10 +3387,9 @@ class Run(_ShellCommand):
     iterator of bytes (None: end of file at once).
     """
 
-    def __init__(self, *argv: Any, x11: bool = False, ignore_outputs: bool = False, capture: Capture | None = None,
-                 stdin: AsyncIterator[bytes] | None = None, **common: Any) -> None:
+    def __init__(self, *argv: Any, x11: bool = False, ignore_outputs: bool = False, capture: Capture | None = None, **common: Any) -> None:
         super().__init__(argv, x11=x11, capture=capture, **common)
-        self.ignore_outputs, self.stdin = ignore_outputs, stdin
+        self.ignore_outputs = ignore_outputs
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
 
@@ -3397,8 +3397,7 @@ class Run(_ShellCommand):
         return self._words(preview=True)
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
-        options = {"stdin": self.stdin} if self.stdin else {}
-        return await self._execute(node, self._words(), step, quiet=self.ignore_outputs, **options)
+        return await self._execute(node, self._words(), step, quiet=self.ignore_outputs)
 
 
 class _Script(_ShellCommand):
@@ -5560,17 +5559,12 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
     common = {"timeout": options.command_timeout, "env": _assignments("--env", options.env), "pty": options.pty, "x11": options.x11}
     if options.includes and not options.script:
         raise UsageError("-i goes with -s")
-    if not options.script:
-        return lambda spool: Run(*words, stdin=spool.read() if spool else None, **common)
-    if options.stdin:
-        raise UsageError("-I does not go with -s: push the data, or let the script read a file")
-    name, *args = words
-    if os.path.isfile(name) or not re.search(r"\s", name):
-        step: _Script = RunScript(name, *args, includes=options.includes, **common)
-    else:
-        step = RunString(name, *args, includes=options.includes, **common)
-    step._check()
-    return lambda spool: step
+    make: Callable[..., _ShellCommand] = Run
+    if options.script:
+        make = RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
+        common["includes"] = options.includes
+        make(*words, **common)._check()
+    return lambda spool: make(*words, stdin=spool.read() if spool else None, **common)
 
 
 class _Spool:

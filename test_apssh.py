@@ -2331,7 +2331,8 @@ def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions")
 
 
-@pytest.mark.parametrize("options", [{"stdin": True}, pytest.param({"pty": True}, marks=as_root)], ids=["stdin", "pty"])
+@pytest.mark.parametrize("options", [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
+                         ids=["stdin", "script", "pty"])
 def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
     monkeypatch.setenv("TERM", "dumb")
@@ -2344,10 +2345,12 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: d
     async def main() -> None:
         async with sshd.node() as node:
             other = asyncio.create_task(node.run("sleep 3"))
-            step = Run(f"sleep {token} & sleep {token}", timeout=1, **({"stdin": endless()} if "stdin" in options else options))
+            given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
+            step = (RunString if "script" in options else Run)(f"sleep {token} & sleep {token}", timeout=1, **given)
             with pytest.raises(CommandFailedError):
                 await step._run(node, apssh.StepRecord())
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+            await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
             assert await other == 0  # what runs on other connections of the node is not disturbed
 
     run(main())
@@ -5627,7 +5630,6 @@ def test_demo_size(count: int) -> None:
     (["-t", "h", "-r", "-b", "x"], "argument -b/--gather: not allowed with argument -r/--raw-format (see apssh --help)"),
     (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"), (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
     (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"), (["-t", "h", "--demo", "2", "x"], "--demo takes the place of -t and -g: leave them out"),
-    (["-t", "h", "-I", "-s", "echo a"], "-I does not go with -s: push the data, or let the script read a file"),
     (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"), (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
     (["-t", "gone/targets", "x"], "gone/targets: no such file"), (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
     (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"), (["-g", "gw", "-t", "gw", "x"], "gw: gw->gw passes a host twice; None->HOST has no gateway"),
@@ -5676,6 +5678,7 @@ def test_listings(argv: list[str], out: str, capfd: Any) -> None:
     (["-f", "{host} {fqdn} {user}{linenl}", "echo x"], 0, f"127.0.0.1 127.0.0.1 {ME}@x\n".encode(), b""),
     (["-b", "echo x"], 0, b"-------------\n127.0.0.1 (1)\n-------------\nx\n", b""), (["cat"], 0, b"", b""), (["-I", "cat"], 0, b"127.0.0.1:given\n", b""),
     (["--env", "A=x y", "echo $A"], 0, b"127.0.0.1:x y\n", b""), (["-s", "#!/bin/bash\necho $#", "a", "b"], 0, b"127.0.0.1:2\n", b""),
+    (["-I", "-s", "#!/bin/sh\ncat; echo $1", "a"], 0, b"127.0.0.1:given\n127.0.0.1:a\n", b""),
     (["-u", "0.5", "sleep 30"], 1, b"", b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 not reached or lost\n  timeout: 127.0.0.1 (1)\n"),
     (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
 ])
