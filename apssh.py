@@ -3747,8 +3747,7 @@ def topology_graph(scheduler: Any) -> Any:
 
 def topology_as_dotfile(scheduler: Any, filename: str | os.PathLike[str]) -> None:
     """Write ``topology_dot`` into this very file."""
-    with open(filename, "w", encoding="utf-8") as file:
-        file.write(topology_dot(scheduler))
+    Path(filename).write_text(topology_dot(scheduler), "utf-8")
 
 
 def topology_as_pngfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
@@ -3896,13 +3895,14 @@ class _Bar:
 
 
 class _Timeline:
-    """When and where things happened in a recorded run: what its pictures show.
+    """When and where things happened in a run, given as its scheduler or its record: what its pictures show.
 
     ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs that do not overlap; ``before``: job to the jobs it waited
     for, seen through nested schedulers and jobs without times; ``ready``: job to the time when it had all that it requires.
     """
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
+    def __init__(self, scheduler: Any) -> None:
+        record = scheduler if isinstance(scheduler, Mapping) else run_record(scheduler)
         self.jobs: dict[int, dict[str, Any]] = {job["id"]: job for job in record["jobs"]}
         self.nodes: dict[int, dict[str, Any]] = {node["id"]: node for node in record["nodes"]}
         steps = [step for job in record["jobs"] for step in job["steps"]]
@@ -3983,11 +3983,6 @@ text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold
 """
 
 
-def _tag(name: str, class_: str, content: str = "", **attributes: Any) -> str:
-    texts = {key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0") for key, value in attributes.items()}
-    shown = "".join(f' {key}="{text}"' for key, text in texts.items())
-    return f'<{name} class="{class_}"{shown}>{content}</{name}>'
-
 
 def _title(lines: Iterable[str]) -> str:
     """A text that shows when the pointer is on its element."""
@@ -4010,8 +4005,10 @@ class _Picture:
     def x(self, seconds: float) -> float:
         return self.left + seconds * self.scale
 
-    def add(self, layer: str, *tag: Any, **attributes: Any) -> None:
-        self.layers[layer].append(_tag(*tag, **attributes))
+    def add(self, layer: str, name: str, class_: str, content: str = "", **attributes: Any) -> None:
+        texts = {key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0") for key, value in attributes.items()}
+        shown = "".join(f' {key}="{text}"' for key, text in texts.items())
+        self.layers[layer].append(f'<{name} class="{class_}"{shown}>{content}</{name}>')
 
     def text(self, x: float, text: str, class_: str = "row", y: float | None = None, **attributes: Any) -> None:
         middle = self.y + self.height / 2 + self.font * 0.36
@@ -4052,7 +4049,7 @@ class _Picture:
 
     def bar(self, bar: _Bar, after: float) -> float:
         x, width = self.x(bar.start), max((bar.end - bar.start) * self.scale, 1.5)
-        size = {"y": self.y + 2, "height": self.height - 4}
+        size: dict[str, Any] = {"y": self.y + 2, "height": self.height - 4}
         self.add("bars", "rect", f"bar {bar.state}", _title(bar.details), x=x, width=width, **size)
         label, inside, beside = _clean(bar.label, 60), 3.0, 4.0
         if bar.state == "failed":
@@ -4118,18 +4115,13 @@ def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str
     ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob has no times, hence no bar.
     """
     name = os.fspath(filename).removesuffix(".svg") + ".svg"
-    with open(name, "w", encoding="utf-8") as file:
-        file.write(_Picture(_timeline(scheduler)).draw())
+    Path(name).write_text(_Picture(_Timeline(scheduler)).draw(), "utf-8")
     return name
-
-
-def _timeline(scheduler: Any) -> _Timeline:
-    return _Timeline(scheduler if isinstance(scheduler, Mapping) else run_record(scheduler))
 
 
 def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
     """The same for a terminal: a line for each step, by node and start, none longer than ``columns``."""
-    line = _timeline(scheduler)
+    line = _Timeline(scheduler)
     table: list[tuple[str, _Bar]] = []
     for node, rows in line.rows.items():
         numbers = sorted(itertools.chain(*rows), key=lambda number: line.times[number])
