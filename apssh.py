@@ -700,21 +700,17 @@ class CaptureFormatter(Formatter):
 
     def start_capture(self) -> None:
         """Forget what was captured so far."""
-        self._pieces: list[bytes] = []
-        self._size = 0
+        self._held = _HeldSink()
 
     def get_capture(self) -> str:
         """What was printed on stdout since the last ``start_capture()`` (UTF-8, surrogateescape)."""
-        return b"".join(self._pieces).decode("utf-8", "surrogateescape")
+        return self._held.stdout().decode("utf-8", "surrogateescape")
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         if datatype:
             super()._write(endpoint, data, datatype)
-            return
-        self._size += len(data)
-        if self._size > CAPTURE_LIMIT:
-            raise ApsshError(f"more than {CAPTURE_LIMIT // 1024 ** 2} MiB of output to hold")
-        self._pieces.append(data)
+        else:
+            self._held.data(data, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
