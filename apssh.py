@@ -2108,7 +2108,7 @@ class SshNode(_Node):
                         raise
                     live.max_links = alive  # the host takes no more: queue
             else:
-                await live.freed()
+                await live.freed.wait()
         link.sessions += 1
         link.reserved = alone
         try:
@@ -2392,20 +2392,12 @@ class _Live:
         self.opening: _Shared | None = None
         self.sftp: tuple[asyncssh.SFTPClient, _Link] | None = None
         self.sftp_opening: _Shared | None = None
-        self._waiters: list[asyncio.Future[None]] = []
-
-    async def freed(self) -> None:
-        """Until a session ends or a connection comes."""
-        waiter = self.loop.create_future()
-        self._waiters.append(waiter)
-        await waiter
+        self.freed = asyncio.Event()
 
     def wake(self) -> None:
-        """Those who wait look again."""
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        """A session has ended or a connection has come: those who wait for it look again."""
+        self.freed.set()
+        self.freed = asyncio.Event()
 
     def drop(self) -> None:
         """Cut everything at once, even when the loop is gone."""
