@@ -75,7 +75,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -1880,6 +1880,13 @@ class _Node:
         self.formatter = HostFormatter(verbose=bool(verbose)) if formatter is None else formatter
         self.formatter._node_added(self._endpoint, verbose=bool(verbose))
 
+    async def __aenter__(self) -> Self:
+        await self.connect_lazy()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
     async def run(self, command: str, *, timeout: float | None = None, x11: bool = False, ignore_outputs: bool = False,
                   capture: Capture | None = None) -> int | str:
         """Run a command line as ssh would; the exit status, or the signal's name without SIG.
@@ -1928,6 +1935,8 @@ class _Node:
         finally:
             self._formatter_event("session_stop", command)
 
+    connect_lazy: Callable[[], Coroutine[Any, Any, Any]]
+    close: Callable[[], Coroutine[Any, Any, None]]
     _session: Callable[..., Coroutine[Any, Any, int | str]]
 
 
@@ -1998,13 +2007,6 @@ class SshNode(_Node):
     def __del__(self) -> None:
         if live := vars(self).get("_live"):  # a node that is forgotten once its loop has gone leaves no socket
             live.drop()
-
-    async def __aenter__(self) -> SshNode:
-        await self.connect_lazy()
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.close()
 
     # connection
 
@@ -2446,28 +2448,16 @@ class LocalNode(_Node):
     def __repr__(self) -> str:
         return "<LocalNode>"
 
-    async def __aenter__(self) -> LocalNode:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        return None
-
     async def connect_lazy(self) -> None:
-        """Nothing to connect."""
+        """Nothing to connect, nor to close."""
 
-    async def sftp_connect_lazy(self) -> None:
-        """Nothing to connect."""
-
-    async def close(self) -> None:
-        """Nothing to close."""
+    sftp_connect_lazy = close = connect_lazy
 
     def is_connected(self) -> bool:
         """Always."""
         return True
 
-    def is_sftp_connected(self) -> bool:
-        """Always."""
-        return True
+    is_sftp_connected = is_connected
 
     def distance(self) -> int:
         """No hop."""
