@@ -2812,8 +2812,7 @@ class _Copy:
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
             return
-        temporary = self._temporary(target)
-        try:
+        async with self._replacing(sftp, target) as temporary:
             try:
                 opened = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
                                          asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
@@ -2828,6 +2827,14 @@ class _Copy:
                             await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
+
+    @contextlib.asynccontextmanager
+    async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
+        """A name beside the target that nobody guesses; what is made there becomes the target, or is removed."""
+        folder, name = posixpath.split(target)
+        temporary = posixpath.join(folder, f".{name[:100]}.apssh-{os.urandom(6).hex()}")
+        try:
+            yield temporary
             try:
                 await self._replace(sftp, temporary, target)
             except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
@@ -2865,11 +2872,6 @@ class _Copy:
                 position += len(data)
                 self.step.bytes_transferred += len(data)
 
-    @staticmethod
-    def _temporary(target: str) -> str:
-        """A name beside the target that nobody guesses."""
-        folder, name = posixpath.split(target)
-        return posixpath.join(folder, f".{name[:100]}.apssh-{os.urandom(6).hex()}")
 
     @staticmethod
     async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
@@ -2894,15 +2896,8 @@ class _Copy:
     async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None) -> None:
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError("a folder has that name")
-        temporary = self._temporary(target)
-        try:
+        async with self._replacing(sftp, target) as temporary:
             await sftp.symlink(link, temporary)
-            await self._replace(sftp, temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await sftp.remove(temporary)
-            raise
 
     # pull: the server is not trusted
 
