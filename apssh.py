@@ -2671,6 +2671,17 @@ class _Copy:
         if self.count > TREE_LIMIT:
             raise ApsshError(f"{_shown(path)}: more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
 
+    def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
+        """What is no file and no link must be a folder that can be copied, in a folder of this depth."""
+        for wrong, why in (
+            (not is_folder, "not a regular file, folder or link"),
+            (not self.recurse, "is a folder (recurse copies folders)"),
+            (depth >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
+            (inside_itself, "a link to a folder it is in"),
+        ):
+            if wrong:
+                raise TransferError(why)
+
     async def _spawn(self, path: str, work: Coroutine[Any, Any, None]) -> None:
         """Run this beside the others, as soon as there is room."""
         async def guarded() -> None:
@@ -2753,15 +2764,8 @@ class _Copy:
             await self._spawn(source, self._push_file(sftp, source, target, existing, follow=self.follow or depth == 0))
         elif stat.S_ISLNK(info.st_mode):
             await self._spawn(source, self._push_link(sftp, os.readlink(source), target, existing))
-        elif not stat.S_ISDIR(info.st_mode):
-            raise TransferError("not a regular file, folder or link")
-        elif not self.recurse:
-            raise TransferError("is a folder (recurse copies folders)")
-        elif depth > DEPTH_LIMIT:
-            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
-        elif (info.st_dev, info.st_ino) in within:
-            raise TransferError("a link to a folder it is in")
         else:
+            self._check_folder(stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within)
             present: dict[str, asyncssh.SFTPAttrs] = {}
             if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
                 existing = await self._remote_stat(sftp, target, follow=True)  # what is named may be a link, over there too
@@ -2972,16 +2976,10 @@ class _Copy:
             await self._spawn(path, self._pull_file(sftp, path, folder, name, attrs))
         elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
             self._make_link(folder, name, str(await sftp.readlink(path)))
-        elif kind != asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError("not a regular file, folder or link")
-        elif not self.recurse:
-            raise TransferError("is a folder (recurse copies folders)")
-        elif folder.depth >= DEPTH_LIMIT:
-            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
         else:
+            self._check_folder(kind == asyncssh.FILEXFER_TYPE_DIRECTORY, folder.depth)
             real = str(await sftp.realpath(path)) if self.follow else ""
-            if linked and (f"{real}/" == f"{folder.real}/"[:len(real) + 1]):
-                raise TransferError("a link to a folder it is in")
+            self._check_folder(True, folder.depth, linked and f"{real}/" == f"{folder.real}/"[:len(real) + 1])
             inner = folder.enter(name, attrs, self.preserve)
             inner.real = real
             taken: set[str] = set()
@@ -3109,15 +3107,8 @@ class _Copy:
             await asyncio.to_thread(self._local_file, source, folder, name)
         elif stat.S_ISLNK(info.st_mode):
             folder.put_link(name, os.readlink(source))
-        elif not stat.S_ISDIR(info.st_mode):
-            raise TransferError("not a regular file, folder or link")
-        elif not self.recurse:
-            raise TransferError("is a folder (recurse copies folders)")
-        elif (info.st_dev, info.st_ino) in within:
-            raise TransferError("a link to a folder it is in")
-        elif folder.depth >= DEPTH_LIMIT:
-            raise TransferError(f"more than {DEPTH_LIMIT} folders deep")
         else:
+            self._check_folder(stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within)
             inner = folder.enter(name, self._attrs(info), self.preserve)
             for child in os.listdir(source):
                 path = os.path.join(source, child)
