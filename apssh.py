@@ -5428,10 +5428,10 @@ def _check_keys(nodes: Sequence[SshNode]) -> None:
         raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
 
 
-def _show_targets(options: argparse.Namespace) -> int:
-    """-L: the targets, one a line."""
+def _show_targets(options: argparse.Namespace, line: str = "") -> int:
+    """-L: the targets, one a line; -n: with what would be done there."""
     targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
-    _screen.write("".join(f"{target}\n" for target in targets).encode())
+    _screen.write("".join(f"{target}{line and ': '}{escape(line)}\n" for target in targets).encode("utf-8", "surrogateescape"))
     return 0
 
 
@@ -5449,7 +5449,7 @@ async def _run_program(options: argparse.Namespace) -> int:
         return _show_targets(options)
     command = _command(options)
     if options.dry_run:
-        return _dry_run(options, command(None)._line() or "")
+        return _show_targets(options, command(None)._line() or "")
     formatter, views = _views(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin else None
@@ -5607,12 +5607,6 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     return HostFormatter(verbose=options.verbose), views
 
 
-def _dry_run(options: argparse.Namespace, line: str) -> int:
-    """-n: what would be done, where."""
-    targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
-    _screen.write("".join(f"{target}: {escape(line)}\n" for target in targets).encode("utf-8", "surrogateescape"))
-    return 0
-
 
 def main_push(argv: Sequence[str] | None = None) -> int:
     """The program appush; exit codes as main."""
@@ -5631,7 +5625,7 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
     copying = {"recurse": options.recurse, "preserve": options.preserve, "inplace": options.inplace, "timeout": options.command_timeout}
     if options.dry_run:
         sample = Push(sources, destination, **copying) if pushing else Pull(sources, destination, **copying)
-        return _dry_run(options, sample._line() or "")
+        return _show_targets(options, sample._line() or "")
     formatter = HostFormatter(verbose=options.verbose)
     if not pushing:
         pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying)
