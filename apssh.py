@@ -5189,8 +5189,7 @@ def _format(text: str) -> str:
 def _add_target_options(parser: argparse.ArgumentParser) -> None:
     """What the three programs share: targets, login, limits."""
     seconds = _number(float, 0.001, "seconds, more than 0")
-    group = parser.add_argument_group("targets")
-    add = group.add_argument
+    add = parser.add_argument_group("targets").add_argument
     add("-t", "--target", action="append", default=[], metavar="T",
         help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; blanks and commas separate; an existing "
         "file holds targets, a folder's file names are targets; - is standard input; @last:failed is from the last run")
@@ -5202,8 +5201,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--dry-run", action="store_true", help="show what would be done, connect to nothing, and stop")
     add("--demo", type=_number(int, 1, "a number of hosts"), metavar="N",
         help="N throw-away hosts inside this process, in place of targets (or of a scenario's hosts)")
-    group = parser.add_argument_group("connecting")
-    add = group.add_argument
+    add = parser.add_argument_group("connecting").add_argument
     add("-w", "--window", type=_window, default=0, metavar="N", help="at most N hosts at once (default 0: no limit)")
     add("-c", "--connect-timeout", type=seconds, metavar="S", help="seconds to be logged in, all hops included (default 30)")
     add("-u", "--command-timeout", type=seconds, metavar="S", help="seconds for the command, or the copy, on one host (default: no limit)")
@@ -5217,8 +5215,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse unknown hosts), no (check nothing)")
     add("--forward-agent", action="store_true", help="let hosts use your agent, as ssh -A does")
     add("--no-guard", action="store_true", help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions")
-    group = parser.add_argument_group("showing")
-    add = group.add_argument
+    add = parser.add_argument_group("showing").add_argument
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
     add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
     add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
@@ -5239,8 +5236,7 @@ def build_parser() -> argparse.ArgumentParser:
                                     "apssh -t hosts.txt -b uname -r", "apssh -t @last:failed -l root -o out systemctl restart web",
                                     "apssh --demo 3 'echo hello; id -un'"))
     _add_target_options(parser)
-    group = parser.add_argument_group("what runs")
-    add = group.add_argument
+    add = parser.add_argument_group("what runs").add_argument
     add("-s", "--script", action="store_true",
         help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
     add("-i", "--includes", action="append", default=[], metavar="F", help="with -s: a local file that lands beside the script")
@@ -5271,10 +5267,10 @@ def _build_copy_parser(prog: str, usage: str, description: str, *examples: str) 
     parser = _Parser(prog, usage=usage, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                      epilog=_epilog(*examples))
     _add_target_options(parser)
-    group = parser.add_argument_group("copying")
-    group.add_argument("-r", "--recurse", action="store_true", help="copy folders too")
-    group.add_argument("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
-    group.add_argument("--inplace", action="store_true", help="write onto existing files themselves, where a rename cannot be")
+    add = parser.add_argument_group("copying").add_argument
+    add("-r", "--recurse", action="store_true", help="copy folders too")
+    add("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
+    add("--inplace", action="store_true", help="write onto existing files themselves, where a rename cannot be")
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -5665,11 +5661,5 @@ if __name__ != "__main__":
         sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]
 
 
-def _main() -> int:
-    """The program that this file is called by."""
-    name = Path(sys.argv[0]).stem
-    return {"appush": main_push, "appull": main_pull}.get(name, main)()
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
+if __name__ == "__main__":  # as the program that this file is called by
+    sys.exit({"appush": main_push, "appull": main_pull}.get(Path(sys.argv[0]).stem, main)())
