@@ -5578,7 +5578,6 @@ class _Spool:
 def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     """The formatter that the nodes print to, and the other views."""
     folder = options.out_dir or (datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S") if options.date_time else None)
-    views: list[Any] = []
     if options.mark and not folder:
         raise UsageError("-m goes with -o or -d")
     if options.diff and not options.gather:
@@ -5588,19 +5587,13 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
             os.makedirs(folder, exist_ok=True)
         except OSError as exc:
             raise UsageError(f"{folder}: {_reason(exc)}") from None
-        if options.mark:
-            views.append(_Marks(Path(folder)))
-        return SubdirFormatter(folder, options.verbose), views
+        return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
     if options.gather or options.json:
-        views.append(_Gather(options.diff) if options.gather else _JsonLines())
-        return _HoldingFormatter(options.verbose), views
-    if options.raw_format:
-        return RawFormatter(verbose=options.verbose), views
-    if options.time_colon_format:
-        return TimeHostFormatter(verbose=options.verbose), views
+        return _HoldingFormatter(options.verbose), [_Gather(options.diff) if options.gather else _JsonLines()]
     if options.format is not None:
-        return TerminalFormatter(options.format, options.verbose), views
-    return HostFormatter(verbose=options.verbose), views
+        return TerminalFormatter(options.format, options.verbose), []
+    kind = RawFormatter if options.raw_format else TimeHostFormatter if options.time_colon_format else HostFormatter
+    return kind(verbose=options.verbose), []
 
 
 
