@@ -5389,8 +5389,9 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
                 keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
                 guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
-            if not (keys or options.ok_if_no_key or options.askpass):
-                _check_keys(nodes)
+            configured = any(node._configured_keys or node._agent_path or node._certificates for node in nodes)
+            if not (keys or options.ok_if_no_key or options.askpass or configured or load_private_keys()):
+                raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
         check(nodes)
         progress = _Progress(len(nodes), options.quiet)
         results: list[Result] = []
@@ -5417,11 +5418,6 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 _save_last(results)
         return 0 if all(result.ok for result in results) else 1
 
-
-def _check_keys(nodes: Sequence[SshNode]) -> None:
-    """With no key anywhere, in the config neither, stop before connecting."""
-    if not (any(node._configured_keys or node._agent_path or node._certificates for node in nodes) or load_private_keys()):
-        raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
 
 
 def _show_targets(options: argparse.Namespace, line: str = "") -> int:
