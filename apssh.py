@@ -829,6 +829,17 @@ def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[K
     return [(key, certificate) for certificate in certificates] or [key]
 
 
+def _usable_keys(files: Sequence[str], agent_keys: Callable[[], list[Key]]) -> list[Key]:
+    """What these files (none: the default ones that exist) stand for; one that cannot be used is skipped, as ssh does."""
+    keys: list[Key] = []
+    for file in files or [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]:
+        try:
+            keys += _key_from_file(file, agent_keys) if file != "none" else []
+        except UsageError as exc:
+            _screen.say(f"skipped: {exc}")
+    return keys
+
+
 def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None,
                       verbose: bool = False) -> list[Key]:
     """The keys to log in with: those named, and only they; else the agent's; else ~/.ssh/id_ed25519, id_ecdsa, id_rsa
@@ -843,13 +854,7 @@ def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key
         for named in command_line_keys:
             keys += _key_from_file(os.fspath(named), agent_keys) if isinstance(named, str | os.PathLike) else [named]
     else:
-        keys = list(agent_keys())
-        for name in () if keys else DEFAULT_KEYS:
-            if os.path.exists(os.path.expanduser(name)):
-                try:
-                    keys += _key_from_file(name, agent_keys)
-                except UsageError as exc:
-                    _screen.say(f"skipped: {exc}")
+        keys = list(agent_keys()) or _usable_keys((), agent_keys)
     if verbose:
         _screen.say(f"{len(keys)} key(s) to log in with")
     return keys
@@ -1336,15 +1341,7 @@ def _keys_of_run(node: SshNode) -> list[Key]:
     if node.keys or not (node._configured_keys or node._agent_path or node._certificates or not node._agent_too):
         return load_private_keys(node.keys)
     agent_keys = functools.cache(functools.partial(load_agent_keys, node._agent_path))
-    keys: list[Key] = []
-    for file in node._configured_keys or [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]:
-        if file == "none":
-            continue
-        try:
-            keys += _key_from_file(file, agent_keys)
-        except UsageError as exc:  # ssh goes on without it too
-            _screen.say(f"skipped: {exc}")
-    keys += agent_keys() if node._agent_too else []
+    keys = _usable_keys(node._configured_keys, agent_keys) + (agent_keys() if node._agent_too else [])
     certified: list[Key] = []
     for file in node._certificates:
         with contextlib.suppress(OSError, asyncssh.KeyImportError):
