@@ -1237,30 +1237,30 @@ class _SshConfig:
             elif keyword == "hostname":
                 self._names.add(value.strip(' "').lower())
 
-    def lookup_all(self, hosts: Collection[tuple[str, str | None, int | None]]) -> dict[tuple[str, str | None, int | None], _HostConfig]:
-        """What is configured for each (host, user, port). Raises UsageError when ssh refuses the configuration."""
+    def lookup_all(self, hosts: Collection[Hop]) -> dict[Hop, _HostConfig]:
+        """What is configured for each host. Raises UsageError when ssh refuses the configuration."""
         nothing = _HostConfig()
         if self._path == "none" or not self._keywords & (_CONFIG_KEYWORDS | {"hashknownhosts", "match"}):
             return dict.fromkeys(hosts, nothing)
         if not shutil.which("ssh"):
             self.trouble = "no ssh program here to read the ssh config: it is not used"
             return dict.fromkeys(hosts, nothing)
-        classes: dict[object, list[tuple[str, str | None, int | None]]] = {}
+        classes: dict[object, list[Hop]] = {}
         for each in hosts:
             key: object = each
-            if not self._one_by_one and each[0].lower() not in self._names:  # a HostName equal to what was asked says nothing
-                key = tuple(_matches_patterns(patterns, each[0], re.NOFLAG) for patterns in self._patterns)
+            if not self._one_by_one and each.host.lower() not in self._names:  # a HostName equal to what was asked says nothing
+                key = tuple(_matches_patterns(patterns, each.host, re.NOFLAG) for patterns in self._patterns)
             classes.setdefault(key, []).append(each)
         with ThreadPoolExecutor(8) as pool:
-            defaults, *answers = pool.map(lambda args: self._ask(*args), [
-                ("none", "default", None, None), *((self._path, *members[0]) for members in classes.values())])
-        return {each: self._host_config(answer, defaults, members[0][0], *each)
+            defaults, *answers = pool.map(self._ask, ["none", *[self._path] * len(classes)],
+                                          [Hop("default"), *(members[0] for members in classes.values())])
+        return {each: self._host_config(answer, defaults, members[0].host, each)
                 for members, answer in zip(classes.values(), answers, strict=True) for each in members}
 
-    def _ask(self, path: str | None, host: str, user: str | None, port: int | None) -> dict[str, list[str]]:
+    def _ask(self, path: str | None, hop: Hop) -> dict[str, list[str]]:
         """ssh -G, as keyword to values."""
-        words = ["ssh", *(["-F", path] if path else []), *(["-l", user] if user and self._one_by_one else []),
-                 *(["-p", str(port)] if port and self._one_by_one else []), "-G", "--", host]
+        words = ["ssh", *(["-F", path] if path else []), *(["-l", hop.user] if hop.user and self._one_by_one else []),
+                 *(["-p", str(hop.port)] if hop.port and self._one_by_one else []), "-G", "--", hop.host]
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode:
             raise UsageError("ssh config: " + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines()))
@@ -1270,9 +1270,9 @@ class _SshConfig:
             answer.setdefault(keyword, []).append(value)
         return answer
 
-    def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, host: str,
-                     user: str | None, port: int | None) -> _HostConfig:
+    def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, hop: Hop) -> _HostConfig:
         """One host's part of an answer that was asked for another host of its class."""
+        host = hop.host
         def get(keyword: str) -> str | None:
             values = answer.get(keyword)
             return values[0] if values and values != defaults.get(keyword) and values[0] != "none" else None
@@ -1284,9 +1284,9 @@ class _SshConfig:
         def expand(text: str, quote: bool = False) -> str:
             """ssh_config(5), TOKENS; a name that a shell will see must be harmless."""
             me = getpass.getuser()
-            tokens = {"h": hostname or host.lower(), "n": host, "r": user or get("user") or me, "u": me,
-                      "p": str(port or get("port") or 22), "d": os.path.expanduser("~"), "i": str(os.getuid()), "l": socket.gethostname(),
-                      "%": "%", "L": socket.gethostname().partition(".")[0], "k": get("hostkeyalias") or host}
+            tokens = {"h": hostname or host.lower(), "n": host, "r": hop.user or get("user") or me,
+                      "u": me, "p": str(hop.port or get("port") or 22), "d": os.path.expanduser("~"), "i": str(os.getuid()),
+                      "l": socket.gethostname(), "%": "%", "L": socket.gethostname().partition(".")[0], "k": get("hostkeyalias") or host}
             if quote and not all(re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"):
                 raise UsageError(f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand")
             if quote:
@@ -2222,7 +2222,7 @@ class SshNode(_Node):
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is None:
             config = _SshConfig(None if self._config is True else self._config)
-            answers = await asyncio.to_thread(config.lookup_all, [(self.hostname, None, None)])
+            answers = await asyncio.to_thread(config.lookup_all, [Hop(self.hostname)])
             (self._host_config,) = answers.values()
             _configure(self, self._host_config)
             if not self._username_given and not self._host_config.user:
@@ -4718,24 +4718,18 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
                  **options: Any) -> list[SshNode]:
     """A node for each target, gateways shared, completed from the config. Raises UsageError, ApsshError (a config that ssh refuses)."""
     ssh_config = _SshConfig(config)
-    hops = {(hop.host, hop.user, hop.port) for target in targets for hop in target.chain}
-    answers: dict[Any, _HostConfig] = {}
-
-    def look_up(wanted: Collection[tuple[str, str | None, int | None]]) -> None:
-        """All of them at once, then the hosts that they jump through."""
-        missing = [each for each in wanted if each not in answers]
-        if missing:
-            answers.update(ssh_config.lookup_all(missing))
-            look_up({(hop.host, hop.user, hop.port) for each in missing for hop in _jumps(answers[each])})
-
-    look_up(hops)
+    answers: dict[Hop, _HostConfig] = {}
+    missing = {hop for target in targets for hop in target.chain}
+    while missing:  # all of them at once, then the hosts that they jump through
+        answers |= (found := ssh_config.lookup_all(missing))
+        missing = {hop for each in found.values() for hop in _jumps(each)} - answers.keys()
     if ssh_config.trouble:
         _screen.say(f"apssh: {ssh_config.trouble}")
     gateways: dict[Any, SshNode] = {}
 
     def build(chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()) -> SshNode:
         hop = chain[-1]
-        answer = answers[hop.host, hop.user, hop.port]
+        answer = answers[hop]
         before = chain[:-1] or (() if direct else _jumps(answer))
         gateway = None
         if before:
