@@ -2604,34 +2604,45 @@ class _Folder:
 
 
 class _UnderWay:
-    """Requests under way on one file, at most so many; leaving it waits for all of them, or, on a failure, cancels them."""
+    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them, or, on a failure, cancels them."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._tasks = most, collections.deque[asyncio.Task[Any]]()
+        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
+        self._failure: BaseException | None = None
 
-    async def start(self, request: Coroutine[Any, Any, Any]) -> None:
+    async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         """One more, when there is room. Raises what an earlier one raised."""
-        self._tasks.append(asyncio.create_task(request))
-        while len(self._tasks) >= self._most:
-            await self._oldest()
+        await self._room.acquire()
+        if self._failure:
+            raise self._failure
+        self._tasks.add(task := asyncio.create_task(work(*args)))
+        task.add_done_callback(self._done)
 
-    async def _oldest(self) -> None:
-        await self._tasks[0]
-        self._tasks.popleft()
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        self._failure = self._failure or (None if task.cancelled() else task.exception())
+
+    async def settled(self) -> None:
+        """Until all of them are done. Raises what one of them raised."""
+        while self._tasks and not self._failure:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if self._failure:
+            raise self._failure
 
     async def __aenter__(self) -> _UnderWay:
         return self
 
     async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
-            while self._tasks and kind is None:
-                await self._oldest()
+            if kind is None:
+                await self.settled()
         finally:
-            for task in self._tasks:
+            for task in (left := set(self._tasks)):
                 task.cancel()
-            if self._tasks:
-                await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._tasks.clear()  # an exception kept here would keep its frames, and the folder they hold open
+            if left:
+                await asyncio.wait(left)
+            self._failure = None  # kept here, it would keep its frames, and the folder they hold open
 
 
 class _Copy:
@@ -2643,9 +2654,7 @@ class _Copy:
         self.preserve, self.recurse, self.follow, self.inplace = preserve, recurse, follow_symlinks, inplace
         self.failure, self.failed = "", 0  # the first, and how many: a hostile server has no end of them
         self.count = 0
-        self._fatal: Exception | None = None  # the loss of the connection: stops the walk
-        self._room = asyncio.Semaphore(FILES_IN_FLIGHT)
-        self._running: set[asyncio.Task[None]] = set()
+        self._files = _UnderWay(FILES_IN_FLIGHT)
 
     @contextlib.contextmanager
     def _failing(self, path: str) -> Iterator[None]:
@@ -2679,41 +2688,18 @@ class _Copy:
             if wrong:
                 raise TransferError(why)
 
-    async def _spawn(self, path: str, work: Coroutine[Any, Any, None]) -> None:
+    async def _spawn(self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """Run this beside the others, as soon as there is room."""
         async def guarded() -> None:
-            try:
-                with self._failing(path):
-                    await work
-            except Exception as exc:
-                self._fatal = self._fatal or exc
-            finally:
-                self._room.release()
+            with self._failing(path):
+                await work(*args)
 
-        try:
-            if self._fatal:
-                raise self._fatal
-            await self._room.acquire()
-        except BaseException:
-            work.close()
-            raise
-        task = asyncio.create_task(guarded())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        await self._files.start(guarded)
 
     async def run(self, walk: Coroutine[Any, Any, None]) -> None:
         """Walk, wait for the files under way, then tell what failed. Cancelling it leaves no temporary file."""
-        try:
+        async with self._files:
             await walk
-            while self._running:
-                await asyncio.wait(self._running)
-            if self._fatal:
-                raise self._fatal
-        finally:
-            for task in (running := set(self._running)):
-                task.cancel()
-            if running:
-                await asyncio.wait(running)
         if self.failed:
             more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
             raise TransferError(self.failure + more, host=self.node.hostname)
@@ -2739,8 +2725,7 @@ class _Copy:
                     raise TransferError(f"two sources are called {escape(name)}")
                 path = posixpath.join(target, name) if into else target
                 await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
-        while self._running:
-            await asyncio.wait(self._running)
+        await self._files.settled()
         for path, attrs in reversed(late):
             with self._failing(path):
                 await sftp.setstat(path, attrs)
@@ -2758,9 +2743,9 @@ class _Copy:
         self._counted(source)
         info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
         if stat.S_ISREG(info.st_mode):
-            await self._spawn(source, self._push_file(sftp, source, target, existing, follow=self.follow or depth == 0))
+            await self._spawn(source, self._push_file, sftp, source, target, existing, self.follow or depth == 0)
         elif stat.S_ISLNK(info.st_mode):
-            await self._spawn(source, self._push_link(sftp, os.readlink(source), target, existing))
+            await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
         else:
             self._check_folder(stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within)
             present: dict[str, asyncssh.SFTPAttrs] = {}
@@ -2786,7 +2771,7 @@ class _Copy:
         times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
         return asyncssh.SFTPAttrs(permissions=mode, **times)
 
-    async def _push_file(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None, *,
+    async def _push_file(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None,
                          follow: bool) -> None:
         """One file, under a temporary name until it is whole."""
         fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))  # a FIFO put there meanwhile blocks nobody
@@ -2869,7 +2854,7 @@ class _Copy:
         position, under_way = 0, _UnderWay(2 * CHUNK // size)
         async with under_way:
             while data := read(size, position):
-                await under_way.start(file.write(data, position))
+                await under_way.start(file.write, data, position)
                 position += len(data)
                 self.step.bytes_transferred += len(data)
 
@@ -2970,7 +2955,7 @@ class _Copy:
             attrs, followed = await sftp.stat(path), True
         kind = attrs.type
         if kind == asyncssh.FILEXFER_TYPE_REGULAR:
-            await self._spawn(path, self._pull_file(sftp, path, folder, name, attrs))
+            await self._spawn(path, self._pull_file, sftp, path, folder, name, attrs)
         elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
             self._make_link(folder, name, str(await sftp.readlink(path)))
         else:
@@ -3066,7 +3051,7 @@ class _Copy:
                 for position in range(0, size, block):
                     if ended:
                         break
-                    await under_way.start(fetch(position, min(block, size + 1 - position)))
+                    await under_way.start(fetch, position, min(block, size + 1 - position))
             while not ended and (data := cast("bytes", await file.read(CHUNK // 4, end))):
                 _write_all(fd, data, end)
                 end += len(data)
