@@ -1081,10 +1081,12 @@ class _Trust:
 
     def __init__(self, node: SshNode) -> None:
         self._node = weakref.proxy(node)
-        self._host, port = node._host_key_alias or node._address or node.hostname, node.port
-        self._name = self._host if port == 22 or node._host_key_alias else f"[{self._host}]:{port}"
+        alias, port = node._host_config.host_key_alias, node.port
+        self._host = alias or node._address or node.hostname
+        self._name = self._host if port == 22 or alias else f"[{self._host}]:{port}"
         given = node.known_hosts
-        self.policy = "no" if given is None else _host_key_policy(node.hostname, node.host_keys, node._configured_policy)
+        self.policy = "no" if given is None else _host_key_policy(
+            node.hostname, node.host_keys, node._host_config.strict_host_key_checking)
         self._new: asyncssh.SSHKey | None = None
         self._known: _KnownHosts | None = None
         self._certified = False  # whether certificates are asked for
@@ -1156,7 +1158,7 @@ class _Trust:
         """Record a host never seen; None, or why that could not be done."""
         if self._new is None or self._known is None:
             return None
-        return self._known.record(self._name, self._new, self._node._hash_names)
+        return self._known.record(self._name, self._new, self._node._host_config.hash_known_hosts)
 
     def _error(self, message: str) -> HostKeyError:
         return HostKeyError(escape(message), host=self._node.hostname)
@@ -1185,6 +1187,13 @@ class _HostConfig:
     connect_timeout: float | None = None
     keepalive: float | None = None
 
+    @property
+    def names_keys(self) -> bool:
+        """Whether it says which keys to offer."""
+        return bool(self.identity_files or self.certificate_files or self.identity_agent)
+
+
+_UNCONFIGURED = _HostConfig()
 
 _CONFIG_KEYWORDS = {"hostname", "user", "port", "identityfile", "identitiesonly", "identityagent", "proxyjump", "proxycommand",
                     "userknownhostsfile", "globalknownhostsfile", "stricthostkeychecking", "hostkeyalias", "connecttimeout",
@@ -1273,6 +1282,7 @@ class _SshConfig:
     def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, hop: Hop) -> _HostConfig:
         """One host's part of an answer that was asked for another host of its class."""
         host = hop.host
+
         def get(keyword: str) -> str | None:
             values = answer.get(keyword)
             return values[0] if values and values != defaults.get(keyword) and values[0] != "none" else None
@@ -1320,17 +1330,11 @@ def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
 
 def _configure(node: SshNode, config: _HostConfig) -> None:
     """Complete a node from its configuration; what was given explicitly stays."""
+    node._host_config = config
     node._address = node._address or config.hostname
     if not node._username_given and config.user:
         node.username = config.user
-    if config.identity_agent:
-        node._agent_path = config.identity_agent
-    if not node.keys:
-        node._configured_keys, node._certificates = config.identity_files, config.certificate_files
-        node._agent_too = not config.identities_only
     node._known_hosts_files = config.known_hosts_files or node._known_hosts_files
-    node._configured_policy, node._hash_names = config.strict_host_key_checking, config.hash_known_hosts
-    node._host_key_alias = config.host_key_alias
     node.keepalive = config.keepalive or node.keepalive
     if node.gateway is None:
         node._proxy_command = node._proxy_command or config.proxy_command
@@ -1338,12 +1342,13 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
 
 def _keys_of_run(node: SshNode) -> list[Key]:
     """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh does; or load_private_keys'."""
-    if node.keys or not (node._configured_keys or node._agent_path or node._certificates or not node._agent_too):
+    config = node._host_config
+    if node.keys or not (config.names_keys or config.identities_only):
         return load_private_keys(node.keys)
-    agent_keys = functools.cache(functools.partial(load_agent_keys, node._agent_path))
-    keys = _usable_keys(node._configured_keys, agent_keys) + (agent_keys() if node._agent_too else [])
+    agent_keys = functools.cache(functools.partial(load_agent_keys, config.identity_agent))
+    keys = _usable_keys(config.identity_files, agent_keys) + ([] if config.identities_only else agent_keys())
     certified: list[Key] = []
-    for file in node._certificates:
+    for file in config.certificate_files:
         with contextlib.suppress(OSError, asyncssh.KeyImportError):
             certificate = asyncssh.read_certificate(file)
             certified += [(key, certificate) for key in [*keys, *agent_keys()] if isinstance(key, asyncssh.SSHKey | _AgentKey)
@@ -1983,17 +1988,10 @@ class SshNode(_Node):
         self._address, self._proxy_command = address, proxy_command
         self._password = password
         self._config, self._username_given = config, username is not None
-        self._host_config: _HostConfig | None = None
+        self._host_config = _UNCONFIGURED
         self._target = self.hostname  # as the command line named it
         self._known_hosts_files: tuple[str, ...] = KNOWN_HOSTS_FILES
-        self._configured_policy: str | None = None
-        self._host_key_alias: str | None = None
-        self._hash_names = False
         self._host_key_shown: str | None = None  # the fingerprint that it presented last
-        self._agent_path: str | None = None
-        self._configured_keys: tuple[str, ...] = ()
-        self._certificates: tuple[str, ...] = ()
-        self._agent_too = True  # offer the agent's keys after the configured ones, unless IdentitiesOnly
         self._live: _Live | None = None
         self._adopt(formatter, verbose)
 
@@ -2147,7 +2145,7 @@ class SshNode(_Node):
                         self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
                         client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
                         agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
-                        host_key_alias=self._host_key_alias,
+                        host_key_alias=self._host_config.host_key_alias,
                         known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(), encryption_algs=CIPHERS,
                         compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
                         login_timeout=0, gss_host=None)
@@ -2207,9 +2205,9 @@ class SshNode(_Node):
 
     async def _login_keys(self) -> list[Key]:
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a passphrase may be asked."""
-        loaded = _Limits.here().keys
-        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), self._configured_keys, self._certificates,
-                 self._agent_too, self._agent_path)
+        loaded, config = _Limits.here().keys, self._host_config
+        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), config.identity_files, config.certificate_files,
+                 config.identities_only, config.identity_agent)
         if named not in loaded:
             loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
         try:
@@ -2220,11 +2218,10 @@ class SshNode(_Node):
 
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
-        if self._config and self._host_config is None:
+        if self._config and self._host_config is _UNCONFIGURED:
             config = _SshConfig(None if self._config is True else self._config)
             answers = await asyncio.to_thread(config.lookup_all, [Hop(self.hostname)])
-            (self._host_config,) = answers.values()
-            _configure(self, self._host_config)
+            _configure(self, *answers.values())
             if not self._username_given and not self._host_config.user:
                 self.username = getpass.getuser()  # as ssh
             self.port = self._host_config.port or 22 if self.port == 22 else self.port
@@ -5365,7 +5362,7 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
                 keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
                 guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
-            configured = any(node._configured_keys or node._agent_path or node._certificates for node in nodes)
+            configured = any(node._host_config.names_keys for node in nodes)
             if not (keys or options.ok_if_no_key or options.askpass or configured or load_private_keys()):
                 raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
         check(nodes)
@@ -5393,7 +5390,6 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             if not options.no_last and not options.demo:
                 _save_last(results)
         return 0 if all(result.ok for result in results) else 1
-
 
 
 def _show_targets(options: argparse.Namespace, line: str = "") -> int:
@@ -5566,7 +5562,6 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
         return TerminalFormatter(options.format, options.verbose), []
     kind = RawFormatter if options.raw_format else TimeHostFormatter if options.time_colon_format else HostFormatter
     return kind(verbose=options.verbose), []
-
 
 
 def main_push(argv: Sequence[str] | None = None) -> int:

@@ -1642,11 +1642,11 @@ def seen_on(node: SshNode) -> dict[str, Any]:
     """The same of a node."""
     trust = apssh._Trust(node)
     return {
-        "address": (node._address or node.hostname).lower(), "user": node.username, "port": node.port, "keys": list(node._configured_keys),
-        "certificates": list(node._certificates), "only": not node._agent_too, "agent": node._agent_path,
+        "address": (node._address or node.hostname).lower(), "user": node.username, "port": node.port, "keys": list(node._host_config.identity_files),
+        "certificates": list(node._host_config.certificate_files), "only": node._host_config.identities_only, "agent": node._host_config.identity_agent,
         "way": [f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}" for hop in node._hops()[:-1]],
         "command": node._proxy_command, "known": [os.path.expanduser(path) for path in node._known_hosts_files], "policy": trust.policy,
-        "name": trust._name.lower(), "timeout": node.timeout, "keepalive": node.keepalive, "hashed": node._hash_names}
+        "name": trust._name.lower(), "timeout": node.timeout, "keepalive": node.keepalive, "hashed": node._host_config.hash_known_hosts}
 
 
 def config_nodes(file: Path, *targets: str, **options: Any) -> list[SshNode]:
@@ -1782,7 +1782,7 @@ def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         said = done.stderr.decode().replace(pwd.getpwuid(os.getuid()).pw_dir + "/", os.environ["HOME"] + "/")
         (node,) = config_nodes(file, target)
         assert f"debug1: Executing proxy command: exec {node._proxy_command}" in said.splitlines()
-        assert [*node._configured_keys, *node._certificates] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
+        assert [*node._host_config.identity_files, *node._host_config.certificate_files] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
 
 
 def test_config_relative_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1879,8 +1879,8 @@ def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], ho
     assert {node.gateway for node in nodes if node.hostname != "node1999"} == {nodes[0].gateway}
     by_name = {node.hostname: node for node in nodes}
     assert by_name["node1999"].gateway is None and by_name["node1999"].port == 2200
-    assert by_name["node1234"]._configured_keys == (f"{home}/.ssh/node1234-bob",)
-    assert by_name["node2"].port == 22 and by_name["node2"].keepalive == 7 and by_name["node2"]._configured_keys == ()
+    assert by_name["node1234"]._host_config.identity_files == (f"{home}/.ssh/node1234-bob",)
+    assert by_name["node2"].port == 22 and by_name["node2"].keepalive == 7 and by_name["node2"]._host_config.identity_files == ()
     assert [seen_on(by_name[name]) for name in ("node1", "node7", "node1999", "node2000")] == [
         ssh_says(home / ".ssh" / "config", name) for name in ("node1", "node7", "node1999", "node2000")]
 
@@ -1923,7 +1923,7 @@ def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, i
     user, port, gateway, key = expected
     assert (node.username, node.port, node.gateway and node.gateway.hostname) == (user, port, gateway)
     assert node._address == "web.example.org"
-    assert list(node._configured_keys) == ([os.path.expanduser(key)] if key else [])
+    assert list(node._host_config.identity_files) == ([os.path.expanduser(key)] if key else [])
     assert bool(node.keys) == (key is None)
     if gateway:
         assert node.gateway and node.gateway.username == ("ann" if argv == ("-l", "ann") and gateway != "gw" else "gate")
