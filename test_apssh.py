@@ -1906,11 +1906,11 @@ def test_no_config_asks_nothing(program: Program, options: list[str], sshd: Sshd
     (("-t", "other->web"), ("bob", 2200, "other", "~/.ssh/of-config")), (("-t", "None->web"), ("bob", 2200, None, "~/.ssh/of-config")),
     (("-t", "ann@web:24", "-l", "eve", "-p", "25"), ("ann", 24, "gw", "~/.ssh/of-config")),
 ], ids=lambda value: "_".join(map(str, value)) or "nothing")
-def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, int, str | None, str | None], home: Path,
+def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, int, str | None, str | None], home: Path, keys: Path,
                                    config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     config("Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port 2200\n ProxyJump gw\n"
            " IdentityFile ~/.ssh/of-config\n")
-    shutil.copy(home / ".ssh" / "id_ed25519", home / ".ssh" / "of-config")
+    shutil.copy(keys / "other", home / ".ssh" / "of-config")
     built: list[SshNode] = []
 
     async def fan_out(nodes: list[SshNode], *args: Any, **options: Any) -> list[apssh.Result]:
@@ -1923,8 +1923,7 @@ def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, i
     user, port, gateway, key = expected
     assert (node.username, node.port, node.gateway and node.gateway.hostname) == (user, port, gateway)
     assert node._address == "web.example.org"
-    assert list(node._host_config.identity_files) == ([os.path.expanduser(key)] if key else [])
-    assert bool(node.keys) == (key is None)
+    assert [key.public_data for key in apssh._keys_of_run(node)] == [apssh.import_private_key(key or "~/.ssh/id_ed25519").public_data]
     if gateway:
         assert node.gateway and node.gateway.username == ("ann" if argv == ("-l", "ann") and gateway != "gw" else "gate")
 
