@@ -1385,9 +1385,7 @@ def _inert(text: str) -> str:
 def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, folder: str = "", env: Mapping[str, str] | None = None,
              quiet: bool = False) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
-
-    ``folder``: removed when the command has ended; ``env``: exported to it; ``quiet``: its outputs are /dev/null.
-    """
+    ``folder``: removed when the command has ended; ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
     own = stdin_is_data or pty
     watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
     script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="" if own else "; exec 3<&-",
@@ -1484,9 +1482,7 @@ class _Shared:
 
 class _Gathered:
     """A transport as asyncssh sees it: what it writes in one turn of the loop leaves in one piece.
-
-    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of the time was such calls.
-    """
+    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of the time was such calls."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -1517,10 +1513,8 @@ class _Gathered:
 
 class _Wire(asyncssh.SSHTCPSession[bytes]):
     """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection.
-
     It holds the server's first bytes until a key exchange may start, so that silent hosts take nobody's turn; and it
-    acknowledges at once, since the first command would else stall for 40 ms (server's Nagle, our delayed ack).
-    """
+    acknowledges at once, since the first command would else stall for 40 ms (server's Nagle, our delayed ack)."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -1583,9 +1577,7 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
 
 class _Route:
     """How the bytes of one connection travel: TCP, a channel of the gateway, or a proxy command.
-
-    asyncssh takes it for a tunnel: so its sockets, their turns and their failures are ours.
-    """
+    asyncssh takes it for a tunnel: so its sockets, their turns and their failures are ours."""
 
     def __init__(self, node: SshNode, clock: _Clock, turns: contextlib.AsyncExitStack) -> None:
         self._node, self._clock, self._turns = weakref.proxy(node), clock, turns
@@ -2090,9 +2082,7 @@ class SshNode(_Node):
     @contextlib.asynccontextmanager
     async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
         """A link with room for one more session: sshd refuses the eleventh, so there may be further connections.
-
-        ``alone``: with nothing else on it, so that it can be cut.
-        """
+        ``alone``: with nothing else on it, so that it can be cut."""
         live = self._here()
         while not (link := next((link for link in live.links if link.alive and not link.reserved and (
                 not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
@@ -2553,9 +2543,7 @@ def _remote(path: str) -> str:
 
 class _Folder:
     """A local folder held by descriptor, so that no name can be swapped for a link under us.
-
-    Its files and subfolders refer to it: when the last is done it gets its final mode and times, and is closed.
-    """
+    Its files and subfolders refer to it: when the last is done it gets its final mode and times, and is closed."""
 
     def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
         self.fd, self.path, self.parent = fd, path, parent
@@ -3839,10 +3827,8 @@ class _Bar:
 
 class _Timeline:
     """When and where things happened in a run, given as its scheduler or its record: what its pictures show.
-
     ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs that do not overlap; ``before``: job to the jobs it waited
-    for, seen through nested schedulers and jobs without times; ``ready``: job to the time when it had all that it requires.
-    """
+    for, seen through nested schedulers and jobs without times; ``ready``: job to the time when it had all that it requires."""
 
     def __init__(self, scheduler: Any) -> None:
         record = scheduler if isinstance(scheduler, Mapping) else run_record(scheduler)
@@ -4468,10 +4454,8 @@ def _parse_targets(
     port: int | None = None, stdin: Callable[[], str] | None = None, last: Callable[[str], list[str]] | None = None,
 ) -> list[Target]:
     """The targets that texts name (see the usage page), each once, in order, less the excluded ones.
-
     ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway`` for targets that name no way;
-    ``stdin`` answers ``-``, and ``last`` the selector of ``@last:selector``. UsageError names the text, its file and line.
-    """
+    ``stdin`` answers ``-``, and ``last`` the selector of ``@last:selector``. UsageError names the text, its file and line."""
     ways = [_parse_target(name, login) for word in _words("" if gateway == "None" else gateway or "") for name in _expand_ranges(word)]
     if len(ways) > 1:
         raise UsageError(f"-g {_brief(gateway or '')}: gateways make one chain, as in gw1->gw2")
@@ -4639,9 +4623,7 @@ async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, 
                    started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
                    done: _Done = lambda result: None) -> list[Result]:
     """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
-
-    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted.
-    """
+    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted."""
     capacity = max(_raise_file_limit() - 100, 1)
     results = [Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target,
                       error="interrupted", kind="local") for node in nodes]
