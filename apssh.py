@@ -215,9 +215,9 @@ def _visible(match: re.Match[str]) -> str:
     return "\n" if char == "\r\n" else ascii(char)[1:-1]
 
 
-def _brief(text: str) -> str:
-    """A text from outside as an error shows it."""
-    return escape(text if len(text) <= 80 else text[:77] + "...")
+def _brief(text: str, most: int = 80) -> str:
+    """A text from outside as an error shows it: a server may send a hundred thousand bytes."""
+    return escape(text if len(text) <= most else text[:most - 3] + "...")
 
 
 def _expand_ranges(text: str) -> list[str]:
@@ -2505,13 +2505,9 @@ SURPLUS_LIMIT = 1 << 30      # bytes past the announced size (/proc announces 0,
 def _reason(exc: BaseException) -> str:
     """Why a file operation failed, in a few words."""
     if isinstance(exc, asyncssh.SFTPError):
-        return _shown(exc.reason[:1].lower() + exc.reason[1:])
+        return _brief(exc.reason[:1].lower() + exc.reason[1:], 200)
     return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
 
-
-def _shown(path: str) -> str:
-    """A path (or a reason) from outside as an error shows it: a server may send a hundred thousand bytes."""
-    return escape(path if len(path) <= 200 else path[:197] + "...")
 
 
 def _safe_name(name: str) -> str:
@@ -2647,20 +2643,20 @@ class _Copy:
         try:
             yield
         except _LOST as exc:
-            raise ConnectionFailedError(f"connection lost during the copy of {_shown(path)}", host=self.node.hostname) from exc
+            raise ConnectionFailedError(f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname) from exc
         except TransferError as exc:
             self._fail(path, exc.message)
         except (OSError, asyncssh.SFTPError, ValueError) as exc:
             self._fail(path, _reason(exc))
 
     def _fail(self, path: str, reason: str) -> None:
-        self.failure, self.failed = self.failure or f"{_shown(path)}: {reason}", self.failed + 1
+        self.failure, self.failed = self.failure or f"{_brief(path, 200)}: {reason}", self.failed + 1
 
     def _counted(self, path: str) -> None:
         """Every name that a folder is said to have counts, whatever becomes of it."""
         self.count += 1
         if self.count > TREE_LIMIT:
-            raise ApsshError(f"{_shown(path)}: more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
+            raise ApsshError(f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
 
     def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
         """What is no file and no link must be a folder that can be copied, in a folder of this depth."""
