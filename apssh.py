@@ -356,12 +356,6 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     return Hop(host, name, port)
 
 
-def _checked_host(host: str) -> str:
-    """This text, if it can be a host's name or address."""
-    if not isinstance(host, str) or not _is_host(host):
-        raise UsageError(f"{_brief(str(host))!r} is not a host name or an address")
-    return host
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # formatters: events in, bytes out
@@ -1962,7 +1956,9 @@ class SshNode(_Node):
                  password: str | None = None, host_keys: str | None = None, config: str | bool | None = None, guard: bool = True,
                  keepalive: float = KEEPALIVE_INTERVAL, forward_agent: bool = False, address: str | None = None,
                  proxy_command: str | None = None) -> None:
-        self.hostname = _checked_host(hostname)
+        if not isinstance(hostname, str) or not _is_host(hostname):
+            raise UsageError(f"{_brief(str(hostname))!r} is not a host name or an address")
+        self.hostname = hostname
         self.username = username or "root"
         if not isinstance(port, int) or not 0 < port < 65536:
             raise UsageError(f"port {port!r} of {hostname}: a port is a number from 1 to 65535")
