@@ -1726,7 +1726,7 @@ class _Link:
 
     def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client, route: _Route) -> None:
         self.conn = conn
-        self._client, self._route = client, route
+        self.client, self._route = client, route
         self._loop = asyncio.get_running_loop()
         self.sessions = 0
         self.limit = SESSIONS_PER_CONNECTION
@@ -1735,16 +1735,11 @@ class _Link:
 
     @property
     def alive(self) -> bool:
-        return not self._client.lost
-
-    @property
-    def why(self) -> Exception | None:
-        """Why the connection was lost."""
-        return self._client.why
+        return not self.client.lost
 
     def drop(self) -> None:
         """Cut the connection at once, even when its event loop is gone."""
-        self._client.lost = True
+        self.client.lost = True
         with contextlib.suppress(RuntimeError):  # raised by a closed loop, which can run no callback
             self.conn.abort()
         transport = self._route.wire.transport if self._route.wire else None
@@ -1755,7 +1750,7 @@ class _Link:
 
     async def close(self) -> None:
         """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
-        self._client.lost = True
+        self.client.lost = True
         try:
             self.conn.close()
             async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -2273,7 +2268,7 @@ class SshNode(_Node):
         raise AssertionError
 
     def _lost(self, link: _Link, command: str) -> ConnectionFailedError:
-        why = f": {escape(str(link.why))}" if link.why else ""
+        why = f": {escape(str(link.client.why))}" if link.client.why else ""
         return ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname, kind="lost", command=command)
 
     @staticmethod
