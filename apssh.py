@@ -190,7 +190,7 @@ class ScenarioError(UsageError):
 # ---------------------------------------------------------------------------------------------------------------
 
 # patterns are texts, for re to compile when they are first used: at import they would cost a tenth of it
-_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"  # C0, C1, line ends, bidi, surrogates
+_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"  # C0, C1, what has no width, bidi
 _NOT_SHOWN = f"[{_CONTROLS}]"
 _NOT_SHOWN_OUTPUT = r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]"
 _PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
@@ -207,7 +207,9 @@ def _escape_bytes(data: bytes) -> bytes:
     """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and UTF-8 text pass."""
     if not data.translate(None, _PLAIN_BYTES):  # ten times faster than a search, and true of most output
         return data
-    return re.sub(_NOT_SHOWN_OUTPUT, _visible, data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+    text = re.sub(_NOT_SHOWN_OUTPUT, _visible, data.decode("utf-8", "surrogateescape"))
+    text = re.sub(r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)", "\\1\x1b[0m", text)  # no colour runs on into the next line
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _visible(match: re.Match[str]) -> str:
@@ -1021,8 +1023,9 @@ class _KnownHosts:
                 with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     self._refresh()  # somebody else may have added it
-                    if any(each.blob == key.public_data for each in self.find(name)):
-                        return None
+                    if known := [each for each in self.find(name) if not each.marker]:
+                        same = any(each.blob == key.public_data for each in known)
+                        return None if same else f"its key was not recorded: known is {known[0]}"
                     size = file.seek(0, os.SEEK_END)
                     file.seek(max(size - 1, 0))
                     newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -1053,7 +1056,8 @@ def _host_key_policy(host: str, given: str | None, configured: str | None) -> st
     policy, colon, patterns = variable.partition(":")
     if policy not in ("", "ask", *_POLICIES):
         raise UsageError(f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*")
-    if given is None and variable and (not colon or any(fnmatch.fnmatchcase(host, each.strip()) for each in patterns.split(","))):
+    matching = [word for each in patterns.split(",") if fnmatch.fnmatchcase(host, (word := each.strip()).removeprefix("!"))]
+    if given is None and variable and (not colon or (matching and not any(word.startswith("!") for word in matching))):
         given = policy
     given = given or {"off": "no"}.get(configured or "", configured) or "accept-new"
     if given == "ask":
@@ -1073,7 +1077,7 @@ _HOST_KEY_ALGORITHMS = ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp3
 class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through here."""
 
-    def __init__(self, node: SshNode) -> None:
+    def __init__(self, node: SshNode, certified: bool = True) -> None:
         self._node = weakref.proxy(node)
         alias, port = node._host_config.host_key_alias, node.port
         self._host = alias or node._address or node.hostname
@@ -1083,7 +1087,8 @@ class _Trust:
             node.hostname, node.host_keys, node._host_config.strict_host_key_checking)
         self._new: asyncssh.SSHKey | None = None
         self._known: _KnownHosts | None = None
-        self._certified = False  # whether certificates are asked for
+        self.certified = False  # whether certificates are asked for
+        self.changed = False  # under policy no: ssh too then sends no password
         if given is None or isinstance(given, list | tuple):
             self._keys = [_KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1) for key in given or ()]
             self.policy = "yes" if given is not None else "no"
@@ -1092,7 +1097,7 @@ class _Trust:
         self._known = _KnownHosts.of(node._known_hosts_files if given is _VERIFY else [os.fspath(given)])
         self._keys = self._known.find(self._name)
         self._elsewhere = self._known.find(self._host, marked=any(not key.marker for key in self._keys)) if self._name != self._host else []
-        self._certified = self.policy != "no" and bool(self._marked("@cert-authority"))
+        self.certified = certified and self.policy != "no" and bool(self._marked("@cert-authority"))
 
     def _marked(self, marker: str) -> list[_KnownKey]:
         """Authorities and revoked keys count whatever the port."""
@@ -1101,31 +1106,30 @@ class _Trust:
     def for_asyncssh(self) -> Any:
         """Its known_hosts: no trusted key (each comes to ``check``), and the authorities that may sign certificates, unless
         revoked (these come to ``check_authority``)."""
-        marked = [{key.blob: key.public for key in self._marked(marker) if self._certified} for marker in ("@cert-authority", "@revoked")]
+        marked = [{key.blob: key.public for key in self._marked(marker) if self.certified} for marker in ("@cert-authority", "@revoked")]
         authorities, revoked = ([key for data, key in each.items() if data not in marked[1 - index]] for index, each in enumerate(marked))
         return [], authorities, revoked, [], [], [], []
 
-    def without_certificate(self) -> bool:
-        """After a certificate that does not count: whether to try again with the plain key, as ssh does."""
-        certified, self._certified = self._certified, False
-        return certified
-
     def algorithms(self) -> list[str]:
-        """What to ask of the server: the types that are known of it first."""
+        """What to ask of the server: what is configured, else the types that are known of it first."""
+        if configured := self._node._host_config.host_key_algorithms:
+            allowed = {each.decode() for each in asyncssh.public_key.get_public_key_algs()} | set(_CERTIFICATE_ALGORITHMS * self.certified)
+            return [each for each in configured if each in allowed]
         known = [algorithm for key in self._keys + self._elsewhere if not key.marker
                  for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])]
-        certified = _CERTIFICATE_ALGORITHMS if self._certified else []
+        certified = _CERTIFICATE_ALGORITHMS if self.certified else []
         return list(dict.fromkeys([*certified, *known, *_HOST_KEY_ALGORITHMS]))
 
     def check(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError unless this plain key may be the host's."""
-        self._node._host_key_shown = _fingerprint(key.get_algorithm(), key.public_data)
-        if self.policy == "no":
-            return
-        shown = self._node._host_key_shown
-        self._check_revoked(key, f"its key {shown} is revoked")
+        self._node._host_key_shown = shown = _fingerprint(key.get_algorithm(), key.public_data)
         known = [each for each in self._keys if not each.marker]
-        if any(each.blob == key.public_data for each in (known or [each for each in self._elsewhere if not each.marker])):
+        matches = any(each.blob == key.public_data for each in (known or [each for each in self._elsewhere if not each.marker]))
+        if self.policy == "no":
+            self.changed = bool(known) and not matches
+            return
+        self._check_revoked(key, f"its key {shown} is revoked")
+        if matches:
             return
         if known and self._known is None:
             raise self._error(f"it presents {shown}, which is not the key given for it")
@@ -1144,9 +1148,15 @@ class _Trust:
         return False
 
     def _check_revoked(self, key: asyncssh.SSHKey, message: str) -> None:
-        for each in self._marked("@revoked"):
-            if each.blob == key.public_data:
-                raise self._error(f"{message} in {each.file}")
+        revoked = [(each.blob, each.file) for each in self._marked("@revoked")]
+        if file := self._node._host_config.revoked_host_keys:
+            try:
+                revoked += [(each.public_data, file) for each in asyncssh.read_public_key_list(os.path.expanduser(file))]
+            except (OSError, ValueError, asyncssh.KeyImportError):
+                raise self._error(f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted") from None
+        for blob, place in revoked:
+            if blob == key.public_data:
+                raise self._error(f"{message} in {place}")
 
     def record(self) -> str | None:
         """Record a host never seen; None, or why that could not be done."""
@@ -1180,6 +1190,10 @@ class _HostConfig:
     host_key_alias: str | None = None
     connect_timeout: float | None = None
     keepalive: float | None = None
+    host_key_algorithms: tuple[str, ...] = ()
+    revoked_host_keys: str | None = None
+    socket: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of loop.create_connection
+    login: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # and of asyncssh.connect
 
     @property
     def names_keys(self) -> bool:
@@ -1189,9 +1203,17 @@ class _HostConfig:
 
 _UNCONFIGURED = _HostConfig()
 
+_SUPPORTED = {  # lists of algorithms: asyncssh's argument, and what it knows
+    "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs), "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
+    "macs": ("mac_algs", asyncssh.mac.get_mac_algs),
+    "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs)}
+_METHODS = {"pubkeyauthentication": "public_key_auth", "passwordauthentication": "password_auth",
+            "kbdinteractiveauthentication": "kbdint_auth"}
 _CONFIG_KEYWORDS = {"hostname", "user", "port", "identityfile", "identitiesonly", "identityagent", "proxyjump", "proxycommand",
                     "userknownhostsfile", "globalknownhostsfile", "stricthostkeychecking", "hostkeyalias", "connecttimeout",
-                    "serveraliveinterval", "certificatefile", "canonicalizehostname"}
+                    "serveraliveinterval", "certificatefile", "canonicalizehostname", "hostkeyalgorithms", "revokedhostkeys",
+                    "preferredauthentications", "challengeresponseauthentication", "pubkeyacceptedkeytypes", "addressfamily",
+                    "bindaddress", *_SUPPORTED, *_METHODS}
 
 
 class _SshConfig:
@@ -1228,12 +1250,15 @@ class _SshConfig:
             keyword, value = [*re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1), ""][:2]
             keyword = keyword.lower()
             self._keywords.add(keyword)
-            if keyword == "include" and depth < 16:
+            if re.search(r"""["'\\%$]""", keyword if keyword not in ("include", "host") else value):  # ssh's quoting is ssh's to read
+                self._one_by_one = True
+                self._keywords.add("match")
+            elif keyword == "include" and depth < 16:
                 for pattern in value.split():
-                    for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern.strip('"'))))):
+                    for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern)))):
                         self._scan(found, folder, depth + 1)
             elif keyword == "host":
-                self._patterns.append(value.replace('"', "").split())
+                self._patterns.append(value.split())
             elif (keyword == "match" and value.lower().strip() != "all") or keyword == "canonicalizehostname" \
                     or (keyword in ("hostname", "userknownhostsfile") and "%" in value):  # ssh -G expands these two
                 self._one_by_one = True
@@ -1304,16 +1329,27 @@ class _SshConfig:
         command = get("proxycommand")
         jump = get("proxyjump")
         known = [os.devnull if file == "none" else file for keyword in ("userknownhostsfile", "globalknownhostsfile")
-                 for value in (answer if keyword in answer else defaults).get(keyword, []) for file in value.split()]
+                 for value in (answer if keyword in answer else defaults).get(keyword, [])
+                 for file in re.split(r"\s+(?=[/~%$]|none$|none\s)", value)]  # ssh -G quotes no blank that is in a name
         changed = any(answer.get(keyword) != defaults.get(keyword) for keyword in ("userknownhostsfile", "globalknownhostsfile"))
         agent = {"none": os.devnull}.get(answer.get("identityagent", [""])[0], get("identityagent"))  # no agent answers there
+        login: dict[str, Any] = {name: [each for each in value.split(",") if each.encode() in known_algorithms()]
+                                 for keyword, (name, known_algorithms) in _SUPPORTED.items() if (value := get(keyword))}
+        login |= {name: False for keyword, name in _METHODS.items() if get(keyword) in ("no", "false")}
+        if preferred := get("preferredauthentications"):
+            login["preferred_auth"] = preferred
+        family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(get("addressfamily") or "")
+        connecting: dict[str, Any] = {"family": family} if family else {}
+        if bind := get("bindaddress"):
+            connecting["local_addr"] = (bind, 0)
         return _HostConfig(
             hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), files("certificatefile"),
             get("identitiesonly") == "yes",
             None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), expand(jump, quote=True) if jump else None,
             expand(command, quote=True) if command else None, tuple(expand(file) for file in known) if changed else (), strict,
             get("hashknownhosts") == "yes", get("hostkeyalias"), float(get("connecttimeout") or 0) or None,
-            float(get("serveraliveinterval") or 0) or None)
+            float(get("serveraliveinterval") or 0) or None, tuple(filter(None, (get("hostkeyalgorithms") or "").split(","))),
+            get("revokedhostkeys"), connecting, login)
 
 
 def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
@@ -1603,7 +1639,8 @@ class _Route:
         else:
             numeric = host.replace(".", "").isdigit() or ":" in host
             async with self._clock.turn(limits.connects):
-                await loop.create_connection(protocol, host, port, happy_eyeballs_delay=None if numeric else 0.25)
+                await loop.create_connection(protocol, host, port, happy_eyeballs_delay=None if numeric else 0.25,
+                                             **self._node._host_config.socket)
         assert self.wire
         self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
         await self.wire.banner
@@ -1611,11 +1648,16 @@ class _Route:
         self.wire.release()
         return self.wire.transport, inner
 
+    @property
+    def greeted(self) -> bool:
+        """Whether the server has shown itself as one of ssh."""
+        return self.wire is not None and b"SSH-" in self.wire.greeting
+
     def foreign(self) -> str:
         """What the server said instead of an ssh banner; empty, as a rule."""
         text = self.wire.greeting if self.wire else b""
         said = _brief(text.splitlines()[0].decode("ascii", "replace")) if text.strip() else ""
-        return "" if not text or b"SSH-" in text else f"not an ssh server: it says {said!r}"
+        return "" if not text or self.greeted else f"not an ssh server: it says {said!r}"
 
     def progress(self) -> str:
         """How far it came, for somebody who has waited in vain."""
@@ -1689,7 +1731,10 @@ class _Client(asyncssh.SSHClient):
 
     def _password_once(self, method: str) -> str | None:
         """The password, once for each method: PAM may refuse it in the one and take it in the other."""
-        if method in self._password_tried:
+        if method in self._password_tried or self._node._password is None:
+            return None
+        if self._trust.changed:
+            self._node._say("no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None")
             return None
         self._password_tried.add(method)
         return cast("str | None", self._node._password)
@@ -2101,22 +2146,22 @@ class SshNode(_Node):
         await self._apply_config()
         self._hops()
         keys = await self._login_keys()
-        trust = _Trust(self)
         scope = asyncio.timeout(self.timeout)
         clock = _Clock(scope)
         try:
             async with scope, _login_pairs(keys) as pairs:
-                return await self._log_in(clock, pairs, trust)
+                return await self._log_in(clock, pairs)
         except TimeoutError:
             raise ConnectionFailedError(f"no connection within {self.timeout:g} s{clock.progress and ': '}{clock.progress}",
                                         host=self.hostname, kind="lost" if clock.drops else "timeout") from None
 
-    async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> _Link:
+    async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair]) -> _Link:
         """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a server that takes only
         a few keys on a connection (MaxAuthTries) is offered the others on the next."""
-        rounds = 0
+        rounds, certified = 0, True
         startups = _Limits.here().startups(self._address or self.hostname, self.port, id(self.gateway))
         while True:
+            trust = _Trust(self, certified)  # anew each time: the first attempt may have recorded the host
             client, route, link = _Client(self, list(pairs), trust), None, None
             try:
                 async with contextlib.AsyncExitStack() as turns:
@@ -2127,9 +2172,9 @@ class SshNode(_Node):
                         client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
                         agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
                         host_key_alias=self._host_config.host_key_alias,
-                        known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(), encryption_algs=CIPHERS,
+                        known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(),
                         compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
-                        login_timeout=0, gss_host=None)
+                        login_timeout=0, gss_host=None, **{"encryption_algs": CIPHERS, **self._host_config.login})
                     link = _Link(conn, client, route)
                     return link
             except ConnectionFailedError as exc:
@@ -2140,13 +2185,16 @@ class SshNode(_Node):
                 if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError) \
                         and not client.host_key_error and (not foreign or "MaxStartups" in foreign):
                     clock.drops += 1
-                    if clock.drops <= RETRIES_BEFORE_LOGIN:
+                    exchanging = route is not None and route.greeted  # MaxStartups drops before the banner
+                    if clock.drops <= (1 if exchanging else RETRIES_BEFORE_LOGIN):
                         await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** clock.drops)
                         continue
-                    raise ConnectionFailedError(f"dropped before login, {clock.drops} times", host=self.hostname) from None
+                    raise ConnectionFailedError(f"dropped before login, {clock.drops} times" + (
+                        ", in the key exchange (no algorithm in common?)" if exchanging else ""), host=self.hostname) from None
                 if foreign and not isinstance(exc, ConnectionFailedError):
                     raise ConnectionFailedError(foreign, host=self.hostname, kind="refused") from None
-                if isinstance(exc, asyncssh.HostKeyNotVerifiable) and not client.host_key_error and trust.without_certificate():
+                if isinstance(exc, asyncssh.HostKeyNotVerifiable) and not client.host_key_error and trust.certified:
+                    certified = False  # after a certificate that does not count try again with the plain key, as ssh does
                     continue
                 offered = {pair.public_data for pair in client.offered}
                 left = [pair for pair in pairs if pair.public_data not in offered]
@@ -2201,7 +2249,8 @@ class SshNode(_Node):
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is _UNCONFIGURED:
             config = _SshConfig(None if self._config is True else self._config)
-            answers = await asyncio.to_thread(config.lookup_all, [Hop(self.hostname)])
+            given = Hop(self.hostname, self.username if self._username_given else None, None if self.port == 22 else self.port)
+            answers = await asyncio.to_thread(config.lookup_all, [given])
             _configure(self, *answers.values())
             if not self._username_given and not self._host_config.user:
                 self.username = getpass.getuser()  # as ssh
@@ -2210,10 +2259,10 @@ class SshNode(_Node):
                 self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
             for index, hop in enumerate(jumps := _jumps(self._host_config) if self.gateway is None else ()):
                 way = (jumps[:index + 1], str(self._config), *(key if isinstance(key, str) else id(key) for key in self.keys),
-                       id(self.known_hosts), self.host_keys)
+                       self.host_keys)
                 self.gateway = _jump_nodes.get(way) or SshNode(
                     hop.host, username=hop.user, port=hop.port or 22, gateway=self.gateway, config=self._config,
-                    keys=self.keys, known_hosts=self.known_hosts, host_keys=self.host_keys, formatter=_quiet)
+                    keys=self.keys, host_keys=self.host_keys, formatter=_quiet)
                 _jump_nodes[way] = self.gateway
 
     # sessions

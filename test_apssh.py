@@ -907,6 +907,44 @@ def test_key_that_changes_within_a_run(home: Path, keys: Path) -> None:
     run(main())
 
 
+def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
+    """A host never seen shows another key on its second connection: it is recorded once, and refused."""
+    host_keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(2)]
+
+    class Server(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            self._conn = conn
+
+        def begin_auth(self, username: str) -> bool:
+            self._conn.disconnect(asyncssh.DISC_PROTOCOL_ERROR, "Too many authentication failures")
+            return True
+
+    async def main() -> None:
+        async with ssh_server(keys, host_key=host_keys[0], server=Server) as first, ssh_server(keys, host_key=host_keys[1]) as second:
+            served: list[int] = []
+
+            async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                served.append(second if served else first)
+                there, back = await asyncio.open_connection("127.0.0.1", served[-1])
+
+                async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                    while data := await source.read(65536):
+                        sink.write(data)
+                    sink.close()
+
+                await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+
+            async with raw_server(talk) as port:
+                node = SshNode("127.0.0.1", port=port, username=ME, keys=[keys / "other", keys / "id_ed25519"])
+                with pytest.raises(ConnectionFailedError) as caught:
+                    await node.run("true")
+                if len(served) > 1:
+                    assert caught.value.kind == "hostkey"
+                assert len((home / ".ssh" / "known_hosts").read_text().splitlines()) == 1
+
+    run(main())
+
+
 def test_known_hosts_of_a_node(sshd: Sshd, home: Path, tmp_path: Path) -> None:
     """None checks nothing, a path is the only file, keys are the only ones."""
     mine, own = home / ".ssh" / "known_hosts", tmp_path / "folder" / "own"
@@ -933,7 +971,7 @@ BAD_VARIABLE = "127.0.0.1: local: APSSH_HOST_KEYS={value}: write accept-new, yes
 @pytest.mark.parametrize(("value", "options", "outcome"), [
     ("no", {}, TRUSTED), ("accept-new", {}, REFUSED), ("yes", {}, REFUSED), ("ask", {}, REFUSED), ("", {}, REFUSED),
     ("no:127.*", {}, TRUSTED), ("no:fit*,127.0.0.[1-9]", {}, TRUSTED), ("no:fit* , 127.*", {}, TRUSTED),
-    ("no:fit*,node[1-9]*", {}, REFUSED),
+    ("no:fit*,node[1-9]*", {}, REFUSED), ("no:*,!127.0.0.1", {}, REFUSED), ("no:!10.*,*", {}, TRUSTED), ("no:!10.*", {}, REFUSED),
     ("no:127.0.0.1", {"host_keys": "accept-new"}, REFUSED), ("yes", {"host_keys": "no"}, TRUSTED), ("yes", {"known_hosts": None}, TRUSTED),
     ("maybe", {}, BAD_VARIABLE), ("no,127.*", {}, BAD_VARIABLE), ("maybe:fit*", {}, BAD_VARIABLE), ("No", {}, BAD_VARIABLE),
     ("no:", {}, REFUSED),
@@ -1457,6 +1495,27 @@ def test_password_goes_to_a_password_prompt_alone(keys: Path, prompts: list[tupl
                            and not prompts[0][1] else [])
 
 
+def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> None:
+    """Policy no goes on with whoever answers; like ssh, it tells him no password. known_hosts=None is the user's own word for that host."""
+    server, key = password_server("password", "keyboard-interactive"), asyncssh.generate_private_key("ssh-ed25519")
+
+    async def main() -> None:
+        async with ssh_server(keys, server=server, host_key=key) as port:
+            (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", port, key))
+            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=PASSWORD, host_keys="no")
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key(s)"
+            assert server.told == []
+            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=PASSWORD, known_hosts=None)
+            assert await node.run("true") == 0
+            await node.close()
+
+    run(main())
+    said = "127.0.0.1: no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None"
+    assert set(capfd.readouterr().err.splitlines()) == {said}
+
+
 def test_wrong_password(keys: Path, caplog: Any) -> None:
     """The error tells what was tried, not what it was."""
     server = password_server("password", "keyboard-interactive")
@@ -1630,7 +1689,7 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
         "agent": {"SSH_AUTH_SOCK": None, "none": os.devnull}.get(agent, os.path.expandvars(expand(agent))),
         "way": [] if jump == "none" else way(jump),
         "command": None if command == "none" else re.sub("%.", lambda match: tokens[match[0]], command),
-        "known": [os.devnull if path == "none" else path for path in " ".join(known).split()] if changed else
+        "known": [os.devnull if path == "none" else path for path in re.split(" (?=/|none)", " ".join(known))] if changed else
         [os.path.expanduser(path) for path in apssh.KNOWN_HOSTS_FILES],
         "policy": {"true": "yes", "false": "no", "ask": "accept-new"}.get(policy, policy),
         "name": alias or (address if port == "22" else f"[{address}]:{port}"),
@@ -1733,6 +1792,13 @@ CONFIGURATIONS = {
     "include-glob": ("Include {folder}/*.conf {folder}/missing\n", "web db", {"user": "one", "port": 2201}),
     "include-in-a-block": ("Host web\n Include {folder}/two.conf\nHost *\n User bob\n", "web db", {"user": "two"}),
     "include-quoted": ('Include "{folder}/one.conf"\n', "web db", {"user": "one"}),
+    "include-blank": ('Include "{folder}/a b/three.conf"\nHost *\n User bob\n', "web db wiki", {"address": "box3"}),
+    "include-blank-escaped": ("Include {folder}/a\\ b/three.conf\n", "web db wiki", {"address": "box3"}),
+    "include-single-quotes": ("Include '{folder}/one.conf'\n", "web db", {"user": "one"}),
+    "single-quotes": ("Host 'web'\n HostName box\nHost 'db'\n Port 2200\n", "web db wiki", {"address": "box"}),
+    "quoted-keyword": ('"Host" web\n HostName box\n', "web db", {"address": "box"}),
+    "known-hosts-with-blank": ('UserKnownHostsFile "/with blank/known" /other\n', "web", {"known": [
+        "/with blank/known", "/other", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"]}),
     "tag": ("Host web\n Tag x\nMatch tagged x\n User bob\n", "web", {"user": "bob"}),
     "ignored-keyword": ("IgnoreUnknown Mystery\nHost web\n Mystery yes\n User bob\n", "web db", {"user": "bob"}),
     "bad-keyword": ("Host web\n Usr bob\n Port 22\n", "web", None),
@@ -1748,6 +1814,8 @@ def included(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "one.conf").write_text("Host web\n User one\n Port 2201\n")
     (folder / "two.conf").write_text("User two\n")
+    (folder / "a b").mkdir()
+    (folder / "a b" / "three.conf").write_text("Host web\n HostName box3\n")
     return folder
 
 
@@ -1990,8 +2058,11 @@ def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
         assert sshd.logins() - logins == 5
         trusting = SshNode("box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter())
         assert await trusting.run("true") == 0
-        assert trusting.gateway is not nodes[0].gateway
-        for hop in {hop for node in [*nodes, trusting] for hop in node._hops()}:
+        assert trusting.gateway is nodes[0].gateway  # verified: the word was for that node
+        strict = SshNode("box5", config=True, host_keys="yes", timeout=10, formatter=apssh.CaptureFormatter())
+        assert await strict.run("true") == 0
+        assert strict.gateway is not nodes[0].gateway
+        for hop in {hop for node in [*nodes, trusting, strict] for hop in node._hops()}:
             await hop.close()
 
     run(main())
@@ -2111,6 +2182,74 @@ def test_user_known_hosts_file(program: Program, sshd: Sshd, config: Config, hom
     assert os.stat(os.devnull).st_mode == mode
     (tmp_path / "first").rename(tmp_path / "second")
     assert program("-t", "box", "--host-keys", "yes", "true")[0] == 0
+
+
+def test_known_hosts_file_with_a_blank(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "known").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    config(aliases(sshd, "box", more=f'UserKnownHostsFile "{tmp_path}/a b/known"'))
+    code, _, err = program("-t", "box", "true")
+    assert code == 1 and err[0].startswith("box: hostkey: HOST KEY CHANGED")
+
+
+def test_jump_host_is_verified(sshd: Sshd, make_sshd: Callable[..., Sshd], config: Config, home: Path) -> None:
+    """known_hosts=None is about its node, not about the way there."""
+    gateway = make_sshd()
+    config(aliases(gateway, "gw") + aliases(sshd, "box", more="ProxyJump gw"))
+    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", gateway.port, gateway.key))
+    error = failure_of(SshNode("box", config=True, known_hosts=None, username=ME).run("true"))
+    assert str(error).startswith("box: hostkey: gateway gw: HOST KEY CHANGED")
+
+
+def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
+    config("Match user ann\n HostName one\nMatch all\n IdentityFile ~/%r-%p\n")
+
+    async def main() -> list[str]:
+        nodes = [SshNode("box", config=True, username="ann", port=2200), SshNode("box", config=True, username="bob")]
+        for node in nodes:
+            await node._apply_config()
+        return [f"{node._address} {' '.join(map(os.path.basename, node._host_config.identity_files))}" for node in nodes]
+
+    assert run(main()) == ["one ann-2200", "None bob-22"]
+
+
+RSA_HOST = {"host_key": "ssh-rsa"}
+
+
+@pytest.mark.parametrize(("server", "more", "code", "message"), [
+    ({"Ciphers": "aes128-cbc"}, "", 1, "box: lost: No matching encryption algorithm found, sent "
+     "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,aes128-ctr,aes192-ctr,aes256-ctr and received aes128-cbc"),
+    ({"Ciphers": "aes128-cbc"}, "Ciphers +aes128-cbc", 0, ""),
+    ({"KexAlgorithms": "ecdh-sha2-nistp521", "MACs": "hmac-md5"}, "KexAlgorithms ecdh-sha2-nistp521\n MACs +hmac-md5", 0, ""),
+    (RSA_HOST | {"HostKeyAlgorithms": "ssh-rsa"}, "HostKeyAlgorithms +ssh-rsa", 0, ""),
+    ({}, "HostKeyAlgorithms rsa-sha2-512", 1,
+     "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"),
+    ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
+    ({}, "PreferredAuthentications password", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
+    ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
+    ({}, "BindAddress 127.0.0.9\n AddressFamily inet", 0, ""),
+    ({}, "AddressFamily inet6", 1, "box: dns: unknown host name"),
+    ({}, "RevokedHostKeys {folder}/host_key.pub", 1, "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub"),
+    ({}, "RevokedHostKeys {folder}/none", 1,
+     "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted"),
+    ({}, "RevokedHostKeys {folder}/config", 1,
+     "box: hostkey: RevokedHostKeys {folder}/config is not a readable list of public keys: no host is trusted"),
+], ids=lambda value: value if isinstance(value, str) else None)
+def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., Sshd], config: Config, keys: Path, server: dict[str, Any],
+                                     more: str, code: int, message: str) -> None:
+    """Each as ssh itself does (compared in the same test)."""
+    sshd = make_sshd(**server)
+    shutil.copy(keys / "rsa", Path.home() / ".ssh" / "id_rsa")
+    sshd.key.write_public_key(sshd.folder / "host_key.pub")
+    more = more.replace("{folder}", str(sshd.folder))
+    path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
+    done, _, err = program("-t", "box", "echo $SSH_CLIENT")
+    shown = apssh._fingerprint(sshd.key.get_algorithm(), sshd.key.public_data)
+    assert (done, err[:1]) == (code, [message.format(folder=sshd.folder, shown=shown)] if message else [])
+    ssh = subprocess.run(["ssh", "-F", str(path), "-i", str(Path.home() / ".ssh/id_rsa"), "-i", str(Path.home() / ".ssh/id_ed25519"),
+                          "-o", "BatchMode yes", "-o", "StrictHostKeyChecking accept-new",
+                          "-o", f"UserKnownHostsFile {sshd.folder}/known", "box", "true"], capture_output=True, text=True, check=False)
+    assert bool(ssh.returncode) == bool(code) or (server and not more), ssh.stderr
 
 
 @pytest.mark.parametrize(("policy", "code"), [("ask", 0), ("yes", 1), ("accept-new", 0), ("no", 0)])
