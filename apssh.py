@@ -1151,7 +1151,9 @@ class _Trust:
         revoked = [(each.blob, each.file) for each in self._marked("@revoked")]
         if file := self._node._host_config.revoked_host_keys:
             try:
-                revoked += [(each.public_data, file) for each in asyncssh.read_public_key_list(os.path.expanduser(file))]
+                if (path := Path(file).expanduser()).read_bytes().startswith(b"SSHKRL"):
+                    raise ValueError("a binary list")
+                revoked += [(each.public_data, file) for each in asyncssh.read_public_key_list(path)]
             except (OSError, ValueError, asyncssh.KeyImportError):
                 raise self._error(f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted") from None
         for blob, place in revoked:

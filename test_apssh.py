@@ -2232,8 +2232,8 @@ RSA_HOST = {"host_key": "ssh-rsa"}
     ({}, "RevokedHostKeys {folder}/host_key.pub", 1, "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub"),
     ({}, "RevokedHostKeys {folder}/none", 1,
      "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted"),
-    ({}, "RevokedHostKeys {folder}/config", 1,
-     "box: hostkey: RevokedHostKeys {folder}/config is not a readable list of public keys: no host is trusted"),
+    ({}, "RevokedHostKeys {folder}/krl", 1,
+     "box: hostkey: RevokedHostKeys {folder}/krl is not a readable list of public keys: no host is trusted"),
 ], ids=lambda value: value if isinstance(value, str) else None)
 def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., Sshd], config: Config, keys: Path, server: dict[str, Any],
                                      more: str, code: int, message: str) -> None:
@@ -2241,6 +2241,7 @@ def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., 
     sshd = make_sshd(**server)
     shutil.copy(keys / "rsa", Path.home() / ".ssh" / "id_rsa")
     sshd.key.write_public_key(sshd.folder / "host_key.pub")
+    subprocess.run(["ssh-keygen", "-q", "-k", "-f", sshd.folder / "krl", sshd.folder / "host_key.pub"], check=True)
     more = more.replace("{folder}", str(sshd.folder))
     path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
     done, _, err = program("-t", "box", "echo $SSH_CLIENT")
