@@ -3947,6 +3947,13 @@ text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold
 <marker id="head" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z" fill="#6b5b95"/></marker>
 </defs>
 <rect class="page" width="100%" height="100%"/>
+<rect class="key bar ok" x="10" y="41" width="22" height="14"/><text class="small" x="38" y="52">ok</text>
+<rect class="key bar failed" x="74" y="41" width="22" height="14"/><text class="small" x="102" y="52">failed</text>
+<path class="mark" d="M82 45l6 6m-6 0l6 -6"/>
+<rect class="key bar cancelled" x="162" y="41" width="22" height="14"/><text class="small" x="190" y="52">cancelled</text>
+<rect class="key bar running" x="268" y="41" width="22" height="14"/><text class="small" x="296" y="52">running</text>
+<rect class="key wait" x="362" y="46" width="22" height="4"/><text class="small" x="390" y="52">waited after its requirements</text>
+<path class="key arrow" d="M588 48H610"/><text class="small" x="616" y="52">{3}</text>
 """
 
 
@@ -3991,7 +3998,9 @@ class _Picture:
             self.lane(node, "lane odd" if number % 2 else "lane")
         self.arrows()
         self.frame(top)
-        return "\n".join([_SVG_HEAD.format(_SVG_WIDTH, self.y + 10, self.font), *itertools.chain(*self.layers.values()), "</svg>", ""])
+        arrow = "last requirement to end" if len(self.middle) > 60 else "requirement"
+        head = _SVG_HEAD.format(_SVG_WIDTH, self.y + 10, self.font, arrow)
+        return "\n".join([head, *itertools.chain(*self.layers.values()), "</svg>", ""])
 
     def lane(self, node: int, class_: str) -> None:
         rows, label = self.line.rows[node] or [[]], self.line.nodes[node]["label"]
@@ -4046,7 +4055,7 @@ class _Picture:
                          d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}")
 
     def frame(self, top: float) -> None:
-        """The time axis, the legend, and at the bottom what has no bar."""
+        """The time axis, and at the bottom what has no bar."""
         step, bottom = _tick(self.line.span), [self.y + 14] * (self.y > 700)
         for number in range(int(self.line.span / step + 1e-9) + 1):
             x = self.x(number * step)
@@ -4054,19 +4063,6 @@ class _Picture:
             for y in [top - 8, *bottom]:
                 self.text(x, _duration(number * step), "small", y, style="text-anchor: middle")
         self.text(10, self.line.heading, "head", 24)
-        x = 10.0
-        for class_, text in (("bar ok", "ok"), ("bar failed", "failed"), ("bar cancelled", "cancelled"), ("bar running", "running"),
-                             ("wait", "waited after its requirements"),
-                             ("arrow", "last requirement to end" if len(self.middle) > 60 else "requirement")):
-            thick = 14 if "bar" in class_ else 4
-            if class_ == "arrow":
-                self.add("back", "path", f"key {class_}", d=f"M{x:.1f} 48H{x + 22:.1f}")
-            else:
-                self.add("back", "rect", f"key {class_}", x=x, y=48 - thick / 2, width=22, height=thick)
-            if text == "failed":
-                self.cross(x + 11, 48)
-            self.text(x + 28, text, "small", 52)
-            x += 52 + len(text) * 6
         self.y += 20 if bottom else 6
         others = [job for number, job in self.line.jobs.items() if number not in self.line.times and number not in self.line.nested]
         for heading, states in (("Never ran", {"idle", "waiting"}), ("Times not known", {"ok", "failed", "cancelled", "running"})):
