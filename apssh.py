@@ -4030,7 +4030,9 @@ class _Picture:
         label, inside, beside = _clean(bar.label, 60), 3.0, 4.0
         if bar.state == "failed":
             inside, beside = 13.0, max(4.0, 8 - width / 2)
-            self.cross(x + (7 if width > 14 else width / 2), self.y + self.height / 2, halo=width <= 14)
+            left, top = x + min(7, width / 2) - 3, self.y + self.height / 2 - 3
+            for class_ in ["halo"] * (width <= 14) + ["mark"]:
+                self.add("front", "path", class_, d=f"M{left:.1f} {top:.1f}l6 6m-6 0l6 -6")
         needed = _cells(label) * self.glyph + 3
         if inside + needed <= width:
             self.text(x + inside, label)
@@ -4039,9 +4041,6 @@ class _Picture:
             self.text(x + width + beside, label)
         return x + width
 
-    def cross(self, x: float, y: float, *, halo: bool = False) -> None:
-        for class_ in ["halo"] * halo + ["mark"]:
-            self.add("front", "path", class_, d=f"M{x - 3:.1f} {y - 3:.1f}l6 6m-6 0l6 -6")
 
     def arrows(self) -> None:
         """From what a job required: pale but for the last one to end; with many jobs, that one only."""
