@@ -515,7 +515,7 @@ class Formatter:
         self._endpoints: dict[Endpoint, None] = {}
         self._verbose_hosts: set[str] = set()
         self._names: dict[Endpoint, str] = {}
-        self._parts: dict[Endpoint, tuple[list[str | None], bool]] = {}
+        self._parts: dict[Endpoint, tuple[list[str], bool]] = {}
         for field in re.findall(_FIELD, self.custom_format):
             if field not in _FIELDS:
                 raise UsageError(f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
@@ -605,35 +605,26 @@ class Formatter:
             self._parts[endpoint] = self._template(endpoint)
         parts, timed = self._parts[endpoint]
         now = time.localtime() if timed else None
-        text = [None if part is None else os.fsencode(time.strftime(part, now) if now else part) for part in parts]
-        if len(text) == 3 and text[1] is None:
-            head, tail = cast("list[bytes]", text[::2])
-            ended = lines.endswith(b"\n")
-            if not head and tail == b"\n":
-                return lines
-            return head + (lines[:-1] if ended else lines).replace(b"\n", tail + head) + tail
-        return b"".join(b"".join(line.rstrip(b"\n") if part is None else part for part in text)
-                        for line in io.BytesIO(lines))
+        text = [os.fsencode(time.strftime(part, now) if now else part) for part in parts]
+        if len(text) != 2:
+            return b"".join(line.rstrip(b"\n").join(text) for line in io.BytesIO(lines))
+        head, tail = text
+        if not head and tail == b"\n":
+            return lines
+        return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
 
-    def _template(self, endpoint: Endpoint) -> tuple[list[str | None], bool]:
-        """The template for one endpoint: texts (strftime still to come) and None for the line; whether it tells time."""
+    def _template(self, endpoint: Endpoint) -> tuple[list[str], bool]:
+        """The template for one endpoint: texts (strftime still to come) to put the line between; whether it tells time."""
         user, fqdn, _ = endpoint
         name = self._name(endpoint)
         width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
         fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
         values = {"host": name.ljust(width), "fqdn": fqdn.ljust(fqdn_width), "user": f"{user}@" if user else "", "nl": "\n"}
-        pieces = re.split(_FIELD, self.custom_format)
-        timed = any("%" in literal for literal in pieces[::2]) or "time" in pieces[1::2]
-        parts: list[str | None] = [""]
-        for index, piece in enumerate(pieces):
-            if index % 2 and piece in ("line", "linenl"):
-                parts += [None, "\n" if piece == "linenl" else ""]
-                continue
-            value = piece if index % 2 == 0 else "%H-%M-%S" if piece == "time" else values[piece].replace("%", "%%" if timed else "%")
-            parts[-1] = (parts[-1] or "") + value
-        if not (parts[-1] or "").endswith("\n"):
-            parts[-1] = (parts[-1] or "") + "\n"  # lines of two hosts never share one
-        return parts, timed
+        timed = "%" in self.custom_format or "{time}" in self.custom_format
+        values = {field: value.replace("%", "%%" if timed else "%") for field, value in values.items()}
+        values |= {"time": "%H-%M-%S", "line": "\udfff", "linenl": "\udfff\n"}  # a character that no text can hold
+        text = re.sub(_FIELD, lambda match: values[match[1]], self.custom_format)
+        return (text if text.endswith("\n") else f"{text}\n").split("\udfff"), timed  # lines of two hosts never share one
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         """Rendered lines on their way out."""
