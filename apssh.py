@@ -5064,11 +5064,8 @@ async def _demo_session(home: str, children: set[asyncio.subprocess.Process], pr
                 writer.write(data)
                 await writer.drain()
 
-    async def feed() -> None:
-        await pump(process.stdin, child.stdin)
-        cast("asyncio.StreamWriter", child.stdin).close()
-
-    feeding = asyncio.create_task(feed())
+    feeding = asyncio.create_task(pump(process.stdin, child.stdin))
+    feeding.add_done_callback(lambda task: cast("asyncio.StreamWriter", child.stdin).close())
     try:
         await asyncio.gather(pump(child.stdout, process.stdout), pump(child.stderr, process.stderr))
         status = await child.wait()
@@ -5079,7 +5076,6 @@ async def _demo_session(home: str, children: set[asyncio.subprocess.Process], pr
     finally:
         children.discard(child)
         feeding.cancel()
-        child.stdin.close()
 
 
 @contextlib.asynccontextmanager
