@@ -73,7 +73,7 @@ import traceback
 import unicodedata
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
@@ -5496,14 +5496,14 @@ class _Spool:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the run
         self._size = 0
         self._ended = False
-        self._reading: asyncio.Future[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
 
     async def read(self) -> AsyncIterator[bytes]:
         """All of it, for one host."""
         position = 0
         while True:
             while position == self._size and not self._ended:
-                self._reading = self._reading or self._more()
+                self._reading = self._reading or asyncio.create_task(self._more())
                 await asyncio.shield(self._reading)  # what one host waited for is the others' too
             data = os.pread(self._file.fileno(), SESSION_WINDOW, position)
             if not data:
@@ -5515,34 +5515,24 @@ class _Spool:
         """Forget it all."""
         self._file.close()
 
-    def _more(self) -> asyncio.Future[None]:
+    async def _more(self) -> None:
         """Read once more, in a thread that nobody waits for at the end: whoever types may never do."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[None] = loop.create_future()
-
-        def came(data: bytes, failure: OSError | None) -> None:
-            self._reading = None
-            try:
-                if failure:
-                    raise failure
-                self._ended = not data
-                self._size += os.pwrite(self._file.fileno(), data, self._size) if data else 0
-                done.set_result(None)
-            except (OSError, ValueError) as exc:  # ValueError: closed meanwhile
-                done.set_exception(exc)
-                done.exception()
+        came: Future[bytes] = Future()
+        came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
 
         def wait() -> None:
-            data, failure = b"", None
             try:
-                data = os.read(0, SESSION_WINDOW)
+                came.set_result(os.read(0, SESSION_WINDOW))
             except OSError as exc:
-                failure = exc
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(came, data, failure)
+                came.set_exception(exc)
 
         threading.Thread(target=wait, daemon=True).start()
-        return done
+        try:
+            data = await asyncio.wrap_future(came)
+            self._ended = not data
+            self._size += os.pwrite(self._file.fileno(), data, self._size)
+        finally:
+            self._reading = None
 
 
 def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
