@@ -1448,11 +1448,10 @@ class _Limits:
 def _raise_file_limit() -> int:
     """Raise the soft limit on open files to the hard one; the number of files that can be open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = 1 << 20
-    if soft < hard:
+    most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    if soft < most:
         with contextlib.suppress(ValueError, OSError):  # macOS refuses more than it names elsewhere
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
@@ -1616,9 +1615,7 @@ class _Route:
             self.wire = _Wire(inner)
             return self.wire
 
-        def protocol() -> asyncio.Protocol:
-            return cast("asyncio.Protocol", wire())
-
+        protocol = cast("Callable[[], asyncio.Protocol]", wire)
         if self._node.gateway:
             gateway = await self._node.gateway._connected()
             gateway.forwards = True
