@@ -2547,6 +2547,11 @@ def _safe_name(name: str) -> str:
     return name
 
 
+def _temporary_name(name: str) -> str:
+    """One that nobody guesses, and that no file system finds too long."""
+    return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
+
+
 def _write_all(fd: int, data: bytes, position: int) -> None:
     """A full disk takes a part without an error: the next write tells."""
     while (written := os.pwrite(fd, data, position)) < len(data):
@@ -2579,23 +2584,26 @@ class _Folder:
         self.times: tuple[float, float] | None = None
 
     def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
-        """The subfolder of this name, made if need be; never through a link."""
-        with contextlib.suppress(FileExistsError):
+        """The subfolder of this name, made if need be (one that was there keeps its mode, unless preserve); never through a link."""
+        made = True
+        try:
             os.mkdir(name, 0o700, dir_fd=self.fd)
+        except FileExistsError:
+            made = False
         try:
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
         except NotADirectoryError:
             link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
             raise TransferError(f"a {'link' if link else 'file'} has that name") from None
         folder = _Folder(fd, os.path.join(self.path, name), self)
-        folder.mode = None if attrs.permissions is None else attrs.permissions & 0o777
+        folder.mode = attrs.permissions & 0o777 if attrs.permissions is not None and (made or preserve) else None
         if preserve and attrs.mtime is not None:
             folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
         return folder
 
     def put_link(self, name: str, target: str) -> None:
         """A link of this name, in place of what is there."""
-        temporary = f".apssh-{os.urandom(6).hex()}"
+        temporary = _temporary_name(name)
         os.symlink(target, temporary, dir_fd=self.fd)
         try:
             os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
@@ -2692,7 +2700,7 @@ class _Copy:
         """What is no file and no link must be a folder that can be copied, in a folder of this depth."""
         for wrong, why in (
             (not is_folder, "not a regular file, folder or link"),
-            (not self.recurse, "is a folder (recurse copies folders)"),
+            (not self.recurse, "is a folder (recurse, -r, copies folders)"),
             (depth >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
             (inside_itself, "a link to a folder it is in"),
         ):
@@ -2754,6 +2762,10 @@ class _Copy:
         self._counted(source)
         info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
         if stat.S_ISREG(info.st_mode):
+            if depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:  # the user named no link: it is replaced
+                if self.inplace:
+                    raise TransferError("a link has that name")
+                existing = None
             await self._spawn(source, self._push_file, sftp, source, target, existing, self.follow or depth == 0)
         elif stat.S_ISLNK(info.st_mode):
             await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
@@ -2768,8 +2780,13 @@ class _Copy:
             if existing is None:
                 await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
             else:
-                present = {str(entry.filename): entry.attrs async for entry in sftp.scandir(target)}
-            late.append((target, self._attrs(info)))
+                ours = set(os.listdir(source))
+                async for found in sftp.scandir(target):
+                    self._counted(target)
+                    if (name := str(found.filename)) in ours:
+                        present[name] = found.attrs
+            if existing is None or self.preserve:
+                late.append((target, self._attrs(info)))
             with os.scandir(source) as entries:
                 for entry in entries:
                     with self._failing(entry.path):
@@ -2803,9 +2820,14 @@ class _Copy:
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError("a folder has that name")
         if existing and existing.type not in (asyncssh.FILEXFER_TYPE_REGULAR, asyncssh.FILEXFER_TYPE_UNKNOWN):
-            raise TransferError(f"{escape(target)} is there and not a regular file")
-        if self.inplace:
-            async with self._closing(await sftp.open(target, "wb", encoding=None, block_size=0)) as file:
+            raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
+        folder = _brief(posixpath.dirname(target) or ".", 200)
+        try:
+            opened = await sftp.open(target, "wb", encoding=None, block_size=0) if self.inplace else None
+        except asyncssh.SFTPNoSuchFile:
+            raise TransferError(f"{folder}: no such folder") from None
+        if opened:
+            async with self._closing(opened) as file:
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
             return
@@ -2814,8 +2836,9 @@ class _Copy:
                 opened = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
                                          asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
             except asyncssh.SFTPPermissionDenied as exc:
-                raise TransferError(f"{escape(posixpath.dirname(target) or '.')}: permission denied for a temporary file "
-                                    "(inplace writes onto the file itself)") from exc
+                raise TransferError(f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)") from exc
+            except asyncssh.SFTPNoSuchFile:
+                raise TransferError(f"{folder}: no such folder") from None
             async with self._closing(opened) as file:
                 if existing:
                     mine = await file.stat()
@@ -2829,13 +2852,14 @@ class _Copy:
     async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
         """A name beside the target that nobody guesses; what is made there becomes the target, or is removed."""
         folder, name = posixpath.split(target)
-        temporary = posixpath.join(folder, f".{name[:100]}.apssh-{os.urandom(6).hex()}")
+        temporary = posixpath.join(folder, _temporary_name(name))
         try:
             yield temporary
             try:
                 await self._replace(sftp, temporary, target)
             except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
-                raise TransferError(f"{escape(target)} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)") from exc
+                raise TransferError(f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
+                                    "(inplace writes onto the file itself)") from exc
         except BaseException as exc:
             full = False
             with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
@@ -2868,7 +2892,6 @@ class _Copy:
                 await under_way.start(file.write, data, position)
                 position += len(data)
                 self.step.bytes_transferred += len(data)
-
 
     @staticmethod
     async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
@@ -2976,7 +2999,7 @@ class _Copy:
             inner = folder.enter(name, attrs, self.preserve)
             inner.real = real
             taken: set[str] = set()
-            links: list[tuple[str, asyncssh.SFTPAttrs]] = []  # made when the rest of the folder is on its way
+            links: list[str] = []  # made when the rest of the folder is on its way
             async for entry in sftp.scandir(path):
                 child = str(entry.filename)
                 self._counted(posixpath.join(path, child))
@@ -2985,12 +3008,12 @@ class _Copy:
                 with self._failing(posixpath.join(path, child)):
                     self._unique(child, taken)
                     if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
-                        links.append((child, entry.attrs))
+                        links.append(child)
                     else:
                         await self._pull_entry(sftp, posixpath.join(path, child), inner, child, entry.attrs)
-            for child, its_attrs in links:
+            for child in links:
                 with self._failing(posixpath.join(path, child)):
-                    await self._pull_entry(sftp, posixpath.join(path, child), inner, child, its_attrs)
+                    self._make_link(inner, child, str(await sftp.readlink(posixpath.join(path, child))))
 
     async def _pull_file(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
         """One file, read to its end, whatever size was announced."""
@@ -3010,7 +3033,7 @@ class _Copy:
         if existing and not stat.S_ISREG(existing.st_mode) and (self.inplace or not stat.S_ISLNK(existing.st_mode)):
             raise TransferError(f"{place} is there and not a regular file")
         inplace = self.inplace and existing
-        temporary = name if inplace else f".{name[:100]}.apssh-{os.urandom(6).hex()}"
+        temporary = name if inplace else _temporary_name(name)
         creation = os.O_NONBLOCK if inplace else os.O_CREAT | os.O_EXCL
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
@@ -5581,8 +5604,10 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         return [Push(paths if len(paths) > 1 else paths[0], _expand_path(destination, node), **copying)]
 
     def check(nodes: Sequence[SshNode]) -> None:
-        for node in nodes:
-            pushes(node)[0]._check()
+        for path in {_expand_path(source, node) for node in nodes for source in sources}:
+            if not os.path.lexists(path) or (os.path.isdir(path) and not options.recurse):
+                reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
+                raise UsageError(f"{escape(path)}: {reason}")
 
     return await _work(options, formatter, pushes, check=check)
 

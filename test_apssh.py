@@ -2943,7 +2943,7 @@ COPIES: dict[str, tuple[Any, str, dict[str, bool], dict[str, str], dict[str, str
     "list of one needs a folder": (["f"], "g", {}, {"f": "F"}, {}, {}, "g: no such folder"),
     "list into a folder": (["f", "g"], "d", {}, {"f": "F", "g": "G"}, {"d/": ""}, {"d/": "", "d/f": "F", "d/g": "G"}, ""),
     "list onto a file": (["f", "g"], "h", {}, {"f": "F", "g": "G"}, {"h": "H"}, {"h": "H"}, "h: not a folder"),
-    "folder without recurse": ("tree", "d", {}, T, {"d/": ""}, {"d/": ""}, "tree: is a folder (recurse copies folders)"),
+    "folder without recurse": ("tree", "d", {}, T, {"d/": ""}, {"d/": ""}, "tree: is a folder (recurse, -r, copies folders)"),
     "tree onto a new name": ("tree", "new", RECURSE, T, {}, {name.replace("tree", "new"): text for name, text in T.items()}, ""),
     "tree into a folder": ("tree", "d", RECURSE, T, {"d/": ""}, {"d/": ""} | UNDER, ""),
     "tree over itself": ("tree", "d", RECURSE, T, {"d/": ""} | UNDER | {"d/tree/a": "old", "d/tree/more": "M"},
@@ -3250,6 +3250,50 @@ def test_push_follows_no_remote_link_to_a_folder(sshd: Sshd, home: Path) -> None
     build(sshd.home, {"out/f": "precious", "t/d": "-> ../out"})
     assert copied(sshd, Push("t", ".", recurse=True)) == "127.0.0.1: local: t/d: a link has that name"
     assert listing(sshd.home) == {"out/": "", "out/f": "precious", "t/": "", "t/a": "A", "t/d": "-> ../out"}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_push_writes_through_no_remote_link_of_a_tree(sshd: Sshd, home: Path, inplace: bool) -> None:
+    """What was named may be a link over there; what is found in a tree may not: somebody else may have put it there."""
+    build(home, {"t/f": "new", "g": "G"})
+    build(sshd.home, {"secret": "kept", "t/f": "-> ../secret", "named": "-> target", "target": "old"})
+    said = copied(sshd, Push("t", ".", recurse=True, inplace=inplace), Push("g", "named", inplace=inplace))
+    assert said == ("127.0.0.1: local: t/f: a link has that name" if inplace else "")
+    assert listing(sshd.home) == {"secret": "kept", "t/": "", "t/f": "-> ../secret" if inplace else "new", "named": "-> target", "target": "G"}
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_mode_of_a_folder_that_was_there(sshd: Sshd, home: Path, way: str, preserve: bool) -> None:
+    """As cp -r: it is kept, unless preserve is asked for; a new one gets its source's."""
+    source, destination = (sshd.home, home) if way == "pull" else (home, sshd.home) if way == "push" else (home, home / "d")
+    build(source, {"t/old/f": "F", "t/new/f": "F"})
+    build(destination, {"t/old/": ""})
+    for path, mode in ((source / "t", 0o777), (source / "t/old", 0o777), (source / "t/new", 0o751), (destination / "t", 0o700),
+                       (destination / "t/old", 0o700)):
+        path.chmod(mode)
+    options = {"recurse": True, "preserve": preserve}
+    said = run(outcome(LocalNode(), Push("t", "d", **options))) if way == "local" else copied(
+        sshd, Push("t", ".", **options) if way == "push" else Pull("t", ".", **options))
+    modes = [stat.S_IMODE((destination / name).stat().st_mode) for name in ("t", "t/old", "t/new")]
+    assert (said, modes) == ("", [0o777, 0o777, 0o751] if preserve else [0o700, 0o700, 0o751])
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_long_names_that_are_not_ascii(sshd: Sshd, home: Path, way: str) -> None:
+    """A temporary name is no longer than what a file system takes."""
+    name = "\u20ac" * 80
+    build(sshd.home if way == "pull" else home, {name: "content"})
+    build(home, {"d/": ""})
+    step = Pull(name, "d") if way == "pull" else Push(name, "d" if way == "local" else name)
+    assert (run(outcome(LocalNode(), step)) if way == "local" else copied(sshd, step)) == ""
+    assert ((sshd.home if way == "push" else home / "d") / name).read_text() == "content"
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_missing_remote_folder_is_what_is_missing(sshd: Sshd, home: Path, inplace: bool) -> None:
+    build(home, {"f": "F"})
+    assert copied(sshd, Push("f", "no/such/g", inplace=inplace)) == "127.0.0.1: local: f: no/such: no such folder"
 
 
 def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
