@@ -3213,17 +3213,17 @@ class Deferred:
 
 
 class _Quoted(Deferred):
-    """The rendering of another text, as one word of the remote shell."""
+    """What is made of another text, as one word of the remote shell."""
 
-    def __init__(self, inner: str | Deferred) -> None:
+    def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
         super().__init__(inner.template if isinstance(inner, Deferred) else "", inner.variables if isinstance(inner, Deferred) else {})
-        self._inner = inner
+        self._inner, self._make = inner, make
 
     def __str__(self) -> str:
-        return shlex.quote(str(self._inner))
+        return shlex.quote(self._make(str(self._inner)))
 
     def render(self) -> str:
-        return shlex.quote(self._inner.render() if isinstance(self._inner, Deferred) else self._inner)
+        return shlex.quote(self._make(self._inner.render() if isinstance(self._inner, Deferred) else str(self._inner)))
 
 
 def _extra(module: str) -> Any:
@@ -4122,22 +4122,27 @@ def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
 class Service:
     """A command that runs as a transient systemd unit, beyond the connection that starts it (systemd-run(1)).
 
-    ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name. ``tty``: for programs that want a
-    terminal (systemd-run --pty within script(1) would need one: the unit gets its own pseudo terminal from ``script``). ``systemd_type``:
-    simple, exec, forking, oneshot... ``environ``: variables of the unit. ``stop_if_running``: starting first
-    stops and resets an older unit of that name.
-    The commands are Runs for a root login (or a user's manager is not asked). Raises UsageError for names that cannot be.
+    ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name. ``tty``: give it a terminal, by script(1).
+    ``systemd_type``: simple, exec, forking, oneshot... ``environ``: variables of the unit (values may be Deferred).
+    ``stop_if_running``: starting first stops and resets an older unit of that name.
+    The commands are Runs for a root login. Raises UsageError for a command, a name or a type that cannot be.
     """
 
     def __init__(self, command: str | Deferred, *, service_id: str, tty: bool = False, systemd_type: str = "simple",
                  environ: Mapping[str, Any] | None = None, stop_if_running: bool = True, verbose: bool = False) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id):
+        if not isinstance(command, str | Deferred) or not str(command).strip():
+            raise UsageError(f"Service: the command is a shell line or a Deferred, not {command!r}")
+        if not isinstance(service_id, str) or not re.fullmatch(r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id):
             raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
         if not re.fullmatch(r"[a-z-]+", systemd_type):
             raise UsageError(f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot...")
-        for name in environ or {}:
+        if tty and systemd_type == "forking":
+            raise UsageError("tty: script(1), which gives the terminal, does not fork: leave systemd_type out")
+        for name, value in (environ or {}).items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise UsageError(f"environ: {name!r} is not the name of a variable")
+            if value is None:
+                raise UsageError(f"environ: {name} has no value")
         self.command, self.service_id = command, service_id.removesuffix(".service")
         self.tty, self.systemd_type, self.environ = tty, systemd_type, dict(environ or {})
         self.stop_if_running, self.verbose = stop_if_running, verbose
@@ -4152,8 +4157,8 @@ class Service:
         if self.stop_if_running:
             words = [f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"]
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
-        words += [_Quoted(value if isinstance(value, Deferred) else f"--setenv={name}={value}") for name, value in self.environ.items()]
-        shell = _Quoted(self.command)
+        words += [_Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()]
+        shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))  # systemd.service(5): it expands $ in words by itself
         if self.tty:  # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
             return self._run(label, "start", (*words, "/usr/bin/script -qefc", shell, "/dev/null"), keywords)
         return self._run(label, "start", (*words, "/bin/sh -c", shell), keywords)

@@ -4792,10 +4792,16 @@ def test_text_of_a_run() -> Any:
     ({"service_id": "a b"}, "service_id 'a b': letters, digits and :-_.@ only"),
     ({"service_id": "x", "systemd_type": "a;b"}, "systemd_type 'a;b': as in systemd.service(5): simple, forking, oneshot..."),
     ({"service_id": "x", "environ": {"A B": 1}}, "environ: 'A B' is not the name of a variable"),
+    ({"service_id": "x", "environ": {"A": None}}, "environ: A has no value"),
+    ({"service_id": Deferred("x", {})}, "service_id Deferred('x'): letters, digits and :-_.@ only"),
+    ({"service_id": "x", "command": ["a", "b"]}, "Service: the command is a shell line or a Deferred, not ['a', 'b']"),
+    ({"service_id": "x", "command": " "}, "Service: the command is a shell line or a Deferred, not ' '"),
+    ({"service_id": "x", "tty": True, "systemd_type": "forking"},
+     "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"),
 ])
 def test_service_misuse(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        apssh.Service("true", **keywords)
+        apssh.Service(**{"command": "true"} | keywords)
     assert str(caught.value) == message
 
 
@@ -4812,7 +4818,7 @@ def captured_on(node: SshNode, *commands: apssh.AbstractCommand) -> str:
 
 SERVICE_COMMANDS = [
     "echo plain", "echo \"double\" 'single' $HOME; echo second", "echo a; exit 0 # comment", "printf '%s\\n' '100% $$ \\\\ back'",
-    "for i in 1 2\ndo echo $i\ndone", Deferred("echo {{word}}", {"word": "late 'quoted \\\"'"}),
+    "for i in 1 2\ndo echo ${i}x $i\ndone", Deferred("echo {{word}}", {"word": "late 'quoted \\\"'"}), "echo '${HOME} $$' \"${WORD}\" $((6 * 7))",
 ]
 
 
@@ -4820,10 +4826,12 @@ SERVICE_COMMANDS = [
 @pytest.mark.parametrize("command", SERVICE_COMMANDS, ids=range(len(SERVICE_COMMANDS)))
 def test_service_runs_the_command_as_a_shell_does(command: Any) -> None:
     text = command.render() if isinstance(command, Deferred) else command
-    service = apssh.Service(command, service_id=f"apssh-test-{os.getpid()}", systemd_type="oneshot", environ={"HOME": "/root", "WORD": "a 'b' $c \"d\" %h"})
-    out = captured_on(box(), service.start_command(), service.journal_command(since="-1min"))
-    expected = subprocess.run(["/bin/sh", "-c", text], env={"HOME": "/root", "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True).stdout
-    assert all(line in out for line in expected.splitlines())
+    word, name = "a 'b' $c ${d} \"e\" %h; touch /tmp/apssh-never", f"apssh-test-{os.getpid()}-{SERVICE_COMMANDS.index(command)}"
+    service = apssh.Service(command, service_id=name, systemd_type="oneshot",
+                            environ={"HOME": "/root", "WORD": Deferred("{{word}}", {"word": word})})
+    out = captured_on(box(), service.start_command(), Run(f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; ls /tmp/apssh-never || true"))
+    expected = subprocess.run(["/bin/sh", "-c", text], env={"HOME": "/root", "WORD": word, "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True).stdout
+    assert out == expected.removesuffix("\n")
 
 
 @on_testbed
