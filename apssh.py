@@ -5148,7 +5148,12 @@ async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> A
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with hints in place of guesses."""
+    """argparse, with what the three programs share, and hints in place of guesses."""
+
+    def __init__(self, usage: str, description: str, *examples: str) -> None:
+        super().__init__(usage.split()[0], usage=usage, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n  ".join(["examples:", *examples]))
+        _add_target_options(self)
 
     def error(self, message: str) -> Any:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -5224,18 +5229,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     add("-V", "--version", action="version", version=f"apssh {__version__}")
 
 
-def _epilog(*examples: str) -> str:
-    return "examples:\n" + "\n".join(f"  {example}" for example in examples)
-
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of apssh."""
-    parser = _Parser("apssh", usage="apssh [options] command ...", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     description="Run a command, or a local script, on many hosts at once.",
-                     epilog=_epilog("apssh -t node[01-20] uptime", "apssh -t 'gw->node1' -s check.sh --all",
-                                    "apssh -t hosts.txt -b uname -r", "apssh -t @last:failed -l root -o out systemctl restart web",
-                                    "apssh --demo 3 'echo hello; id -un'"))
-    _add_target_options(parser)
+    parser = _Parser("apssh [options] command ...", "Run a command, or a local script, on many hosts at once.",
+                     "apssh -t node[01-20] uptime", "apssh -t 'gw->node1' -s check.sh --all", "apssh -t hosts.txt -b uname -r",
+                     "apssh -t @last:failed -l root -o out systemctl restart web", "apssh --demo 3 'echo hello; id -un'")
     add = parser.add_argument_group("what runs").add_argument
     add("-s", "--script", action="store_true",
         help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
@@ -5263,10 +5262,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build_copy_parser(prog: str, usage: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog, usage=usage, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     epilog=_epilog(*examples))
-    _add_target_options(parser)
+def _build_copy_parser(usage: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    parser = _Parser(usage, description, *examples)
     add = parser.add_argument_group("copying").add_argument
     add("-r", "--recurse", action="store_true", help="copy folders too")
     add("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
@@ -5277,7 +5274,7 @@ def _build_copy_parser(prog: str, usage: str, description: str, *examples: str) 
 
 def build_push_parser() -> argparse.ArgumentParser:
     """The command line of appush."""
-    return _build_copy_parser("appush", "appush [options] local ... @:remote",
+    return _build_copy_parser("appush [options] local ... @:remote",
                               "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
                               "appush -t node[1-3] hosts @:/etc/hosts", "appush -t node[1-3] -r site @:",
                               "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519")
@@ -5285,7 +5282,7 @@ def build_push_parser() -> argparse.ArgumentParser:
 
 def build_pull_parser() -> argparse.ArgumentParser:
     """The command line of appull."""
-    return _build_copy_parser("appull", "appull [options] @:remote ... local",
+    return _build_copy_parser("appull [options] @:remote ... local",
                               "Copy files from many hosts; {host} in the local path keeps them apart.",
                               "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'", "appull -t node[1-3] -r @:results 'results/{host}/'")
 
