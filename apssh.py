@@ -5168,13 +5168,10 @@ class _Parser(argparse.ArgumentParser):
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
     """An option's number, with a message that says which it must be."""
     def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(least - 1)
-        if not least <= value < 1e9:
-            raise argparse.ArgumentTypeError(f"{text!r}: {what}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) < 1e9:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: {what}")
     return parse
 
 
@@ -5328,12 +5325,9 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
             return runner.run(_interruptible(body(options)))
     except SystemExit as exc:  # argparse: --help and --version
         return int(exc.code or 0)
-    except UsageError as exc:
-        _screen.say(f"{parser.prog}: {exc}")
-        return 2
     except ApsshError as exc:
         _screen.say(f"{parser.prog}: {exc}")
-        return 1
+        return 2 if isinstance(exc, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     except OSError as exc:
