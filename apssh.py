@@ -315,6 +315,22 @@ def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
     return [names[endpoint] for endpoint in endpoints]
 
 
+def _write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file (/dev/null) is written to."""
+    place = os.path.realpath(path)
+    if os.path.exists(place) and not os.path.isfile(place):
+        Path(place).write_text(text, "utf-8")
+        return
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(place), prefix=".apssh-")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, place)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
 _HOST = r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.-]+)?"
 
 
@@ -508,14 +524,22 @@ class Formatter:
     custom_format = "{linenl}"
     raw = False  # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
 
+    verbose = False
+    _endpoints: dict[Endpoint, None]
+    _verbose_hosts: set[str]
+    _names: dict[Endpoint, str]
+    _parts: dict[Endpoint, tuple[list[str], bool]]
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        """State that a subclass has even when its constructor does not call this one's."""
+        self = super().__new__(cls)
+        self._endpoints, self._verbose_hosts, self._names, self._parts = {}, set(), {}, {}
+        return self
+
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
         self.verbose = verbose
         if custom_format is not None:
             self.custom_format = custom_format
-        self._endpoints: dict[Endpoint, None] = {}
-        self._verbose_hosts: set[str] = set()
-        self._names: dict[Endpoint, str] = {}
-        self._parts: dict[Endpoint, tuple[list[str], bool]] = {}
         for field in re.findall(_FIELD, self.custom_format):
             if field not in _FIELDS:
                 raise UsageError(f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
@@ -569,10 +593,13 @@ class Formatter:
         if self.verbose or hostname in self._verbose_hosts:
             _screen.say(f"{escape(hostname)}: {escape(text)}")
 
-    def _node_added(self, endpoint: Endpoint, verbose: bool) -> None:
-        """Columns and file names are chosen among the nodes that share this formatter."""
+    def _node_added(self, endpoint: Endpoint, verbose: bool, before: Endpoint | None = None) -> None:
+        """Columns and file names are chosen among the nodes that share this formatter; ``before``: what this one was until now."""
         if verbose:
             self._verbose_hosts.add(endpoint[1])
+        if before and before != endpoint:
+            self._endpoints.pop(before, None)
+            self._names.pop(before, None)
         if endpoint not in self._endpoints:
             self._endpoints[endpoint] = None
             self._parts.clear()
@@ -1880,6 +1907,7 @@ class _Node:
     formatter: Formatter
     verbose: bool | None
     guard = True
+    debug = False
     _host_key_shown: str | None = None
 
     @property
@@ -1895,8 +1923,9 @@ class _Node:
 
     def _adopt(self, formatter: Formatter | None, verbose: bool | None) -> None:
         self.verbose = verbose
-        self.formatter = HostFormatter(verbose=bool(verbose)) if formatter is None else formatter
-        self.formatter._node_added(self._endpoint, verbose=bool(verbose))
+        talk = bool(verbose or self.debug)
+        self.formatter = HostFormatter(verbose=talk) if formatter is None else formatter
+        self.formatter._node_added(self._endpoint, verbose=talk)
 
     async def __aenter__(self) -> Self:
         await self.connect_lazy()
@@ -1936,12 +1965,14 @@ class _Node:
             finally:
                 sink.end()
         except TimeoutError:
-            raise CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=self.hostname, kind="timeout",
-                                     command=command) from None
+            raise _timed_out(timeout, self, command) from None
         except BrokenPipeError:
             raise
         except OSError as exc:
             raise ApsshError(f"its output could not be written: {_reason(exc)}", host=self.hostname, command=command) from exc
+
+    async def _apply_config(self) -> None:
+        """Nothing to complete, as a rule."""
 
     @contextlib.contextmanager
     def _shown(self, command: str) -> Iterator[None]:
@@ -1956,6 +1987,13 @@ class _Node:
     connect_lazy: Callable[[], Coroutine[Any, Any, Any]]
     close: Callable[[], Coroutine[Any, Any, None]]
     _session: Callable[..., Coroutine[Any, Any, int | str]]
+
+
+def _timed_out(timeout: float | None, node: _Node, command: str) -> ApsshError:
+    """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
+    if timeout is None:
+        return ApsshError(f"timed out: {escape(command)}", host=node.hostname, command=command)
+    return CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=node.hostname, kind="timeout", command=command)
 
 
 _LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError)
@@ -2033,7 +2071,7 @@ class SshNode(_Node):
         node: SshNode | None = self
         while node:
             if node in hops:
-                raise UsageError(f"{self.hostname}: its gateway {node.hostname} is behind itself")
+                raise UsageError(f"{self.hostname}: its gateways go in a circle, through {node.hostname}")
             hops.insert(0, node)
             node = node.gateway
         return hops
@@ -2241,10 +2279,12 @@ class SshNode(_Node):
             config = _SshConfig(None if self._config is True else self._config)
             given = Hop(self.hostname, self.username if self._username_given else None, None if self.port == 22 else self.port)
             answers = await asyncio.to_thread(config.lookup_all, [given])
+            before = self._endpoint
             _configure(self, *answers.values())
             if not self._username_given and not self._host_config.user:
                 self.username = getpass.getuser()  # as ssh
             self.port = self._host_config.port or 22 if self.port == 22 else self.port
+            self.formatter._node_added(self._endpoint, bool(self.verbose), before)
             if self.timeout == CONNECT_TIMEOUT:
                 self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
             for index, hop in enumerate(jumps := _jumps(self._host_config) if self.gateway is None else ()):
@@ -2487,8 +2527,11 @@ class LocalNode(_Node):
         os.chmod(remotefile, 0o755)
 
     async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
-                       env: Mapping[str, str] | None = None, folder: str = "", quiet: bool = False, pty: bool = False) -> int | str:
+                       env: Mapping[str, str] | None = None, folder: str = "", quiet: bool = False, pty: bool = False,
+                       stdin: AsyncIterator[bytes] | None = None) -> int | str:
         """A process group of its own, under the same guard as over there: closing its stdin ends it."""
+        if pty or stdin:
+            raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
         transport, process = await asyncio.get_running_loop().subprocess_exec(
             lambda: _LocalProcess(sink, step), "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet),
             env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True)
@@ -2497,9 +2540,11 @@ class LocalNode(_Node):
                 async with asyncio.timeout(timeout):
                     await asyncio.wait([process.ended, process.broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            cast("asyncio.WriteTransport", transport.get_pipe_transport(0)).close()
-            await asyncio.wait([process.ended], timeout=5)
-            transport.close()
+            try:
+                cast("asyncio.WriteTransport", transport.get_pipe_transport(0)).close()
+                await asyncio.wait([process.ended], timeout=5)
+            finally:  # cancelled again
+                transport.close()
         if process.broken.done():
             process.broken.result()
         status = transport.get_returncode() or 0
@@ -3241,7 +3286,8 @@ def _extra(module: str) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class StepRecord:
-    """What is known of one step that ran: wall clock (``start_wall``, epoch) and monotonic seconds; ``kind`` None is a success."""
+    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the epoch) and of a monotonic one;
+    ``kind`` None is a success."""
 
     label: str = ""
     command: str = ""
@@ -3254,6 +3300,7 @@ class StepRecord:
     bytes_out: int = 0
     bytes_err: int = 0
     bytes_transferred: int = 0
+    end_wall: float | None = None
     script_sha256: str | None = None
     may_run: bool = False  # the command may still be running over there
 
@@ -3271,7 +3318,7 @@ class StepRecord:
             self.kind, self.error = "cancelled" if cancelled else "local", "cancelled" if cancelled else repr(exc)
             raise
         finally:
-            self.end = time.monotonic()
+            self.end_wall, self.end = time.time(), time.monotonic()
 
 
 class AbstractCommand:
@@ -3281,6 +3328,11 @@ class AbstractCommand:
     ``allowed_exits``: exit codes and signal names that are a success too, as ``["TERM", 4]``; never hides a lost
     connection. ``timeout``: seconds for this step (None: no limit). ``verbose``: a word on stderr when it runs.
     """
+
+    label: str | bool | None = None  # these are here for classes of users' whose constructor does not call ours
+    timeout: float | None = None
+    verbose = False
+    allowed_exits: Collection[int | str] = ()
 
     def __init__(self, *, label: str | bool | None = None, allowed_exits: Collection[int | str] | None = None,
                  timeout: float | None = None, verbose: bool = False) -> None:
@@ -3304,7 +3356,7 @@ class AbstractCommand:
             async with asyncio.timeout(self.timeout):
                 return await (self.co_run_local if isinstance(node, LocalNode) else self.co_run_remote)(node) or 0
         except TimeoutError:
-            raise CommandFailedError(f"no end within {self.timeout:g} s: {self._line()}", host=node.hostname, kind="timeout") from None
+            raise _timed_out(self.timeout, node, self._line() or self._text()) from None
 
     def _check(self) -> None:
         """What can be found wrong on this machine, before the first step of a job."""
@@ -3348,7 +3400,8 @@ class _ShellCommand(AbstractCommand):
 
     async def _execute(self, node: Any, command: str, step: StepRecord, **options: Any) -> int | str:
         if self.verbose:
-            node._say(f"runs: {self._line()}")
+            node._say(f"runs: {self._line() or self._text()}")
+        await node._apply_config()  # it may tell the user and the port, by which outputs are named
         options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
         try:
@@ -3465,6 +3518,8 @@ class RunString(_Script):
         self.includes = tuple(os.fspath(each) for each in includes or ())
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
+        if self.remote_name in ("", ".", ".."):
+            raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
     def _content(self) -> tuple[str, bytes]:
         body = self.script_body.render() if isinstance(self.script_body, Deferred) else self.script_body
@@ -3483,8 +3538,8 @@ class _CopyCommand(AbstractCommand):
     preposition: ClassVar[str]
 
     def __init__(self, sources: Any, destination: Any, *, preserve: bool = False, recurse: bool = False, follow_symlinks: bool = False,
-                 inplace: bool = False, **common: Any) -> None:
-        super().__init__(**common)
+                 inplace: bool = False, block_size: int | None = None, max_requests: int | None = None, **common: Any) -> None:
+        super().__init__(**common)  # the last two are asyncssh's, for published scripts: the engine chooses better itself
         self.sources, self.destination = sources, destination
         self.options = {"preserve": preserve, "recurse": recurse, "follow_symlinks": follow_symlinks, "inplace": inplace}
         _paths(sources)
@@ -3505,12 +3560,12 @@ class _CopyCommand(AbstractCommand):
         destination = self._rendered(self.destination)
         step.command = step.command or self._text()
         if self.verbose:
-            node._say(f"runs: {self._line()}")
+            node._say(f"runs: {self._line() or self._text()}")
         try:
             async with asyncio.timeout(self.timeout):
                 await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, many)
         except TimeoutError:
-            raise CommandFailedError(f"no end within {self.timeout:g} s: {self._line()}", host=node.hostname, kind="timeout") from None
+            raise _timed_out(self.timeout, node, self._text()) from None
         except _LOST as exc:
             raise ConnectionFailedError(f"connection lost during {escape(self._text())}", host=node.hostname, command=self._text()) from exc
         except (asyncssh.SFTPError, OSError) as exc:
@@ -3625,7 +3680,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         step = StepRecord(label=command._line() or "")
         self.records.append(step)
         if self.verbose:
-            self.node._say(f"step: {step.label}")
+            self.node._say(f"step: {step.label or command._text()}")
         with step.running():
             step.status = status = await command._run(self.node, step)
             if command._succeeded(status):
@@ -3651,9 +3706,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "") if lines else self._where()
 
     def graph_label(self) -> str:
-        """Id and user@host, then one line for each step; or the job's label in their place."""
-        lines = [self.label] if self.label else [line for command in self.commands if (line := command._line())]
-        return "\n".join([f"{self.repr_id()}: {self._where()}", *lines])
+        """Id and user@host, the job's label if it has one, then one line for each step."""
+        lines = [line for command in self.commands if (line := command._line())]
+        return "\n".join([f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines])
 
     def details(self) -> str:
         """The steps, one a line, with what came of them."""
@@ -3685,7 +3740,10 @@ async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True
 
 
 def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """The same from code that is not a coroutine, once the scheduler has run."""
+    """The same from code that is not a coroutine, once the scheduler has run. Raises UsageError inside of a running loop."""
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise UsageError("close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there")
     asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
 
 
@@ -3795,7 +3853,7 @@ def run_record(scheduler: Any) -> dict[str, Any]:
             "steps": [dataclasses.asdict(step) for step in job.records] if ssh else []})
     steps = [step for job in jobs for step in job["steps"] if step["start"] is not None]
     started = min((step["start_wall"] for step in steps), default=None)
-    ended = max((step["start_wall"] + step["end"] - step["start"] if step["end"] else time.time() for step in steps), default=None)
+    ended = max((step["end_wall"] or time.time() for step in steps), default=None)
     return {
         "versions": {"apssh": __version__, "asyncssh": asyncssh.__version__, "asynciojobs": asynciojobs.__version__,
                      "python": sys.version.split()[0]},
@@ -3808,23 +3866,21 @@ def run_record(scheduler: Any) -> dict[str, Any]:
 
 def save_record(scheduler: Any, path: str | os.PathLike[str]) -> None:
     """Write ``run_record`` as JSON, for its owner's eyes only (commands may hold secrets); the file is whole at any time."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".record-")
-    try:
-        with open(handle, "w", encoding="ascii") as file:
-            json.dump(run_record(scheduler), file, indent=1, default=str)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    _write_whole(path, json.dumps(run_record(scheduler), indent=1, default=str))
 
 
 @contextlib.contextmanager
 def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
-    """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an exception and Ctrl-C too."""
+    """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an exception and Ctrl-C too.
+    A first one is there before anything runs: OSError tells at once of a place that cannot be written."""
+    save_record(scheduler, path)
     try:
         yield
-    finally:
-        save_record(scheduler, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what the user must see is the other failure
+            save_record(scheduler, path)
+        raise
+    save_record(scheduler, path)
 
 
 def _clean(text: Any, most: int = 10_000) -> str:
@@ -5024,9 +5080,7 @@ def _save_last(results: Sequence[Result]) -> None:
     path = _last_path()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".last-", delete=False) as file:
-            json.dump([{"target": result.target, "outcome": result.outcome} for result in results], file)
-        os.replace(file.name, path)
+        _write_whole(path, json.dumps([{"target": result.target, "outcome": result.outcome} for result in results]))
     except OSError as exc:
         _screen.say(f"apssh: {path}: {_reason(exc)}")
 

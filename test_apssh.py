@@ -2014,6 +2014,17 @@ def test_broken_config(program: Program, text: str, config: Config) -> None:
     assert done == (2, "", [f"apssh: ssh config: {' '.join(said.splitlines())}"])
 
 
+def test_columns_after_a_config(sshd: Sshd, config: Config, capfd: Any) -> None:
+    """A user and a port that the config names are known to the formatter: columns and names are as if they had been given."""
+    config(aliases(sshd, "one.site.org", "two.site.org", more=f"User {ME}"))
+    formatter = apssh.HostFormatter()
+    nodes = [SshNode(f"{name}.site.org", config=True, formatter=formatter) for name in ("one", "two")]
+    for node in nodes:
+        assert asyncio.run(node.run("echo x")) == 0
+        asyncio.run(node.close())
+    assert capfd.readouterr().out == "one:x\ntwo:x\n"
+
+
 def test_missing_config(program: Program, home: Path) -> None:
     for path in ("missing", str(home)):
         done = program("-F", path, "-t", "web", "true")
@@ -2564,7 +2575,7 @@ def test_node_is_its_own_gateway() -> None:
     node.gateway = node
     with pytest.raises(UsageError) as caught:
         run(node.run("true"))
-    assert str(caught.value) == "box: its gateway box is behind itself"
+    assert str(caught.value) == "box: its gateways go in a circle, through box"
 
 
 def test_hundreds_of_nodes_open_no_file() -> None:
@@ -2869,6 +2880,9 @@ def test_local_node(home: Path, capfd: Any) -> None:
             with pytest.raises(CommandFailedError) as caught:
                 await node.run("sleep 30", timeout=0.2)
             assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
+            with pytest.raises(UsageError) as misused:
+                await Run("tty", pty=True).co_run_local(node)
+            assert str(misused.value) == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
 
     run(main())
     assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == ["d/e", "d/e/script", "d/script"]
@@ -4014,7 +4028,9 @@ def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None
     (lambda: Run(), "Run: an empty command"), (lambda: Run("", " "), "Run: an empty command"),
     (lambda: Run("a", timeout=-1), "timeout -1: seconds, more than 0 (None: no limit)"),
     (lambda: Run(["ls", "-l"]), "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']"),
-    (lambda: RunString(" "), "RunString: an empty script"), (lambda: Push([], "x"), "a path or a list of paths, not []"),
+    (lambda: RunString(" "), "RunString: an empty script"),
+    (lambda: RunString("x", remote_name="a/.."), "RunString: remote_name 'a/..' is not the name of a file"),
+    (lambda: Push([], "x"), "a path or a list of paths, not []"),
     (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
 ])
 def test_command_misuse(make: Callable[[], Any], message: str) -> None:
@@ -4057,6 +4073,45 @@ def test_output_beyond_the_limit_fails_the_command(node: Any, monkeypatch: pytes
     monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1024 * 1024)
     with pytest.raises(ApsshError, match="more than 1 MiB of output to hold"):
         step(node, Run("yes", capture=Capture("out", Variables())))
+
+
+def test_step_and_formatter_without_their_base_constructors(node: Any, capfd: Any) -> None:
+    """Users' classes need not call ours."""
+    class Says(apssh.AbstractCommand):
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        async def co_run_remote(self, node: Any) -> int:
+            return int(await node.run(f"echo {self.text}"))
+
+        co_run_local = co_run_remote
+
+    class Shouts(apssh.Formatter):
+        def __init__(self) -> None:
+            self.count = 0
+
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            self.count += 1
+            print(line.upper(), end="")
+
+    node.formatter = formatter = Shouts()
+    formatter._node_added(node._endpoint, False)
+    scheduler = Scheduler(SshJob(node, command=Says("hello")))
+    assert scheduler.run()
+    apssh.close_ssh_in_scheduler(scheduler)
+    assert (capfd.readouterr().out, formatter.count) == ("HELLO\n", 1)
+
+
+def test_a_steps_own_timeout_error_is_no_deadline(node: Any) -> None:
+    class Late(apssh.AbstractCommand):
+        async def co_run_remote(self, node: Any) -> int:
+            raise TimeoutError
+
+        co_run_local = co_run_remote
+
+    job = SshJob(node, command=Late(label=False), critical=False)
+    Scheduler(job).run()
+    assert (str(job.result()), job.result().kind) == (f"{node.hostname}: local: timed out: Late", "local")
 
 
 def test_run_script(node: Any, home: Path, sshd: Sshd, capfdbinary: Any) -> None:
@@ -4360,6 +4415,15 @@ def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
     apssh.close_ssh_in_scheduler(scheduler)
 
 
+def test_closing_in_a_running_loop_names_the_coroutine() -> None:
+    async def main() -> None:
+        with pytest.raises(UsageError) as caught:
+            apssh.close_ssh_in_scheduler(Scheduler())
+        assert str(caught.value) == "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+
+    run(main())
+
+
 def test_nested_schedulers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd()
     inner = Scheduler(SshJob(sshd.node(), command="true"), label="inner")
@@ -4378,7 +4442,7 @@ def test_labels_and_listings(capfd: Any) -> None:
     scheduler.list(details=True)
     assert (job.text_label(), labelled.text_label()) == ("me@box: ls (+1)", "me@box: x")
     assert job.graph_label().splitlines()[1:] == ["ls", "Push: a onto b"] and job.graph_label().splitlines()[0].endswith(": me@box")
-    assert labelled.graph_label().splitlines()[1:] == ["a label"]
+    assert labelled.graph_label().splitlines()[1:] == ["a label", "x"]
     assert job.details() == "  me@box: ls\n  me@box: Push: a onto b\n  me@box: (hidden)"
     assert "me@box: Push: a onto b" in capfd.readouterr().out
 
@@ -4615,6 +4679,30 @@ def test_saved_record_is_private_and_whole(tmp_path) -> Any:
     save_record(scheduler, path)
     assert json.loads(path.read_text()) == run_record(scheduler)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["run.json"]
+
+
+def test_what_a_record_is_saved_to(tmp_path) -> Any:
+    """A link leads to the file that is replaced; a pipe, or a device, is written to and stays what it is."""
+    (tmp_path / "link").symlink_to("run.json")
+    save_record(Scheduler(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "run.json").read_text())["jobs"] == []
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    save_record(Scheduler(), tmp_path / "pipe")
+    assert json.loads(os.read(reader, 65536))["jobs"] == [] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    os.close(reader)
+
+
+def test_recording_to_a_bad_place_is_told_before_the_run(tmp_path) -> Any:
+    with pytest.raises(FileNotFoundError), recording(Scheduler(), tmp_path / "none" / "run.json"):
+        raise AssertionError("it must not run")
+    with pytest.raises(ZeroDivisionError), recording(Scheduler(), tmp_path / "run.json"):
+        assert json.loads((tmp_path / "run.json").read_text())["jobs"] == []  # a program that is killed leaves this
+        (tmp_path / "run.json").unlink()
+        tmp_path.chmod(0o500)
+        (tmp_path / "run.json").mkdir() if os.getuid() == 0 else None
+        raise ZeroDivisionError  # and not the failure to save
+    tmp_path.chmod(0o700)
 
 
 def test_saving_that_fails_leaves_the_old_one(tmp_path, monkeypatch) -> Any:
