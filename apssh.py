@@ -385,21 +385,27 @@ class _Screen:
 
     def __init__(self) -> None:
         self.progress = ""
+        self.out: Any = None  # the standard output, while others' prints are sent elsewhere
+        self.closed = False  # nobody reads it any more
         self._shown = False
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
-        stream = sys.stderr if err else sys.stdout
+        stream = sys.stderr if err else self.out or sys.stdout
         if not raw and stream.isatty():
             data = _escape_bytes(data)
         self._erase()
         binary = getattr(stream, "buffer", None)
-        if binary is None:  # a notebook, a StringIO
-            stream.write(data.decode("utf-8", "replace"))
-        else:
+        try:
+            if binary is None:  # a notebook, a StringIO
+                stream.write(data.decode("utf-8", "replace"))
+            else:
+                stream.flush()
+                binary.write(data)
             stream.flush()
-            binary.write(data)
-        stream.flush()
+        except BrokenPipeError:
+            self.closed = True
+            raise
         if self.progress:
             self.show(self.progress)
 
@@ -3365,6 +3371,10 @@ class AbstractCommand:
         """The text made from the command."""
         return type(self).__name__
 
+    def _preview(self) -> str:
+        """All of what would run, as far as it is known."""
+        return self._text()
+
     def _line(self) -> str | None:
         """One line for graphs and listings; None when it is hidden."""
         text = self._text() if self.label is None else self.label
@@ -3442,6 +3452,9 @@ class _Script(_ShellCommand):
         """The name and the text of the script."""
         raise NotImplementedError
 
+    def _beside(self) -> str:
+        return f" with {' '.join(self.includes)}" if self.includes else ""
+
     def _files(self) -> dict[str, tuple[bytes, int]]:
         """All files of the folder: name to content and mode."""
         files: dict[str, tuple[bytes, int]] = {}
@@ -3503,6 +3516,10 @@ class RunScript(_Script):
     def _text(self) -> str:
         return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(preview=True)}".rstrip()
 
+    def _preview(self) -> str:
+        missing = "" if os.path.isfile(os.path.expanduser(str(self.local_script))) else " (no such file yet)"
+        return f"RunScript: {self.local_script} {self._words(preview=True)}".rstrip() + missing + self._beside()
+
 
 class RunString(_Script):
     """The same from a text: without a ``#!`` line it runs as the login shell runs such a file.
@@ -3530,6 +3547,9 @@ class RunString(_Script):
         first = next((line for line in lines if line and not line.startswith("#")), "")
         return f"RunString: {first[:15]}... {self._words(preview=True)}".rstrip()
 
+    def _preview(self) -> str:
+        return f"RunString: {self._words(preview=True)}".rstrip() + self._beside() + f"\n{self.script_body}"
+
 
 class _CopyCommand(AbstractCommand):
     """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
@@ -3553,6 +3573,10 @@ class _CopyCommand(AbstractCommand):
         paths, _ = _paths(self.sources)
         more = f" ... ({len(paths)} total)" if len(paths) > 1 else ""
         return f"{type(self).__name__}: {paths[0]}{more} {self.preposition} {self.destination}"
+
+    def _preview(self) -> str:
+        options = "".join(f", {name}" for name, value in self.options.items() if value)
+        return f"{type(self).__name__}: {' '.join(_paths(self.sources)[0])} {self.preposition} {self.destination}{options}"
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
         _, many = _paths(self.sources)
@@ -4327,7 +4351,7 @@ class _Scenario:
             line = mark.line if mark else self.text.count("\n", 0, getattr(exc, "position", 0))
             context = f"{exc.context} (line {start.line + 1}): " if start else ""
             problem = getattr(exc, "problem", None) or getattr(exc, "reason", exc)
-            hint = " (a template? give load() an env)" if "{%" in self.text else ""
+            hint = " (a template? give load() an env, or --set NAME=value)" if "{%" in self.text else ""
             raise ScenarioError(escape(f"{self.name}:{line + 1}: wrong YAML: {context}{problem}{hint}")) from None
         except RecursionError:
             raise self.error("", None, "wrong YAML: nested too deeply, or merged into itself") from None
@@ -4344,7 +4368,7 @@ class _Scenario:
         if node.id == "scalar" and tag != "null":
             found = f"{found} '{_brief(node.value)}'".lstrip()
         if node.id == "mapping" and node.value and node.value[0][0].id == "mapping":  # {{...}}
-            found += ": put {{...}} in quotes, or give load() an env"
+            found += ": put {{...}} in quotes, or give load() an env (--set NAME=value)"
         return self.error(where, node, f"{what}, not {found}")
 
     def entry(self, where: str, node: Any) -> _Entry:
@@ -4358,7 +4382,8 @@ class _Scenario:
                 for source in value.value if value.id == "sequence" else [value]:
                     merged = self.entry(where, source).pairs | merged
             elif key.id != "scalar":
-                raise self.mismatch(where, key, "a key must be text")
+                deferred = key.id == "mapping" and all(each.tag.endswith(":null") for _, each in key.value)  # {{name}}
+                raise self.mismatch(where, key, "put {{...}} in quotes: " * deferred + "a key must be text")
             elif key.value in own:
                 line = own[key.value][0].start_mark.line + 1
                 raise self.error(where, key, f"duplicate key '{_brief(key.value)}': line {line} has it too")
@@ -4535,7 +4560,7 @@ class YamlLoader:
         except Exception as exc:  # a template may compute anything
             lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == "<template>"]
             line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
-            remedy = ": add it to env" if isinstance(exc, jinja2.UndefinedError) else ""
+            remedy = ": add it to env (--set NAME=value)" if isinstance(exc, jinja2.UndefinedError) else ""
             raise ScenarioError(escape(f"{os.fspath(self.filename)}:{line}: template: {exc}{remedy}")) from None
 
 
@@ -4881,8 +4906,8 @@ def _expand_path(path: str, node: SshNode) -> str:
 class _Destinations:
     """The Pull of each node, which must not write where another does."""
 
-    def __init__(self, remotepaths: Any, localpath: str, options: dict[str, Any]) -> None:
-        self._remotepaths, self._localpath, self._options = remotepaths, localpath, options
+    def __init__(self, remotepaths: Any, localpath: str, options: dict[str, Any], dry: bool = False) -> None:
+        self._remotepaths, self._localpath, self._options, self._dry = remotepaths, localpath, options, dry
 
     def check(self, nodes: Sequence[SshNode]) -> None:
         """Raises UsageError before anything is copied."""
@@ -4905,7 +4930,7 @@ class _Destinations:
         sources, many = _paths(self._remotepaths)
         sources = [_expand_path(source, node) for source in sources]
         place = _expand_path(self._localpath, node)
-        if place.endswith("/") and place != self._localpath:
+        if place.endswith("/") and place != self._localpath and not self._dry:
             os.makedirs(place, exist_ok=True)
         return [Pull(sources if many else sources[0], place, **self._options)]
 
@@ -5201,6 +5226,13 @@ async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> A
 # ---------------------------------------------------------------------------------------------------------------
 
 
+class _ScreenHandler(logging.Handler):
+    """The ssh library's log as lines of ours: it quotes hosts, and must not run into the line of progress."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _screen.say(escape(self.format(record)))
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with what the three programs share, and hints in place of guesses."""
 
@@ -5374,6 +5406,10 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
     try:
         with asyncio.Runner() as runner:
             options = _parse(parser, argv)
+            logging.getLogger("asyncio").setLevel(logging.NOTSET if options.debug else logging.ERROR)  # it warns of what is lost, as we do
+            if options.debug:
+                logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
+                logging.getLogger("asyncssh").setLevel(logging.DEBUG)
             loop = runner.get_loop()
             loop.set_default_executor(ThreadPoolExecutor(64, thread_name_prefix="apssh"))  # names are resolved there
             return runner.run(_interruptible(body(options)))
@@ -5418,26 +5454,29 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
 
 async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps, views: Sequence[Any] = (),
                 check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> int:
-    """Nodes, fan-out, views, summary: the common body of the programs."""
-    logging.getLogger("asyncio").setLevel(logging.NOTSET if options.debug else logging.ERROR)  # it warns of writes to a lost connection
-    if options.debug:
-        logging.basicConfig(stream=sys.stderr, format="%(name)s: %(message)s")
-        logging.getLogger("asyncssh").setLevel(logging.DEBUG)
+    """Nodes, fan-out, views, summary: the common body of the programs; or, with -n, what they would do."""
     async with contextlib.AsyncExitStack() as stack:
-        if options.demo:
+        if options.demo and options.dry_run:
+            nodes = [SshNode(f"demo{number}", username=getpass.getuser(), formatter=formatter) for number in range(1, options.demo + 1)]
+        elif options.demo:
             nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
         else:
             targets = _targets(options)
             _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
-            keys = load_private_keys(options.key, options.verbose) if options.key else []  # here, where Ctrl-C reaches a prompt
+            keys = load_private_keys(options.key, options.verbose) if options.key and not options.dry_run else []  # Ctrl-C reaches a prompt
             nodes = await asyncio.to_thread(  # a Match exec may take its time
                 _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
-                keys=keys, password=_ask_secret("password") if options.askpass else None, host_keys=options.host_keys,
-                guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
+                keys=keys, password=_ask_secret("password") if options.askpass and not options.dry_run else None,
+                host_keys=options.host_keys, guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
             configured = any(node._host_config.names_keys for node in nodes)
-            if not (keys or options.ok_if_no_key or options.askpass or configured or load_private_keys()):
+            if not (keys or options.ok_if_no_key or options.askpass or options.dry_run or configured or load_private_keys()):
                 raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
         check(nodes)
+        if options.dry_run:
+            for node in nodes:
+                for command in steps(node):
+                    _screen.write(f"{_way(node)}: {escape(command._preview())}\n".encode("utf-8", "surrogateescape"))
+            return 0
         progress = _Progress(len(nodes), options.quiet)
         results: list[Result] = []
         json_lines = any(isinstance(view, _JsonLines) for view in views)
@@ -5454,20 +5493,26 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             await _fan_out(nodes, steps, window=options.window, retries=options.retries, started=progress.started, done=done)
         finally:
             progress.finish()
-            for view in views:
+            for view in views if not _screen.closed else ():
                 getattr(view, "finish", lambda: None)()
-            if not options.quiet and (len(nodes) > 1 or any(not result.ok for result in results)):
+            if not options.quiet and not _screen.closed and (len(nodes) > 1 or any(not result.ok for result in results)):
                 for line in _summary(results):
                     _screen.write(f"{line}\n".encode(), err=True, raw=True)
-            if not options.no_last and not options.demo:
+            if not options.no_last and not options.demo and not _screen.closed:
                 _save_last(results)
         return 0 if all(result.ok for result in results) else 1
 
 
-def _show_targets(options: argparse.Namespace, line: str = "") -> int:
-    """-L: the targets, one a line; -n: with what would be done there."""
+def _way(node: _Node) -> str:
+    """A node in the syntax of targets."""
+    hops = node._hops() if isinstance(node, SshNode) else [node]
+    return "->".join(_endpoint_text(hop.hostname, hop.username, None if hop.port == 22 else hop.port) for hop in hops)
+
+
+def _show_targets(options: argparse.Namespace) -> int:
+    """-L: the targets, one a line."""
     targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
-    _screen.write("".join(f"{target}{line and ': '}{escape(line)}\n" for target in targets).encode("utf-8", "surrogateescape"))
+    _screen.write("".join(f"{target}\n" for target in targets).encode("utf-8", "surrogateescape"))
     return 0
 
 
@@ -5484,13 +5529,11 @@ async def _run_program(options: argparse.Namespace) -> int:
     if options.list_targets:
         return _show_targets(options)
     command = _command(options)
-    if options.dry_run:
-        return _show_targets(options, command(None)._line() or "")
     formatter, views = _views(options)
     with contextlib.ExitStack() as stack:
-        spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin else None
+        spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin and not options.dry_run else None
         code = await _work(options, formatter, lambda node: [command(spool)], views)
-    if isinstance(formatter, SubdirFormatter):
+    if isinstance(formatter, SubdirFormatter) and not options.dry_run:
         _screen.write(f"{formatter.run_name}\n".encode())
     return code
 
@@ -5508,32 +5551,70 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end with the loop."""
-    if options.target or options.command:
-        raise UsageError("--scenario brings its own hosts and commands: leave -t and the command out")
-    nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(_assignments("--set", options.set))
-    names = {id(job): name for name, job in jobs.items()}
-    if options.dry_run:
-        for job in scheduler.topological_order():
-            after = ", ".join(names[id(each)] for each in job.required)
-            _screen.write(escape(f"{names[id(job)]}: {job.node!r}" + (f" after {after}" if after else "")).encode() + b"\n")
-            for command in job.commands:
-                _screen.write(f"    {escape(command._line() or '(hidden)')}\n".encode("utf-8", "surrogateescape"))
+    unset = vars(build_parser().parse_args([]))
+    if others := [name for name, value in vars(options).items() if value != unset[name] and name not in _WITH_SCENARIO]:
+        named = " ".join("the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others)
+        raise UsageError(f"--scenario brings its own hosts and commands: leave out {named}")
+    env = _assignments("--set", options.set) or ({"": ""} if options.scenario.endswith(".j2") else {})  # a .j2 is a template even so
+    nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(env)
+    if options.list_targets or options.dry_run:
+        _show_scenario(nodes, jobs, scheduler, options.dry_run)
         return 0
+    for node in nodes.values():
+        node.host_keys = options.host_keys or getattr(node, "host_keys", None)
+        node.formatter._node_added(node._endpoint, options.verbose)
     hosts = [node for node in nodes.values() if isinstance(node, SshNode)]
     async with contextlib.AsyncExitStack() as stack:
         if options.demo:
             if options.demo < len(hosts):
                 raise UsageError(f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}")
             for node, other in zip(hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False):
+                before = node._endpoint
                 node._address, node.port, node.username = other._address, other.port, other.username
                 node.keys, node.known_hosts = other.keys, other.known_hosts
-        with contextlib.suppress(Exception):  # a critical job's: it is told below
-            await scheduler.co_run()
-        await co_close_ssh_in_scheduler(scheduler)
+                node.formatter._node_added(node._endpoint, False, before)
+        _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
+        try:
+            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr if options.verbose else io.StringIO()):
+                await scheduler.co_run()
+            await co_close_ssh_in_scheduler(scheduler)  # a critical job's failure is told below
+        except asyncio.CancelledError:
+            _conclude_scenario(options, jobs, interrupted=True)
+            raise
+        finally:
+            _screen.out = None
+    return 1 if _screen.closed else _conclude_scenario(options, jobs)
+
+
+_WITH_SCENARIO = ("scenario", "set", "demo", "list_targets", "dry_run", "host_keys", "quiet", "verbose", "debug", "color", "no_last")
+
+
+def _show_scenario(nodes: Mapping[str, Any], jobs: Mapping[str, SshJob], scheduler: Any, steps: bool) -> None:
+    """-L: the hosts; -n: every step, where it would run, and who captures what has no value yet."""
+    lines = [] if steps else [_way(node) for node in nodes.values()]
+    names = {id(job): name for name, job in jobs.items()}
+    captured = {command.capture.varname: name for name, job in jobs.items() for command in job.commands
+                if isinstance(command, _ShellCommand) and command.capture}
+    for job in scheduler.topological_order() if steps else ():
+        after = ", ".join(names[id(each)] for each in job.required)
+        notes = [f"after {after}"] * bool(after) + ["not critical"] * (not job.critical) + ["forever"] * bool(job.forever)
+        lines.append(f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else ""))
+        for command in job.commands:
+            text = command._preview()
+            lines += [f"    [{command.label}]"] * bool(command.label) + [f"    {line}" for line in text.splitlines()]
+            for name in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
+                lines.append(f"      {{{{{name}}}}}: " + (f"captured by {captured[name]}" if name in captured else "NO STEP CAPTURES IT"))
+    _screen.write("".join(f"{escape(line)}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
+def _conclude_scenario(options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False) -> int:
+    """What became of the jobs; the exit code."""
     states: dict[str, list[str]] = {}
+    renamed = {"idle": "never ran", "waiting": "never ran"}
+    renamed |= {"running": "interrupted", "cancelled": "interrupted"} if interrupted else {}
     for name, job in jobs.items():
         state, error = _job_state(job)
-        states.setdefault("never ran" if state in ("idle", "waiting") else state, []).append(name)
+        states.setdefault(renamed.get(state, state), []).append(name)
         if state == "failed":
             _screen.say(_paint(f"{escape(name)}: {escape(error or state)}", "31"))
     ok = set(states) <= {"ok"} or all(jobs[name].forever for state, members in states.items() if state != "ok" for name in members)
@@ -5641,12 +5722,9 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         return _show_targets(options)
     *sources, destination = _copy_paths(pushing, options.paths)
     copying = {"recurse": options.recurse, "preserve": options.preserve, "inplace": options.inplace, "timeout": options.command_timeout}
-    if options.dry_run:
-        sample = Push(sources, destination, **copying) if pushing else Pull(sources, destination, **copying)
-        return _show_targets(options, sample._line() or "")
     formatter = HostFormatter(verbose=options.verbose)
     if not pushing:
-        pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying)
+        pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying, options.dry_run)
         return await _work(options, formatter, pulls, check=pulls.check)
 
     def pushes(node: SshNode) -> list[AbstractCommand]:
@@ -5654,7 +5732,7 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         return [Push(paths if len(paths) > 1 else paths[0], _expand_path(destination, node), **copying)]
 
     def check(nodes: Sequence[SshNode]) -> None:
-        for path in {_expand_path(source, node) for node in nodes for source in sources}:
+        for path in dict.fromkeys(_expand_path(source, node) for node in nodes for source in sources):
             if not os.path.lexists(path) or (os.path.isdir(path) and not options.recurse):
                 reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
                 raise UsageError(f"{escape(path)}: {reason}")

@@ -5051,10 +5051,10 @@ MISTAKES = {  # text of the file, the whole message
         "the fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}"),
     "template without env": (
         NODE1 + "hostname: {{gw}}\n" + JOB,
-        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env"),
+        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env (--set NAME=value)"),
     "template block without env": (
         "{% if x %}\nnodes: [{id: n1, hostname: h1}]\n" + JOB,
-        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env)"),
+        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env, or --set NAME=value)"),
     "unknown job key": (JOB1 + "    comand: uname\n", "s.yaml:5: section jobs, id j1: unknown key 'comand': did you mean 'command'?"),
     "job without commands": (JOB1, "s.yaml:3: section jobs, id j1: no 'command' and no 'commands': add one of them"),
     "job with an empty list": (
@@ -5185,6 +5185,8 @@ MISTAKES = {  # text of the file, the whole message
         NODE + "---\n" + JOB,
         "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found another document"),
     "control character": (NODE + "# \u0007\n", "s.yaml:2: wrong YAML: special characters are not allowed"),
+    "deferred without quotes": ("nodes:\n  - {id: n, localnode: true}\njobs:\n  - {id: j, node: n, command: {{x}}}\n",
+                                "s.yaml:4: section jobs, id j, command 1: put {{...}} in quotes: a key must be text, not a mapping"),
     "key of a mapping": ("nodes:\n  - {? {a: b} : c}\n", "s.yaml:2: section nodes, item 1: a key must be text, not a mapping"),
     "merged into itself": ("nodes:\n  - &a {<<: *a, id: n1}\n", "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
     "merge of text": (
@@ -5221,8 +5223,8 @@ def test_a_mistake_in_a_scenario_is_told_with_its_place(text: str, message: str)
 
 
 TEMPLATE_MISTAKES = {
-    "undefined": ("nodes:\n  - id: {{ nobody }}\n", "s.yaml:2: template: 'nobody' is undefined: add it to env"),
-    "undefined attribute": ("\n\n{{ x.y }}\n", "s.yaml:3: template: 'int object' has no attribute 'y': add it to env"),
+    "undefined": ("nodes:\n  - id: {{ nobody }}\n", "s.yaml:2: template: 'nobody' is undefined: add it to env (--set NAME=value)"),
+    "undefined attribute": ("\n\n{{ x.y }}\n", "s.yaml:3: template: 'int object' has no attribute 'y': add it to env (--set NAME=value)"),
     "syntax": ("nodes:\n{% for %}\n", "s.yaml:2: template: Expected an expression, got 'end of statement block'"),
     "arithmetic": ("nodes:\n\n# {{ 1 // 0 }}\n", "s.yaml:3: template: integer division or modulo by zero"),
     "after rendering": (
@@ -5912,7 +5914,7 @@ def test_demo_size(count: int) -> None:
     (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"), (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
     (["-t", "gone/targets", "x"], "gone/targets: no such file"), (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
     (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"), (["-g", "gw", "-t", "gw", "x"], "gw: gw->gw passes a host twice; None->HOST has no gateway"),
-    (["--scenario", "s.yaml", "-t", "h"], "--scenario brings its own hosts and commands: leave -t and the command out"),
+    (["--scenario", "s.yaml", "-t", "h"], "--scenario brings its own hosts and commands: leave out --target"),
     (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"), (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
 ])
 def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> None:
@@ -5942,7 +5944,9 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
 
 
 @pytest.mark.parametrize(("argv", "out"), [
-    (["-t", "b,a node[01-02]", "-L"], "b\na\nnode01\nnode02\n"), (["-t", "a,b", "-n", "ls", "-l"], "a: ls -l\nb: ls -l\n"), (["--demo", "2", "-L"], "demo1\ndemo2\n"),
+    (["-t", "b,a node[01-02]", "-L"], "b\na\nnode01\nnode02\n"), (["--demo", "2", "-L"], "demo1\ndemo2\n"),
+    (["-F", "none", "-t", "a,b", "-n", "ls", "-l"], f"{ME}@a: ls -l\n{ME}@b: ls -l\n"), (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
+    (["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"], f"{ME}@a: RunString: x\\necho one\\n echo two\n"),
     (["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c", "-x", "nobody@a", "-L"], "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n"),
     (["-V"], f"apssh {apssh.__version__}\n"),
 ])
@@ -6037,13 +6041,24 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
     assert Path(f"got-{ME}/tree/sub/f").read_text() == "text"
     done = cli("-F", "none", "-t", sshd.target, "@:gone", "x", program="appull")
     assert (done.returncode, done.stderr) == (1, b"127.0.0.1: local: gone: no such file\n0 ok, 1 failed\n  local: 127.0.0.1 (1)\n")
-    assert cli("-t", "h", "-n", "tree", "@:x", program="appush").stdout == b"h: Push: tree onto x\n"
+    assert cli("-t", "me@h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stderr == b"appush: h: no such file\n"
+    Path("h").touch()
+    Path("i").touch()
+    shown = cli("-F", "none", "-l", "me", "-t", "gw->h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stdout.decode()
+    assert shown == "me@gw->me@h: Push: tree h onto /x/h, recurse\nme@i:23: Push: tree i onto /x/i, recurse\n"
+    shown = cli("-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull").stdout.decode()
+    assert shown == "me@h: Pull: /x y into new-h/\n" and not Path("new-h").exists()
+
+
+def start(*argv: str, program: str = "apssh") -> subprocess.Popen[bytes]:
+    """A program at work, its outputs in pipes."""
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
+    return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
 
 
 def interrupted(argv: list[str], number: int, started: Callable[[], Any], twice: bool = False, program: str = "apssh") -> tuple[int, bytes, bytes, float]:
     """Run a program, interrupt it once something is there; its exit code, outputs, and how long it took to go."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
-    process = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    process = start(*argv, program=program)
     eventually(started)
     begin = time.monotonic()
     process.send_signal(number)
@@ -6087,7 +6102,7 @@ def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
 def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     token = f"92{os.getpid()}"
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    done = subprocess.run([f"{sys.executable} -c {shlex.quote(code)} -q -F none -t {sshd.target} 'yes {token}' | head -n 1"], shell=True, capture_output=True, timeout=30, check=False)
+    done = subprocess.run([f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | head -n 1"], shell=True, capture_output=True, timeout=30, check=False)
     assert (done.stdout, done.stderr) == (f"127.0.0.1:yes {token}\n".encode().replace(b"yes ", b""), b"")
     eventually(lambda: not processes(f"yes {token}"))
 
@@ -6123,12 +6138,85 @@ def test_public_names_are_documented() -> None:
 def test_scenario_program(home: Path, capfd: Any) -> None:
     Path("s.yaml.j2").write_text("nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
                                  "  - {id: b, node: here, required: a, command: exit 3}\n  - {id: c, node: here, required: b, command: 'true'}\n")
-    assert apssh.main(["--scenario", "s.yaml.j2", "--set", "word=given", "-n"]) == 0
-    assert capfd.readouterr().out == "a: <LocalNode>\n    echo given\nb: <LocalNode> after a\n    exit 3\nc: <LocalNode> after b\n    true\n"
     assert apssh.main(["--scenario", "s.yaml.j2", "--set", "word=given"]) == 1
     out, err = capfd.readouterr()
-    assert out.splitlines()[0] == "LOCALNODE:given"
+    assert out == "LOCALNODE:given\n"  # what asynciojobs says of it is on stderr
     assert err == "b: LOCALNODE: status: ended with status 3: exit 3\n1 ok, 1 failed, 1 never ran\n"
+    assert apssh.main(["--scenario", "s.yaml.j2"]) == 2
+    assert capfd.readouterr().err == "apssh: s.yaml.j2:3: template: 'word' is undefined: add it to env (--set NAME=value)\n"
+
+
+SHOWN = """
+nodes:
+  - {id: gw, hostname: gw.example.org, username: slice}
+  - {id: n1, hostname: node1, gateway: gw, port: 2200}
+  - {id: here, localnode: true}
+jobs:
+  - {id: look, node: n1, label: a look, commands: [{type: Run, command: uname -r, label: kernel, capture: ver}]}
+  - id: act
+    node: here
+    required: look
+    critical: false
+    commands:
+      - {type: Run, command: "if true\\nthen  echo {{ver}} {{nope}}; fi"}
+      - {type: RunString, script_body: "echo one\\necho two", args: [a, "{{ver}}"]}
+      - {type: RunScript, local_script: later.sh, includes: [lib.sh]}
+      - {type: Push, localpaths: [x, y, z], remotepath: d/, recurse: true, label: ""}
+"""
+
+
+def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
+    Path("s.yaml").write_text(SHOWN)
+    assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
+    assert capfd.readouterr() == (f"""\
+look: slice@gw.example.org->root@node1:2200
+    [kernel]
+    uname -r
+act: {ME}@LOCALNODE (after look, not critical)
+    if true
+    then  echo {{{{ver}}}} {{{{nope}}}}; fi
+      {{{{ver}}}}: captured by look
+      {{{{nope}}}}: NO STEP CAPTURES IT
+    RunString: a {{{{ver}}}}
+    echo one
+    echo two
+      {{{{ver}}}}: captured by look
+    RunScript: later.sh (no such file yet) with lib.sh
+    Push: x y z onto d/, recurse
+""", "")
+    assert apssh.main(["--scenario", "s.yaml", "-L"]) == 0
+    assert capfd.readouterr() == (f"slice@gw.example.org\nslice@gw.example.org->root@node1:2200\n{ME}@LOCALNODE\n", "")
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["-o", "d", "-m", "-u", "1"], "--command-timeout --out-dir --mark"), (["-t", "h", "-x", "i"], "--target --exclude"), (["-l", "me"], "--login"),
+    (["ls"], "the command"), (["-b"], "--gather"), (["-w", "3"], "--window"),
+])
+def test_scenario_takes_no_option_that_it_would_ignore(argv: list[str], named: str, home: Path, capfd: Any) -> None:
+    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: echo RAN}]\n")
+    assert apssh.main(["--scenario", "s.yaml", *argv]) == 2
+    assert capfd.readouterr() == ("", f"apssh: --scenario brings its own hosts and commands: leave out {named}\n")
+
+
+def test_interrupted_scenario_tells_what_is_known(home: Path) -> None:
+    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: echo done}\n"
+                              f"  - {{id: b, node: here, required: a, command: 'touch up; sleep 97{os.getpid()}'}}\n"
+                              "  - {id: c, node: here, required: b, command: 'true'}\n")
+    process = start("--scenario", "s.yaml")
+    eventually(Path("up").exists)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, b"LOCALNODE:done\n", b"1 ok, 1 interrupted, 1 never ran\n")
+    eventually(lambda: not processes(f"sleep 97{os.getpid()}"))
+
+
+def test_scenario_into_a_closed_pipe_ends_quietly(home: Path) -> None:
+    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: seq 100000}]\n")
+    process = start("--scenario", "s.yaml")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.wait(20), process.stderr.read()) == (1, b"")
+    process.stderr.close()
 
 
 EXAMPLES = MODULE.parent / "examples"
@@ -6154,7 +6242,7 @@ def test_example_of_two_nodes(home: Path) -> None:
 def test_example_of_a_scenario(home: Path) -> None:
     scenario = str(EXAMPLES / "two_nodes.yaml.j2")
     shown = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "-n")
-    assert shown.returncode == 0 and "<SshNode root@node1 through <SshNode root@gw>> after address" in shown.stdout and "{{address}}" in shown.stdout
+    assert shown.returncode == 0 and "root@gw->root@node1 (after address)" in shown.stdout and "{{address}}: captured by address\n" in shown.stdout
     done = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "3")
     assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
     assert (done.returncode, done.stderr) == (0, "9 ok, 1 cancelled\n")
