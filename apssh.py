@@ -101,6 +101,7 @@ KEEPALIVE_COUNT = 2
 HANDSHAKES = 128             # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.4 s; distant hosts need many
 HANDSHAKE_TURN = 0.5         # seconds that a host may hold one of these, so that those who stall do not keep the others waiting
 CONNECTS = 1024              # TCP connects at once; they cost nothing but a descriptor
+LOOKUPS = 64                 # host names asked for at once, a thread each
 STARTUPS_PER_HOST = 8        # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
 SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
 CONNECTIONS_PER_NODE = 8     # connections that one node may open to run more sessions than that at once
@@ -1415,46 +1416,76 @@ def _keys_of_run(node: SshNode) -> list[Key]:
 # The guard: what ends a command over there when its channel closes before it. sshd made the session's process leader of
 # a process group; it starts a watchdog (outside of the group, where setsid is to be had) that holds the channel's stdin, takes
 # /dev/null itself, and becomes the login shell of the user with the command, as under plain ssh. When stdin ends while the
-# leader lives, the watchdog ends the group. All on one line without quote, exclamation mark and backslash, so that any login
-# shell (csh, fish) can pass it on.
+# leader lives, the watchdog ends the group. It also keeps the reading ends of the outputs (where they are pipes, and /proc is there):
+# else a command that prints could die of SIGPIPE before it, and the children be taken for left on purpose. All on one line without
+# quote, exclamation mark and backslash, so that any login shell (csh, fish) can pass it on.
 _WATCH_STDIN = "while read -r x; do :; done; "
 _WATCH_PARENT = "while kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is the command's own: look for sshd's process
-_WATCHDOG = ('trap : HUP INT TERM; {wait}'
+_WATCHDOG = ('trap : HUP INT TERM; [ -p /proc/$1/fd/1 ] && command exec 4</proc/$1/fd/1; '
+             '[ -p /proc/$1/fd/2 ] && command exec 5</proc/$1/fd/2; {wait}'
              'if kill -0 $1; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
-             'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; rm -rf "./$3"; kill -s KILL -- -$1; '
-             'else rm -rf "./$3"; fi')
+             'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
 _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
-          '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID "$3"; '
+          '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
           'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
           '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
-          'd "$1"; shift 3; set -- "$apssh_x" "$@"; '
+          'd "$1"; shift 2; set -- "$apssh_x" "$@"; '
           'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
           '{quiet}apssh_x=${{SHELL##*/}}; '  # sshd gives the shell its short name: $0 and messages show it
           'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"')
+# A private folder in the home, and who removes it when sshd's process of this connection is gone before it.
+_FOLDER = 'umask 077; mkdir -p {0} && ( cd {0} && pwd -P )'
+_SENTINEL = (' && {{ ( trap : HUP INT TERM; while kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) '
+             '</dev/null >/dev/null 2>&1 & }}')
 
 
 def _inert(text: str) -> str:
     """Text in an alphabet that no shell reads inside single quotes, for printf %b."""
-    return "".join(chr(byte) if 32 <= byte < 127 and byte not in b"\\'!" else f"\\0{byte:03o}" for byte in os.fsencode(text))
+    return re.sub(r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]|[\\'!]",
+                  lambda match: "".join(f"\\0{byte:03o}" for byte in os.fsencode(match[0])), text)
 
 
-def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, folder: str = "", env: Mapping[str, str] | None = None,
+def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, env: Mapping[str, str] | None = None,
              quiet: bool = False) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
-    ``folder``: removed when the command has ended; ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
+    ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
     own = stdin_is_data or pty
     watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
     script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="" if own else "; exec 3<&-",
                            quiet="exec >/dev/null 2>&1; " if quiet else "")
     if not own:
         script = f"exec 3<&0 </dev/null; {script}"
-    words = [_inert(command), watchdog, folder or "-", *(_inert(f"{name}={value}") for name, value in (env or {}).items())]
+    words = [_inert(command), watchdog, *(_inert(f"{name}={value}") for name, value in (env or {}).items())]
     return f"exec /bin/sh -c '{script}' apssh " + " ".join(f"'{word}'" for word in words)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # nodes: connections, sessions, SshNode and LocalNode
 # ---------------------------------------------------------------------------------------------------------------
+
+
+async def _in_daemon(function: Callable[..., _T], *args: Any) -> _T:
+    """In a thread that nobody waits for at the end: a resolver may never answer, who types may never type."""
+    came: Future[_T] = Future()
+    came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
+
+    def work() -> None:
+        try:
+            came.set_result(function(*args))
+        except BaseException as exc:
+            came.set_exception(exc)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await asyncio.wrap_future(came)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """The programs' event loop: names are looked up in threads that do not keep it from ending."""
+
+    async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
+        """As socket.getaddrinfo, LOOKUPS at once."""
+        async with _Limits.here().lookups:
+            return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
 
 
 class _Limits:
@@ -1464,6 +1495,7 @@ class _Limits:
 
     def __init__(self) -> None:
         self.connects = asyncio.Semaphore(CONNECTS)
+        self.lookups = asyncio.Semaphore(LOOKUPS)
         self.handshakes = asyncio.Semaphore(HANDSHAKES)
         self.keys: dict[object, _Shared] = {}
         self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = weakref.WeakValueDictionary()
@@ -1522,6 +1554,7 @@ class _Shared:
         self._task = asyncio.ensure_future(work)
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
         self._waiters = 0
+        self.abandoned = False  # being cancelled: nobody may join any more
 
     async def wait(self) -> Any:
         """The task's result or exception. Cancelling the last wait cancels the task, and waits for its clean-up."""
@@ -1531,6 +1564,7 @@ class _Shared:
         finally:
             self._waiters -= 1
             if not self._waiters and not self._task.done():
+                self.abandoned = True
                 self._task.cancel()
                 await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
 
@@ -2098,11 +2132,13 @@ class SshNode(_Node):
         """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError, TransferError."""
         live = self._here()
         if not self.is_sftp_connected():
-            live.sftp_opening = live.sftp_opening or _Shared(self._open_sftp(live))
+            opening = live.sftp_opening
+            if opening is None or opening.abandoned:
+                live.sftp_opening = opening = _Shared(self._open_sftp(live))
             try:
-                await live.sftp_opening.wait()
+                await opening.wait()
             finally:
-                live.sftp_opening = None
+                live.sftp_opening = None if live.sftp_opening is opening else live.sftp_opening
         assert live.sftp
         return live.sftp[0]
 
@@ -2133,14 +2169,15 @@ class SshNode(_Node):
         """A link that is up, by preference the first."""
         live = self._here()
         while True:
-            if link := next((link for link in live.links if link.alive), None):
+            if link := next((link for link in live.links if link.alive and not link.reserved), None):
                 return link
             await self._add_link(live)
 
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
-        live.opening = live.opening or _Shared(self._connect())
         opening = live.opening
+        if opening is None or opening.abandoned:
+            live.opening = opening = _Shared(self._connect())
         try:
             link = await opening.wait()
         finally:
@@ -2164,8 +2201,10 @@ class SshNode(_Node):
                     if not any(link.alive for link in live.links):
                         raise
                     live.max_links = alive  # the host takes no more: queue
-            else:
+            elif sum(link.sessions for link in live.links if link.alive) > self.is_sftp_connected():
                 await live.freed.wait()
+            else:
+                raise ConnectionFailedError("the host takes one session, and SFTP holds it", host=self.hostname, kind="refused")
         link.sessions += 1
         link.reserved = alone
         try:
@@ -2257,7 +2296,7 @@ class SshNode(_Node):
             tried = f"{len(client.offered)} key(s)" if client else "no key"
             kind, text = "auth", f"login as {self.username} refused, after {tried}" + \
                 (" and the password" if client and client._password_tried else "")
-        elif isinstance(exc, asyncssh.ChannelOpenError):
+        elif isinstance(exc, asyncssh.ChannelOpenError) and "SSH connection closed" not in text:
             where = f"gateway {self.gateway.hostname}: " if client and self.gateway else "no session there: "
             kind, text = "refused", f"{where}{text}"
         elif isinstance(exc, asyncssh.Error):
@@ -2271,7 +2310,7 @@ class SshNode(_Node):
         loaded, config = _Limits.here().keys, self._host_config
         named = (*(key if isinstance(key, str) else id(key) for key in self.keys), config.identity_files, config.certificate_files,
                  config.identities_only, config.identity_agent)
-        if named not in loaded:
+        if named not in loaded or loaded[named].abandoned:
             loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
         try:
             return cast("list[Key]", await loaded[named].wait())
@@ -2305,45 +2344,46 @@ class SshNode(_Node):
 
     async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
                        pty: bool = False, stdin: AsyncIterator[bytes] | None = None, env: Mapping[str, str] | None = None,
-                       folder: str = "", quiet: bool = False) -> int | str:
-        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends the command."""
+                       quiet: bool = False, plain: bool = False) -> int | str:
+        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends the command.
+        ``plain``: a command of our own, that needs no guard and interests nobody."""
         if x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        if self.guard:
-            text = _guarded(command, stdin_is_data=stdin is not None, pty=pty, folder=folder, env=env, quiet=quiet)
+        guard = self.guard and not plain
+        if guard:
+            text = _guarded(command, stdin_is_data=stdin is not None, pty=pty, env=env, quiet=quiet)
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
         for attempt in itertools.count():
-            async with self._slot(alone=self.guard and (stdin is not None or pty)) as link, asyncio.timeout(timeout):
+            async with self._slot(alone=guard and (stdin is not None or pty)) as link, asyncio.timeout(timeout):
                 session, feeder = _Session(sink, step), None
-                session.guarded = self.guard and stdin is None and not pty
+                session.guarded = guard and stdin is None and not pty
                 try:
                     await self._open_channel(link, session, text, x11_forwarding=x11, request_pty="force" if pty else False,
                                              term_type=os.environ.get("TERM", "dumb") if pty else None,
-                                             env=None if self.guard else env)
+                                             term_size=tuple(shutil.get_terminal_size()) if pty else (), env=None if guard else env)
                     assert session.chan
                     if stdin:
                         feeder = asyncio.create_task(session.feed(stdin))
-                    elif not self.guard:
+                    elif not guard:
                         session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
-                    with self._shown(command):
+                    with contextlib.nullcontext() if plain else self._shown(command):
                         await asyncio.wait([session.ended])  # not awaited itself: that would cancel it with us
                 except asyncssh.Error as exc:
-                    if not link.alive:
-                        raise self._lost(link, command) from None
-                    if attempt < SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE and link.sessions > 1:
-                        link.limit = link.sessions - 1  # this server's MaxSessions is lower
+                    if await self._refused(link, exc, attempt):
                         continue
-                    raise self._failure(exc) from None
+                    raise (self._failure(exc) if link.alive else self._lost(link, command)) from None
                 finally:
                     if feeder:
                         feeder.cancel()
                     if session.chan and not session.ended.done():
                         session.abort()
-                        await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
-                        if link.reserved and not link.forwards:
-                            link.drop()  # its stdin being data, the guard over there waits for the end of the connection
-                        step.may_run = not session.ended.done() or not self.guard
+                        try:
+                            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
+                        finally:  # cancelled again
+                            if link.reserved and not link.forwards:
+                                link.drop()  # its stdin being data, the guard over there waits for the end of the connection
+                            step.may_run = not session.ended.done() or not guard
                 if session.error:
                     raise session.error
                 if session.status is None:
@@ -2351,6 +2391,17 @@ class SshNode(_Node):
                     raise self._lost(link, command)
                 return session.status
         raise AssertionError
+
+    @staticmethod
+    async def _refused(link: _Link, exc: Exception, attempt: int) -> bool:
+        """Whether a session was refused because there are too many (this server's MaxSessions is lower, or it has not yet noticed that one
+        ended), and it is worth to ask again."""
+        if not link.alive or getattr(exc, "code", None) != asyncssh.OPEN_CONNECT_FAILED or "SSH connection closed" in str(exc) \
+                or attempt >= SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE:
+            return False
+        link.limit = max(link.sessions - 1, 1)
+        await asyncio.sleep(0.05)
+        return True
 
     def _lost(self, link: _Link, command: str) -> ConnectionFailedError:
         why = f": {escape(str(link.client.why))}" if link.client.why else ""
@@ -2372,16 +2423,20 @@ class SshNode(_Node):
 
     async def _open_sftp(self, live: _Live) -> None:
         """An SFTP session takes one of the connection's sessions, for as long as the connection lives."""
-        async with self._slot() as link:
-            try:
-                sftp = await link.conn.start_sftp_client(path_errors="surrogateescape")
-            except (asyncssh.Error, OSError) as exc:
-                if not link.alive:
-                    raise self._failure(exc) from None
-                raise TransferError(f"no SFTP over there: {_reason(exc)}", host=self.hostname) from None
-            live.sftp = sftp, link
-            link.sessions += 1
-            self._formatter_event("sftp_start")
+        for attempt in itertools.count():
+            async with self._slot() as link:
+                try:
+                    sftp = await link.conn.start_sftp_client(path_errors="surrogateescape")
+                except (asyncssh.Error, OSError) as exc:
+                    if await self._refused(link, exc, attempt):
+                        continue
+                    if not link.alive or "SSH connection closed" in str(exc):
+                        raise self._failure(exc) from None
+                    raise TransferError(f"no SFTP over there: {_reason(exc)}", host=self.hostname) from None
+                live.sftp = sftp, link
+                link.sessions += 1
+                self._formatter_event("sftp_start")
+                return
 
     # files
 
@@ -2408,26 +2463,28 @@ class SshNode(_Node):
         await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[tuple[str, str]]:
-        """A private folder of the host that holds these files, removed afterwards: its path, and its name below the home."""
-        sftp = await self.sftp_connect_lazy()
+    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
+        """A private folder of the host that holds these files, removed afterwards: its path."""
+        sftp, said = await self.sftp_connect_lazy(), _HeldSink()
         folder = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
-        private = asyncssh.SFTPAttrs(permissions=0o700)
+        script = (_FOLDER + _SENTINEL * self.guard).format(folder)
         try:
             try:
-                with contextlib.suppress(asyncssh.SFTPFailure, asyncssh.SFTPFileAlreadyExists):  # it exists, as a rule
-                    await sftp.mkdir(REMOTE_FOLDER, private)
-                await sftp.mkdir(folder, private)
+                status = await self._session(f"exec /bin/sh -c '{script}'", StepRecord(), said, None, plain=True)
+                if status:
+                    why = said.stderr().decode("utf-8", "replace").strip() or f"status {status}"
+                    raise TransferError(f"~/{folder}: {_brief(why, 200)}", host=self.hostname)
                 async with asyncio.TaskGroup() as group:
                     for name, (data, mode) in files.items():
                         group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
-                path = str(await sftp.realpath(folder))
             except* (asyncssh.Error, OSError, ValueError) as group_exc:
                 exc = group_exc.exceptions[0]
+                if isinstance(exc, ApsshError):
+                    raise exc from None
                 if isinstance(exc, _LOST):
                     raise ConnectionFailedError(f"connection lost while ~/{folder} was made", host=self.hostname) from None
                 raise TransferError(f"~/{folder}: {_reason(exc)}", host=self.hostname) from None
-            yield path, folder
+            yield os.fsdecode(said.stdout().splitlines()[-1])  # a shell's start-up file may have spoken before
         finally:
             with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -2533,7 +2590,7 @@ class LocalNode(_Node):
         os.chmod(remotefile, 0o755)
 
     async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
-                       env: Mapping[str, str] | None = None, folder: str = "", quiet: bool = False, pty: bool = False,
+                       env: Mapping[str, str] | None = None, quiet: bool = False, pty: bool = False,
                        stdin: AsyncIterator[bytes] | None = None) -> int | str:
         """A process group of its own, under the same guard as over there: closing its stdin ends it."""
         if pty or stdin:
@@ -2560,16 +2617,17 @@ class LocalNode(_Node):
         await copy_.run(copy_.local(sources, destination, many))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[tuple[str, str]]:
+    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
-        base = Path("~", REMOTE_FOLDER).expanduser()
-        base.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base) as folder:
+        folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
+        subprocess.run(["/bin/sh", "-c", (_FOLDER + _SENTINEL).format(shlex.quote(str(folder)))], stdout=subprocess.DEVNULL, check=True)
+        try:
             for name, (data, mode) in files.items():
-                path = Path(folder, name)
-                path.write_bytes(data)
-                path.chmod(mode & 0o700)
-            yield folder, ""
+                (folder / name).write_bytes(data)
+                (folder / name).chmod(mode & 0o700)
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -3408,14 +3466,14 @@ class _ShellCommand(AbstractCommand):
             return word.render() if isinstance(word, Deferred) and not preview else str(word)
         return " ".join(map(text, self.words))
 
-    async def _execute(self, node: Any, command: str, step: StepRecord, **options: Any) -> int | str:
+    async def _execute(self, node: Any, command: str, step: StepRecord, timeout: float | None = None, **options: Any) -> int | str:
         if self.verbose:
             node._say(f"runs: {self._line() or self._text()}")
         await node._apply_config()  # it may tell the user and the port, by which outputs are named
         options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
         try:
-            return cast("int | str", await node._execute(command, step, sink=held, timeout=self.timeout, **options))
+            return cast("int | str", await node._execute(command, step, sink=held, timeout=timeout, **options))
         finally:
             if held and self.capture:
                 self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
@@ -3440,7 +3498,7 @@ class Run(_ShellCommand):
         return self._words(preview=True)
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
-        return await self._execute(node, self._words(), step, quiet=self.ignore_outputs)
+        return await self._execute(node, self._words(), step, self.timeout, quiet=self.ignore_outputs)
 
 
 class _Script(_ShellCommand):
@@ -3479,8 +3537,12 @@ class _Script(_ShellCommand):
         name, (body, _) = next(iter(files.items()))
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words = self._words()
-        async with node._script_folder(files) as (path, folder):
-            return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step, folder=folder)
+        await node.sftp_connect_lazy()  # the time of a step begins when its host is there
+        try:
+            async with asyncio.timeout(self.timeout), node._script_folder(files) as path:
+                return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step)
+        except TimeoutError:
+            raise _timed_out(self.timeout, node, step.command or self._text()) from None
 
 
 class RunScript(_Script):
@@ -4951,13 +5013,25 @@ def pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **optio
 
 
 def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, in a thread of its own when a loop runs here already."""
+    """Run a coroutine to its end, in a thread of its own when a loop runs here already. Ctrl-C ends it in either case."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
+    interrupt: Callable[[], object] = lambda: None  # noqa: E731
+
+    async def main() -> _T:
+        nonlocal interrupt
+        interrupt = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, cast("Any", asyncio.current_task()).cancel)
+        return await work
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+        future = thread.submit(asyncio.run, main())
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            interrupt()
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5381,8 +5455,13 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         command.pop(0)
     elif command and command[0].startswith("-"):
         raise cast("_Parser", parser).unknown(command[0])
-    if options.demo and (options.target or options.gateway):
-        raise UsageError("--demo takes the place of -t and -g: leave them out")
+    if options.demo and (given := [name for name in ("target", "exclude", "login", "gateway", "port", "key", "askpass", "forward_agent")
+                                   if getattr(options, name)]):
+        raise UsageError(f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}")
+    if any("-" in _words(text) for text in options.target + options.exclude):  # now, when Ctrl-C still works while somebody types
+        if getattr(options, "stdin", False):
+            raise UsageError("-t - and -I both take standard input: put the targets in a file")
+        options.piped = sys.stdin.read()
     return options
 
 
@@ -5391,7 +5470,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         if found := _find(word):
             _screen.say(f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets")
     return _parse_targets(options.target, exclude=options.exclude, login=options.login, gateway=options.gateway, port=options.port,
-                          stdin=lambda: sys.stdin.read(), last=_load_last)
+                          stdin=lambda: str(options.piped), last=_load_last)
 
 
 def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
@@ -5404,14 +5483,12 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
-        with asyncio.Runner() as runner:
+        with asyncio.Runner(loop_factory=_Loop) as runner:
             options = _parse(parser, argv)
             logging.getLogger("asyncio").setLevel(logging.NOTSET if options.debug else logging.ERROR)  # it warns of what is lost, as we do
             if options.debug:
                 logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
                 logging.getLogger("asyncssh").setLevel(logging.DEBUG)
-            loop = runner.get_loop()
-            loop.set_default_executor(ThreadPoolExecutor(64, thread_name_prefix="apssh"))  # names are resolved there
             return runner.run(_interruptible(body(options)))
     except SystemExit as exc:  # argparse: --help and --version
         return int(exc.code or 0)
@@ -5667,19 +5744,9 @@ class _Spool:
         self._file.close()
 
     async def _more(self) -> None:
-        """Read once more, in a thread that nobody waits for at the end: whoever types may never do."""
-        came: Future[bytes] = Future()
-        came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
-
-        def wait() -> None:
-            try:
-                came.set_result(os.read(0, SESSION_WINDOW))
-            except OSError as exc:
-                came.set_exception(exc)
-
-        threading.Thread(target=wait, daemon=True).start()
+        """Read once more."""
         try:
-            data = await asyncio.wrap_future(came)
+            data = await _in_daemon(os.read, 0, SESSION_WINDOW)
             self._ended = not data
             self._size += os.pwrite(self._file.fileno(), data, self._size)
         finally:

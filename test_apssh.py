@@ -2622,6 +2622,75 @@ def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd], most: int) -> None:
+    """Commands, one after the other and at once, scripts and copies: a refused session is asked for again, or elsewhere."""
+    server = make_sshd(MaxSessions=most)
+
+    async def main() -> None:
+        async with server.node() as node:
+            assert [await node.run("true") for _ in range(20)] == [0] * 20
+            busy = [asyncio.create_task(node.run("touch up; sleep 1")) for _ in range(most)]
+            await eventually_async((server.home / "up").exists)
+            await node.mkdir("made")
+            steps = [each for _ in range(6) for each in (Run("exit 3"), RunString("exit 3"))]
+            assert await asyncio.gather(*(each.co_run_remote(node) for each in steps)) == [3] * 12
+            assert await asyncio.gather(*busy) == [0] * most and (server.home / "made").is_dir()
+
+    run(main())
+
+
+def test_work_that_is_being_given_up_is_joined_by_nobody(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
+    load = apssh._keys_of_run
+    slow = threading.Event()
+
+    def load_slowly(node: SshNode) -> Any:
+        slow.wait(5)
+        return load(node)
+
+    async def main() -> None:
+        monkeypatch.setattr(apssh, "_keys_of_run", load_slowly)
+        first = asyncio.create_task(sshd.node().run("true"))
+        await asyncio.sleep(0)
+        await eventually_async(lambda: apssh._Limits.here().keys)
+        first.cancel()
+        second = sshd.node()
+        task = asyncio.create_task(second.run("true"))
+        await asyncio.sleep(0.1)
+        slow.set()
+        assert await task == 0
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second.close()
+
+    run(main())
+
+
+def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: Path) -> None:
+    """The time of a step bounds the upload of its script too."""
+    over = asyncio.Event()
+
+    class Stuck(asyncssh.SFTPServer):
+        async def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:  # type: ignore[override]
+            await over.wait()
+
+    async def shell(process: Any) -> None:
+        process.stdout.write(b"/home/x/.apssh-remote/1\n")
+        process.exit(0)
+
+    async def main() -> None:
+        async with ssh_server(keys, process=shell, sftp=Stuck) as port:
+            node = SshNode("127.0.0.1", port=port, username=ME)
+            begin = time.monotonic()
+            error = await outcome(node, RunString("true", timeout=0.5))
+            assert error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..." and time.monotonic() - begin < 6
+            over.set()
+            await node.close()
+
+    run(main())
+
+
 def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
     server = make_sshd(MaxStartups="2:50:4")
 
@@ -2712,6 +2781,18 @@ def test_refused_key(sshd: Sshd, keys: Path) -> None:
     error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
     assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
     assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
+
+
+@pytest.mark.parametrize("password", [None, "wrong"])
+def test_words_about_a_password(password: str | None, keys: Path) -> None:
+    """Only a password that there is was tried."""
+    async def main() -> None:
+        async with ssh_server(keys, server=password_server("password")) as port:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password).run("true")
+            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (" and the password" if password else "")
+
+    run(main())
 
 
 @pytest.mark.parametrize(("sends", "endless", "message"), [
@@ -5764,20 +5845,22 @@ def test_window(tmp_path: Path) -> None:
     assert sorted(set(done.stdout.split())) in ([b"1", b"2"], [b"2"]) and len(done.stdout.split()) == 7
 
 
-def test_retries() -> None:
-    port, tries = free_port(), []
+def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that comes up in time; and one that does not."""
+    attempts: list[int] = []
+    connect = SshNode._connect
 
-    async def main() -> None:
-        async def late() -> None:
-            await asyncio.sleep(0.3)
-            tries.append(1)
+    async def counted(node: SshNode) -> Any:
+        attempts.append(node.port)
+        if node.port == ports[0] and attempts.count(ports[0]) == 2:
+            await asyncio.to_thread(make_sshd, port=ports[0])
+        return await connect(node)
 
-        task = asyncio.create_task(late())
-        (result,) = await apssh.co_run(f"127.0.0.1:{port}", "true", retries=1)
-        await task
-        assert result.kind == "refused" and result.seconds >= 0.4
-
-    run(main())
+    ports = [free_port(), free_port()]
+    monkeypatch.setattr(SshNode, "_connect", counted)
+    late, never = apssh.run([f"{ME}@127.0.0.1:{port}" for port in ports], "echo here", retries=2)
+    assert (late.ok, late.stdout, never.kind, never.error) == (True, "here\n", "refused", f"nothing listens on port {ports[1]}")
+    assert (attempts.count(ports[0]), attempts.count(ports[1])) == (2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5910,7 +5993,7 @@ def test_demo_size(count: int) -> None:
     (["-t", "h", "-f", "20", "x"], "argument -f/--format: '20' is no format; use -w for the number of hosts at once (see apssh --help)"),
     (["-t", "h", "-r", "-b", "x"], "argument -b/--gather: not allowed with argument -r/--raw-format (see apssh --help)"),
     (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"), (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
-    (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"), (["-t", "h", "--demo", "2", "x"], "--demo takes the place of -t and -g: leave them out"),
+    (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"), (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
     (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"), (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
     (["-t", "gone/targets", "x"], "gone/targets: no such file"), (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
     (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"), (["-g", "gw", "-t", "gw", "x"], "gw: gw->gw passes a host twice; None->HOST has no gateway"),
@@ -6079,9 +6162,97 @@ def test_interruption(sshd: Sshd, twice: bool) -> None:
     eventually(lambda: not processes(f"sleep {token}"))
 
 
-def test_killed_client_leaves_no_process(sshd: Sshd) -> None:
-    token = f"93{os.getpid()}"
-    assert interrupted(["-F", "none", "-t", sshd.target, f"touch up; sleep {token}"], signal.SIGKILL, (sshd.home / "up").exists)[0] == -9
+PRINTING = "while :; do echo noise; done"
+KILLED = {
+    "silent": ([], "sleep {}"), "printing": ([], "sleep {0} & " + PRINTING), "stdin": (["-I"], "sleep {}"),
+    "stdin and printing": (["-I"], "sleep {0} & " + PRINTING), "script": (["-s"], "#!/bin/sh\nsleep {0} & sleep {0}"),
+    "script and stdin": (["-I", "-s"], "#!/bin/sh\nsleep {0} & " + PRINTING), "hup and term": ([], "trap '' HUP TERM; sleep {0} & sleep {0}; sleep {0}"),
+}
+
+
+@pytest.mark.parametrize("way", KILLED)
+def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
+    """What a client that was killed ran, in its whole group, is gone; and so are its scripts."""
+    token, (options, command) = f"93{os.getpid()}{list(KILLED).index(way)}", KILLED[way]
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    process = subprocess.Popen([sys.executable, "-c", code, "-F", "none", "-t", sshd.target, *options, command.format(token)],
+                               stdout=subprocess.DEVNULL, stdin=subprocess.PIPE)
+    eventually(lambda: processes(f"sleep {token}"))
+    process.kill()
+    process.communicate()
+    eventually(lambda: not processes(f"sleep {token}") and not processes(PRINTING) and not list(sshd.home.glob(".apssh-remote/*")))
+
+
+@pytest.mark.parametrize("login", ["root", "tester"])
+@on_testbed
+def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) -> None:
+    """The same, many times, with a command that prints: the end of its input races with SIGPIPE."""
+    token = f"95{os.getpid()}"
+    words = ["-F", "none", "--no-last", "--host-keys", "no", "-k", os.environ["TESTBED_KEY"], "-l", login, "-t", TESTBED[0]]
+    for number in range(10):
+        process = start(*words, f"sleep {token}{number} & {PRINTING}")
+        assert process.stdout
+        assert process.stdout.read(5)
+        process.kill()
+        process.stdout.close()
+        process.wait()
+    node = box(username=login, formatter=apssh.CaptureFormatter())
+    eventually(lambda: asyncio.run(node.run(f"pgrep -f '^sleep {token}'")) == 1)
+    asyncio.run(node.close())
+
+
+def test_client_killed_during_an_upload_leaves_no_script(sshd: Sshd, home: Path) -> None:
+    with open("large", "wb") as file:
+        file.truncate(200 << 20)
+    process = start("-F", "none", "-t", sshd.target, "-i", "large", "-s", "#!/bin/sh\ntrue")
+    eventually(lambda: list(sshd.home.glob(".apssh-remote/*/*")))
+    process.kill()
+    process.communicate()
+    eventually(lambda: (sshd.home / ".apssh-remote").exists() and not list(sshd.home.glob(".apssh-remote/*")))
+
+
+def test_interruption_while_targets_are_typed() -> None:
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.stderr.write('up'); sys.stderr.flush(); sys.exit(apssh.main())"
+    with subprocess.Popen([sys.executable, "-c", code, "-t", "-", "true"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr and process.stdin
+        process.stderr.read(2)
+        eventually(lambda: b"pipe_read" in Path(f"/proc/{process.pid}/wchan").read_bytes() or True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) in (130, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_resolver_that_never_answers(interrupted: bool) -> None:
+    """Nothing waits for it: neither the deadline, nor Ctrl-C, nor the end of the program."""
+    code = (f"import sys, time, socket; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+            "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
+            f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.read(5) == b"asked"
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        assert process.wait(30) == (130 if interrupted else 1) and time.monotonic() - begin < 5
+        assert process.stderr.read() == (b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n" if interrupted else
+                                         b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached or lost\n  timeout: nosuch (1)\n")
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["script", "notebook"])
+def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: bool) -> None:
+    token = f"98{os.getpid()}{running:d}"
+    call = f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
+    code = f"import sys, asyncio; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n" + (
+        f"async def main():\n    {call}\nasyncio.new_event_loop().run_until_complete(main())" if running else call)  # as notebooks run it
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    try:
+        eventually((sshd.home / "up").exists)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) != 0
+    finally:
+        process.kill()
+        said = process.communicate()[1].decode()
+    assert said.splitlines()[-1] == "KeyboardInterrupt", said
     eventually(lambda: not processes(f"sleep {token}"))
 
 
