@@ -389,6 +389,7 @@ class _Screen:
         self.out: Any = None  # the standard output, while others' prints are sent elsewhere
         self.closed = False  # nobody reads it any more
         self._shown = False
+        self._mid_line = False  # what a host printed waits for its end: no progress there
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
@@ -407,6 +408,8 @@ class _Screen:
         except BrokenPipeError:
             self.closed = True
             raise
+        if data and stream.isatty():
+            self._mid_line = not data.endswith(b"\n")
         if self.progress:
             self.show(self.progress)
 
@@ -418,8 +421,8 @@ class _Screen:
     def show(self, progress: str) -> None:
         """Put this line at the bottom of the terminal (empty: take it away)."""
         self._erase()
-        self.progress, self._shown = progress, bool(progress)
-        if progress:
+        self.progress, self._shown = progress, bool(progress) and not self._mid_line
+        if self._shown:
             sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
 
@@ -699,6 +702,8 @@ class SubdirFormatter(Formatter):
         self._begun: set[Path] = set()
 
     def _started(self, endpoint: Endpoint) -> None:
+        if (path := self.run_name / f"{self._name(endpoint)}.err") not in self._begun:
+            path.unlink(missing_ok=True)  # of another run
         self._write(endpoint, b"", None)
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
@@ -1421,11 +1426,11 @@ def _keys_of_run(node: SshNode) -> list[Key]:
 # quote, exclamation mark and backslash, so that any login shell (csh, fish) can pass it on.
 _WATCH_STDIN = "while read -r x; do :; done; "
 _WATCH_PARENT = "while kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is the command's own: look for sshd's process
-_WATCHDOG = ('trap : HUP INT TERM; [ -p /proc/$1/fd/1 ] && command exec 4</proc/$1/fd/1; '
-             '[ -p /proc/$1/fd/2 ] && command exec 5</proc/$1/fd/2; {wait}'
+_WATCHDOG = ('trap : HUP INT TERM; {wait}'
              'if kill -0 $1; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
              'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
 _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
+          '[ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; '
           '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
           'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
           '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
@@ -1451,7 +1456,7 @@ def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, en
     ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
     own = stdin_is_data or pty
     watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
-    script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="" if own else "; exec 3<&-",
+    script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="; exec 4<&- 5<&-" if own else "; exec 3<&- 4<&- 5<&-",
                            quiet="exec >/dev/null 2>&1; " if quiet else "")
     if not own:
         script = f"exec 3<&0 </dev/null; {script}"
@@ -2077,7 +2082,7 @@ class SshNode(_Node):
         if host_keys not in (None, "ask", *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
-        self.keys = list(keys or ())
+        self.keys = [keys] if isinstance(keys, str | os.PathLike) else list(keys or ())
         self.known_hosts, self.host_keys = known_hosts, host_keys
         self.timeout, self.debug, self.guard = timeout, debug, guard
         self.keepalive, self.forward_agent = keepalive, forward_agent
@@ -3519,9 +3524,11 @@ class _Script(_ShellCommand):
         for include in self.includes:
             try:
                 path = Path(include)
-                files[path.name] = path.read_bytes(), path.stat().st_mode | 0o600
+                content = path.read_bytes(), path.stat().st_mode | 0o600
             except OSError as exc:
                 raise UsageError(f"include {escape(include)}: {_reason(exc)}") from None
+            if files.setdefault(path.name, content) is not content:
+                raise UsageError(f"two files for one folder are called {escape(path.name)}")
         name, body = self._content()
         if name in files:
             raise UsageError(f"two files for one folder are called {escape(name)}")
@@ -3530,7 +3537,7 @@ class _Script(_ShellCommand):
     def _check(self) -> None:
         for path in self.includes:
             if not os.path.isfile(path):
-                raise UsageError(f"include {escape(path)}: no such file")
+                raise UsageError(f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}")
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
         files = self._files()
@@ -3565,7 +3572,7 @@ class RunScript(_Script):
 
     def _check(self) -> None:
         if not isinstance(self.local_script, Deferred) and not self._path().is_file():  # a Deferred may name what a step makes
-            raise UsageError(f"script {escape(str(self.local_script))}: no such file")
+            raise UsageError(f"script {escape(str(self.local_script))}: {'not a file' if self._path().exists() else 'no such file'}")
         super()._check()
 
     def _content(self) -> tuple[str, bytes]:
@@ -4700,7 +4707,8 @@ def _read_source(word: str, stdin: Callable[[], str] | None, last: Callable[[str
         elif origin == "@last":
             lines = last and last(selector)
         elif os.path.isdir(found):
-            lines = sorted(path.name for path in Path(found).iterdir() if path.name[0] != "." and path.is_file())
+            lines = sorted(path.name for path in Path(found).iterdir()
+                           if path.name[0] != "." and path.suffix != ".err" and path.is_file())  # -o writes <host>.err
         elif found:
             with open(found, encoding="utf-8-sig", errors="replace") as file:
                 content = file.read(MAX_TARGET_FILE + 1)
@@ -4745,12 +4753,12 @@ def _parse_target(text: str, login: str | None = None, port: int | None = None, 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class Result:
     """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and ``error`` and ``kind`` (see ApsshError).
 
     ``name`` is the shortest text that tells this host from the others of the run; ``seconds`` counts from the first attempt to
-    connect; ``may_run`` says that the command may still be running over there.
+    connect; ``reached``: whether there was a connection to the end; ``may_run``: the command may still be running over there.
     """
 
     host: str
@@ -4763,10 +4771,15 @@ class Result:
     error: str | None = None
     kind: str | None = None
     seconds: float = 0.0
-    stdout_bytes: bytes = dataclasses.field(default=b"", repr=False)
-    stderr_bytes: bytes = dataclasses.field(default=b"", repr=False)
+    stdout_bytes: bytes = b""
+    stderr_bytes: bytes = b""
     bytes_transferred: int = 0
+    reached: bool = True
     may_run: bool = False
+
+    def __repr__(self) -> str:
+        said = f", stdout {_brief(self.stdout)!r}" if self.stdout_bytes else ""
+        return f"<Result {self.name}: {self.outcome} in {self.seconds:g} s{said}{f': {self.error}' if self.error else ''}>"
 
     @property
     def ok(self) -> bool:
@@ -4785,9 +4798,9 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """In a word or two: ok, status 3, signal TERM, or the kind of the failure."""
-        if self.ok:
-            return "ok"
+        """In a word or two: ok, status 3, signal TERM, interrupted, or the kind of the failure."""
+        if self.ok or self.error == "interrupted":
+            return self.error or "ok"
         return f"status {self.status}" if self.status is not None else f"signal {self.signal}" if self.signal else self.kind or "local"
 
 
@@ -4816,6 +4829,8 @@ async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, 
                    done: _Done = lambda result: None) -> list[Result]:
     """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
     ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted."""
+    if window < 0 or retries < 0:
+        raise UsageError("window and retries are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
     results = [Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target,
                       error="interrupted", kind="local") for node in nodes]
@@ -4862,11 +4877,11 @@ async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Resu
                     and exc.kind not in ("hostkey", "auth"):
                 await asyncio.sleep(random.uniform(0.5, 1) * min(2 ** attempt, 30))
                 continue
-            result.error, result.kind = exc.message, exc.kind
+            result.error, result.kind, result.reached = exc.message, exc.kind, not isinstance(exc, ConnectionFailedError)
             if exc.status is None:
                 result.status = result.signal = None
         else:
-            result.error = result.kind = None
+            result.error, result.kind, result.reached = None, None, True
         return
 
 
@@ -4895,7 +4910,8 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
         node = SshNode(hop.host, username=hop.user or answer.user or getpass.getuser(), port=hop.port or answer.port or 22, gateway=gateway,
-                       formatter=shown, timeout=connect_timeout or answer.connect_timeout or CONNECT_TIMEOUT, **options)
+                       formatter=shown, **options,
+                       timeout=(answer.connect_timeout or CONNECT_TIMEOUT) if connect_timeout is None else connect_timeout)
         _configure(node, answer)
         return node
 
@@ -4911,6 +4927,8 @@ async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[s
                     check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> list[Result]:
     """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
+    if not texts:  # whatever is to be done to the hosts of an empty list is done
+        return []
     parsing = {name: options.pop(name, None) for name in ("login", "gateway", "port")}
     limits = {"window": options.pop("window", 0), "retries": options.pop("retries", 0)}
     parsed = _parse_targets(texts, exclude=options.pop("exclude", ()), **parsing)
@@ -4933,16 +4951,22 @@ async def co_run(targets: str | Iterable[str], command: str | AbstractCommand, *
     any other keyword of SshNode (keys, password, host_keys, known_hosts, guard...). Raises UsageError before any connection.
     """
     for_command = {name: options.pop(name) for name in _COMMAND_OPTIONS if name in options}
+    if for_command and isinstance(command, AbstractCommand):
+        raise UsageError(f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself")
     step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
     step._check()
     return await _co_quick(targets, lambda node: [step], options)
 
 
 async def co_push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
-    """Copy local files to targets; options of Push and of co_run."""
-    step = Push(localpaths, remotepath, **{name: options.pop(name) for name in _COPY_OPTIONS if name in options})
-    step._check()
-    return await _co_quick(targets, lambda node: [step], options)
+    """Copy local files to targets; ``{host}``, ``{fqdn}`` and ``{user}`` may stand in paths; options of Push and of co_run."""
+    pushes = _pushes(localpaths, remotepath, {name: options.pop(name) for name in _COPY_OPTIONS if name in options})
+
+    def check(nodes: Sequence[SshNode]) -> None:
+        for step in itertools.chain.from_iterable(map(pushes, nodes)):
+            step._check()
+
+    return await _co_quick(targets, pushes, options, check)
 
 
 async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
@@ -4963,6 +4987,17 @@ def _expand_path(path: str, node: SshNode) -> str:
     values = {"host": node.formatter._name(node._endpoint), "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
               "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username)}
     return re.sub(_FIELD, lambda match: values.get(match[1], match[0]), path)
+
+
+def _pushes(localpaths: Any, remotepath: str, options: dict[str, Any]) -> _Steps:
+    """The Push to each node."""
+    sources, many = _paths(localpaths)
+
+    def steps(node: SshNode) -> list[AbstractCommand]:
+        paths = [_expand_path(path, node) for path in sources]
+        return [Push(paths if many else paths[0], _expand_path(remotepath, node), **options)]
+
+    return steps
 
 
 class _Destinations:
@@ -5050,8 +5085,9 @@ class _Marks:
         self._folder = folder
 
     def done(self, result: Result) -> None:
-        folder = self._folder / ("0ok" if result.ok else "1failed")
+        folder, other = (self._folder / name for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok")))
         folder.mkdir(parents=True, exist_ok=True)
+        (other / result.name).unlink(missing_ok=True)  # of another run
         (folder / result.name).write_text(f"{result.status if result.status is not None else result.signal}\n")
 
 
@@ -5097,9 +5133,9 @@ class _Gather:
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
-        before, after = ([os.fsdecode(line) for line in text.split(b"\n")] for text in (old, new))
-        lines = itertools.islice(difflib.unified_diff(before, after, lineterm=""), 2, None)
-        return os.fsencode("\n".join(lines)) + b"\n"
+        before, after = ([os.fsdecode(line) for line in io.BytesIO(text)] for text in (old, new))
+        lines = itertools.islice(difflib.unified_diff(before, after), 2, None)
+        return os.fsencode("".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines))
 
 
 class _Progress:
@@ -5157,11 +5193,10 @@ def _summary(results: Sequence[Result]) -> list[str]:
     """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with folded names."""
     groups: dict[str, list[str]] = {}
     for result in results:
-        groups.setdefault("interrupted" if result.error == "interrupted" else result.outcome, []).append(result.name)
-    ok = len(groups.pop("ok", ()))
-    failed = sum(len(names) for outcome, names in groups.items() if outcome.startswith(("status", "signal", "local")))
-    interrupted = len(groups.get("interrupted", ()))
-    counts = {"failed": failed, "not reached or lost": len(results) - ok - failed - interrupted, "interrupted": interrupted}
+        groups.setdefault(result.outcome, []).append(result.name)
+    ok, interrupted = len(groups.pop("ok", ())), len(groups.get("interrupted", ()))
+    unreached = sum(not result.reached for result in results)
+    counts = {"failed": len(results) - ok - unreached - interrupted, "not reached or lost": unreached, "interrupted": interrupted}
     parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [_paint(", ".join(parts), "32" if ok == len(results) else "31")]
     lines += [f"  {outcome}: {fold_names(names)} ({len(names)})" for outcome, names in sorted(groups.items())]
@@ -5185,7 +5220,10 @@ def _save_last(results: Sequence[Result]) -> None:
 
 
 def _load_last(selector: str) -> list[str]:
-    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N, or signal=NAME."""
+    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N, or signal=NAME. Raises UsageError."""
+    name, equals, value = selector.partition("=")
+    if name not in (_LAST if not equals else ("rc", "signal")) or (equals and not value):
+        raise UsageError(f"@last:{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME")
     path = _last_path()
     try:
         entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
@@ -5193,9 +5231,14 @@ def _load_last(selector: str) -> list[str]:
         raise UsageError(f"@last: there is no {path} yet") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"@last: {path} is not readable") from None
-    name, _, value = selector.partition("=")
-    wanted = f"status {value}" if name == "rc" else f"signal {value}" if name == "signal" and value else selector
-    return [target for target, outcome in entries if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")]
+    wanted = f"status {value}" if name == "rc" else f"signal {value.removeprefix('SIG')}" if name == "signal" else selector
+    found = [target for target, outcome in entries if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")]
+    if not found:
+        raise UsageError(f"@last:{_brief(selector)}: no host of the last run")
+    return found
+
+
+_LAST = ("ok", "failed", "all", "interrupted", "dns", "refused", "timeout", "hostkey", "auth", "lost", "local")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5344,7 +5387,10 @@ def _window(text: str) -> int:
 def _format(text: str) -> str:
     if text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is no format; use -w for the number of hosts at once")
-    Formatter(text)
+    try:
+        Formatter(text)
+    except UsageError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
     return text
 
 
@@ -5446,7 +5492,7 @@ def build_pull_parser() -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked against one another; raises UsageError."""
-    options, rest = parser.parse_known_args(argv)
+    options, rest = (parser.parse_known_args if parser.prog == "apssh" else parser.parse_known_intermixed_args)(argv)
     if rest:
         raise cast("_Parser", parser).unknown(rest[0])
     _colour[0] = options.color
@@ -5466,11 +5512,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
-    for word in options.target if options.verbose else ():
+    for word in itertools.chain.from_iterable(map(_words, options.target if options.verbose else ())):
         if found := _find(word):
             _screen.say(f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets")
-    return _parse_targets(options.target, exclude=options.exclude, login=options.login, gateway=options.gateway, port=options.port,
-                          stdin=lambda: str(options.piped), last=_load_last)
+    parse = functools.partial(_parse_targets, options.target, login=options.login, gateway=options.gateway, port=options.port,
+                              stdin=lambda: str(options.piped), last=_load_last)
+    targets = parse(exclude=options.exclude)
+    for text in options.exclude:  # a slip there would run where it must not
+        with contextlib.suppress(UsageError):
+            if len(parse(exclude=[text])) == len(parse()):
+                _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
+    return targets
 
 
 def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
@@ -5554,7 +5606,7 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 for command in steps(node):
                     _screen.write(f"{_way(node)}: {escape(command._preview())}\n".encode("utf-8", "surrogateescape"))
             return 0
-        progress = _Progress(len(nodes), options.quiet)
+        progress = _Progress(len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty()))
         results: list[Result] = []
         json_lines = any(isinstance(view, _JsonLines) for view in views)
 
@@ -5609,10 +5661,19 @@ async def _run_program(options: argparse.Namespace) -> int:
     formatter, views = _views(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin and not options.dry_run else None
-        code = await _work(options, formatter, lambda node: [command(spool)], views)
+        code = await _work(options, formatter, lambda node: [command(spool)], views, lambda nodes: _make_folder(options, formatter))
     if isinstance(formatter, SubdirFormatter) and not options.dry_run:
         _screen.write(f"{formatter.run_name}\n".encode())
     return code
+
+
+def _make_folder(options: argparse.Namespace, formatter: Formatter) -> None:
+    """That of -o or -d, when all the rest is known to be right."""
+    if isinstance(formatter, SubdirFormatter) and not options.dry_run:
+        try:
+            os.makedirs(formatter.run_name, exist_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{formatter.run_name}: {_reason(exc)}") from None
 
 
 def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
@@ -5709,6 +5770,10 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
     common = {"timeout": options.command_timeout, "env": _assignments("--env", options.env), "pty": options.pty, "x11": options.x11}
     if options.includes and not options.script:
         raise UsageError("-i goes with -s")
+    if options.pty and options.stdin:
+        raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
+    if options.x11 and not os.environ.get("DISPLAY"):
+        raise UsageError("-X: no DISPLAY here to forward to")
     make: Callable[..., _ShellCommand] = Run
     if options.script:
         make = RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
@@ -5761,10 +5826,6 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     if options.diff and not options.gather:
         raise UsageError("--diff goes with -b")
     if folder:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{folder}: {_reason(exc)}") from None
         return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
     if options.gather or options.json:
         return _HoldingFormatter(options.verbose), [_Gather(options.diff) if options.gather else _JsonLines()]
@@ -5794,16 +5855,13 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying, options.dry_run)
         return await _work(options, formatter, pulls, check=pulls.check)
 
-    def pushes(node: SshNode) -> list[AbstractCommand]:
-        paths = [_expand_path(path, node) for path in sources]
-        return [Push(paths if len(paths) > 1 else paths[0], _expand_path(destination, node), **copying)]
-
     def check(nodes: Sequence[SshNode]) -> None:
         for path in dict.fromkeys(_expand_path(source, node) for node in nodes for source in sources):
             if not os.path.lexists(path) or (os.path.isdir(path) and not options.recurse):
                 reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
                 raise UsageError(f"{escape(path)}: {reason}")
 
+    pushes = _pushes(sources if len(sources) > 1 else sources[0], destination, copying)
     return await _work(options, formatter, pushes, check=check)
 
 
@@ -5815,7 +5873,7 @@ def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
     for index, path in enumerate(paths):
         remote = (index == len(paths) - 1) == pushing
         if path.startswith("@:") != remote:
-            raise UsageError(f"{escape(path)}: {'a remote path is written @:path' if remote else 'a local path has no @:'}: {usage}")
+            raise UsageError(f"{escape(path)}: a {'remote path is written @:path' if remote else 'local path has no @: in front'}: {usage}")
         if not path:
             raise UsageError(f"an empty path: {usage}")
     return [path.removeprefix("@:") or "." for path in paths]

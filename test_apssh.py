@@ -1083,7 +1083,7 @@ def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: P
         async with raw_server(talk) as port:
             with pytest.raises(ConnectionFailedError) as caught:
                 await SshNode("127.0.0.1", port=port, username=ME, timeout=1.5).run("true")
-            assert re.fullmatch(r"127\.0\.0\.1: lost: no connection within 1\.5 s: dropped before login, [2-9] times", str(caught.value))
+            assert str(caught.value) == "127.0.0.1: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"
 
     run(main())
     assert list((home / ".ssh").glob("known_hosts*")) == []
@@ -3932,7 +3932,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
         for error in (None, "broken"):
             marks.done(apssh.Result(endpoint[1], "root", 22, formatter._name(endpoint), endpoint[1], status=0, error=error))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(files) == 8
+    assert len(files) == 6  # a mark of another run is gone
     assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
 
 
@@ -4229,7 +4229,7 @@ def test_many_scripts_at_once(sshd: Sshd) -> None:
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes=["gone"]), "include gone: no such file"),
-    (lambda: RunScript("dir"), "script dir: no such file"), (lambda: Push("gone", "x"), "gone: no such file"),
+    (lambda: RunScript("dir"), "script dir: not a file"), (lambda: Push("gone", "x"), "gone: no such file"),
 ])
 def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
     """Raised when the job starts, before its first step and any connection."""
@@ -5807,7 +5807,10 @@ def test_quick_run(sshd: Sshd) -> None:
     assert (good.stdout, good.stdout_bytes, good.stderr) == ("out\n\udcff", b"out\n\xff", "err\n")
     assert good.seconds > 0 and good.error == "ended with status 3: echo out; echo err >&2; printf '\\377'; exit 3"
     assert (bad.status, bad.kind, bad.error, bad.ok) == (None, "refused", f"nothing listens on port {port}", False)
-    assert repr(bad).startswith("Result(host='127.0.0.1', user=") and "stdout" not in repr(bad)
+    assert re.fullmatch(rf"<Result 127.0.0.1:{port}: refused in [0-9.]+ s: nothing listens on port {port}>", repr(bad))
+    assert re.fullmatch(rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>", repr(good))
+    assert (good.reached, bad.reached) == (True, False)
+    assert apssh.run([], "x") == []  # as in a script that goes on with those that failed
 
 
 def test_quick_run_in_a_running_loop(sshd: Sshd) -> None:
@@ -5828,7 +5831,10 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda: apssh.run([], "x"), "no target: use -t HOST ..."), (lambda: apssh.run("h", ""), "Run: an empty command"),
+    (lambda: apssh.run("", "x"), "no target: use -t HOST ..."), (lambda: apssh.run("h", "x", window=-1), "window and retries are numbers, 0 or more"),
+    (lambda: apssh.run("h", Run("x"), timeout=1, env={}), "timeout, env: give it to Run(...) itself"),
+    (lambda: apssh.run("h", "x", connect_timeout=0), "timeout 0 of h: seconds, more than 0 (None: no limit)"),
+    (lambda: apssh.run("h", ""), "Run: an empty command"),
     (lambda: apssh.run("h", RunScript("gone")), "script gone: no such file"), (lambda: apssh.push("h", "gone", "x"), "gone: no such file"),
     (lambda: apssh.run("h", "x", host_keys="perhaps"), "host key policy perhaps: accept-new, yes or no"),
     (lambda: apssh.pull("a,b", "x", "y"), "a and b would both write to y: put {host} in the path"),
@@ -5890,7 +5896,15 @@ def test_gather_differences(capfd: Any) -> None:
         view.done(result_of(f"node{number}", b"a\nb\nc\n"))
     view.done(result_of("node3", b"a\nB\nc\n"))
     view.finish()
-    assert capfd.readouterr().out.splitlines()[3:] == ["a", "b", "c", "-----------------", "node3 (1) differs", "-----------------", "@@ -1,4 +1,4 @@", " a", "-b", "+B", " c", " "]
+    assert capfd.readouterr().out.splitlines()[3:] == ["a", "b", "c", "-----------------", "node3 (1) differs", "-----------------", "@@ -1,3 +1,3 @@", " a", "-b", "+B", " c"]
+
+
+def test_gather_differences_of_the_last_newline(capfd: Any) -> None:
+    view = apssh._Gather(diff=True)
+    for name, text in (("a1", b"x\ny\n"), ("a2", b"x\ny\n"), ("b", b"x\ny")):
+        view.done(result_of(name, text))
+    view.finish()
+    assert capfd.readouterr().out.splitlines()[-5:] == ["@@ -1,2 +1,2 @@", " x", "-y", "+y", "\\ No newline at end of file"]
 
 
 def test_json_lines(capfd: Any) -> None:
@@ -5903,19 +5917,32 @@ def test_json_lines(capfd: Any) -> None:
 
 def test_summary() -> None:
     results = [*(result_of(f"n{number}") for number in (1, 2, 3)), result_of("n4", status=3, error="x", kind="status"),
-               result_of("n5", status=None, signal="KILL", error="x", kind="signal"), result_of("n6", status=None, error="x", kind="timeout", may_run=True)]
-    assert apssh._summary(results) == ["3 ok, 2 failed, 1 not reached or lost", "  signal KILL: n5 (1)", "  status 3: n4 (1)", "  timeout: n6 (1)",
+               result_of("n5", status=None, signal="KILL", error="x", kind="signal"), result_of("n6", status=None, error="x", kind="timeout", may_run=True),
+               result_of("n7", status=None, error="x", kind="timeout", reached=False), result_of("n8", status=None, error="interrupted", kind="local")]
+    assert apssh._summary(results) == ["3 ok, 3 failed, 1 not reached or lost, 1 interrupted", "  interrupted: n8 (1)", "  signal KILL: n5 (1)",
+                                       "  status 3: n4 (1)", "  timeout: n[6-7] (2)",
                                        "  the command may still be running on: n6"]
 
 
 @pytest.mark.parametrize(("selector", "targets"), [
-    ("failed", ["b", "c", "d"]), ("ok", ["a"]), ("rc=3", ["b"]), ("timeout", ["d"]), ("signal=TERM", ["c"]), ("all", ["a", "b", "c", "d"]), ("dns", []),
+    ("failed", ["b", "c", "d"]), ("ok", ["a"]), ("rc=3", ["b"]), ("timeout", ["d"]), ("signal=TERM", ["c"]), ("all", ["a", "b", "c", "d"]), ("signal=SIGTERM", ["c"]),
 ])
 def test_last(selector: str, targets: list[str], home: Path) -> None:
     apssh._save_last([result_of("a"), result_of("b", status=3, error="x", kind="status"), result_of("c", status=None, signal="TERM", error="x", kind="signal"),
                       result_of("d", status=None, error="x", kind="timeout")])
     assert apssh._load_last(selector) == targets
     assert stat.S_IMODE((home / ".apssh" / "last").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("selector", "message"), [
+    ("dns", "@last:dns: no host of the last run"), *((each, f"@last:{each}: write @last: and one of ok, failed, all, interrupted, dns, refused, "
+     "timeout, hostkey, auth, lost, local, rc=N, signal=NAME") for each in ("", "bogus", "rc", "rc=", "status", "ok=1")),
+])
+def test_last_selects_nothing(selector: str, message: str, home: Path) -> None:
+    apssh._save_last([result_of("a")])
+    with pytest.raises(UsageError) as caught:
+        apssh._load_last(selector)
+    assert str(caught.value) == message
 
 
 def test_last_that_is_not_there(home: Path) -> None:
@@ -5933,6 +5960,24 @@ def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
     assert code == 0
     assert "0/1 done, 1 running: 127.0.0.1" in text
     assert "\r\x1b[K127.0.0.1:shown" in text and text.endswith("\r\x1b[K")
+
+
+def test_progress_wipes_no_line_that_is_not_ended(sshd: Sshd) -> None:
+    code, seen = on_terminal("--demo", "2", "-r", "case $HOME in *demo1) printf hello;; *) sleep 2; echo; sleep 1.5; esac")
+    assert code == 0 and re.search(rb"(^|\x1b\[K)hello\r\n1/2 done", seen), seen
+
+
+@pytest.mark.parametrize("options", [["-q"], ["-I"]])
+def test_no_progress(sshd: Sshd, options: list[str]) -> None:
+    """When it was not asked for, and where somebody types."""
+    code, seen = on_terminal("-F", "none", "-t", sshd.target, *options, "sleep 1.6; echo a", timeout=20)
+    assert code == 0 and b"done" not in seen
+
+
+def test_log_of_the_library_is_lines_of_ours(sshd: Sshd) -> None:
+    """With -D: escaped, and never in the line of progress."""
+    code, seen = on_terminal("-F", "none", "-t", sshd.target, "-D", "sleep 1.5; echo $'\\x1b[2J'", timeout=20)
+    assert code == 0 and all(line.startswith((b"asyncssh: ", b"127.0.0.1", b"asyncio: ")) for line in re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen).split(b"\r\n")[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -6008,10 +6053,10 @@ def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> 
 @pytest.mark.parametrize(("main", "argv", "message"), [
     ("push", ["-t", "h", "f"], "from what to what? appush [options] local ... @:remote"),
     ("push", ["-t", "h", "f", "g"], "g: a remote path is written @:path: appush [options] local ... @:remote"),
-    ("push", ["-t", "h", "@:f", "@:g"], "@:f: a local path has no @:: appush [options] local ... @:remote"),
+    ("push", ["-t", "h", "@:f", "@:g"], "@:f: a local path has no @: in front: appush [options] local ... @:remote"),
     ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"), ("push", ["-t", "h", "", "@:g"], "an empty path: appush [options] local ... @:remote"),
     ("pull", ["-t", "h", "f", "g"], "f: a remote path is written @:path: appull [options] @:remote ... local"),
-    ("pull", ["-t", "h", "@:f", "@:g"], "@:g: a local path has no @:: appull [options] @:remote ... local"),
+    ("pull", ["-t", "h", "@:f", "@:g"], "@:g: a local path has no @: in front: appull [options] @:remote ... local"),
     ("pull", ["-t", "h,i", "@:f", "g"], "h and i would both write to g: put {host} in the path"),
     ("pull", ["-t", "h", "@:f", "gone/"], "gone/: no such folder"), ("pull", ["@:f", "g"], "no target: use -t HOST ..."),
 ])
@@ -6030,7 +6075,7 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
     (["-t", "b,a node[01-02]", "-L"], "b\na\nnode01\nnode02\n"), (["--demo", "2", "-L"], "demo1\ndemo2\n"),
     (["-F", "none", "-t", "a,b", "-n", "ls", "-l"], f"{ME}@a: ls -l\n{ME}@b: ls -l\n"), (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
     (["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"], f"{ME}@a: RunString: x\\necho one\\n echo two\n"),
-    (["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c", "-x", "nobody@a", "-L"], "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n"),
+    (["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c,d", "-x", "d", "-L"], "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n"),
     (["-V"], f"apssh {apssh.__version__}\n"),
 ])
 def test_listings(argv: list[str], out: str, capfd: Any) -> None:
@@ -6045,7 +6090,7 @@ def test_listings(argv: list[str], out: str, capfd: Any) -> None:
     (["-b", "echo x"], 0, b"-------------\n127.0.0.1 (1)\n-------------\nx\n", b""), (["cat"], 0, b"", b""), (["-I", "cat"], 0, b"127.0.0.1:given\n", b""),
     (["--env", "A=x y", "echo $A"], 0, b"127.0.0.1:x y\n", b""), (["-s", "#!/bin/bash\necho $#", "a", "b"], 0, b"127.0.0.1:2\n", b""),
     (["-I", "-s", "#!/bin/sh\ncat; echo $1", "a"], 0, b"127.0.0.1:given\n127.0.0.1:a\n", b""),
-    (["-u", "0.5", "sleep 30"], 1, b"", b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 not reached or lost\n  timeout: 127.0.0.1 (1)\n"),
+    (["-u", "0.5", "sleep 30"], 1, b"", b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n"),
     (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
 ])
 def test_apssh(argv: list[str], status: int, out: bytes, err: bytes, sshd: Sshd) -> None:
@@ -6053,6 +6098,38 @@ def test_apssh(argv: list[str], status: int, out: bytes, err: bytes, sshd: Sshd)
     if err.startswith(b"1 failed"):
         err = b"0 ok, " + err
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
+
+
+def test_exclusion_that_excludes_nothing_is_told(capfd: Any) -> None:
+    assert apssh.main(["-t", "a,b", "-x", "b", "-x", "nosuch", "-L"]) == 0
+    assert capfd.readouterr() == ("a\n", "apssh: -x nosuch excludes none of the targets\n")
+
+
+def test_marks_and_outputs_of_another_run(sshd: Sshd, home: Path) -> None:
+    """What a host did before does not count any more; and the files of errors are no hosts."""
+    for command in ("echo out; echo err >&2; exit 3", "echo out"):
+        cli("-F", "none", "-t", sshd.target, "-o", "out", "-m", command)
+    name = "127.0.0.1"
+    assert sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()) == [f"0ok/{name}", name]
+    Path("out", f"{name}.err").touch()
+    assert cli("-t", "out", "-L").stdout.decode() == f"{name}\n"
+
+
+def test_misuse_leaves_no_folder(home: Path) -> None:
+    assert cli("-t", "", "-o", "out", "true").returncode == 2 and not Path("out").exists()
+
+
+def test_options_between_paths(home: Path) -> None:
+    Path("f").touch()
+    done = cli("f", "-F", "none", "-t", "me@h", "-n", "@:x", program="appush")
+    assert (done.stdout, done.stderr) == (b"me@h: Push: f onto x\n", b"")
+
+
+def test_size_of_the_terminal(sshd: Sshd) -> None:
+    if os.getuid():
+        pytest.skip("the sshd of an ordinary user cannot give a terminal to its sessions")
+    code, seen = on_terminal("-F", "none", "-t", sshd.target, "-r", "--pty", "sleep 0.3; stty size", columns=91)
+    assert code == 0 and seen.strip() == b"24 91"
 
 
 def test_folders_and_marks(sshd: Sshd, home: Path) -> None:
@@ -6194,8 +6271,7 @@ def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) 
         assert process.stdout
         assert process.stdout.read(5)
         process.kill()
-        process.stdout.close()
-        process.wait()
+        process.communicate()
     node = box(username=login, formatter=apssh.CaptureFormatter())
     eventually(lambda: asyncio.run(node.run(f"pgrep -f '^sleep {token}'")) == 1)
     asyncio.run(node.close())
@@ -6317,7 +6393,7 @@ def test_scenario_program(home: Path, capfd: Any) -> None:
     assert capfd.readouterr().err == "apssh: s.yaml.j2:3: template: 'word' is undefined: add it to env (--set NAME=value)\n"
 
 
-SHOWN = """
+SCENARIO = """
 nodes:
   - {id: gw, hostname: gw.example.org, username: slice}
   - {id: n1, hostname: node1, gateway: gw, port: 2200}
@@ -6337,7 +6413,7 @@ jobs:
 
 
 def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
-    Path("s.yaml").write_text(SHOWN)
+    Path("s.yaml").write_text(SCENARIO)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
     assert capfd.readouterr() == (f"""\
 look: slice@gw.example.org->root@node1:2200
