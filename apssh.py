@@ -3982,6 +3982,12 @@ def _clean(text: Any, most: int = 10_000) -> str:
     return line if len(line) <= most else line[:most - 1] + "…"
 
 
+def _ends(text: str, most: int) -> str:
+    """The same, so long at the most; what is cut out is its middle, for names often differ at their end."""
+    text = _clean(text)
+    return text if len(text) <= most else text[:(most - 1) // 2] + "…" + text[-(most // 2):]
+
+
 def _cells(text: str) -> int:
     """The columns it takes on a terminal."""
     return sum((unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char)) for char in text)
@@ -4040,7 +4046,7 @@ class _Timeline:
         self.bars = {number: [self.bar(job, step, zero) for step in job["steps"]] for number, job in self.jobs.items() if job["steps"]}
         self.times = {number: (bars[0].start, bars[-1].end) for number, bars in self.bars.items()}
         self.rows: dict[int, list[list[int]]] = {node: [] for node in sorted(
-            {job["node"] for job in record["jobs"] if job["node"]}, key=lambda node: (_natural(self.gateway(node)), node))}
+            {job["node"] for job in record["jobs"] if job["node"]}, key=lambda node: (self.way(node), node))}
         for number in sorted(self.times, key=lambda number: self.times[number]):
             rows = self.rows[self.jobs[number]["node"]]
             row = next((row for row in rows if self.times[row[-1]][1] <= self.times[number][0]), None)
@@ -4083,7 +4089,12 @@ class _Timeline:
 
     def gateway(self, node: int) -> str:
         gateway = self.nodes[node]["gateway"]
-        return _clean(self.nodes[gateway]["label"]) if gateway else ""
+        return _ends(self.nodes[gateway]["label"], 26) if gateway else ""
+
+    def way(self, node: int) -> list[list[str | int]]:
+        """The gateways before it, the farthest first: lanes are sorted so, each group followed by those behind it."""
+        gateway = self.nodes[node]["gateway"]
+        return [*self.way(gateway), _natural(self.nodes[gateway]["label"])] if gateway else []
 
     def name(self, job: Mapping[str, Any]) -> str:
         return f"{job['label']} ({self.nodes[job['node']]['label']})" if job["node"] else str(job["label"])
@@ -4102,7 +4113,7 @@ text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold
 </style>
 <defs>
 <pattern id="cancelled" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M0 0H6V6H0Z" fill="#f5e88a"/>
-<path d="M0 6L6 0" stroke="#8a7a00"/></pattern>
+<path d="M0 6L6 0" stroke="#d8c64a"/></pattern>
 <pattern id="wait" width="4" height="4" patternUnits="userSpaceOnUse"><path d="M0 0V4" stroke="#8a9099" stroke-width="2"/></pattern>
 <marker id="head" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z" fill="#6b5b95"/></marker>
 </defs>
@@ -4117,7 +4128,6 @@ text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold
 """
 
 
-
 def _title(lines: Iterable[str]) -> str:
     """A text that shows when the pointer is on its element."""
     return "<title>" + "\n".join(html.escape(_clean(line, 500)) for line in lines if line) + "</title>"
@@ -4130,7 +4140,8 @@ class _Picture:
         self.line = line
         self.height, self.font = (22, 11) if sum(max(1, len(rows)) for rows in line.rows.values()) <= 40 else (14, 9)
         self.glyph = self.font * 0.6  # the width of a character, rather more than less
-        self.left = max((len(_clean(line.nodes[node]["label"], 34)) for node in line.rows), default=0) * self.glyph + 22
+        labels = [text for node in line.rows for text in (_ends(line.nodes[node]["label"], 34), f"behind {line.gateway(node)}")]
+        self.left = max(map(len, labels), default=0) * self.glyph + 22
         self.scale = (_SVG_WIDTH - self.left - 24) / line.span
         self.layers: dict[str, list[str]] = {name: [] for name in ("back", "arrows", "bars", "front")}
         self.middle: dict[int, float] = {}  # of a job's row
@@ -4165,7 +4176,7 @@ class _Picture:
     def lane(self, node: int, class_: str) -> None:
         rows, label = self.line.rows[node] or [[]], self.line.nodes[node]["label"]
         self.add("back", "rect", class_, _title([label]), x=4, y=self.y, width=_SVG_WIDTH - 8, height=self.height * len(rows))
-        self.text(10, _clean(label, 34))
+        self.text(10, _ends(label, 34))
         for row in rows:
             edge = self.left
             for number, after in itertools.zip_longest(row, row[1:]):
@@ -4178,7 +4189,7 @@ class _Picture:
         start, ready = self.line.times[number][0], self.line.ready.get(number)
         if ready is not None and (waited := self.x(start) - (since := max(self.x(ready), before))) > 2:
             title = _title([self.line.name(self.line.jobs[number]), f"waited {_duration(start - ready)} after its last requirement"])
-            self.add("bars", "rect", "wait", title, x=since, y=self.middle[number] - 2, width=waited, height=4)
+            self.add("back", "rect", "wait", title, x=since, y=self.middle[number] - 2, width=waited, height=4)
         for bar, following in itertools.zip_longest(self.line.bars[number], self.line.bars[number][1:]):
             before = self.bar(bar, self.x(following.start) if following else after)
         return before
@@ -4193,14 +4204,14 @@ class _Picture:
             left, top = x + min(7, width / 2) - 3, self.y + self.height / 2 - 3
             for class_ in ["halo"] * (width <= 14) + ["mark"]:
                 self.add("front", "path", class_, d=f"M{left:.1f} {top:.1f}l6 6m-6 0l6 -6")
-        needed = _cells(label) * self.glyph + 3
-        if inside + needed <= width:
-            self.text(x + inside, label)
-        elif x + width + beside + needed <= after:
-            self.add("bars", "rect", "plate", x=x + width + 1, width=beside + needed, **size)
-            self.text(x + width + beside, label)
+        within, outside = (int((room - 3) / self.glyph) for room in (width - inside, after - x - width - beside))  # characters
+        room = within if _cells(label) <= within or within >= outside else outside
+        if room >= min(4, _cells(label)):
+            label = _fit(label, room).rstrip()
+            if room == outside:
+                self.add("bars", "rect", "plate", x=x + width + 1, width=beside + _cells(label) * self.glyph + 3, **size)
+            self.text(x + (inside if room == within else width + beside), label)
         return x + width
-
 
     def arrows(self) -> None:
         """From what a job required: pale but for the last one to end; with many jobs, that one only."""
@@ -4214,7 +4225,7 @@ class _Picture:
                          d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}")
 
     def frame(self, top: float) -> None:
-        """The time axis, and at the bottom what has no bar."""
+        """The time axis, and at the bottom what failed, and what has no bar."""
         step, bottom = _tick(self.line.span), [self.y + 14] * (self.y > 700)
         for number in range(int(self.line.span / step + 1e-9) + 1):
             x = self.x(number * step)
@@ -4224,11 +4235,15 @@ class _Picture:
         self.text(10, self.line.heading, "head", 24)
         self.y += 20 if bottom else 6
         others = [job for number, job in self.line.jobs.items() if number not in self.line.times and number not in self.line.nested]
+        texts = [f"Failed: {_clean(job['label'], 60)}: {_clean(job['error'] or '', 200)}" for job in self.line.jobs.values()
+                 if job["state"] == "failed" and job["node"]]
+        texts[40:] = [f"and {len(texts) - 40} more"] * (len(texts) > 40)
         for heading, states in (("Never ran", {"idle", "waiting"}), ("Times not known", {"ok", "failed", "cancelled", "running"})):
-            names = sorted((_clean(self.line.name(job), 60) for job in others if job["state"] in states), key=_natural)
-            for line in textwrap.wrap(f"{heading}: {', '.join(names)}", int(_SVG_WIDTH / 6.8), max_lines=40) if names else ():
-                self.y += 15
-                self.text(10, line, "small", self.y)
+            if names := sorted((_clean(self.line.name(job), 60) for job in others if job["state"] in states), key=_natural):
+                texts.append(f"{heading}: {', '.join(names)}")
+        for text in itertools.chain.from_iterable(textwrap.wrap(text, int(_SVG_WIDTH / 6.8), max_lines=40) for text in texts):
+            self.y += 15
+            self.text(10, text, "small", self.y)
 
 
 def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
@@ -4259,7 +4274,8 @@ def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
         full, rest = divmod(max(1, min(round((bar.end - bar.start) / line.span * width * 8), (width - first) * 8)), 8)
         shown = " " * first + "█" * full + ("", *"▏▎▍▌▋▊▉")[rest] if bar.state else ""
         seconds = _duration(bar.end - bar.start) if bar.state else ""
-        lines.append(" ".join([_fit(host, hosts), _fit(shown, width), _fit(seconds, 11), _fit(bar.outcome, 10), _fit(bar.label, labels)]))
+        cells = (_ends(host, hosts), hosts), (shown, width), (seconds, 11), (bar.outcome, 10), (bar.label, labels)
+        lines.append(" ".join(itertools.starmap(_fit, cells)))
     return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
 
 
