@@ -5517,8 +5517,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         command.pop(0)
     elif command and command[0].startswith("-"):
         raise cast("_Parser", parser).unknown(command[0])
-    if options.demo and (given := [name for name in ("target", "exclude", "login", "gateway", "port", "key", "askpass", "forward_agent")
-                                   if getattr(options, name)]):
+    if options.demo and (given := [name for name in ("target", "exclude", "login", "gateway", "port", "key", "askpass", "forward_agent",
+                                                             "pty") if getattr(options, name, False)]):
         raise UsageError(f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}")
     if any("-" in _words(text) for text in options.target + options.exclude):  # now, when Ctrl-C still works while somebody types
         if getattr(options, "stdin", False):

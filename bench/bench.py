@@ -180,6 +180,7 @@ class Rig:
             f"Port {self.port}\nHostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/key.pub\nPidFile none\nStrictModes no\n"
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nPrintMotd no\nPrintLastLog no\nUseDNS no\n"
             "MaxStartups 200\nMaxSessions 100\nCompression no\nLogLevel ERROR\n"
+            f"SetEnv HOME={self.places}\n"  # no start-up file of whoever measures
             "Subsystem sftp internal-sftp\n")
         for part in (hosts[start:start + 16] for start in range(0, len(hosts), 16)):  # one listens on no more addresses
             config = self.folder / f"sshd_config-{part[0]}"
@@ -427,16 +428,16 @@ def _true_bars() -> list[Bar]:
     return [Bar("cpu", "apssh", "bare gather", 1.15), *(Bar("cpu", "apssh", peer, 1 / 8) for peer in ("pssh", "pdsh", "clush"))]
 
 
-@row("true-cpu", "`true` on many hosts (OpenSSH's servers, 32 at once), client CPU")
+@row("true-cpu", "`true` on many hosts (OpenSSH's servers), client CPU")
 def _true_cpu(rig: Rig) -> tuple[Any, ...]:
     rig.need_crowd()
-    return _many(rig, rig.crowd, 32), _true_bars()
+    return _many(rig, rig.crowd), _true_bars()
 
 
 @row("true-fleet", "`true` on many hosts (asyncssh's servers), client CPU")
 def _true_fleet(rig: Rig) -> tuple[Any, ...]:
     rig.need_fleet()
-    return _many(rig, rig.fleet), _true_bars()
+    return _many(rig, rig.fleet), _true_bars()[:1]  # ssh agrees on a cheaper key exchange with these than with its own servers
 
 
 @row("true-wall", "`true` on many hosts, 20 ms away each way, wall")
