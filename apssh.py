@@ -1281,16 +1281,19 @@ class _SshConfig:
         for line in lines:
             keyword, value = [*re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1), ""][:2]
             keyword = keyword.lower()
+            if keyword.startswith("#"):
+                continue
             self._keywords.add(keyword)
-            if re.search(r"""["'\\%$]""", keyword if keyword not in ("include", "host") else value):  # ssh's quoting is ssh's to read
-                self._one_by_one = True
+            plain = value.replace('"', "")
+            if '"' in keyword or (keyword in ("include", "host") and re.search(r"""['\\%$]|"[^"]*\s""", value)):
+                self._one_by_one = True  # such quoting is ssh's to read
                 self._keywords.add("match")
             elif keyword == "include" and depth < 16:
-                for pattern in value.split():
+                for pattern in plain.split():
                     for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern)))):
                         self._scan(found, folder, depth + 1)
             elif keyword == "host":
-                self._patterns.append(value.split())
+                self._patterns.append(plain.split())
             elif (keyword == "match" and value.lower().strip() != "all") or keyword == "canonicalizehostname" \
                     or (keyword in ("hostname", "userknownhostsfile") and "%" in value):  # ssh -G expands these two
                 self._one_by_one = True

@@ -1926,7 +1926,8 @@ def config(home: Path) -> Callable[[str], Path]:
 
 
 PLAIN = """
-Host gw
+# what's "quoted" here is a comment's
+Host "gw"
   HostName gate.example.org
 Host node1*
   Port 2200
