@@ -1472,7 +1472,7 @@ def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, en
 # ---------------------------------------------------------------------------------------------------------------
 
 
-async def _in_daemon(function: Callable[..., _T], *args: Any) -> _T:
+def _in_daemon(function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
     """In a thread that nobody waits for at the end: a resolver may never answer, who types may never type."""
     came: Future[_T] = Future()
     came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
@@ -1484,7 +1484,7 @@ async def _in_daemon(function: Callable[..., _T], *args: Any) -> _T:
             came.set_exception(exc)
 
     threading.Thread(target=work, daemon=True).start()
-    return await asyncio.wrap_future(came)
+    return asyncio.wrap_future(came)
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -2533,33 +2533,26 @@ class _Live:
                 link.drop()
 
 
-class _LocalProcess(asyncio.SubprocessProtocol):
-    """One command of this machine: bytes to the sink as they come, its end, and what broke."""
+class _LocalOutput(asyncio.Protocol):
+    """An output of a command of this machine: bytes to the sink as they come, its end, and what broke."""
 
-    def __init__(self, sink: _Sink, step: StepRecord) -> None:
-        self._sink, self._step = sink, step
-        self.ended, self.broken = (asyncio.get_running_loop().create_future() for _ in range(2))
-        self._open = 3  # its two outputs, and itself; stdin is ours to close
+    def __init__(self, sink: _Sink, step: StepRecord, datatype: int | None, broken: asyncio.Future[None]) -> None:
+        self._sink, self._step, self._datatype, self._broken = sink, step, datatype, broken
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def pipe_data_received(self, fd: int, data: bytes) -> None:
-        if fd == 2:
+    def data_received(self, data: bytes) -> None:
+        if self._datatype:
             self._step.bytes_err += len(data)
         else:
             self._step.bytes_out += len(data)
         try:
-            if not self.broken.done():
-                self._sink.data(data, EXTENDED_DATA_STDERR if fd == 2 else None)
+            if not self._broken.done():
+                self._sink.data(data, self._datatype)
         except Exception as exc:
-            self.broken.set_exception(exc)
+            self._broken.set_exception(exc)
 
-    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        if fd:
-            self.process_exited()
-
-    def process_exited(self) -> None:
-        self._open -= 1
-        if not self._open:
-            self.ended.set_result(None)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set_result(None)
 
 
 class LocalNode(_Node):
@@ -2603,22 +2596,34 @@ class LocalNode(_Node):
         """A process group of its own, under the same guard as over there: closing its stdin ends it."""
         if pty or stdin:
             raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
-        transport, process = await asyncio.get_running_loop().subprocess_exec(
-            lambda: _LocalProcess(sink, step), "/bin/sh", "-c", _guarded(command, env=env, quiet=quiet),
-            env=os.environ | {"SHELL": "/bin/sh"}, start_new_session=True)
+        loop = asyncio.get_running_loop()
+        broken: asyncio.Future[None] = loop.create_future()
+        process = subprocess.Popen(["/bin/sh", "-c", _guarded(command, env=env, quiet=quiet)], env=os.environ | {"SHELL": "/bin/sh"},
+                                   start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdin and process.stdout and process.stderr
+        ends: list[asyncio.Future[Any]] = [_in_daemon(process.wait)]  # not asyncio's: it waits for ever when cancelled too early
+        transports: list[asyncio.BaseTransport] = []
         try:
+            for pipe, datatype in ((process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)):
+                output = _LocalOutput(sink, step, datatype, broken)
+                transports.append((await loop.connect_read_pipe(lambda output=output: output, pipe))[0])
+                ends.append(output.ended)
             with self._shown(command):
+                all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
                 async with asyncio.timeout(timeout):
-                    await asyncio.wait([process.ended, process.broken], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([all_ends, broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            process.stdin.close()  # ends what is left of it
             try:
-                cast("asyncio.WriteTransport", transport.get_pipe_transport(0)).close()
-                await asyncio.wait([process.ended], timeout=5)
+                await asyncio.wait(ends, timeout=5)
             finally:  # cancelled again
-                transport.close()
-        if process.broken.done():
-            process.broken.result()
-        status = transport.get_returncode() or 0
+                for each in transports:
+                    each.close()
+                process.stdout.close()
+                process.stderr.close()
+        if broken.done():
+            broken.result()
+        status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
     async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:

@@ -2228,8 +2228,8 @@ RSA_HOST = {"host_key": "ssh-rsa"}
 
 
 @pytest.mark.parametrize(("server", "more", "code", "message"), [
-    ({"Ciphers": "aes128-cbc"}, "", 1, "box: lost: No matching encryption algorithm found, sent "
-     "aes128-gcm@openssh.com,aes256-gcm@openssh.com,chacha20-poly1305@openssh.com,aes128-ctr,aes192-ctr,aes256-ctr and received aes128-cbc"),
+    ({"Ciphers": "aes128-cbc"}, "", 1, "*box: lost: (No matching encryption algorithm found, sent .* and received aes128-cbc"
+     r"|dropped before login, 2 times, in the key exchange \(no algorithm in common\?\))"),  # whoever notices first
     ({"Ciphers": "aes128-cbc"}, "Ciphers +aes128-cbc", 0, ""),
     ({"KexAlgorithms": "ecdh-sha2-nistp521", "MACs": "hmac-md5"}, "KexAlgorithms ecdh-sha2-nistp521\n MACs +hmac-md5", 0, ""),
     (RSA_HOST | {"HostKeyAlgorithms": "ssh-rsa"}, "HostKeyAlgorithms +ssh-rsa", 0, ""),
@@ -2257,7 +2257,10 @@ def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., 
     path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
     done, _, err = program("-t", "box", "echo $SSH_CLIENT")
     shown = apssh._fingerprint(sshd.key.get_algorithm(), sshd.key.public_data)
-    assert (done, err[:1]) == (code, [message.format(folder=sshd.folder, shown=shown)] if message else [])
+    if message.startswith("*"):
+        assert done == code and re.fullmatch(message[1:], err[0]), err
+    else:
+        assert (done, err[:1]) == (code, [message.format(folder=sshd.folder, shown=shown)] if message else [])
     ssh = subprocess.run(["ssh", "-F", str(path), "-i", str(Path.home() / ".ssh/id_rsa"), "-i", str(Path.home() / ".ssh/id_ed25519"),
                           "-o", "BatchMode yes", "-o", "StrictHostKeyChecking accept-new",
                           "-o", f"UserKnownHostsFile {sshd.folder}/known", "box", "true"], capture_output=True, text=True, check=False)
