@@ -2606,7 +2606,7 @@ class LocalNode(_Node):
         try:
             for pipe, datatype in ((process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)):
                 output = _LocalOutput(sink, step, datatype, broken)
-                transports.append((await loop.connect_read_pipe(lambda output=output: output, pipe))[0])
+                transports.append((await loop.connect_read_pipe(functools.partial(lambda each: each, output), pipe))[0])
                 ends.append(output.ended)
             with self._shown(command):
                 all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
