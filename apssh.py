@@ -318,10 +318,10 @@ def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
 
 def _write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file (/dev/null) is written to."""
-    place = os.path.realpath(path)
-    if os.path.exists(place) and not os.path.isfile(place):
-        Path(place).write_text(text, "utf-8")
+    if os.path.exists(path) and not os.path.isfile(path):
+        Path(path).write_text(text, "utf-8")
         return
+    place = os.path.realpath(path)
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(place), prefix=".apssh-")
     try:
         with open(handle, "w", encoding="utf-8") as file:
@@ -1433,7 +1433,7 @@ _WATCHDOG = ('trap : HUP INT TERM; {wait}'
              'if kill -0 $1; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
              'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
 _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
-          '[ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; '
+          'exec 4<&- 5<&-; [ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; '
           '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
           'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
           '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
@@ -1441,10 +1441,11 @@ _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
           'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
           '{quiet}apssh_x=${{SHELL##*/}}; '  # sshd gives the shell its short name: $0 and messages show it
           'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"')
-# A private folder in the home, and who removes it when sshd's process of this connection is gone before it.
-_FOLDER = 'umask 077; mkdir -p {0} && ( cd {0} && pwd -P )'
+# A private folder in the home, and who removes it when sshd's process of this connection is gone before it. A start-up file may have
+# changed the folder and printed half a line; csh leaves copies of its outputs in 3 to 5.
+_FOLDER = 'cd; umask 077; mkdir -p {0} && ( cd {0} && echo && pwd -P )'
 _SENTINEL = (' && {{ ( trap : HUP INT TERM; while kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) '
-             '</dev/null >/dev/null 2>&1 & }}')
+             '</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & }}')
 
 
 def _inert(text: str) -> str:
@@ -1727,7 +1728,8 @@ class _Route:
     def progress(self) -> str:
         """How far it came, for somebody who has waited in vain."""
         if not self.wire:
-            return "no answer"
+            gateway = self._node.gateway
+            return f"gateway {escape(gateway.hostname)} does not answer" if gateway and not gateway.is_connected() else "no answer"
         return self.foreign() or ("the key exchange does not end" if self.wire.greeting else "connected, but the server says nothing")
 
     def abandon(self) -> None:
@@ -2309,6 +2311,8 @@ class SshNode(_Node):
             kind, text = "refused", f"{where}{text}"
         elif isinstance(exc, asyncssh.Error):
             text = exc.reason
+        elif isinstance(exc, ValueError):  # a config that leaves no algorithm
+            kind = "local"
         elif isinstance(exc, OSError):
             kind, text = "lost" if isinstance(exc, ConnectionError) else "refused", os.strerror(exc.errno).lower() if exc.errno else text
         return ConnectionFailedError(escape(text) or "connection lost", host=self.hostname, kind=kind)
@@ -2405,7 +2409,7 @@ class SshNode(_Node):
         """Whether a session was refused because there are too many (this server's MaxSessions is lower, or it has not yet noticed that one
         ended), and it is worth to ask again."""
         if not link.alive or getattr(exc, "code", None) != asyncssh.OPEN_CONNECT_FAILED or "SSH connection closed" in str(exc) \
-                or attempt >= SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE:
+                or attempt >= (20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE):
             return False
         link.limit = max(link.sessions - 1, 1)
         await asyncio.sleep(0.05)
@@ -2474,14 +2478,15 @@ class SshNode(_Node):
     async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
         """A private folder of the host that holds these files, removed afterwards: its path."""
         sftp, said = await self.sftp_connect_lazy(), _HeldSink()
-        folder = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
+        folder = name = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
         script = (_FOLDER + _SENTINEL * self.guard).format(folder)
         try:
             try:
                 status = await self._session(f"exec /bin/sh -c '{script}'", StepRecord(), said, None, plain=True)
-                if status:
+                if status or not said.stdout():
                     why = said.stderr().decode("utf-8", "replace").strip() or f"status {status}"
-                    raise TransferError(f"~/{folder}: {_brief(why, 200)}", host=self.hostname)
+                    raise TransferError(f"~/{name}: {_brief(why, 200)}", host=self.hostname)
+                folder = os.fsdecode(said.stdout().splitlines()[-1])  # absolute: SFTP may begin elsewhere (internal-sftp -d)
                 async with asyncio.TaskGroup() as group:
                     for name, (data, mode) in files.items():
                         group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
@@ -2490,9 +2495,9 @@ class SshNode(_Node):
                 if isinstance(exc, ApsshError):
                     raise exc from None
                 if isinstance(exc, _LOST):
-                    raise ConnectionFailedError(f"connection lost while ~/{folder} was made", host=self.hostname) from None
-                raise TransferError(f"~/{folder}: {_reason(exc)}", host=self.hostname) from None
-            yield os.fsdecode(said.stdout().splitlines()[-1])  # a shell's start-up file may have spoken before
+                    raise ConnectionFailedError(f"connection lost while ~/{name} was made", host=self.hostname) from None
+                raise TransferError(f"~/{name}: {_reason(exc)}", host=self.hostname) from None
+            yield folder
         finally:
             with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -2762,7 +2767,8 @@ class _UnderWay:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        self._failure = self._failure or (None if task.cancelled() else task.exception())
+        failure = None if task.cancelled() else task.exception()  # retrieved, whether or not it is the first
+        self._failure = self._failure or failure
 
     async def settled(self) -> None:
         """Until all of them are done. Raises what one of them raised."""
@@ -5052,7 +5058,10 @@ class _Destinations:
         sources = [_expand_path(source, node) for source in sources]
         place = _expand_path(self._localpath, node)
         if place.endswith("/") and place != self._localpath and not self._dry:
-            os.makedirs(place, exist_ok=True)
+            try:
+                os.makedirs(place, exist_ok=True)
+            except OSError as exc:  # this host's failure: the others go on
+                raise TransferError(f"{escape(place)}: {_reason(exc)}", host=node.hostname) from None
         return [Pull(sources if many else sources[0], place, **self._options)]
 
 
@@ -5247,7 +5256,7 @@ def _load_last(selector: str) -> list[str]:
     """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N, or signal=NAME. Raises UsageError."""
     name, equals, value = selector.partition("=")
     if name not in (_LAST if not equals else ("rc", "signal")) or (equals and not value):
-        raise UsageError(f"@last:{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME")
+        raise UsageError(f"@last{':' * bool(selector)}{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME")
     path = _last_path()
     try:
         entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
@@ -5516,7 +5525,8 @@ def build_pull_parser() -> argparse.ArgumentParser:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked against one another; raises UsageError."""
-    options, rest = (parser.parse_known_args if parser.prog == "apssh" else parser.parse_known_intermixed_args)(argv)
+    plain = parser.prog == "apssh" or "--" in (sys.argv[1:] if argv is None else argv)  # the other way loses the --
+    options, rest = (parser.parse_known_args if plain else parser.parse_known_intermixed_args)(argv)
     if rest:
         raise cast("_Parser", parser).unknown(rest[0])
     _colour[0] = options.color
@@ -5528,7 +5538,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     if options.demo and (given := [name for name in ("target", "exclude", "login", "gateway", "port", "key", "askpass", "forward_agent",
                                                              "pty") if getattr(options, name, False)]):
         raise UsageError(f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}")
-    if any("-" in _words(text) for text in options.target + options.exclude):  # now, when Ctrl-C still works while somebody types
+    # now, when Ctrl-C still works while somebody types
+    if not getattr(options, "scenario", None) and any("-" in _words(text) for text in options.target + options.exclude):
         if getattr(options, "stdin", False):
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
         options.piped = sys.stdin.read()
@@ -5542,9 +5553,10 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     parse = functools.partial(_parse_targets, options.target, login=options.login, gateway=options.gateway, port=options.port,
                               stdin=lambda: str(options.piped), last=_load_last)
     targets = parse(exclude=options.exclude)
+    everything = len(parse()) if options.exclude else 0
     for text in options.exclude:  # a slip there would run where it must not
         with contextlib.suppress(UsageError):
-            if len(parse(exclude=[text])) == len(parse()):
+            if len(parse(exclude=[text])) == everything:
                 _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
     return targets
 
@@ -5714,7 +5726,7 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end with the loop."""
     unset = vars(build_parser().parse_args([]))
-    if others := [name for name, value in vars(options).items() if value != unset[name] and name not in _WITH_SCENARIO]:
+    if others := [name for name, value in unset.items() if getattr(options, name) != value and name not in _WITH_SCENARIO]:
         named = " ".join("the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others)
         raise UsageError(f"--scenario brings its own hosts and commands: leave out {named}")
     env = _assignments("--set", options.set) or ({"": ""} if options.scenario.endswith(".j2") else {})  # a .j2 is a template even so
