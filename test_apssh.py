@@ -2457,16 +2457,20 @@ def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
 
 
 ENDINGS = ["cancel", "timeout", "close", "abort"]
+STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run}
 
 
+@pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("how", ENDINGS)
-def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
-    token = f"97{os.getpid()}{ENDINGS.index(how)}"
+def test_no_process_outlives_its_command(sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path) -> None:
+    token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
     command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
+    (home / "script").write_text(f"#!/bin/sh\n{command}\n")
 
     async def main() -> None:
-        node = sshd.node()
-        task = asyncio.create_task(node.run(command, timeout=1.0 if how == "timeout" else None))
+        node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
+        what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
+        task = asyncio.create_task(STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node))
         await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
         if how == "cancel":
             task.cancel()
@@ -2476,10 +2480,11 @@ def test_no_process_outlives_its_command(sshd: Sshd, how: str) -> None:
             (await node.connect_lazy()).abort()
         with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
             await task
-        if how == "timeout":
+        if how == "timeout" and STEPS[kind] is Run:
             assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
-        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-        await node.close()
+        await eventually_async(lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")), 8)
+        for each in node._hops()[::-1]:
+            await each.close()
 
     run(main())
 
@@ -2863,8 +2868,9 @@ def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
     run(main())
 
 
-def test_frozen_peer_is_found() -> None:
-    """A host that answers no more: keepalives tell."""
+@pytest.mark.parametrize("keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)])
+def test_frozen_peer_is_found(keepalive: float) -> None:
+    """A host that answers no more: keepalives tell, by default within 30 seconds."""
     async def main() -> None:
         frozen = asyncio.Event()
 
@@ -2887,13 +2893,14 @@ def test_frozen_peer_is_found() -> None:
             await process.channel.wait_closed()
 
         async with ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner, raw_server(talk) as port:
-            node = SshNode("127.0.0.1", port=port, keepalive=0.3, guard=False, username=ME)
+            node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
             task = asyncio.create_task(node.run("anything"))
             await eventually_async(lambda: node.is_connected())
             frozen.set()
+            begin = time.monotonic()
             with pytest.raises(ConnectionFailedError) as caught:
                 await task
-            assert caught.value.kind == "lost"
+            assert caught.value.kind == "lost" and time.monotonic() - begin < 30
             await node.close()
 
     run(main())
@@ -4444,13 +4451,30 @@ def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
 
 
 def test_many_jobs_on_one_node(sshd: Sshd) -> None:
+    """Six times what MaxSessions permits by default."""
     variables, node = Variables(), sshd.node()
     jobs = [SshJob(node, command=Run(f"for i in 1 2 3; do echo {number}; sleep 0.05; done", capture=Capture(f"v{number}", variables)))
-            for number in range(25)]
+            for number in range(60)]
     scheduler = Scheduler(*jobs)
     assert scheduler.run()
-    assert variables == {f"v{number}": f"{number}\n{number}\n{number}" for number in range(25)}
+    assert variables == {f"v{number}": f"{number}\n{number}\n{number}" for number in range(60)}
     apssh.close_ssh_in_scheduler(scheduler)
+
+
+@pytest.mark.slow
+def test_thousands_of_jobs() -> None:
+    """Ten on each of 300 nodes, some of which fail: nothing is held afterwards."""
+    async def main() -> None:
+        apssh._raise_file_limit()
+        async with apssh.demo_fleet(300, formatter=apssh.Formatter()) as nodes:
+            _open_ports.update(node.port for node in nodes)
+            jobs = [SshJob(nodes[number % 300], command=f"exit {number % 7}", critical=False) for number in range(3000)]
+            assert await Scheduler(*jobs, jobs_window=500).co_run()
+            assert [job.result() for job in jobs] == [number % 7 for number in range(3000)]
+            links = [link for node in nodes for link in getattr(node._live, "links", ())]
+            assert len(links) == 300 and not any(link.sessions for link in links)
+
+    run(main(), 300)
 
 
 def test_output_of_jobs_is_never_mixed(sshd: Sshd, capfdbinary: Any) -> None:
@@ -6237,6 +6261,70 @@ def test_json(sshd: Sshd) -> None:
     assert (done.returncode, good["stdout"], good["status"], bad["kind"], bad["error"]) == (1, "x\n", 0, "refused", f"nothing listens on port {port}")
 
 
+def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path) -> None:
+    """All the ways not to be reached in one run, beside hosts that are well: a line each, its kind in JSON, nothing past its bound."""
+    locked, changed = make_sshd(AuthorizedKeysFile="/dev/null"), make_sshd()
+    old = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
+    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{changed.port} {old}")
+    fingerprint = [apssh._fingerprint("ssh-ed25519", key.public_data) for key in (changed.key, asyncssh.import_public_key(old))]
+    refused, late = free_port(), "no connection within 4 s: "
+
+    def says(data: bytes, *, endless: bool = False, closes: bool = False) -> Callable[..., Any]:
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(data)
+            while endless:
+                writer.write(data)
+                await writer.drain()
+            if not closes:
+                await reader.read()
+        return talk
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            servers = [await stack.enter_async_context(raw_server(talk)) for talk in (
+                says(b""), says(b"SSH-2.0-stalls\r\n"), says(b"word\r\n", endless=True), says(b"220 mail\r\n"), says(b"", closes=True))]
+            silent, stalls, endless, mail, drops = (f"127.0.0.1:{port}" for port in servers)
+            expected = {
+                "no-such-host": ("dns", "unknown host name"),
+                f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
+                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key(s)"),
+                f"127.0.0.1:{changed.port}": ("hostkey", f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
+                                              f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
+                                              "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"),
+                silent: ("timeout", f"{late}connected, but the server says nothing"), stalls: ("timeout", f"{late}the key exchange does not end"),
+                endless: ("refused", "not an ssh server: it says 'word'"), mail: ("timeout", f"{late}not an ssh server: it says '220 mail'"),
+                drops: ("lost", f"{late}dropped before login, N times")}
+            well = f"127.0.0.1:{sshd.port}"
+            argv = ["-F", "none", "-c", "4", *itertools.chain.from_iterable(("-t", host) for host in (well, "no-such-host.invalid", *[*expected][1:]))]
+            begin = time.monotonic()
+            done = await asyncio.to_thread(cli, *argv, "-j", "echo well", RES_OPTIONS="timeout:1 attempts:1")
+            assert done.returncode == 1 and time.monotonic() - begin < 30
+            found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+            good = found.pop(well)
+            assert (good["status"], good["stdout"], good["kind"]) == (0, "well\n", None) and good["seconds"] < 4
+            assert {name: (line["kind"], re.sub(r"\d+ times", "N times", line["error"])) for name, line in found.items()} == expected
+            done = await asyncio.to_thread(cli, *argv, "echo well", RES_OPTIONS="timeout:1 attempts:1")
+            assert (done.returncode, done.stdout) == (1, f"{well}:well\n".encode())
+            *lines, _, _, _, _, _, _, _ = re.sub(r"\d+ times", "N times", done.stderr.decode()).splitlines()
+            assert sorted(lines) == sorted(f"{name}: {kind}: {message}" for name, (kind, message) in expected.items())
+            kinds = {kind: [name for name, (each, _) in expected.items() if each == kind] for kind, _ in expected.values()}
+            assert done.stderr.decode().splitlines()[-7:] == ["1 ok, 9 not reached or lost", *(
+                f"  {kind}: {apssh.fold_names(names)} ({len(names)})" for kind, names in sorted(kinds.items()))]
+
+    run(main())
+
+
+@pytest.mark.parametrize(("command", "status", "signal_name", "kind", "error"), [
+    ("exit 3", 3, None, "status", "ended with status 3: exit 3"), ("kill -KILL $$", None, "KILL", "signal", "ended with signal KILL: kill -KILL $$"),
+    ("no-such-command 2>/dev/null", 127, None, "status", "ended with status 127: no-such-command 2>/dev/null"),
+    ("/etc/passwd 2>/dev/null", 126, None, "status", "ended with status 126: /etc/passwd 2>/dev/null"),
+], ids=["status", "killed", "not found", "permission"])
+def test_failing_commands_have_a_kind(command: str, status: int | None, signal_name: str | None, kind: str, error: str, sshd: Sshd) -> None:
+    done = cli("-F", "none", "-t", sshd.target, "-j", command)
+    line = json.loads(done.stdout)
+    assert (done.returncode, line["status"], line["signal"], line["kind"], line["error"]) == (1, status, signal_name, kind, error)
+
+
 def test_targets_from_a_file_are_told(home: Path, capfd: Any) -> None:
     Path("web").write_text("a\n")
     assert apssh.main(["-t", "web", "-v", "-L"]) == 0
@@ -6666,6 +6754,15 @@ def test_help_is_wrapped(width: int, monkeypatch: pytest.MonkeyPatch, capfd: Any
         assert main(["--help"]) == 0
         out = capfd.readouterr().out
         assert "examples:" in out and max(map(len, out.splitlines())) <= width
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere not all of 127/8 is loopback")
+def test_thousands_of_hosts() -> None:
+    """bench/scale.py, smaller: bars on CPU and memory a host, silent hosts, the window, one gateway, Ctrl-C."""
+    done = subprocess.run([sys.executable, str(MODULE.parent / "bench" / "scale.py"), "--hosts", "2000"], capture_output=True, text=True, check=False,
+                          env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")})
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

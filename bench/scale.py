@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing as mp
 import os
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,23 @@ class Counters:
     now: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
     most: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
     total: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
+    working: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))  # commands that sleep
+
+    def add(self, name: str, number: int) -> int:
+        """The value then."""
+        value = getattr(self, name)
+        with value.get_lock():
+            value.value += number
+            return int(value.value)
 
     def came(self) -> None:
-        with self.now.get_lock():
-            self.now.value += 1
-            self.total.value += 1
-            self.most.value = max(self.most.value, self.now.value)
+        self.add("total", 1)
+        now = self.add("now", 1)
+        with self.most.get_lock():
+            self.most.value = max(self.most.value, now)
 
     def went(self) -> None:
-        with self.now.get_lock():
-            self.now.value -= 1
+        self.add("now", -1)
 
     def reset(self) -> None:
         with self.now.get_lock():
@@ -81,12 +89,14 @@ class Server(asyncssh.SSHServer):
         return True
 
 
-async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
+async def session(counters: Counters, process: asyncssh.SSHServerProcess[bytes]) -> None:
     """``sleep N`` waits in the loop; anything else is done at once."""
     if match := re.search(r"\bsleep (\d+)", process.command or ""):
+        counters.add("working", 1)
         closed = asyncio.ensure_future(process.wait_closed())
         await asyncio.wait([closed], timeout=int(match[1]))
         closed.cancel()
+        counters.add("working", -1)
     with contextlib.suppress(OSError, asyncssh.Error):
         process.exit(0)
 
@@ -106,7 +116,7 @@ def serve(hosts: list[str], port: int, kind: str, folder: str, counters: Counter
         else:
             key = asyncssh.read_private_key(f"{folder}/host_key")
             await asyncssh.create_server(
-                lambda: Server(counters), hosts, port, server_host_keys=[key], process_factory=session, encoding=None, backlog=100,
+                lambda: Server(counters), hosts, port, server_host_keys=[key], process_factory=functools.partial(session, counters), encoding=None, backlog=100,
                 authorized_client_keys=f"{folder}/home/.ssh/id_ed25519.pub", login_timeout=0)
         ready.release()
         await asyncio.Event().wait()
@@ -162,7 +172,8 @@ class Client:
     def __init__(self, folder: str, program: Path) -> None:
         self._folder, self._program = folder, program
 
-    def run(self, targets: list[str], *words: str, as_json: bool = False) -> Outcome:
+    def run(self, targets: list[str], *words: str, as_json: bool = False, interrupt: Callable[[], bool] | None = None) -> Outcome:
+        """``interrupt``: when to press Ctrl-C; the seconds then count from there."""
         hosts = Path(self._folder, "targets")
         hosts.write_text("".join(f"{target}\n" for target in targets))
         known = Path(self._folder, "home/.ssh/known_hosts")
@@ -176,6 +187,11 @@ class Client:
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, env=environment | {"HOME": f"{self._folder}/home"},
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
         assert process.stdout
+        if interrupt:
+            while not interrupt() and time.monotonic() < begin + 120:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            begin = time.monotonic()
         lines = [(time.monotonic() - begin, json.loads(line)) for line in process.stdout] if as_json else [(0, {}) for _ in process.stdout][:0]
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -198,7 +214,7 @@ class Cases:
         with fleet(self._plain, self._port, "ssh", self._folder) as self._counters:
             self._idle = self._client.run(self._hosts[:1], "true")
             good = True
-            for name in self._options.only or ("true", "sleep", "silent", "window", "gateway"):
+            for name in self._options.only or ("true", "sleep", "silent", "window", "gateway", "interrupt"):
                 self._counters.reset()
                 outcome, notes, fine = getattr(self, f"case_{name}")()
                 if not fine:
@@ -229,6 +245,13 @@ class Cases:
     def case_window(self) -> tuple[Outcome, str, bool]:
         outcome, notes, fine = self._all_ok(min(1000, len(self._hosts)), "-w", "100", "true")
         return outcome, notes, fine and self._counters.most.value <= 100
+
+    def case_interrupt(self) -> tuple[Outcome, str, bool]:
+        """Ctrl-C when all of them are at work."""
+        count = min(1000, len(self._hosts))
+        outcome = self._client.run(self._hosts[:count], "sleep", "60", interrupt=lambda: self._counters.working.value == count)
+        fine = outcome.code == 130 and outcome.seconds < 5 and outcome.errors.startswith(f"0 ok, {count} interrupted\n  interrupted: ")
+        return outcome, f"{count} hosts, sleep 60, Ctrl-C: gone after {outcome.seconds:.1f} s", fine and "Traceback" not in outcome.errors
 
     def case_silent(self) -> tuple[Outcome, str, bool]:
         """Silent hosts spread among the others, which must not notice."""
@@ -263,7 +286,7 @@ def main() -> int:
     parser.add_argument("--sleepers", type=int, default=2000, help="hosts that run sleep 20 at once")
     parser.add_argument("--silent", type=int, default=300, help="hosts that accept and say nothing")
     parser.add_argument("--behind", type=int, default=500, help="hosts behind one gateway")
-    parser.add_argument("--only", nargs="+", choices=("true", "sleep", "silent", "window", "gateway"))
+    parser.add_argument("--only", nargs="+", choices=("true", "sleep", "silent", "window", "gateway", "interrupt"))
     parser.add_argument("--program", type=Path, default=PROGRAM, help="apssh.py to run")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the fleet ends with us
