@@ -2389,13 +2389,16 @@ class SshNode(_Node):
                     if feeder:
                         feeder.cancel()
                     if session.chan and not session.ended.done():
+                        step.may_run = True
                         session.abort()
+                        if alone := link.reserved and not link.forwards:  # stdin being data, the guard waits for the end of the connection
+                            link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)  # does the server hear us?
                         try:
                             await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
+                            step.may_run = not (guard and link.alive and (alone or session.ended.done()))
                         finally:  # cancelled again
-                            if link.reserved and not link.forwards:
-                                link.drop()  # its stdin being data, the guard over there waits for the end of the connection
-                            step.may_run = not session.ended.done() or not guard
+                            if alone:
+                                link.drop()
                 if session.error:
                     raise session.error
                 if session.status is None:

@@ -309,6 +309,25 @@ async def raw_server(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter]
         await asyncio.sleep(0)
 
 
+def network(port: int, frozen: asyncio.Event) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
+    """What leads to this port, until it is frozen: packets then vanish."""
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", port)
+
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                if frozen.is_set():
+                    await asyncio.sleep(3600)
+                sink.write(data)
+
+        try:
+            await asyncio.gather(pump(reader, back), pump(there, writer))
+        finally:
+            back.close()
+
+    return talk
+
+
 @contextlib.asynccontextmanager
 async def ssh_server(keys: Path, *, server: type[asyncssh.SSHServer] = asyncssh.SSHServer, host_key: asyncssh.SSHKey | None = None,
                      process: Any = None, sftp: Any = None, port: int = 0, **options: Any) -> AsyncIterator[int]:
@@ -2517,6 +2536,29 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: d
     run(main())
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["there", "gone"])
+@pytest.mark.parametrize("stdin", [False, True], ids=["no stdin", "stdin"])
+def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, freeze: bool) -> None:
+    """It may still be running only where the network has gone."""
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        frozen = asyncio.Event()
+        async with raw_server(network(sshd.port, frozen)) as port, SshNode("127.0.0.1", port=port, username=ME) as node:
+            step = apssh.StepRecord()
+            task = asyncio.create_task(Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(node, step))
+            await eventually_async((sshd.home / "up").exists)
+            if freeze:
+                frozen.set()
+            with pytest.raises(CommandFailedError):
+                await task
+            assert step.may_run == freeze
+
+    run(main())
+
+
 def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
     token = f"90{os.getpid()}"
 
@@ -2872,27 +2914,12 @@ def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
 def test_frozen_peer_is_found(keepalive: float) -> None:
     """A host that answers no more: keepalives tell, by default within 30 seconds."""
     async def main() -> None:
-        frozen = asyncio.Event()
-
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            there, back = await asyncio.open_connection("127.0.0.1", inner)
-
-            async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-                while data := await source.read(65536):
-                    if frozen.is_set():
-                        await asyncio.sleep(3600)
-                    sink.write(data)
-
-            try:
-                await asyncio.gather(pump(reader, back), pump(there, writer))
-            finally:
-                back.close()
-
         async def sleeps(process: Any) -> None:
             process.stdout.write(b"begun\n")
             await process.channel.wait_closed()
 
-        async with ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner, raw_server(talk) as port:
+        frozen = asyncio.Event()
+        async with ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner, raw_server(network(inner, frozen)) as port:
             node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
             task = asyncio.create_task(node.run("anything"))
             await eventually_async(lambda: node.is_connected())
