@@ -2384,7 +2384,7 @@ class SshNode(_Node):
                 except asyncssh.Error as exc:
                     if await self._refused(link, exc, attempt):
                         continue
-                    raise (self._failure(exc) if link.alive else self._lost(link, command)) from None
+                    raise (self._failure(exc) if link.alive else self._lost(link, step.command or command)) from None
                 finally:
                     if feeder:
                         feeder.cancel()
@@ -2403,7 +2403,7 @@ class SshNode(_Node):
                     raise session.error
                 if session.status is None:
                     step.may_run = True
-                    raise self._lost(link, command)
+                    raise self._lost(link, step.command or command)
                 return session.status
         raise AssertionError
 
@@ -3560,13 +3560,13 @@ class _Script(_ShellCommand):
         files = self._files()
         name, (body, _) = next(iter(files.items()))
         step.script_sha256 = hashlib.sha256(body).hexdigest()
-        words = self._words()
+        words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()  # the time of a step begins when its host is there
         try:
             async with asyncio.timeout(self.timeout), node._script_folder(files) as path:
                 return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step)
         except TimeoutError:
-            raise _timed_out(self.timeout, node, step.command or self._text()) from None
+            raise _timed_out(self.timeout, node, step.command) from None
 
 
 class RunScript(_Script):

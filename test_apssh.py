@@ -4267,6 +4267,30 @@ def test_run_script(node: Any, home: Path, sshd: Sshd, capfdbinary: Any) -> None
     assert stat.S_IMODE((where / ".apssh-remote").stat().st_mode) == 0o700
 
 
+def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
+    """As people know it: the folder over there tells them nothing."""
+    (home / "check.sh").write_text("#!/bin/sh\n[ $1 = fast ] && exit 3\ntouch up; sleep 30\n")
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            job = SshJob(node, command=RunScript("check.sh", "fast"))
+            with pytest.raises(CommandFailedError) as caught:
+                await job.co_run()
+            assert str(caught.value) == "127.0.0.1: status: ended with status 3: RunScript: check.sh fast"
+            with pytest.raises(CommandFailedError) as caught:
+                await RunScript("check.sh", "slow", timeout=0.5).co_run_remote(node)
+            assert str(caught.value) == "127.0.0.1: timeout: no end within 0.5 s: RunScript: check.sh slow"
+            (sshd.home / "up").unlink(missing_ok=True)
+            task = asyncio.create_task(RunScript("check.sh", "slow").co_run_remote(node))
+            await eventually_async((sshd.home / "up").exists)
+            (await node.connect_lazy()).abort()
+            with pytest.raises(ConnectionFailedError) as lost:
+                await task
+            assert str(lost.value) == "127.0.0.1: lost: connection lost during RunScript: check.sh slow"
+
+    run(main())
+
+
 def test_run_string(node: Any, capfdbinary: Any) -> None:
     variables = Variables(n=3)
     body = Deferred("#!/usr/bin/env python3\nimport os, sys\nprint(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
