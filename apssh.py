@@ -2688,13 +2688,13 @@ def _write_all(fd: int, data: bytes, position: int) -> None:
         data, position = data[written:], position + written
 
 
-def _paths(paths: Any) -> tuple[list[str], bool]:
-    """One path or a collection of them, as a list; whether it was a collection (it then needs a folder)."""
-    many = not isinstance(paths, str | os.PathLike | Deferred)
-    texts = [str(path) for path in (paths if many else [paths])]
-    if not texts or not all(texts):
+def _paths(paths: Any) -> tuple[list[Any], bool]:
+    """One path or several, as a list; whether they were several, be it a list of one (they then need a folder)."""
+    many = isinstance(paths, Iterable) and not isinstance(paths, str)
+    each = list(paths) if many else [paths]
+    if not each or not all(isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each):
         raise UsageError(f"a path or a list of paths, not {paths!r}")
-    return texts, many
+    return each, many
 
 
 def _remote(path: str) -> str:
@@ -3343,6 +3343,11 @@ class Deferred:
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
+def _text_of(value: Any) -> str:
+    """The text of what a job is given, when it runs."""
+    return value.render() if isinstance(value, Deferred) else str(value)
+
+
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
@@ -3354,7 +3359,7 @@ class _Quoted(Deferred):
         return shlex.quote(self._make(str(self._inner)))
 
     def render(self) -> str:
-        return shlex.quote(self._make(self._inner.render() if isinstance(self._inner, Deferred) else str(self._inner)))
+        return shlex.quote(self._make(_text_of(self._inner)))
 
 
 def _extra(module: str) -> Any:
@@ -3485,7 +3490,7 @@ class _ShellCommand(AbstractCommand):
         def text(word: Any) -> str:
             if isinstance(word, Run):
                 return word._words(preview=preview)
-            return word.render() if isinstance(word, Deferred) and not preview else str(word)
+            return str(word) if preview else _text_of(word)
         return " ".join(map(text, self.words))
 
     async def _execute(self, node: Any, command: str, step: StepRecord, timeout: float | None = None, **options: Any) -> int | str:
@@ -3585,7 +3590,7 @@ class RunScript(_Script):
             raise UsageError("RunScript: an empty script name")
 
     def _path(self) -> Path:
-        return Path(self.local_script.render() if isinstance(self.local_script, Deferred) else self.local_script).expanduser()
+        return Path(_text_of(self.local_script)).expanduser()
 
     def _check(self) -> None:
         if not isinstance(self.local_script, Deferred) and not self._path().is_file():  # a Deferred may name what a step makes
@@ -3625,7 +3630,7 @@ class RunString(_Script):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
     def _content(self) -> tuple[str, bytes]:
-        body = self.script_body.render() if isinstance(self.script_body, Deferred) else self.script_body
+        body = _text_of(self.script_body)
         return self.remote_name, os.fsencode(body if body.endswith("\n") else body + "\n")
 
     def _text(self) -> str:
@@ -3648,32 +3653,26 @@ class _CopyCommand(AbstractCommand):
         super().__init__(**common)  # the last two are asyncssh's, for published scripts: the engine chooses better itself
         self.sources, self.destination = sources, destination
         self.options = {"preserve": preserve, "recurse": recurse, "follow_symlinks": follow_symlinks, "inplace": inplace}
-        _paths(sources)
+        self._sources, self._many = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(f"{type(self).__name__}: the destination is a path, not {destination!r}")
 
-    def _rendered(self, path: Any) -> str:
-        return path.render() if isinstance(path, Deferred) else os.fspath(path)
-
     def _text(self) -> str:
-        paths, _ = _paths(self.sources)
-        more = f" ... ({len(paths)} total)" if len(paths) > 1 else ""
-        return f"{type(self).__name__}: {paths[0]}{more} {self.preposition} {self.destination}"
+        more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
+        return f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
 
     def _preview(self) -> str:
         options = "".join(f", {name}" for name, value in self.options.items() if value)
-        return f"{type(self).__name__}: {' '.join(_paths(self.sources)[0])} {self.preposition} {self.destination}{options}"
+        return f"{type(self).__name__}: {' '.join(map(str, self._sources))} {self.preposition} {self.destination}{options}"
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
-        _, many = _paths(self.sources)
-        sources = [self._rendered(path) for path in (self.sources if many else [self.sources])]
-        destination = self._rendered(self.destination)
+        sources, destination = [_text_of(path) for path in self._sources], _text_of(self.destination)
         step.command = step.command or self._text()
         if self.verbose:
             node._say(f"runs: {self._line() or self._text()}")
         try:
             async with asyncio.timeout(self.timeout):
-                await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, many)
+                await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, self._many)
         except TimeoutError:
             raise _timed_out(self.timeout, node, self._text()) from None
         except _LOST as exc:
@@ -3696,9 +3695,9 @@ class Push(_CopyCommand):
         super().__init__(localpaths, remotepath, **options)
 
     def _check(self) -> None:
-        for path in _paths(self.sources)[0] if not isinstance(self.sources, Deferred) else ():
+        for path in self._sources:
             if not isinstance(path, Deferred) and not os.path.lexists(path):
-                raise UsageError(f"{escape(path)}: no such file")
+                raise UsageError(f"{escape(str(path))}: no such file")
 
 
 class Pull(_CopyCommand):
@@ -5027,7 +5026,7 @@ def _pushes(localpaths: Any, remotepath: str, options: dict[str, Any]) -> _Steps
     sources, many = _paths(localpaths)
 
     def steps(node: SshNode) -> list[AbstractCommand]:
-        paths = [_expand_path(path, node) for path in sources]
+        paths = [_expand_path(str(path), node) for path in sources]
         return [Push(paths if many else paths[0], _expand_path(remotepath, node), **options)]
 
     return steps
@@ -5058,7 +5057,7 @@ class _Destinations:
 
     def __call__(self, node: SshNode) -> list[AbstractCommand]:
         sources, many = _paths(self._remotepaths)
-        sources = [_expand_path(source, node) for source in sources]
+        sources = [_expand_path(str(source), node) for source in sources]
         place = _expand_path(self._localpath, node)
         if place.endswith("/") and place != self._localpath and not self._dry:
             try:

@@ -4173,7 +4173,7 @@ def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None
     (lambda: RunString(" "), "RunString: an empty script"),
     (lambda: RunString("x", remote_name="a/.."), "RunString: remote_name 'a/..' is not the name of a file"),
     (lambda: Push([], "x"), "a path or a list of paths, not []"),
-    (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
+    (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Push(3, "x"), "a path or a list of paths, not 3"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
 ])
 def test_command_misuse(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
@@ -4343,6 +4343,18 @@ def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> Non
         scheduler.run()
     assert str(caught.value) == message
     assert job.records == []
+
+
+def test_paths_known_when_the_step_runs(home: Path) -> None:
+    (home / "one").write_text("")
+    (home / "two").write_text("")
+    (home / "there").mkdir()
+    found = Variables()
+    job = SshJob(LocalNode(), commands=[Run("echo one", capture=Capture("name", found)), Push([Deferred("{{name}}", found)], "there"),
+                                        Push(home.glob("tw*"), "there")])
+    assert Scheduler(job).run()
+    assert job.commands[2]._line().endswith("two onto there")
+    assert sorted(os.listdir("there")) == ["one", "two"]
 
 
 def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
