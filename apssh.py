@@ -3761,44 +3761,37 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         try:
             for command in self.commands:
                 command._check()
-            for command in self.commands:
-                try:
-                    status = await self._run_step(command)
-                except ApsshError as exc:
-                    if self.critical:
-                        raise
-                    result = exc
-                else:
-                    result = result if command._succeeded(status) else status
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task and task.cancelling():
-                raise
-            return self._failed(ApsshError("cancelled from inside", host=self.node.hostname))
         except Exception as exc:
             return self._failed(exc)
+        for command in self.commands:
+            try:
+                await self._run_step(command)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task and task.cancelling():
+                    raise
+                result = self._failed(ApsshError("cancelled from inside", host=self.node.hostname))
+            except Exception as exc:
+                result = self._failed(exc)
         return result
 
-    def _failed(self, exc: Exception) -> ApsshError:
-        """Raise it (critical), or give it as the result."""
+    def _failed(self, exc: Exception) -> ApsshError | int | str:
+        """Raise it (critical), or tell what it is as a result: a command's status, else an ApsshError."""
         if self.critical:
             raise exc
-        return exc if isinstance(exc, ApsshError) else ApsshError(f"{type(exc).__name__}: {exc}", host=self.node.hostname)
+        if not isinstance(exc, ApsshError):
+            return ApsshError(f"{type(exc).__name__}: {exc}", host=self.node.hostname)
+        return exc if exc.status is None else exc.status
 
-    async def _run_step(self, command: AbstractCommand) -> int | str:
+    async def _run_step(self, command: AbstractCommand) -> None:
         step = StepRecord(label=command._line() or "")
         self.records.append(step)
         if self.verbose:
             self.node._say(f"step: {step.label or command._text()}")
         with step.running():
-            step.status = status = await command._run(self.node, step)
-            if command._succeeded(status):
-                return status
-            failure = command._as_error(self.node, status, step.command)
-            step.kind, step.error = failure.kind, str(failure)
-            if self.critical:
-                raise failure
-        return status
+            step.status = await command._run(self.node, step)
+            if not command._succeeded(step.status):
+                raise command._as_error(self.node, step.status, step.command)
 
     async def co_shutdown(self) -> None:
         """Nothing: connections stay open until they are closed on purpose."""

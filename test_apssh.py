@@ -4682,14 +4682,15 @@ def test_inner_cancellation_does_not_break_the_scheduler() -> None:
     assert str(job.result()) == "LOCALNODE: local: cancelled from inside" and other.result() == 0
 
 
-def test_any_exception_of_a_step_is_a_result() -> None:
+def test_any_exception_of_a_step_is_a_result(capfd: Any) -> None:
     class Breaks(apssh.AbstractCommand):
         async def co_run_local(self, node: Any) -> int | str | None:
             return 1 // 0
 
-    job = SshJob(LocalNode(), command=Breaks(), critical=False)
+    job = SshJob(LocalNode(), commands=[Breaks(), Run("echo goes on")], critical=False)
     assert Scheduler(job).run()
     assert str(job.result()) == "LOCALNODE: local: ZeroDivisionError: integer division or modulo by zero"
+    assert capfd.readouterr().out == "LOCALNODE:goes on\n"
     with pytest.raises(ZeroDivisionError):
         Scheduler(SshJob(LocalNode(), command=Breaks())).run()
 
