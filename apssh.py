@@ -3499,11 +3499,10 @@ class _ShellCommand(AbstractCommand):
         await node._apply_config()  # it may tell the user and the port, by which outputs are named
         options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
-        try:
-            return cast("int | str", await node._execute(command, step, sink=held, timeout=timeout, **options))
-        finally:
-            if held and self.capture:
-                self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        status: int | str = await node._execute(command, step, sink=held, timeout=timeout, **options)
+        if held and self.capture:  # of a command that ended: half of an output, or none, is no value
+            self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        return status
 
 
 class Run(_ShellCommand):
@@ -3541,8 +3540,9 @@ class _Script(_ShellCommand):
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
     def _files(self) -> dict[str, tuple[bytes, int]]:
-        """All files of the folder: name to content and mode."""
-        files: dict[str, tuple[bytes, int]] = {}
+        """All files of the folder, the script first: name to content and mode."""
+        name, body = self._content()
+        files = {name: (body, 0o700)}
         for include in self.includes:
             try:
                 path = Path(include)
@@ -3551,10 +3551,7 @@ class _Script(_ShellCommand):
                 raise UsageError(f"include {escape(include)}: {_reason(exc)}") from None
             if files.setdefault(path.name, content) is not content:
                 raise UsageError(f"two files for one folder are called {escape(path.name)}")
-        name, body = self._content()
-        if name in files:
-            raise UsageError(f"two files for one folder are called {escape(name)}")
-        return {name: (body, 0o700), **files}
+        return files
 
     def _check(self) -> None:
         for path in self.includes:

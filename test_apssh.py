@@ -4211,6 +4211,14 @@ def test_capture(node: Any, capfdbinary: Any) -> None:
     assert capfdbinary.readouterr() == (b"", b"err\n")
 
 
+def test_capture_of_a_command_that_did_not_end(node: Any) -> None:
+    """Half of an output is no value: a later step must not take it for one."""
+    variables = Variables()
+    with pytest.raises(CommandFailedError):
+        step(node, Run("echo half; sleep 60", capture=Capture("out", variables), timeout=0.5))
+    assert variables == {}
+
+
 def test_output_beyond_the_limit_fails_the_command(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1024 * 1024)
     with pytest.raises(ApsshError, match="more than 1 MiB of output to hold"):
