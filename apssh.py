@@ -3435,19 +3435,31 @@ class AbstractCommand:
 
     async def co_run_remote(self, node: Any) -> int | str | None:
         """Run on a remote node; the exit status, or a signal's name without SIG."""
-        return await self._run(node, StepRecord())
+        return await self._act(node, StepRecord())
 
     async def co_run_local(self, node: Any) -> int | str | None:
         """Run on a LocalNode."""
-        return await self._run(node, StepRecord())
+        return await self._act(node, StepRecord())
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
-        """The same, keeping a record; a user's own class needs only the public methods."""
+        """What a job does of it: the public method where a user's class defines that, else our own way, which keeps a record."""
+        method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
+        if getattr(type(self), method) is getattr(AbstractCommand, method):
+            return await self._act(node, step)
+        async with self._in_time(node, step):
+            return await getattr(self, method)(node) or 0
+
+    async def _act(self, node: Any, step: StepRecord) -> int | str:
+        raise UsageError(f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) to run on a LocalNode")
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self, node: _Node, step: StepRecord) -> AsyncIterator[None]:
+        """The time of the step begins here: when its host is there."""
         try:
             async with asyncio.timeout(self.timeout):
-                return await (self.co_run_local if isinstance(node, LocalNode) else self.co_run_remote)(node) or 0
+                yield
         except TimeoutError:
-            raise _timed_out(self.timeout, node, self._line() or self._text()) from None
+            raise _timed_out(self.timeout, node, step.command or self._line() or self._text()) from None
 
     def _check(self) -> None:
         """What can be found wrong on this machine, before the first step of a job."""
@@ -3523,7 +3535,7 @@ class Run(_ShellCommand):
     def _text(self) -> str:
         return self._words(preview=True)
 
-    async def _run(self, node: Any, step: StepRecord) -> int | str:
+    async def _act(self, node: Any, step: StepRecord) -> int | str:
         return await self._execute(node, self._words(), step, self.timeout, quiet=self.ignore_outputs)
 
 
@@ -3558,17 +3570,14 @@ class _Script(_ShellCommand):
             if not os.path.isfile(path):
                 raise UsageError(f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}")
 
-    async def _run(self, node: Any, step: StepRecord) -> int | str:
+    async def _act(self, node: Any, step: StepRecord) -> int | str:
         files = self._files()
         name, (body, _) = next(iter(files.items()))
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
-        await node.sftp_connect_lazy()  # the time of a step begins when its host is there
-        try:
-            async with asyncio.timeout(self.timeout), node._script_folder(files) as path:
-                return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step)
-        except TimeoutError:
-            raise _timed_out(self.timeout, node, step.command) from None
+        await node.sftp_connect_lazy()
+        async with self._in_time(node, step), node._script_folder(files) as path:
+            return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step)
 
 
 class RunScript(_Script):
@@ -3662,16 +3671,15 @@ class _CopyCommand(AbstractCommand):
         options = "".join(f", {name}" for name, value in self.options.items() if value)
         return f"{type(self).__name__}: {' '.join(map(str, self._sources))} {self.preposition} {self.destination}{options}"
 
-    async def _run(self, node: Any, step: StepRecord) -> int | str:
+    async def _act(self, node: Any, step: StepRecord) -> int | str:
         sources, destination = [_text_of(path) for path in self._sources], _text_of(self.destination)
         step.command = step.command or self._text()
         if self.verbose:
             node._say(f"runs: {self._line() or self._text()}")
         try:
-            async with asyncio.timeout(self.timeout):
+            await node.sftp_connect_lazy()
+            async with self._in_time(node, step):
                 await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, self._many)
-        except TimeoutError:
-            raise _timed_out(self.timeout, node, self._text()) from None
         except _LOST as exc:
             raise ConnectionFailedError(f"connection lost during {escape(self._text())}", host=node.hostname, command=self._text()) from exc
         except (asyncssh.SFTPError, OSError) as exc:

@@ -4376,6 +4376,20 @@ def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
 
     assert step(node, Mine()) == (0 if isinstance(node, LocalNode) else 7)
 
+    class Derived(Run):
+        async def co_run_remote(self, node: Any) -> int | str | None:
+            return await super().co_run_remote(node) or 9
+
+        co_run_local = co_run_remote
+
+    assert step(node, Derived("true")) == 9
+
+    class Nothing(apssh.AbstractCommand):
+        pass
+
+    with pytest.raises(UsageError, match=r"^Nothing: a step defines co_run_remote\(node\), and co_run_local\(node\) to run on a LocalNode$"):
+        step(node, Nothing())
+
     class Slow(Mine):
         async def co_run_remote(self, node: Any) -> int | str | None:
             await asyncio.sleep(3600)
