@@ -3325,7 +3325,7 @@ class Deferred:
         return re.sub(self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template)
 
     def render(self) -> str:
-        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an expression that Jinja2 refuses."""
+        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an expression that cannot be."""
         if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
             return self._render_jinja()
         if missing := [name for name in re.findall(self._PLAIN, self.template) if name not in self.variables]:
@@ -3339,7 +3339,7 @@ class Deferred:
             return cast("str", environment.from_string(self.template).render(self.variables))
         except jinja2.UndefinedError as exc:
             raise UndefinedVariableError(f"no value yet in {escape(self.template)}: {exc}") from None
-        except jinja2.TemplateError as exc:
+        except Exception as exc:  # an expression may compute anything
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
@@ -4326,35 +4326,34 @@ class Service:
         self.tty, self.systemd_type, self.environ = tty, systemd_type, dict(environ or {})
         self.stop_if_running, self.verbose = stop_if_running, verbose
 
-    def _run(self, label: str | None, what: str, words: tuple[Any, ...], keywords: dict[str, Any]) -> Run:
+    def _run(self, label: str | None, what: str, words: list[Any], keywords: dict[str, Any]) -> Run:
         return Run(*words, label=f"Service {self.service_id}: {what}" if label is None else label, **{"verbose": self.verbose} | keywords)
 
     def start_command(self, *, label: str | None = None, **keywords: Any) -> Run:
         """Start the unit; fails if it cannot be started."""
         unit = f"{self.service_id}.service"
-        words: list[Any] = []
-        if self.stop_if_running:
-            words = [f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"]
+        before = f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
+        words: list[Any] = [before] if self.stop_if_running else []
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
         words += [_Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()]
         shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))  # systemd.service(5): it expands $ in words by itself
-        if self.tty:  # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
-            return self._run(label, "start", (*words, "/usr/bin/script -qefc", shell, "/dev/null"), keywords)
-        return self._run(label, "start", (*words, "/bin/sh -c", shell), keywords)
+        # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
+        words += ["/usr/bin/script -qefc", shell, "/dev/null"] if self.tty else ["/bin/sh -c", shell]
+        return self._run(label, "start", words, keywords)
 
     def stop_command(self, *, label: str | None = None, **keywords: Any) -> Run:
         """Stop the unit; one that has gone is fine (status 5)."""
-        return self._run(label, "stop", (f"systemctl stop {self.service_id}.service",), {"allowed_exits": [5]} | keywords)
+        return self._run(label, "stop", [f"systemctl stop {self.service_id}.service"], {"allowed_exits": [5]} | keywords)
 
     def status_command(self, output: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
         """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or has gone (4) is fine."""
         words = [f"systemctl status --no-pager {self.service_id}.service"] + ([f"--output={shlex.quote(output)}"] if output else [])
-        return self._run(label, "status", tuple(words), {"allowed_exits": [3, 4]} | keywords)
+        return self._run(label, "status", words, {"allowed_exits": [3, 4]} | keywords)
 
     def journal_command(self, since: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
         """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
         words = [f"journalctl --no-pager --unit={self.service_id}.service"] + ([f"--since={shlex.quote(since)}"] if since else [])
-        return self._run(label, "journal", tuple(words), keywords)
+        return self._run(label, "journal", words, keywords)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4136,6 +4136,8 @@ def test_deferred_expressions_use_jinja() -> None:
     assert str(caught.value) == "no value yet in {{ n + 1 }}: 'n' is undefined"
     with pytest.raises(UsageError, match=r"^\{\{ n \+ \}\}: "):
         Deferred("{{ n + }}", {}).render()
+    with pytest.raises(UsageError, match=r"^\{\{ n \+ 1 \}\}: can only concatenate str"):
+        Deferred("{{ n + 1 }}", {"n": "7"}).render()
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
