@@ -3443,6 +3443,8 @@ class AbstractCommand:
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
         """What a job does of it: the public method where a user's class defines that, else our own way, which keeps a record."""
+        if self.verbose:
+            node._say(f"runs: {self._line() or self._text()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
         if getattr(type(self), method) is getattr(AbstractCommand, method):
             return await self._act(node, step)
@@ -3481,9 +3483,9 @@ class AbstractCommand:
         return status == 0 or status in self.allowed_exits
 
     def _as_error(self, node: _Node, status: int | str, command: str) -> CommandFailedError:
-        how = f"status {status}" if isinstance(status, int) else f"signal {status}"
-        return CommandFailedError(f"ended with {how}: {escape(command or self._line() or '')}", host=node.hostname, status=status,
-                                  command=command, kind="status" if isinstance(status, int) else "signal")
+        kind = "status" if isinstance(status, int) else "signal"
+        return CommandFailedError(f"ended with {kind} {status}: {escape(command or self._line() or '')}", host=node.hostname, kind=kind,
+                                  command=command, status=status)
 
 
 class _ShellCommand(AbstractCommand):
@@ -3497,17 +3499,11 @@ class _ShellCommand(AbstractCommand):
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}")
 
-    def _words(self, *, preview: bool = False) -> str:
-        """The words joined by blanks; Deferred ones rendered, or as far as is known."""
-        def text(word: Any) -> str:
-            if isinstance(word, Run):
-                return word._words(preview=preview)
-            return str(word) if preview else _text_of(word)
-        return " ".join(map(text, self.words))
+    def _words(self, text: Callable[[Any], str] = _text_of) -> str:
+        """The words joined by blanks, each as ``text`` has it: with ``str``, Deferred ones as far as is known."""
+        return " ".join(word._words(text) if isinstance(word, Run) else text(word) for word in self.words)
 
     async def _execute(self, node: Any, command: str, step: StepRecord, timeout: float | None = None, **options: Any) -> int | str:
-        if self.verbose:
-            node._say(f"runs: {self._line() or self._text()}")
         await node._apply_config()  # it may tell the user and the port, by which outputs are named
         options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
@@ -3533,7 +3529,7 @@ class Run(_ShellCommand):
             raise UsageError("Run: an empty command")
 
     def _text(self) -> str:
-        return self._words(preview=True)
+        return self._words(str)
 
     async def _act(self, node: Any, step: StepRecord) -> int | str:
         return await self._execute(node, self._words(), step, self.timeout, quiet=self.ignore_outputs)
@@ -3542,11 +3538,8 @@ class Run(_ShellCommand):
 class _Script(_ShellCommand):
     """A script with its includes, in a private folder of the host for as long as it runs."""
 
-    includes: tuple[str, ...] = ()
-
-    def _content(self) -> tuple[str, bytes]:
-        """The name and the text of the script."""
-        raise NotImplementedError
+    includes: tuple[str, ...]
+    _content: Callable[[], tuple[str, bytes]]  # the name and the text of the script
 
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
@@ -3611,11 +3604,11 @@ class RunScript(_Script):
             raise UsageError(f"script {escape(str(path))}: {_reason(exc)}") from None
 
     def _text(self) -> str:
-        return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(preview=True)}".rstrip()
+        return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
 
     def _preview(self) -> str:
         missing = "" if os.path.isfile(os.path.expanduser(str(self.local_script))) else " (no such file yet)"
-        return f"RunScript: {self.local_script} {self._words(preview=True)}".rstrip() + missing + self._beside()
+        return f"RunScript: {self.local_script} {self._words(str)}".rstrip() + missing + self._beside()
 
 
 class RunString(_Script):
@@ -3642,10 +3635,10 @@ class RunString(_Script):
     def _text(self) -> str:
         lines = (line.strip() for line in str(self.script_body).splitlines())
         first = next((line for line in lines if line and not line.startswith("#")), "")
-        return f"RunString: {first[:15]}... {self._words(preview=True)}".rstrip()
+        return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
 
     def _preview(self) -> str:
-        return f"RunString: {self._words(preview=True)}".rstrip() + self._beside() + f"\n{self.script_body}"
+        return f"RunString: {self._words(str)}".rstrip() + self._beside() + f"\n{self.script_body}"
 
 
 class _CopyCommand(AbstractCommand):
@@ -3674,8 +3667,6 @@ class _CopyCommand(AbstractCommand):
     async def _act(self, node: Any, step: StepRecord) -> int | str:
         sources, destination = [_text_of(path) for path in self._sources], _text_of(self.destination)
         step.command = step.command or self._text()
-        if self.verbose:
-            node._say(f"runs: {self._line() or self._text()}")
         try:
             await node.sftp_connect_lazy()
             async with self._in_time(node, step):

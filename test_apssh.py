@@ -4409,6 +4409,15 @@ def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
     assert step(node, Run("true", verbose=True)) == step(node, Push("f", "g", verbose=True)) == 0
     assert capfd.readouterr().err == f"{node.hostname}: runs: true\n{node.hostname}: runs: Push: f onto g\n"
 
+    class Mine(apssh.AbstractCommand):
+        async def co_run_remote(self, node: Any) -> int:
+            return 0
+
+        co_run_local = co_run_remote
+
+    assert step(node, Mine(label="by hand", verbose=True)) == 0
+    assert capfd.readouterr().err == f"{node.hostname}: runs: by hand\n"
+
 
 def test_x11_needs_a_display(sshd: Sshd) -> None:
     assert str(failure_of(Run("xterm", x11=True)._run(sshd.node(), apssh.StepRecord()))) == "127.0.0.1: local: x11: no DISPLAY here to forward to"
