@@ -4511,7 +4511,7 @@ class _Scenario:
         if tag == "null" and "None" in kinds:
             return None
         if "Step" in kinds and tag != "null":
-            return self.steps(where, node)
+            return self.steps(where, node) if text is None else self.deferred(text)  # one line for Run
         if "Formatter" in kinds and (text or tag == "map"):
             return self.formatter(f"{where}, formatter", node)
         if "Capture" in kinds and text and text.isidentifier():
@@ -4549,15 +4549,12 @@ class _Scenario:
         return self.formatters[words]
 
     def steps(self, where: str, node: Any) -> list[Any]:
-        """The commands of a job: a list of mappings (nulls dropped), one mapping, or one line for Run."""
+        """The commands of a job: a list of mappings (nulls dropped), or one mapping."""
         made = []
         for number, item in enumerate(node.value if node.id == "sequence" else [node], 1):
-            if node.id == "scalar":
-                entry = _Entry(where, node, {"type": (node, self.yaml.ScalarNode("tag:yaml.org,2002:str", "Run")), "command": (node, node)})
-            elif self.tag(where, item) == "null":
+            if self.tag(where, item) == "null":
                 continue
-            else:
-                entry = self.entry(f"{where}, command {number}", item)
+            entry = self.entry(f"{where}, command {number}", item)
             self.read_type(entry, "command", _STEP_TYPES)
             words = [*entry.values.pop("argv", []), *entry.values.pop("args", [])]
             line = entry.values.pop("command", "")
