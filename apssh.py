@@ -3831,9 +3831,9 @@ def _ssh_jobs(scheduler: Any) -> list[SshJob]:
 
 async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
     """Close the connections of all nodes of a scheduler, nested ones included, the farthest first, then their gateways."""
-    nodes = {id(node): node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode)
+    nodes = {node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode)
              for node in (job.node._hops() if manage_gateways else [job.node])}
-    for _, group in itertools.groupby(sorted(nodes.values(), key=SshNode.distance, reverse=True), key=SshNode.distance):
+    for _, group in itertools.groupby(sorted(nodes, key=SshNode.distance, reverse=True), key=SshNode.distance):
         await asyncio.gather(*(node.close() for node in group))
 
 
@@ -3857,19 +3857,19 @@ def _natural(text: str) -> list[str | int]:
 
 def _numbered_nodes(scheduler: Any) -> list[SshNode | LocalNode]:
     """The nodes of a scheduler's jobs, gateways included, sorted by name; this machine comes once, first."""
-    nodes = {id(node): node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode) for node in job.node._hops()}
+    nodes = dict.fromkeys(node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode) for node in job.node._hops())
     local = [job.node for job in _ssh_jobs(scheduler) if isinstance(job.node, LocalNode)]
-    return [*local[:1], *sorted(nodes.values(), key=lambda node: (_natural(_node_label(node)), node.distance()))]
+    return [*local[:1], *sorted(nodes, key=lambda node: (_natural(_node_label(node)), node.distance()))]
 
 
 def topology_dot(scheduler: Any) -> str:
     """Graphviz source of which node is the gateway of which, from this machine (``Local Node``) outwards."""
     nodes = [node for node in _numbered_nodes(scheduler) if isinstance(node, SshNode)]
-    names = {id(None): "local", **{id(node): f"n{number}" for number, node in enumerate(nodes, 1)}}
+    names = {None: "local"} | {node: f"n{number}" for number, node in enumerate(nodes, 1)}
     lines = ["digraph topology {", "  rankdir=LR;", '  local [label="Local Node" shape=box];']
     for node in nodes:
         label = _clean(_node_label(node)).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
-        lines += [f'  {names[id(node)]} [label="{label}"];', f"  {names[id(node.gateway)]} -> {names[id(node)]};"]
+        lines += [f'  {names[node]} [label="{label}"];', f"  {names[node.gateway]} -> {names[node]};"]
     return "\n".join([*lines, "}", ""])
 
 
@@ -3935,19 +3935,19 @@ def run_record(scheduler: Any) -> dict[str, Any]:
     ``steps``, whose start and end are seconds of one monotonic clock. Jobs that are no SshJob have neither node nor steps.
     """
     nodes = _numbered_nodes(scheduler)
-    places: dict[int, int | None] = {id(node): number for number, node in enumerate(nodes, 1)}
+    places = {node: number for number, node in enumerate(nodes, 1)}
     walk = list(_walk(scheduler))
-    numbers = {id(job): number for number, (job, _) in enumerate(walk, 1)}
+    numbers = {job: number for number, (job, _) in enumerate(walk, 1)}
     jobs: list[dict[str, Any]] = []
     for job, parent in walk:
         state, error = _job_state(job)
         ssh = isinstance(job, SshJob)
         label = job.label or (job.text_label().removeprefix(f"{job._where()}: ") if ssh else job.text_label()) or type(job).__name__
         jobs.append({
-            "id": numbers[id(job)], "parent": numbers.get(id(parent)), "type": type(job).__name__, "label": str(label),
-            "node": (1 if isinstance(job.node, LocalNode) else places[id(job.node)]) if ssh else None,
+            "id": numbers[job], "parent": numbers.get(parent), "type": type(job).__name__, "label": str(label),
+            "node": (1 if isinstance(job.node, LocalNode) else places[job.node]) if ssh else None,
             "critical": bool(job.critical), "forever": bool(job.forever), "state": state, "error": error,
-            "requirements": sorted(numbers[id(each)] for each in job.required if id(each) in numbers),
+            "requirements": sorted(numbers[each] for each in job.required if each in numbers),
             "steps": [dataclasses.asdict(step) for step in job.records] if ssh else []})
     steps = [step for job in jobs for step in job["steps"] if step["start"] is not None]
     started = min((step["start_wall"] for step in steps), default=None)
@@ -3956,8 +3956,8 @@ def run_record(scheduler: Any) -> dict[str, Any]:
         "versions": {"apssh": __version__, "asyncssh": asyncssh.__version__, "asynciojobs": asynciojobs.__version__,
                      "python": sys.version.split()[0]},
         "started": _wall(started), "started_epoch": started, "ended": _wall(ended), "ended_epoch": ended,
-        "nodes": [{"id": places[id(node)], "label": _node_label(node), "hostname": node.hostname, "username": node.username,
-                   "port": node.port, "gateway": places.get(id(node.gateway)), "host_key": node._host_key_shown}
+        "nodes": [{"id": places[node], "label": _node_label(node), "hostname": node.hostname, "username": node.username,
+                   "port": node.port, "gateway": places[node.gateway] if node.gateway else None, "host_key": node._host_key_shown}
                   for node in nodes],
         "jobs": jobs}
 
