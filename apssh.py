@@ -3286,8 +3286,7 @@ class Variables(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"no variable {name!r}") from None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+    __setattr__ = dict.__setitem__
 
     def __delattr__(self, name: str) -> None:
         try:
