@@ -4000,9 +4000,8 @@ def _cells(text: str) -> int:
 def _fit(text: str, cells: int) -> str:
     """The text in exactly so many columns."""
     if _cells(text) > cells:
-        while text and _cells(text) >= cells:
-            text = text[:-1]
-        text += "…" * (cells > 0)
+        widths = itertools.accumulate(map(_cells, text))
+        text = text[:sum(width < cells for width in widths)] + "…" * (cells > 0)
     return text + " " * (cells - _cells(text))
 
 
@@ -4016,8 +4015,8 @@ def _duration(seconds: float) -> str:
 
 def _tick(span: float) -> float:
     """Seconds between two marks of a time axis: a round number, for ten of them at most."""
-    steps = [digit * 10.0**power for power in range(-4, 2) for digit in (1, 2, 5)][:-2]
-    steps += [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200]
+    steps = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)]
+    steps += [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200]
     return next((step for step in steps if span / step <= 10), 86400 * (span // 864000 + 1))
 
 

@@ -5121,7 +5121,7 @@ def test_ticks_are_round_and_few(span, step) -> Any:
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_text_is_never_wider_than_the_terminal(columns) -> Any:
     _, nodes = fleet()
-    jobs = [made(SshJob(node, commands=[Run("漢字" * 9), Run("b")]), (0, 5), (5, 5.001)) for node in nodes]
+    jobs = [made(SshJob(node, commands=[Run("漢字" * 9), Run("b" * 9999)]), (0, 5), (5, 5.001)) for node in nodes]
     text = timeline_as_text(Scheduler(*jobs, SshJob(nodes[0], command="never")), columns)
     assert all(apssh._cells(line) <= columns for line in text.splitlines()) and len(text.splitlines()) == 2 + 5
 
