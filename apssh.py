@@ -3494,6 +3494,8 @@ class _ShellCommand(AbstractCommand):
                  pty: bool = False, stdin: AsyncIterator[bytes] | None = None, **common: Any) -> None:
         super().__init__(**common)
         self.words, self.x11, self.capture, self.env, self.pty, self.stdin = words, x11, capture, env, pty, stdin
+        if capture is not None and not isinstance(capture, Capture):
+            raise UsageError(f"{type(self).__name__}: capture is a Capture(name, variables), not {capture!r}")
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}")
@@ -3583,7 +3585,7 @@ class RunScript(_Script):
                  includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
                  **common: Any) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
-        self.local_script, self.includes = local_script, tuple(os.fspath(each) for each in includes or ())
+        self.local_script, self.includes = local_script, tuple(map(str, _paths(includes)[0])) if includes else ()
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
@@ -3621,7 +3623,7 @@ class RunString(_Script):
                  **common: Any) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
         self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
-        self.includes = tuple(os.fspath(each) for each in includes or ())
+        self.includes = tuple(map(str, _paths(includes)[0])) if includes else ()
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):

@@ -4172,7 +4172,8 @@ def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None
     (lambda: Run(), "Run: an empty command"), (lambda: Run("", " "), "Run: an empty command"),
     (lambda: Run("a", timeout=-1), "timeout -1: seconds, more than 0 (None: no limit)"),
     (lambda: Run(["ls", "-l"]), "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']"),
-    (lambda: RunString(" "), "RunString: an empty script"),
+    (lambda: Run("a", capture="a"), "Run: capture is a Capture(name, variables), not 'a'"),
+    (lambda: RunScript("a", includes=3), "a path or a list of paths, not 3"), (lambda: RunString(" "), "RunString: an empty script"),
     (lambda: RunString("x", remote_name="a/.."), "RunString: remote_name 'a/..' is not the name of a file"),
     (lambda: Push([], "x"), "a path or a list of paths, not []"),
     (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Push(3, "x"), "a path or a list of paths, not 3"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
@@ -4342,7 +4343,7 @@ def test_many_scripts_at_once(sshd: Sshd) -> None:
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes=["gone"]), "include gone: no such file"),
+    (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes="gone"), "include gone: no such file"),
     (lambda: RunScript("dir"), "script dir: not a file"), (lambda: Push("gone", "x"), "gone: no such file"),
 ])
 def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
