@@ -2690,7 +2690,7 @@ def _write_all(fd: int, data: bytes, position: int) -> None:
 
 def _paths(paths: Any) -> tuple[list[Any], bool]:
     """One path or several, as a list; whether they were several, be it a list of one (they then need a folder)."""
-    many = isinstance(paths, Iterable) and not isinstance(paths, str)
+    many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
     each = list(paths) if many else [paths]
     if not each or not all(isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each):
         raise UsageError(f"a path or a list of paths, not {paths!r}")
