@@ -1133,13 +1133,6 @@ class _Trust:
         """Authorities and revoked keys count whatever the port."""
         return [key for key in self._keys + self._elsewhere if key.marker == marker]
 
-    def for_asyncssh(self) -> Any:
-        """Its known_hosts: no trusted key (each comes to ``check``), and the authorities that may sign certificates, unless
-        revoked (these come to ``check_authority``)."""
-        marked = [{key.blob: key.public for key in self._marked(marker) if self.certified} for marker in ("@cert-authority", "@revoked")]
-        authorities, revoked = ([key for data, key in each.items() if data not in marked[1 - index]] for index, each in enumerate(marked))
-        return [], authorities, revoked, [], [], [], []
-
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it first."""
         if configured := self._node._host_config.host_key_algorithms:
@@ -1173,9 +1166,13 @@ class _Trust:
         self._new = key
 
     def check_authority(self, key: asyncssh.SSHKey) -> bool:
-        """For the signer of a certificate that is no authority of this host: False; raises HostKeyError if it is revoked."""
+        """Whether this key may sign certificates for the host; raises HostKeyError if it is revoked."""
         self._check_revoked(key, f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked")
-        return False
+        return any(each.blob == key.public_data for each in self._marked("@cert-authority"))
+
+    def check_certified(self, key: asyncssh.SSHKey) -> None:
+        """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
+        self._check_revoked(key, f"its key {_fingerprint(key.get_algorithm(), key.public_data)} is revoked")
 
     def _check_revoked(self, key: asyncssh.SSHKey, message: str) -> None:
         revoked = [(each.blob, each.file) for each in self._marked("@revoked")]
@@ -1781,7 +1778,12 @@ class _Client(asyncssh.SSHClient):
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
         return self._check(lambda: self._trust.check_authority(key))
 
+    def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+        self._conn = weakref.proxy(conn)
+
     def begin_auth(self, username: str) -> None:
+        if self._trust.certified and not self._check(lambda: self._trust.check_certified(self._conn.get_server_host_key())):
+            raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
         if trouble := self._trust.record():
             self._node._say(trouble)
@@ -2255,7 +2257,7 @@ class SshNode(_Node):
                         client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
                         agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
                         host_key_alias=self._host_config.host_key_alias,
-                        known_hosts=trust.for_asyncssh(), server_host_key_algs=trust.algorithms(),
+                        known_hosts=([],) * 7, server_host_key_algs=trust.algorithms(),
                         compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
                         login_timeout=0, gss_host=None, **{"encryption_algs": CIPHERS, **self._host_config.login})
                     link = _Link(conn, client, route)

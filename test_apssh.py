@@ -777,6 +777,8 @@ CERTIFICATES = {
     "unknown-authority-changed-key": ("good", "@cert-authority * {other_ca}\n{n} {other}", "accept-new", "changed 2"),
     "revoked-authority": ("good", "@cert-authority * {ca}\n@revoked * {ca}", "accept-new",
                           "its certificate is signed by {ca}, which is revoked in {file}"),
+    "revoked-signer": ("good", "@cert-authority * {other_ca}\n@revoked * {ca}\n{n} {key}", "accept-new",
+                       "its certificate is signed by {ca}, which is revoked in {file}"),
     "revoked-key": ("good", "@cert-authority * {ca}\n@revoked * {key}", "accept-new", REVOKED),
     "no-check": ("good", "@cert-authority * {other_ca}\n@revoked * {key}", "no", ""),
     "expired": ("expired", "@cert-authority * {ca}", "yes", NOT_KNOWN),
@@ -836,6 +838,21 @@ def test_ssh_decides_alike_on_certificates(certified: dict[str, Sshd], keys: Pat
     file.write_bytes(text := known_hosts_text(lines, server.port, server.key))
     assert openssh(server.port, file, policy, keys / "id_ed25519") == (outcome in ("", "recorded"))
     assert (file.read_bytes() != text) == (outcome == "recorded")
+
+
+@pytest.mark.parametrize(("revoked", "message"), [
+    ("ca", "its certificate is signed by {ca}, which is revoked in {file}"), ("key", REVOKED), ("other_ca", "")])
+def test_revoked_host_keys_and_certificates(certified: dict[str, Sshd], home: Path, revoked: str, message: str) -> None:
+    """RevokedHostKeys goes for a certificate's key, and for who signed it."""
+    server, file = certified["good"], home / "revoked"
+    (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
+    file.write_bytes(known_hosts_text(f"{{{revoked}}}\n", server.port, server.key))
+    (home / "config").write_text(f"Host *\n RevokedHostKeys {file}\n")
+    if message:
+        error = failure_of(server.node(config="config").run("true"))
+        assert str(error) == f"127.0.0.1: hostkey: {message.format(shown=fingerprint(server.key), ca=fingerprint(CA), file=file)}"
+    else:
+        run(log_in(server.node(config="config")))
 
 
 def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
