@@ -799,14 +799,13 @@ def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
     """The key in the text of a file, with its passphrase if it needs one."""
     try:
         return asyncssh.import_private_key(data)
-    except asyncssh.KeyImportError as exc:
+    except ValueError as exc:
         if "assphrase" not in str(exc):
             raise UsageError(f"key {path}: not a private key ({exc})") from None
     for _ in range(3):
-        try:
-            return asyncssh.import_private_key(data, _ask_secret(f"passphrase for key {path}"))
-        except (asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
-            continue
+        secret = _ask_secret(f"passphrase for key {path}")
+        with contextlib.suppress(ValueError):
+            return asyncssh.import_private_key(data, secret)
     raise UsageError(f"key {path}: wrong passphrase")
 
 
@@ -828,7 +827,7 @@ def load_agent_keys(agent_path: str | None = None) -> list[Key]:
 async def _agent_pairs(path: str) -> AsyncIterator[dict[bytes, asyncssh.SSHKeyPair]]:
     """What the agent at this socket can sign with, by public key; empty when it does not answer."""
     agent, pairs = None, {}
-    with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+    with contextlib.suppress(OSError, ValueError, asyncssh.Error):
         async with asyncio.timeout(5):
             agent = await asyncssh.connect_agent(path)
             pairs = {pair.public_data: pair for pair in await agent.get_keys()}
@@ -844,9 +843,9 @@ def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[K
     """What a named key file stands for: the agent's key when it holds it, else the file, with its certificate."""
     path = Path(filename).expanduser()
     certificates: list[asyncssh.SSHCertificate] = []
-    with contextlib.suppress(OSError, ValueError, asyncssh.KeyImportError):
+    with contextlib.suppress(OSError, ValueError):
         certificates = [asyncssh.read_certificate(path.with_name(path.name.removesuffix(".pub") + "-cert.pub"))]
-    with contextlib.suppress(OSError, ValueError, asyncssh.KeyImportError):
+    with contextlib.suppress(OSError, ValueError):
         public = path if path.suffix == ".pub" else path.with_name(path.name + ".pub")
         data = asyncssh.read_public_key(public).public_data
         if held := [key for key in agent_keys() if key.public_data == data]:
@@ -926,7 +925,7 @@ class _KnownKey:
     @functools.cached_property
     def public(self) -> asyncssh.SSHKey | None:
         """None where the data is no key, or of a type unheard of: ssh skips such a line."""
-        with contextlib.suppress(asyncssh.KeyImportError):
+        with contextlib.suppress(ValueError, OverflowError):
             return asyncssh.import_public_key(f"{self.algorithm} {base64.b64encode(self.blob).decode()}")
         return None
 
@@ -1181,7 +1180,7 @@ class _Trust:
                 if (path := Path(file).expanduser()).read_bytes().startswith(b"SSHKRL"):
                     raise ValueError("a binary list")
                 revoked += [(each.public_data, file) for each in asyncssh.read_public_key_list(path)]
-            except (OSError, ValueError, asyncssh.KeyImportError):
+            except (OSError, ValueError):
                 raise self._error(f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted") from None
         for blob, place in revoked:
             if blob == key.public_data:
@@ -1411,7 +1410,7 @@ def _keys_of_run(node: SshNode) -> list[Key]:
     keys = _usable_keys(config.identity_files, agent_keys) + ([] if config.identities_only else agent_keys())
     certified: list[Key] = []
     for file in config.certificate_files:
-        with contextlib.suppress(OSError, asyncssh.KeyImportError):
+        with contextlib.suppress(OSError, ValueError):
             certificate = asyncssh.read_certificate(file)
             certified += [(key, certificate) for key in [*keys, *agent_keys()] if isinstance(key, asyncssh.SSHKey | _AgentKey)
                           and key.public_data == certificate.key.public_data]
@@ -2995,7 +2994,7 @@ class _Copy:
                                     "(inplace writes onto the file itself)") from exc
         except BaseException as exc:
             full = False
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(sftp, target)
                     await sftp.remove(temporary)
@@ -3010,7 +3009,7 @@ class _Copy:
         try:
             yield file
         except BaseException:
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error, TimeoutError):
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await file.close()
             raise

@@ -666,6 +666,8 @@ CA, OTHER_CA = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
 NOT_KNOWN = "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys accept-new records them)"
 REVOKED = "its key {shown} is revoked in {file}"
 SHORT = blob("ssh-ed25519", (32).to_bytes(4, "big") + b"short")
+OFF_CURVE = blob("ecdsa-sha2-nistp256", b"\0\0\0\x08nistp256\0\0\0\x41\x04" + b"\1" * 64)
+NEGATIVE = blob("ssh-rsa", b"\0\0\0\1\x83\0\0\0\x40" + b"\xff" * 64)
 
 # the lines of known_hosts ({n}: the name with its port, {h}: without, |n| and |h|: hashed), the policy, what comes of it: "" it is
 # trusted, "recorded", or the message ("changed N": about the key in line N); and whether it is known that ssh is less careful
@@ -704,6 +706,7 @@ HOST_KEYS = {
     "malformed-data": ("{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} {key}", "yes", ""),
     "malformed-bytes": ("\udcff\udcfe {other}\n\0{n} {other}\n{n} {key}", "yes", ""),
     "malformed-key": ("{n} {short}", "accept-new", "recorded"), "malformed-key-then-known": ("{n} {short}\n{n} {key}", "yes", ""),
+    "malformed-numbers": ("{n} {off_curve}\n{n} {negative}\n{n} {key}", "yes", ""),
     "malformed-type": ("{n} {unheard}", "accept-new", "recorded"), "malformed-type-then-known": ("{n} {unheard}\n{n} {key}", "yes", ""),
     "malformed-wrong-type": ("{n} ssh-rsa {data}", "accept-new", "recorded"),
     "malformed-revoked": ("@revoked * {short}\n@revoked * {unheard}\n{n} {key}", "yes", ""),
@@ -722,7 +725,7 @@ def known_hosts_text(text: str, port: int, key: asyncssh.SSHKey) -> bytes:
     return os.fsencode(text.format(n=f"[127.0.0.1]:{port}", h="127.0.0.1", key=public(key), other=public(OTHER["ssh-ed25519"]),
                                    ca=public(CA),
                                    ecdsa=public(OTHER["ecdsa-sha2-nistp256"]), other_ca=public(OTHER_CA), short=SHORT,
-                                   unheard=blob("ssh-foo", b"x" * 40),
+                                   unheard=blob("ssh-foo", b"x" * 40), off_curve=OFF_CURVE, negative=NEGATIVE,
                                    data=public(key).split()[1]))
 
 
@@ -1419,12 +1422,15 @@ def test_nobody_to_ask(sshd: Sshd, keys: Path, home: Path) -> None:
     ("empty", "key {keys}/empty: not a private key (Invalid private key)"),
     ("id_ed25519.pub", "key {keys}/id_ed25519.pub: not a private key (Invalid private key)"),
     ("missing.pub", "key {keys}/missing.pub: no such file or directory"),
+    ("damaged", "key {keys}/damaged: not a private key (p*q must equal modulus.)"),
 ])
 def test_named_key_that_is_none(keys: Path, home: Path, capfd: Any, name: str, message: str) -> None:
     """An error, before anything else is done, though there are default keys."""
     (home / "keys" / "folder").mkdir(parents=True)
     (home / "keys" / "note").write_text("-----BEGIN LETTER-----\nDear all\n-----END LETTER-----\n")
     (home / "keys" / "empty").write_text("")
+    key = asyncssh.generate_private_key("ssh-rsa", key_size=1024).export_private_key("pkcs1-der")
+    (home / "keys" / "damaged").write_bytes(key[:60] + bytes([key[60] ^ 1]) + key[61:])
     shutil.copy(keys / "id_ed25519.pub", home / "keys")
     path, message = home / "keys" / name, message.format(keys=home / "keys")
     assert apssh.main(["-k", str(path), "-t", "127.0.0.1:1", "true"]) == 2
