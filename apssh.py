@@ -1097,10 +1097,8 @@ def _host_key_policy(host: str, given: str | None, configured: str | None) -> st
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
-_CERTIFICATE_ALGORITHMS = ["ssh-ed25519-cert-v01@openssh.com", "ecdsa-sha2-nistp256-cert-v01@openssh.com",
-                           "ecdsa-sha2-nistp384-cert-v01@openssh.com", "ecdsa-sha2-nistp521-cert-v01@openssh.com",
-                           "rsa-sha2-512-cert-v01@openssh.com", "rsa-sha2-256-cert-v01@openssh.com"]
 _HOST_KEY_ALGORITHMS = ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", *_RSA]
+_CERTIFICATE_ALGORITHMS = [f"{algorithm}-cert-v01@openssh.com" for algorithm in _HOST_KEY_ALGORITHMS]
 
 
 class _Trust:
