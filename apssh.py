@@ -1076,24 +1076,22 @@ class _KnownHosts:
         return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
 
 
-_POLICIES = ("accept-new", "yes", "no")
+_POLICIES = ("accept-new", "ask", "yes", "no")  # ask means accept-new: nobody is asked
 
 
 def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
     """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else accept-new."""
     variable = os.environ.get("APSSH_HOST_KEYS", "")
     policy, colon, patterns = variable.partition(":")
-    if policy not in ("", "ask", *_POLICIES):
+    if policy not in ("", *_POLICIES):
         raise UsageError(f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*")
     matching = [word for each in patterns.split(",") if fnmatch.fnmatchcase(host, (word := each.strip()).removeprefix("!"))]
     if given is None and variable and (not colon or (matching and not any(word.startswith("!") for word in matching))):
         given = policy
-    given = given or {"off": "no"}.get(configured or "", configured) or "accept-new"
-    if given == "ask":
-        given = "accept-new"
+    given = given or configured or "accept-new"
     if given not in _POLICIES:
         raise UsageError(f"host key policy {escape(given)}: accept-new, yes or no")
-    return given
+    return "accept-new" if given == "ask" else given
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
@@ -2083,7 +2081,7 @@ class SshNode(_Node):
             raise UsageError(f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)")
         if gateway is not None and not isinstance(gateway, SshNode):
             raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
-        if host_keys not in (None, "ask", *_POLICIES):
+        if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
         self.keys = [keys] if isinstance(keys, str | os.PathLike) else list(keys or ())
