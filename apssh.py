@@ -1058,8 +1058,11 @@ class _KnownHosts:
                     size = file.seek(0, os.SEEK_END)
                     file.seek(max(size - 1, 0))
                     newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
-                    shown = self._hash(name) if hashed else name
-                    text = f"{shown} {' '.join(public)}\n"
+                    if hashed:
+                        salt = os.urandom(20)
+                        parts = (salt, hmac.digest(salt, name.lower().encode(), "sha1"))
+                        name = "|1|" + "|".join(base64.b64encode(part).decode() for part in parts)
+                    text = f"{name} {' '.join(public)}\n"
                     file.write(newline + text.encode())
                     file.flush()
                     self._lines += 1
@@ -1068,12 +1071,6 @@ class _KnownHosts:
         except OSError as exc:
             return f"its key could not be recorded in {path}: {_reason(exc)}"
         return None
-
-    @staticmethod
-    def _hash(name: str) -> str:
-        salt = os.urandom(20)
-        digest = hmac.digest(salt, name.lower().encode(), "sha1")
-        return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
 
 
 _POLICIES = ("accept-new", "ask", "yes", "no")  # ask means accept-new: nobody is asked
