@@ -375,7 +375,6 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     return Hop(host, name, port)
 
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # formatters: events in, bytes out
 # ---------------------------------------------------------------------------------------------------------------
@@ -1291,12 +1290,11 @@ class _SshConfig:
 
     def lookup_all(self, hosts: Collection[Hop]) -> dict[Hop, _HostConfig]:
         """What is configured for each host. Raises UsageError when ssh refuses the configuration."""
-        nothing = _HostConfig()
         if self._path == "none" or not self._keywords & (_CONFIG_KEYWORDS | {"hashknownhosts", "match"}):
-            return dict.fromkeys(hosts, nothing)
+            return dict.fromkeys(hosts, _HostConfig())
         if not shutil.which("ssh"):
             self.trouble = "no ssh program here to read the ssh config: it is not used"
-            return dict.fromkeys(hosts, nothing)
+            return dict.fromkeys(hosts, _HostConfig())
         classes: dict[object, list[Hop]] = {}
         for each in hosts:
             key: object = each
