@@ -1103,18 +1103,17 @@ class _Trust:
         alias, port = node._host_config.host_key_alias, node.port
         self._host = alias or node._address or node.hostname
         self._name = self._host if port == 22 or alias else f"[{self._host}]:{port}"
-        given = node.known_hosts
-        self.policy = "no" if given is None else _host_key_policy(
-            node.hostname, node.host_keys, node._host_config.strict_host_key_checking)
         self._new: asyncssh.SSHKey | None = None
         self._known: _KnownHosts | None = None
         self.certified = False  # whether certificates are asked for
         self.changed = False  # under policy no: ssh too then sends no password
+        given = node.known_hosts
         if given is None or isinstance(given, list | tuple):
+            self.policy = "no" if given is None else "yes"
             self._keys = [_KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1) for key in given or ()]
-            self.policy = "yes" if given is not None else "no"
             self._elsewhere: list[_KnownKey] = []
             return
+        self.policy = _host_key_policy(node.hostname, node.host_keys, node._host_config.strict_host_key_checking)
         self._known = _KnownHosts.of(node._known_hosts_files if given is _VERIFY else [os.fspath(given)])
         self._keys = self._known.find(self._name)
         self._elsewhere = self._known.find(self._host, marked=any(not key.marker for key in self._keys)) if self._name != self._host else []
