@@ -1228,11 +1228,8 @@ _SUPPORTED = {  # lists of algorithms: asyncssh's argument, and what it knows
     "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs)}
 _METHODS = {"pubkeyauthentication": "public_key_auth", "passwordauthentication": "password_auth",
             "kbdinteractiveauthentication": "kbdint_auth"}
-_CONFIG_KEYWORDS = {"hostname", "user", "port", "identityfile", "identitiesonly", "identityagent", "proxyjump", "proxycommand",
-                    "userknownhostsfile", "globalknownhostsfile", "stricthostkeychecking", "hostkeyalias", "connecttimeout",
-                    "serveraliveinterval", "certificatefile", "canonicalizehostname", "hostkeyalgorithms", "revokedhostkeys",
-                    "preferredauthentications", "challengeresponseauthentication", "pubkeyacceptedkeytypes", "addressfamily",
-                    "bindaddress", *_SUPPORTED, *_METHODS}
+_NOTHING_SAID = {"", "host", "include", "match", "sendenv", "setenv", "gssapiauthentication", "compression", "loglevel", "addkeystoagent",
+                 "forwardagent", "forwardx11", "controlmaster", "controlpath", "controlpersist"}  # alone: no question
 
 
 class _SshConfig:
@@ -1255,7 +1252,7 @@ class _SshConfig:
         self._names: set[str] = set()
         if path is None:
             self._scan("/etc/ssh/ssh_config", "/etc/ssh", 0)
-            self._keywords.discard("hashknownhosts")  # Debian's default, worth no question
+            self._keywords.discard("hashknownhosts")  # Debian's default
         if path != "none":
             self._scan(path or user_file, os.path.join(home, ".ssh"), 0)
 
@@ -1274,7 +1271,6 @@ class _SshConfig:
             plain = value.replace('"', "")
             if '"' in keyword or (keyword in ("include", "host") and re.search(r"""['\\%$]|"[^"]*\s""", value)):
                 self._one_by_one = True  # such quoting is ssh's to read
-                self._keywords.add("match")
             elif keyword == "include" and depth < 16:
                 for pattern in plain.split():
                     for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern)))):
@@ -1289,7 +1285,7 @@ class _SshConfig:
 
     def lookup_all(self, hosts: Collection[Hop]) -> dict[Hop, _HostConfig]:
         """What is configured for each host. Raises UsageError when ssh refuses the configuration."""
-        if self._path == "none" or not self._keywords & (_CONFIG_KEYWORDS | {"hashknownhosts", "match"}):
+        if self._path == "none" or not (self._one_by_one or self._keywords - _NOTHING_SAID):
             return dict.fromkeys(hosts, _HostConfig())
         if not shutil.which("ssh"):
             self.trouble = "no ssh program here to read the ssh config: it is not used"
