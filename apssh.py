@@ -298,10 +298,11 @@ def _file_name(endpoint: Endpoint, form: str) -> str:
     return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name  # these are names of -m and -o themselves
 
 
-def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
-    """For each endpoint the shortest text that no other has, even where case is ignored, made safe as a file's name."""
-    names: dict[Endpoint, str] = {}
-    taken: set[str] = set()
+def _distinct_names(endpoints: Collection[Endpoint], used: Mapping[Endpoint, str]) -> dict[Endpoint, str]:
+    """For each endpoint the shortest text that no other has, even where case is ignored, made safe as a file's name; names in
+    use stay."""
+    names = dict(used)
+    taken = {name.casefold() for name in used.values()}
     for form in ("", "domain", "user", "port", "user domain", "domain port", "user port", "user domain port"):
         texts = {endpoint: _file_name(endpoint, form) for endpoint in endpoints}
         counts = collections.Counter(text.casefold() for text in texts.values())
@@ -313,7 +314,7 @@ def _distinct_names(endpoints: Sequence[Endpoint]) -> list[str]:
             break
     for number, (endpoint, text) in enumerate(texts.items(), 1):  # these differ by case or by refused characters only
         names.setdefault(endpoint, f"{text}~{number}")
-    return [names[endpoint] for endpoint in endpoints]
+    return names
 
 
 def _write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -590,7 +591,7 @@ class Formatter:
         Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it with another text.
         """
         endpoint = next((each for each in self._endpoints if each[1] == hostname), ("", hostname, 22))
-        self._write(endpoint, self._render(endpoint, os.fsencode(line)), datatype)
+        self._write(endpoint, self._render(endpoint, line.encode("utf-8", "surrogateescape")), datatype)
 
     def stderr_line(self, line: str, hostname: str) -> None:
         """One line of apssh's own about a host."""
@@ -616,8 +617,7 @@ class Formatter:
     def _name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
         if endpoint not in self._names:
-            for other, name in zip(self._endpoints, _distinct_names(list(self._endpoints)), strict=True):
-                self._names.setdefault(other, name)
+            self._names = _distinct_names(self._endpoints, self._names)
         return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
     def _sink(self, endpoint: Endpoint) -> _Sink:
@@ -719,9 +719,10 @@ class SubdirFormatter(Formatter):
 class CaptureFormatter(Formatter):
     """Holds stdout, at most CAPTURE_LIMIT bytes; stderr is shown. Captures from its creation."""
 
-    def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
-        super().__init__(custom_format, verbose)
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        self = super().__new__(cls)
         self.start_capture()
+        return self
 
     def start_capture(self) -> None:
         """Forget what was captured so far."""

@@ -454,7 +454,18 @@ def test_folding_is_the_inverse_of_ranges(names: set[str]) -> None:
     ([("root", "../../etc/x", 22)], ["_._.._etc_x"]), ([("root", "a/b", 22)], ["a_b"]), ([("root", "-rf", 22)], ["_rf"]),
 ])
 def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> None:
-    assert apssh._distinct_names(endpoints) == names
+    found = apssh._distinct_names(endpoints, {})
+    assert [found[endpoint] for endpoint in endpoints] == names
+
+
+def test_names_in_use_stay() -> None:
+    formatter = apssh.HostFormatter()
+    first, second, third = (("root", host, 22) for host in ("box.a", "box", "box.b"))
+    formatter._node_added(first, verbose=False)
+    assert formatter._name(first) == "box"
+    formatter._node_added(second, verbose=False)
+    formatter._node_added(third, verbose=False)
+    assert [formatter._name(each) for each in (first, second, third)] == ["box", "root@box", "box.b"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -601,6 +612,24 @@ def test_events_are_silent_unless_asked(capfd: Any) -> None:
             "box: connected as root", "box: connected as root, through a gateway", "box: logged in as root", r"box: starts: ls\x1b[2J",
             "box: ended: ls", "box: SFTP session starts", "box: SFTP session ended", "box: connection closed",
             "box: connection lost: cut"] if verbose else [])
+
+
+def test_subclass_with_a_constructor_of_its_own() -> None:
+    class Mine(apssh.CaptureFormatter):
+        def __init__(self) -> None:
+            pass
+
+    formatter = Mine()
+    formatter._chunk(BOX, b"out\n", None)
+    assert formatter.get_capture() == "out\n"
+
+
+def test_line_whatever_the_locale() -> None:
+    """Bytes leave as they came where the file system's encoding is another."""
+    script = "import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True,
+                          env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
+    assert done.stdout == "café".encode() + b"\xff\n"
 
 
 def test_stderr_line(capfd: Any) -> None:
