@@ -942,14 +942,9 @@ def _fingerprint(algorithm: str, blob: bytes) -> str:
 
 def _matches_patterns(patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE) -> bool:
     """OpenSSH's pattern lists: ``*`` and ``?``, and ``!`` which excludes whatever else matches."""
-    matched = False
-    for pattern in patterns:
-        negated = pattern.startswith("!")
-        if re.fullmatch(re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags):
-            if negated:
-                return False
-            matched = True
-    return matched
+    matching = [pattern for pattern in patterns
+                if re.fullmatch(re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags)]
+    return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
 
 
 _INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))  # RFC 2104
