@@ -75,7 +75,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -436,13 +436,6 @@ class _Screen:
 _screen = _Screen()
 
 
-class _Sink(Protocol):
-    """Where the two streams of one command go, in the order they arrive."""
-
-    def data(self, data: bytes, datatype: int | None) -> None: ...
-    def end(self) -> None: ...
-
-
 class _Lines:
     """Cuts a stream into whole lines; holds at most LINE_LIMIT bytes."""
 
@@ -518,6 +511,8 @@ class _HeldSink:
     def stderr(self) -> bytes:
         return b"".join(self.pieces[EXTENDED_DATA_STDERR])
 
+
+_Sink = _LineSink | _HeldSink  # where the two streams of one command go, in the order they arrive
 
 _FIELD = r"\{(\w+)\}"
 _FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
