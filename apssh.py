@@ -439,8 +439,6 @@ _screen = _Screen()
 class _Lines:
     """Cuts a stream into whole lines; holds at most LINE_LIMIT bytes."""
 
-    __slots__ = ("_pieces", "_raw", "_size")
-
     def __init__(self, raw: bool) -> None:
         self._pieces: list[bytes] = []
         self._size = 0
@@ -467,8 +465,6 @@ class _Lines:
 
 class _LineSink:
     """The usual sink: whole lines, handed to a formatter."""
-
-    __slots__ = ("_endpoint", "_err", "_formatter", "_out")
 
     def __init__(self, formatter: Formatter, endpoint: Endpoint) -> None:
         self._formatter, self._endpoint = formatter, endpoint
