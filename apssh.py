@@ -526,6 +526,7 @@ class Formatter:
     raw = False  # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
 
     verbose = False
+    _speaker: Endpoint = ("", "", 22)  # whose lines are being handed to ``line``, which is told no more than the host
     _endpoints: dict[Endpoint, None]
     _verbose_hosts: set[str]
     _names: dict[Endpoint, str]
@@ -581,7 +582,7 @@ class Formatter:
 
         Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it with another text.
         """
-        endpoint = next((each for each in self._endpoints if each[1] == hostname), ("", hostname, 22))
+        endpoint = next((each for each in (self._speaker, *self._endpoints) if each[1] == hostname), ("", hostname, 22))
         self._write(endpoint, self._render(endpoint, line.encode("utf-8", "surrogateescape")), datatype)
 
     def stderr_line(self, line: str, hostname: str) -> None:
@@ -623,8 +624,10 @@ class Formatter:
         if type(self).line is Formatter.line:
             self._write(endpoint, self._render(endpoint, lines), datatype)
         else:
+            self._speaker = endpoint
             for line in io.BytesIO(lines):
                 self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
+            self._speaker = Formatter._speaker
 
     def _render(self, endpoint: Endpoint, lines: bytes) -> bytes:
         """Each line put in the template: one ``replace`` a chunk, since a call a line would cost ten times more."""

@@ -624,6 +624,19 @@ def test_subclass_with_a_constructor_of_its_own() -> None:
     assert formatter.get_capture() == "out\n"
 
 
+def test_line_of_two_users_on_a_host(capfd: Any) -> None:
+    class Loud(apssh.HostFormatter):
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            super().line(line.upper(), datatype, hostname)
+
+    formatter, users = Loud(), [("root", "box", 22), ("tester", "box", 22)]
+    for endpoint in users:
+        formatter._node_added(endpoint, False)
+    for endpoint in users:
+        formatter._chunk(endpoint, b"hello\n", None)
+    assert capfd.readouterr().out == "root@box  :HELLO\ntester@box:HELLO\n"
+
+
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
     script = "import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
