@@ -1719,12 +1719,6 @@ class _Route:
                 self.process.wait(CLOSE_TIMEOUT)
             self.process = None
 
-    def close(self) -> None:
-        """Asked by asyncssh when the connection ends."""
-
-    async def wait_closed(self) -> None:
-        """Asked by asyncssh when the connection ends."""
-
 
 class _Client(asyncssh.SSHClient):
     """One attempt to log in, and the connection that it gives: decides on host keys, offers keys and password."""
@@ -2237,8 +2231,8 @@ class SshNode(_Node):
                         login_timeout=0, gss_host=None, **{"encryption_algs": CIPHERS, **self._host_config.login})
                     link = _Link(conn, client, route)
                     return link
-            except ConnectionFailedError as exc:
-                raise self._failure(exc) from None
+            except ConnectionFailedError as exc:  # the gateway's
+                raise ConnectionFailedError(f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
                 refused = isinstance(exc, asyncssh.PermissionDenied)
                 foreign = route.foreign() if route and not client.begun else ""
@@ -2251,7 +2245,7 @@ class SshNode(_Node):
                         continue
                     raise ConnectionFailedError(f"dropped before login, {clock.drops} times" + (
                         ", in the key exchange (no algorithm in common?)" if exchanging else ""), host=self.hostname) from None
-                if foreign and not isinstance(exc, ConnectionFailedError):
+                if foreign:
                     raise ConnectionFailedError(foreign, host=self.hostname, kind="refused") from None
                 if isinstance(exc, asyncssh.HostKeyNotVerifiable) and not client.host_key_error and trust.certified:
                     certified = False  # after a certificate that does not count try again with the plain key, as ssh does
@@ -2271,8 +2265,6 @@ class SshNode(_Node):
     def _failure(self, exc: Exception, client: _Client | None = None) -> ConnectionFailedError:
         """The one line that says why there is no connection."""
         text, kind = str(exc), "lost"
-        if isinstance(exc, ConnectionFailedError):  # the gateway's
-            return ConnectionFailedError(f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind)
         if isinstance(exc, socket.gaierror) or "Name or service not known" in text or "name resolution" in text:
             kind, text = "dns", "unknown host name"
         elif isinstance(exc, ConnectionRefusedError) or "Connection refused" in text:
