@@ -2722,46 +2722,26 @@ class _Folder:
 
 
 class _UnderWay:
-    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them, or, on a failure, cancels them."""
+    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them, or, on a failure, cancels them.
+    A group of tasks that fails with the first failure itself."""
 
     def __init__(self, most: int) -> None:
-        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
-        self._failure: BaseException | None = None
+        self._room, self._tasks = asyncio.Semaphore(most), asyncio.TaskGroup()
 
     async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """One more, when there is room. Raises what an earlier one raised."""
+        """One more, when there is room."""
         await self._room.acquire()
-        if self._failure:
-            raise self._failure
-        self._tasks.add(task := asyncio.create_task(work(*args)))
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
-        failure = None if task.cancelled() else task.exception()  # retrieved, whether or not it is the first
-        self._failure = self._failure or failure
-
-    async def settled(self) -> None:
-        """Until all of them are done. Raises what one of them raised."""
-        while self._tasks and not self._failure:
-            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-        if self._failure:
-            raise self._failure
+        self._tasks.create_task(work(*args)).add_done_callback(lambda task: self._room.release())
 
     async def __aenter__(self) -> _UnderWay:
+        await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(self, kind: object, *exc_info: object) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:
         try:
-            if kind is None:
-                await self.settled()
-        finally:
-            for task in (left := set(self._tasks)):
-                task.cancel()
-            if left:
-                await asyncio.wait(left)
-            self._failure = None  # kept here, it would keep its frames, and the folder they hold open
+            await self._tasks.__aexit__(*exc_info)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
 
 class _Copy:
@@ -2817,8 +2797,7 @@ class _Copy:
 
     async def run(self, walk: Coroutine[Any, Any, None]) -> None:
         """Walk, wait for the files under way, then tell what failed. Cancelling it leaves no temporary file."""
-        async with self._files:
-            await walk
+        await walk
         if self.failed:
             more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
             raise TransferError(self.failure + more, host=self.node.hostname)
@@ -2838,13 +2817,13 @@ class _Copy:
             raise TransferError(f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}", host=self.node.hostname)
         late: list[tuple[str, asyncssh.SFTPAttrs]] = []
         names = [os.path.basename(os.path.abspath(source)) for source in sources]
-        for source, name in zip(sources, names, strict=True):
-            with self._failing(source):
-                if into and names.count(name) > 1:
-                    raise TransferError(f"two sources are called {escape(name)}")
-                path = posixpath.join(target, name) if into else target
-                await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
-        await self._files.settled()
+        async with self._files:
+            for source, name in zip(sources, names, strict=True):
+                with self._failing(source):
+                    if into and names.count(name) > 1:
+                        raise TransferError(f"two sources are called {escape(name)}")
+                    path = posixpath.join(target, name) if into else target
+                    await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
         for path, attrs in reversed(late):
             with self._failing(path):
                 await sftp.setstat(path, attrs)
@@ -3032,14 +3011,15 @@ class _Copy:
                 found += matches or [path]
         folder, name = self._landing(destination, many)
         taken: set[str] = set()
-        for path in found:
-            with self._failing(path):
-                own = name or posixpath.basename(path.rstrip("/"))
-                if own in ("", ".", ".."):
-                    own = posixpath.basename(str(await sftp.realpath(path)))
-                attrs = await sftp.stat(path)
-                self._counted(path)
-                await self._pull_entry(sftp, path, folder, self._unique(own, taken), attrs, followed=True)
+        async with self._files:
+            for path in found:
+                with self._failing(path):
+                    own = name or posixpath.basename(path.rstrip("/"))
+                    if own in ("", ".", ".."):
+                        own = posixpath.basename(str(await sftp.realpath(path)))
+                    attrs = await sftp.stat(path)
+                    self._counted(path)
+                    await self._pull_entry(sftp, path, folder, self._unique(own, taken), attrs, followed=True)
 
     def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
         """The local folder that sources arrive in, and the name there, if it is not their own."""
