@@ -2762,13 +2762,9 @@ class _Copy:
             yield
         except _LOST as exc:
             raise ConnectionFailedError(f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname) from exc
-        except TransferError as exc:
-            self._fail(path, exc.message)
-        except (OSError, asyncssh.SFTPError, ValueError) as exc:
-            self._fail(path, _reason(exc))
-
-    def _fail(self, path: str, reason: str) -> None:
-        self.failure, self.failed = self.failure or f"{_brief(path, 200)}: {reason}", self.failed + 1
+        except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
+            reason = exc.message if isinstance(exc, TransferError) else _reason(exc)
+            self.failure, self.failed = self.failure or f"{_brief(path, 200)}: {reason}", self.failed + 1
 
     def _counted(self, path: str) -> None:
         """Every name that a folder is said to have counts, whatever becomes of it."""
