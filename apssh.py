@@ -2897,25 +2897,19 @@ class _Copy:
         if existing and existing.type not in (asyncssh.FILEXFER_TYPE_REGULAR, asyncssh.FILEXFER_TYPE_UNKNOWN):
             raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
         folder = _brief(posixpath.dirname(target) or ".", 200)
-        try:
-            opened = await sftp.open(target, "wb", encoding=None, block_size=0) if self.inplace else None
-        except asyncssh.SFTPNoSuchFile:
-            raise TransferError(f"{folder}: no such folder") from None
-        if opened:
-            async with self._closing(opened) as file:
-                await self._push_bytes(sftp, file, read)
-                await file.setstat(attrs)
-            return
-        async with self._replacing(sftp, target) as temporary:
+        flags = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
+        async with contextlib.nullcontext(target) if self.inplace else self._replacing(sftp, target) as path:
             try:
-                opened = await sftp.open(temporary, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-                                         asyncssh.SFTPAttrs(permissions=0o600), encoding=None, block_size=0)
+                opened = await sftp.open(path, flags, asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
+                                         encoding=None, block_size=0)
             except asyncssh.SFTPPermissionDenied as exc:
+                if self.inplace:
+                    raise
                 raise TransferError(f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)") from exc
             except asyncssh.SFTPNoSuchFile:
                 raise TransferError(f"{folder}: no such folder") from None
             async with self._closing(opened) as file:
-                if existing:
+                if existing and not self.inplace:
                     mine = await file.stat()
                     if (mine.uid, mine.gid) != (existing.uid, existing.gid):
                         with contextlib.suppress(asyncssh.SFTPError):  # only root may: the file then becomes ours
@@ -3069,9 +3063,8 @@ class _Copy:
         elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
             self._make_link(folder, name, str(await sftp.readlink(path)))
         else:
-            self._check_folder(kind == asyncssh.FILEXFER_TYPE_DIRECTORY, folder.depth)
             real = str(await sftp.realpath(path)) if self.follow else ""
-            self._check_folder(True, folder.depth, linked and f"{real}/" == f"{folder.real}/"[:len(real) + 1])
+            self._check_folder(kind == asyncssh.FILEXFER_TYPE_DIRECTORY, folder.depth, linked and f"{folder.real}/".startswith(f"{real}/"))
             inner = folder.enter(name, attrs, self.preserve)
             inner.real = real
             taken: set[str] = set()
