@@ -3201,13 +3201,10 @@ class _Copy:
                     await self._local_entry(path, inner, child, (*within, (info.st_dev, info.st_ino)), False)
 
     def _local_file(self, source: str, folder: _Folder, name: str) -> None:
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
-        with open(fd, "rb") as file, self._arriving(folder, name, self._attrs(os.fstat(fd))) as out:
-            position = 0
-            while data := file.read(CHUNK):
-                _write_all(out, data, position)
-                position += len(data)
-                self.step.bytes_transferred += len(data)
+        with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file, \
+                self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd, open(fd, "wb", closefd=False) as copied:
+            shutil.copyfileobj(file, copied, CHUNK)
+            self.step.bytes_transferred += copied.tell()
 
 
 # ---------------------------------------------------------------------------------------------------------------
