@@ -1549,6 +1549,18 @@ class _Shared:
                 self._task.cancel()
                 await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
 
+    @classmethod
+    async def once(cls, tasks: dict[str, _Shared], name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        """The result of this work; who asks while it is under way waits for the same."""
+        if name not in tasks or tasks[name].abandoned:
+            tasks[name] = cls(work())
+        shared = tasks[name]
+        try:
+            return await shared.wait()
+        finally:
+            if tasks.get(name) is shared:
+                del tasks[name]
+
 
 class _Gathered:
     """A transport as asyncssh sees it: what it writes in one turn of the loop leaves in one piece.
@@ -2113,13 +2125,7 @@ class SshNode(_Node):
         """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError, TransferError."""
         live = self._here()
         if not self.is_sftp_connected():
-            opening = live.sftp_opening
-            if opening is None or opening.abandoned:
-                live.sftp_opening = opening = _Shared(self._open_sftp(live))
-            try:
-                await opening.wait()
-            finally:
-                live.sftp_opening = None if live.sftp_opening is opening else live.sftp_opening
+            await _Shared.once(live.opening, "sftp", functools.partial(self._open_sftp, live))
         assert live.sftp
         return live.sftp[0]
 
@@ -2156,14 +2162,7 @@ class SshNode(_Node):
 
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
-        opening = live.opening
-        if opening is None or opening.abandoned:
-            live.opening = opening = _Shared(self._connect())
-        try:
-            link = await opening.wait()
-        finally:
-            if live.opening is opening:
-                live.opening = None
+        link = await _Shared.once(live.opening, "link", self._connect)
         live.links = [each for each in live.links if each.alive and each is not link] + [link]
         live.wake()
 
@@ -2175,7 +2174,7 @@ class SshNode(_Node):
         while not (link := next((link for link in live.links if link.alive and not link.reserved and (
                 not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
             alive = sum(link.alive for link in live.links)
-            if alive < live.max_links or live.opening:
+            if alive < live.max_links or "link" in live.opening:
                 try:
                     await self._add_link(live)
                 except ConnectionFailedError:
@@ -2493,9 +2492,8 @@ class _Live:
         self.loop = loop
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
-        self.opening: _Shared | None = None
+        self.opening: dict[str, _Shared] = {}
         self.sftp: tuple[asyncssh.SFTPClient, _Link] | None = None
-        self.sftp_opening: _Shared | None = None
         self.freed = asyncio.Event()
 
     def wake(self) -> None:
