@@ -2070,7 +2070,8 @@ class SshNode(_Node):
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
-        self.keys = [keys] if isinstance(keys, str | os.PathLike) else list(keys or ())
+        self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key
+                     for key in ([keys] if isinstance(keys, str | os.PathLike) else keys or ())]
         self.known_hosts, self.host_keys = known_hosts, host_keys
         self.timeout, self.debug, self.guard = timeout, debug, guard
         self.keepalive, self.forward_agent = keepalive, forward_agent
