@@ -1685,6 +1685,7 @@ class _Route:
             with theirs:
                 self.process = subprocess.Popen(["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
                                                 stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
+            threading.Thread(target=self.process.wait, daemon=True).start()  # leaves no zombie, whenever and however it ends
             await loop.create_connection(protocol, sock=ours)
         else:
             numeric = host.replace(".", "").isdigit() or ":" in host
@@ -1724,12 +1725,9 @@ class _Route:
 
     def reap(self) -> None:
         """End the proxy command."""
-        if self.process:
-            with contextlib.suppress(ProcessLookupError):
+        if self.process and self.process.poll() is None:
+            with contextlib.suppress(OSError):
                 os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(CLOSE_TIMEOUT)
-            self.process = None
 
 
 class _Client(asyncssh.SSHClient):
