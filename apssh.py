@@ -2162,6 +2162,9 @@ class SshNode(_Node):
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
         link = await _Shared.once(live.opening, "link", self._connect)
+        if self._live is not live:
+            await link.close()
+            raise ConnectionFailedError("closed while it connected", host=self.hostname)
         live.links = [each for each in live.links if each.alive and each is not link] + [link]
         live.wake()
 
