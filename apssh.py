@@ -1922,7 +1922,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
                     return
                 self.chan.write(data)
             self.chan.write_eof()
-        except OSError as exc:
+        except Exception as exc:  # the iterator may be a user's
             if not self.ended.done():
                 self.error = self.error or ApsshError(f"standard input: {_reason(exc)}")
                 self.abort()
