@@ -72,7 +72,7 @@ import time
 import traceback
 import unicodedata
 import weakref
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -2341,9 +2341,11 @@ class SshNode(_Node):
                 session, feeder = _Session(sink, step), None
                 session.guarded = guard and stdin is None and not pty
                 try:
-                    await self._open_channel(link, session, text, x11_forwarding=x11, request_pty="force" if pty else False,
-                                             term_type=os.environ.get("TERM", "dumb") if pty else None,
-                                             term_size=tuple(shutil.get_terminal_size()) if pty else (), env=None if guard else env)
+                    await self._open(cast("Any", link.conn).create_session(
+                        lambda session=session: session, text, encoding=None, window=SESSION_WINDOW, x11_forwarding=x11,
+                        request_pty="force" if pty else False, term_type=os.environ.get("TERM", "dumb") if pty else None,
+                        term_size=tuple(shutil.get_terminal_size()) if pty else (), env=None if guard else env),
+                        lambda opened: opened[1].abort())
                     assert session.chan
                     if stdin:
                         feeder = asyncio.create_task(session.feed(stdin))
@@ -2393,15 +2395,14 @@ class SshNode(_Node):
         return ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname, kind="lost", command=command)
 
     @staticmethod
-    async def _open_channel(link: _Link, session: _Session, text: str, **options: Any) -> None:
+    async def _open(work: Awaitable[_T], close: Callable[[_T], None]) -> _T:
         """Open a channel; cancelled meanwhile, the channel is closed as soon as it is there, so that its slot is not lost."""
-        opening = asyncio.ensure_future(link.conn.create_session(lambda: session, text, encoding=None, window=SESSION_WINDOW,
-                                                                 **options))
+        opening = asyncio.ensure_future(work)
         try:
-            await asyncio.shield(opening)
+            return await asyncio.shield(opening)
         except asyncio.CancelledError:
+            opening.add_done_callback(lambda task: close(task.result()) if not task.cancelled() and not task.exception() else None)
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
-            opening.add_done_callback(lambda task: session.abort() if not task.cancelled() and not task.exception() else None)
             raise
         except AttributeError as exc:  # asyncssh's, when the connection goes while the channel opens
             raise asyncssh.ConnectionLost(str(exc)) from None
@@ -2411,7 +2412,7 @@ class SshNode(_Node):
         for attempt in itertools.count():
             async with self._slot() as link:
                 try:
-                    sftp = await link.conn.start_sftp_client(path_errors="surrogateescape")
+                    sftp = await self._open(link.conn.start_sftp_client(path_errors="surrogateescape"), asyncssh.SFTPClient.exit)
                 except (asyncssh.Error, OSError) as exc:
                     if await self._refused(link, exc, attempt):
                         continue
