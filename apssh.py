@@ -2114,7 +2114,7 @@ class SshNode(_Node):
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
-        return bool(self._live and self._live.sftp and self._live.sftp[1].alive)
+        return bool(self._live and self._live.sftp and self._live.sftp[1].alive and not self._live.sftp[2].is_closing())
 
     async def connect_lazy(self) -> asyncssh.SSHClientConnection:
         """Connect unless it is done; concurrent calls make one connection. Raises ConnectionFailedError."""
@@ -2411,15 +2411,21 @@ class SshNode(_Node):
         """An SFTP session takes one of the connection's sessions, for as long as the connection lives."""
         for attempt in itertools.count():
             async with self._slot() as link:
+                opener = cast("Any", _SftpOpener(link.conn))
                 try:
-                    sftp = await self._open(link.conn.start_sftp_client(path_errors="surrogateescape"), asyncssh.SFTPClient.exit)
+                    sftp = await self._open(asyncssh.SSHClientConnection.start_sftp_client(opener, path_errors="surrogateescape"),
+                                            asyncssh.SFTPClient.exit)
                 except (asyncssh.Error, OSError) as exc:
+                    if opener.channel:
+                        opener.channel.abort()
                     if await self._refused(link, exc, attempt):
                         continue
                     if not link.alive or "SSH connection closed" in str(exc):
                         raise self._failure(exc) from None
                     raise TransferError(f"no SFTP over there: {_reason(exc)}", host=self.hostname) from None
-                live.sftp = sftp, link
+                if live.sftp:
+                    live.sftp[1].sessions -= 1  # that of the session before, which has ended
+                live.sftp = sftp, link, opener.channel
                 link.sessions += 1
                 self._formatter_event("sftp_start")
                 return
@@ -2484,6 +2490,24 @@ class SshNode(_Node):
             await file.write(data, 0)
 
 
+class _SftpOpener:
+    """A connection as asyncssh's start_sftp_client sees it. It keeps the channel, which asyncssh would leave open when no SFTP server
+    answers on it (a start-up file that prints), and which tells when the server has ended SFTP but not the connection."""
+
+    def __init__(self, conn: asyncssh.SSHClientConnection) -> None:
+        self._conn = conn
+        self.channel: asyncssh.SSHClientChannel[bytes] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conn, name)
+
+    async def open_session(self, **options: Any) -> Any:
+        """As the connection's."""
+        opened: Any = await self._conn.open_session(**options)
+        self.channel = opened[0].channel
+        return opened
+
+
 _jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()  # one for all nodes behind it
 _quiet = Formatter()  # for gateways: they run nothing
 
@@ -2496,7 +2520,7 @@ class _Live:
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
         self.opening: dict[str, _Shared] = {}
-        self.sftp: tuple[asyncssh.SFTPClient, _Link] | None = None
+        self.sftp: tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes]] | None = None
         self.freed = asyncio.Event()
 
     def wake(self) -> None:
