@@ -653,7 +653,7 @@ class Formatter:
         timed = "%" in self.custom_format or "{time}" in self.custom_format
         values = {field: value.replace("%", "%%" if timed else "%") for field, value in values.items()}
         values |= {"time": "%H-%M-%S", "line": "\udfff", "linenl": "\udfff\n"}  # a character that no text can hold
-        text = re.sub(_FIELD, lambda match: values[match[1]], self.custom_format)
+        text = re.sub(_FIELD, lambda match: values.get(match[1], match[0]), self.custom_format)
         return (text if text.endswith("\n") else f"{text}\n").split("\udfff"), timed  # lines of two hosts never share one
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
@@ -1152,7 +1152,8 @@ class _Trust:
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
-        self._check_revoked(key, f"its key {_fingerprint(key.get_algorithm(), key.public_data)} is revoked")
+        self._node._host_key_shown = shown = _fingerprint(key.get_algorithm(), key.public_data)
+        self._check_revoked(key, f"its key {shown} is revoked")
 
     def _check_revoked(self, key: asyncssh.SSHKey, message: str) -> None:
         revoked = [(each.blob, each.file) for each in self._marked("@revoked")]
@@ -1296,7 +1297,10 @@ class _SshConfig:
         """ssh -G, as keyword to values."""
         words = ["ssh", *(["-F", path] if path else []), *(["-l", hop.user] if hop.user and self._one_by_one else []),
                  *(["-p", str(hop.port)] if hop.port and self._one_by_one else []), "-G", "--", hop.host]
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        try:
+            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=CONNECT_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise UsageError(f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)") from None
         if done.returncode:
             raise UsageError("ssh config: " + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines()))
         answer: dict[str, list[str]] = {}
@@ -1995,6 +1999,9 @@ class _Node:
                 return await self._session(command, step, sink, timeout, **options)
             finally:
                 sink.end()
+        except ApsshError as exc:  # of a sink or of standard input, which know no host
+            exc.host = exc.host or self.hostname
+            raise
         except TimeoutError:
             raise _timed_out(timeout, self, command) from None
         except BrokenPipeError:
@@ -2114,7 +2121,8 @@ class SshNode(_Node):
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
-        return bool(self._live and self._live.sftp and self._live.sftp[1].alive and not self._live.sftp[2].is_closing())
+        sftp = self._live and self._live.sftp
+        return bool(sftp and sftp[1].alive and not (sftp[2] and sftp[2].is_closing()))
 
     async def connect_lazy(self) -> asyncssh.SSHClientConnection:
         """Connect unless it is done; concurrent calls make one connection. Raises ConnectionFailedError."""
@@ -2284,7 +2292,8 @@ class SshNode(_Node):
         elif isinstance(exc, ValueError):  # a config that leaves no algorithm
             kind = "local"
         elif isinstance(exc, OSError):
-            kind, text = "lost" if isinstance(exc, ConnectionError) else "refused", os.strerror(exc.errno).lower() if exc.errno else text
+            kind = "lost" if isinstance(exc, ConnectionError) else "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused"
+            text = os.strerror(exc.errno).lower() if exc.errno else text
         return ConnectionFailedError(escape(text) or "connection lost", host=self.hostname, kind=kind)
 
     async def _login_keys(self) -> list[Key]:
@@ -2520,7 +2529,7 @@ class _Live:
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
         self.opening: dict[str, _Shared] = {}
-        self.sftp: tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes]] | None = None
+        self.sftp: tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes] | None] | None = None
         self.freed = asyncio.Event()
 
     def wake(self) -> None:

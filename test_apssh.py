@@ -1969,6 +1969,14 @@ def test_config_refused(text: str, targets: str, message: str | None, tmp_path: 
     assert message is None or str(caught.value) == message
 
 
+def test_config_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apssh, "CONNECT_TIMEOUT", 0.5)
+    (tmp_path / "config").write_text('Match exec "sleep 20"\n User bob\n')
+    with pytest.raises(UsageError) as caught:
+        config_nodes(tmp_path / "config", "web")
+    assert str(caught.value) == "ssh config: no answer about web within 0.5 s (a Match exec?)"
+
+
 # what configs are asked for
 
 
@@ -2224,16 +2232,40 @@ def test_proxy_command(program: Program, sshd: Sshd, config: Config, home: Path,
            "Host broken\n StrictHostKeyChecking yes\n HostKeyAlias unknown\n")
     code, out, said = program("-t", "box[1-3]", "-t", f"box4:{sshd.port}", "-q", "echo fine")
     assert (code, sorted(out.splitlines()), said) == (0, [f"box{number}:fine" for number in range(1, 5)], [])
-    assert processes(token) == []
+    eventually(lambda: not processes(token))
     assert program("-t", "broken", "-q", "true")[0] == 1
-    assert processes(token) == []
+    eventually(lambda: not processes(token))
 
     async def main() -> None:
         node = SshNode("box9", config=True, username=ME, formatter=apssh.CaptureFormatter())
         assert await node.run("true") == 0
         assert len(processes(token)) == 1
         await node.close()
-        assert processes(token) == []
+        await eventually_async(lambda: not processes(token))
+
+    run(main())
+
+
+def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
+    """Nobody waits for it, and it is no zombie when it has ended."""
+    (home / "relay.py").write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+                                   + RELAY.replace("os._exit(0)", "__import__('time').sleep(60)"))
+
+    async def main() -> None:
+        node = SshNode("box", username=ME, port=sshd.port, host_keys="no",
+                       proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 {sshd.port}")
+        assert await node.run("true") == 0
+        (link,) = node._live.links if node._live else ()
+        process = link._route.process
+        assert process
+        slowest, begin = 0.0, time.monotonic()
+        closing = asyncio.create_task(node.close())
+        while not closing.done():
+            await asyncio.sleep(0.01)
+            slowest, begin = max(slowest, time.monotonic() - begin), time.monotonic()
+        assert slowest < 1
+        process.kill()
+        await eventually_async(lambda: not Path(f"/proc/{process.pid}").exists())
 
     run(main())
 
@@ -2696,6 +2728,11 @@ def test_node_is_its_own_gateway() -> None:
     assert str(caught.value) == "box: its gateways go in a circle, through box"
 
 
+def test_keys_are_known_by_name() -> None:
+    """Keys are loaded once for all nodes that name the same: an object's id may come again."""
+    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode("h", keys=Path("a")).keys == ["a"]
+
+
 def test_hundreds_of_nodes_open_no_file() -> None:
     before = len(os.listdir("/proc/self/fd"))
     nodes = [SshNode(f"box{number}") for number in range(500)]
@@ -2727,6 +2764,86 @@ def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) 
 
     run(main())
     assert sshd.logins() == before + 1
+
+
+def test_closed_while_it_connects(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection that comes later is not left to nobody."""
+    sshd = make_sshd()
+
+    async def main() -> None:
+        node, connected, go_on = sshd.node(), asyncio.Event(), asyncio.Event()
+        log_in = SshNode._log_in
+
+        async def late(*args: Any) -> Any:
+            link = await log_in(*args)
+            connected.set()
+            await go_on.wait()
+            return link
+
+        monkeypatch.setattr(SshNode, "_log_in", late)
+        task = asyncio.create_task(node.run("true"))
+        await connected.wait()
+        await node.close()
+        go_on.set()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await task
+        assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
+        await eventually_async(lambda: not sshd.connections())
+
+    run(main())
+
+
+def test_standard_input_that_fails(sshd: Sshd) -> None:
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        raise ValueError("no more")
+
+    error = failure_of(Run("cat >/dev/null; sleep 30", stdin=given()).co_run_remote(sshd.node()))
+    assert str(error) == "127.0.0.1: local: standard input: no more"
+
+
+@pytest.mark.parametrize("subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"])
+def test_sftp_that_does_not_come_holds_no_session(make_sshd: Callable[..., Sshd], subsystem: str) -> None:
+    """Whether it was cancelled as it opened, or a start-up file printed into it."""
+    program = re.search(r"Subsystem sftp (.*)", (make_sshd().folder / "config").read_text())
+    assert program
+    sshd = make_sshd(MaxSessions=2, **{"Subsystem": f"sftp {subsystem}{program[1]}", "ForceCommand": "none"} if subsystem else {})
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            for number in range(8):
+                task = asyncio.create_task(node.sftp_connect_lazy())
+                if subsystem:
+                    with pytest.raises(TransferError) as caught:
+                        await task
+                    assert str(caught.value).startswith("127.0.0.1: local: no SFTP over there: ")
+                else:
+                    await asyncio.sleep(0.001 * number)  # at each point of the way
+                    task.cancel()
+                    await asyncio.wait([task])
+            assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
+            assert sshd.connections() == 1
+
+    run(main())
+
+
+def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
+    """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as before."""
+    sshd = make_sshd()
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            await node.put_file_s("/etc/passwd", "first")
+            (server,) = [process for process in descendants(sshd._process.pid) if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()]
+            os.kill(server, signal.SIGKILL)
+            await eventually_async(lambda: not node.is_sftp_connected())
+            await node.put_file_s("/etc/passwd", "second")
+            assert sshd.logins() == 1
+            (link,) = node._live.links if node._live else ()
+            assert link.sessions == 1
+
+    run(main())
+    assert (sshd.home / "second").read_bytes() == Path("/etc/passwd").read_bytes()
 
 
 def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
