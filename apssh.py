@@ -1999,8 +1999,9 @@ class _Node:
                 return await self._session(command, step, sink, timeout, **options)
             finally:
                 sink.end()
-        except ApsshError as exc:  # of a sink or of standard input, which know no host
-            exc.host = exc.host or self.hostname
+        except ApsshError as exc:
+            if not isinstance(exc, UsageError):  # a sink, or standard input, knows no host
+                exc.host = exc.host or self.hostname
             raise
         except TimeoutError:
             raise _timed_out(timeout, self, command) from None

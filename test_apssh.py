@@ -639,7 +639,7 @@ def test_line_of_two_users_on_a_host(capfd: Any) -> None:
 
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
-    script = "import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    script = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True,
                           env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
     assert done.stdout == "café".encode() + b"\xff\n"
