@@ -387,7 +387,7 @@ class _Screen:
     def __init__(self) -> None:
         self.progress = ""
         self.out: Any = None  # the standard output, while others' prints are sent elsewhere
-        self.closed = False  # nobody reads it any more
+        self.closed = False  # nobody reads standard output any more
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
 
@@ -406,7 +406,7 @@ class _Screen:
                 binary.write(data)
             stream.flush()
         except BrokenPipeError:
-            self.closed = True
+            self.closed = self.closed or not err
             raise
         if data and stream.isatty():
             self._mid_line = not data.endswith(b"\n")
@@ -5619,7 +5619,7 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 getattr(view, "finish", lambda: None)()
             if not options.quiet and not _screen.closed and (len(nodes) > 1 or any(not result.ok for result in results)):
                 for line in _summary(results):
-                    _screen.write(f"{line}\n".encode(), err=True, raw=True)
+                    _screen.say(line)
             if not options.no_last and not options.demo and not _screen.closed:
                 _save_last(results)
         return 0 if all(result.ok for result in results) else 1
@@ -5750,8 +5750,7 @@ def _conclude_scenario(options: argparse.Namespace, jobs: Mapping[str, SshJob], 
             _screen.say(_paint(f"{escape(name)}: {escape(error or state)}", "31"))
     ok = set(states) <= {"ok"} or all(jobs[name].forever for state, members in states.items() if state != "ok" for name in members)
     if not options.quiet:
-        _screen.write(_paint(", ".join(f"{len(members)} {state}" for state, members in states.items()) + "\n",
-                             "32" if ok else "31").encode(), err=True, raw=True)
+        _screen.say(_paint(", ".join(f"{len(members)} {state}" for state, members in states.items()), "32" if ok else "31"))
     return 0 if ok else 1
 
 
