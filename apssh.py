@@ -5068,17 +5068,23 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-class _Marks:
-    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be targets of a next run."""
+class _OutDir:
+    """-o, -d: the folder's name on stdout. -m: the status of each host in a file below ``0ok`` or ``1failed``, for a next run's targets."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, mark: bool) -> None:
+        self._folder, self._mark = folder, mark
 
     def done(self, result: Result) -> None:
+        if not self._mark:
+            return
         folder, other = (self._folder / name for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok")))
         folder.mkdir(parents=True, exist_ok=True)
         (other / result.name).unlink(missing_ok=True)  # of another run
         (folder / result.name).write_text(f"{result.status if result.status is not None else result.signal}\n")
+
+    def finish(self) -> None:
+        """Tell the name."""
+        _screen.write(os.fsencode(self._folder) + b"\n")
 
 
 class _JsonLines:
@@ -5599,6 +5605,11 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 for command in steps(node):
                     _screen.write(f"{_way(node)}: {escape(command._preview())}\n".encode("utf-8", "surrogateescape"))
             return 0
+        if isinstance(formatter, SubdirFormatter):  # now that all the rest is known to be right
+            try:
+                os.makedirs(formatter.run_name, exist_ok=True)
+            except OSError as exc:
+                raise UsageError(f"{escape(str(formatter.run_name))}: {_reason(exc)}") from None
         progress = _Progress(len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty()))
         results: list[Result] = []
         json_lines = any(isinstance(view, _JsonLines) for view in views)
@@ -5652,21 +5663,8 @@ async def _run_program(options: argparse.Namespace) -> int:
         return _show_targets(options)
     command = _command(options)
     formatter, views = _views(options)
-    with contextlib.ExitStack() as stack:
-        spool = stack.enter_context(contextlib.closing(_Spool())) if options.stdin and not options.dry_run else None
-        code = await _work(options, formatter, lambda node: [command(spool)], views, lambda nodes: _make_folder(options, formatter))
-    if isinstance(formatter, SubdirFormatter) and not options.dry_run:
-        _screen.write(f"{formatter.run_name}\n".encode())
-    return code
-
-
-def _make_folder(options: argparse.Namespace, formatter: Formatter) -> None:
-    """That of -o or -d, when all the rest is known to be right."""
-    if isinstance(formatter, SubdirFormatter) and not options.dry_run:
-        try:
-            os.makedirs(formatter.run_name, exist_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{formatter.run_name}: {_reason(exc)}") from None
+    with contextlib.closing(_Spool()) if options.stdin and not options.dry_run else contextlib.nullcontext() as spool:
+        return await _work(options, formatter, lambda node: [command(spool)], views)
 
 
 def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
@@ -5818,7 +5816,7 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     if options.diff and not options.gather:
         raise UsageError("--diff goes with -b")
     if folder:
-        return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
+        return SubdirFormatter(folder, options.verbose), [_OutDir(Path(folder), options.mark)]
     if options.gather or options.json:
         return _HoldingFormatter(options.verbose), [_Gather(options.diff) if options.gather else _JsonLines()]
     if options.format is not None:

@@ -4168,7 +4168,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
         formatter._node_added(endpoint, verbose=False)
-    marks = apssh._Marks(tmp_path / "run")
+    marks = apssh._OutDir(tmp_path / "run", mark=True)
     for endpoint in endpoints:
         formatter._write(endpoint, b"out\n", None)
         formatter._write(endpoint, b"err\n", 1)
