@@ -3661,11 +3661,6 @@ class Push(_CopyCommand):
     def __init__(self, localpaths: Any, remotepath: Any, **options: Any) -> None:
         super().__init__(localpaths, remotepath, **options)
 
-    def _check(self) -> None:
-        for path in self._sources:
-            if not isinstance(path, Deferred) and not os.path.lexists(path):
-                raise UsageError(f"{escape(str(path))}: no such file")
-
 
 class Pull(_CopyCommand):
     """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written outside of it. Raises TransferError."""
@@ -4910,7 +4905,7 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
     return list(nodes.values())
 
 
-async def _co_quick(targets: str | Iterable[str], steps: _Steps, options: dict[str, Any],
+async def _co_quick(targets: str | Iterable[str], options: dict[str, Any], steps: _Steps,
                     check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> list[Result]:
     """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
@@ -4942,18 +4937,12 @@ async def co_run(targets: str | Iterable[str], command: str | AbstractCommand, *
         raise UsageError(f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself")
     step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
     step._check()
-    return await _co_quick(targets, lambda node: [step], options)
+    return await _co_quick(targets, options, lambda node: [step])
 
 
 async def co_push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
     """Copy local files to targets; ``{host}``, ``{fqdn}`` and ``{user}`` may stand in paths; options of Push and of co_run."""
-    pushes = _pushes(localpaths, remotepath, {name: options.pop(name) for name in _COPY_OPTIONS if name in options})
-
-    def check(nodes: Sequence[SshNode]) -> None:
-        for step in itertools.chain.from_iterable(map(pushes, nodes)):
-            step._check()
-
-    return await _co_quick(targets, pushes, options, check)
+    return await _co_quick(targets, options, *_copies(Push, localpaths, remotepath, options))
 
 
 async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
@@ -4961,12 +4950,7 @@ async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str
 
     Raises UsageError when two hosts would write to the same place.
     """
-    copying = {name: options.pop(name) for name in _COPY_OPTIONS if name in options}
-    pulls = _Destinations(remotepaths, localpath, copying)
-    return await _co_quick(targets, pulls, options, pulls.check)
-
-
-_COPY_OPTIONS = ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
+    return await _co_quick(targets, options, *_copies(Pull, remotepaths, localpath, options))
 
 
 def _expand_path(path: str, node: SshNode) -> str:
@@ -4976,50 +4960,48 @@ def _expand_path(path: str, node: SshNode) -> str:
     return re.sub(_FIELD, lambda match: values.get(match[1], match[0]), path)
 
 
-def _pushes(localpaths: Any, remotepath: str, options: dict[str, Any]) -> _Steps:
-    """The Push to each node."""
-    sources, many = _paths(localpaths)
+def _copies(command: type[Push | Pull], sources: Any, destination: str, options: dict[str, Any], dry: bool = False
+            ) -> tuple[_Steps, Callable[[Sequence[SshNode]], None]]:
+    """The copy of each node, and what raises UsageError before anything is copied; takes the copy's options out of ``options``."""
+    texts, many = _paths(sources)
+    copying = {name: options.pop(name) for name in ("preserve", "recurse", "follow_symlinks", "inplace", "timeout") if name in options}
 
     def steps(node: SshNode) -> list[AbstractCommand]:
-        paths = [_expand_path(str(path), node) for path in sources]
-        return [Push(paths if many else paths[0], _expand_path(remotepath, node), **options)]
-
-    return steps
-
-
-class _Destinations:
-    """The Pull of each node, which must not write where another does."""
-
-    def __init__(self, remotepaths: Any, localpath: str, options: dict[str, Any], dry: bool = False) -> None:
-        self._remotepaths, self._localpath, self._options, self._dry = remotepaths, localpath, options, dry
-
-    def check(self, nodes: Sequence[SshNode]) -> None:
-        """Raises UsageError before anything is copied."""
-        places: dict[str, SshNode] = {}
-        made = self._localpath.endswith("/") and re.search(_FIELD, self._localpath)  # a folder for each host
-        for node in nodes:
-            place = os.path.realpath(shown := _expand_path(self._localpath, node))
-            into = os.path.isdir(place) or shown.endswith("/")
-            folder = place if into else os.path.dirname(place)
-            if not os.path.isdir(folder) and not made:
-                raise UsageError(f"{escape(shown if into else os.path.dirname(shown))}: no such folder")
-            if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-                raise UsageError(f"{escape(folder)}: permission denied")
-            if place in places:
-                raise UsageError(f"{places[place].hostname} and {node.hostname} would both write to {self._localpath}: "
-                                 "put {host} in the path")
-            places[place] = node
-
-    def __call__(self, node: SshNode) -> list[AbstractCommand]:
-        sources, many = _paths(self._remotepaths)
-        sources = [_expand_path(str(source), node) for source in sources]
-        place = _expand_path(self._localpath, node)
-        if place.endswith("/") and place != self._localpath and not self._dry:
+        paths, place = [_expand_path(str(path), node) for path in texts], _expand_path(destination, node)
+        if command is Pull and place.endswith("/") and place != destination and not dry:
             try:
                 os.makedirs(place, exist_ok=True)
             except OSError as exc:  # this host's failure: the others go on
                 raise TransferError(f"{escape(place)}: {_reason(exc)}", host=node.hostname) from None
-        return [Pull(sources if many else sources[0], place, **self._options)]
+        return [command(paths if many else paths[0], place, **copying)]
+
+    def check(nodes: Sequence[SshNode]) -> None:
+        if command is Pull:
+            _check_places(destination, nodes)
+            return
+        for path in dict.fromkeys(_expand_path(str(text), node) for node in nodes for text in texts):
+            if not os.path.lexists(path) or (os.path.isdir(path) and not copying.get("recurse")):
+                reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
+                raise UsageError(f"{escape(path)}: {reason}")
+
+    return steps, check
+
+
+def _check_places(localpath: str, nodes: Sequence[SshNode]) -> None:
+    """The Pull of each node can write, and not where another does."""
+    places: dict[str, SshNode] = {}
+    made = localpath.endswith("/") and re.search(_FIELD, localpath)  # a folder for each host
+    for node in nodes:
+        place = os.path.realpath(shown := _expand_path(localpath, node))
+        into = os.path.isdir(place) or shown.endswith("/")
+        folder = place if into else os.path.dirname(place)
+        if not os.path.isdir(folder) and not made:
+            raise UsageError(f"{escape(shown if into else os.path.dirname(shown))}: no such folder")
+        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
+            raise UsageError(f"{escape(folder)}: permission denied")
+        if place in places:
+            raise UsageError(f"{places[place].hostname} and {node.hostname} would both write to {localpath}: put {{host}} in the path")
+        places[place] = node
 
 
 def run(targets: str | Iterable[str], command: str | AbstractCommand, **options: Any) -> list[Result]:
@@ -5840,19 +5822,8 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         return _show_targets(options)
     *sources, destination = _copy_paths(pushing, options.paths)
     copying = {"recurse": options.recurse, "preserve": options.preserve, "inplace": options.inplace, "timeout": options.command_timeout}
-    formatter = HostFormatter(verbose=options.verbose)
-    if not pushing:
-        pulls = _Destinations(sources if len(sources) > 1 else sources[0], destination, copying, options.dry_run)
-        return await _work(options, formatter, pulls, check=pulls.check)
-
-    def check(nodes: Sequence[SshNode]) -> None:
-        for path in dict.fromkeys(_expand_path(source, node) for node in nodes for source in sources):
-            if not os.path.lexists(path) or (os.path.isdir(path) and not options.recurse):
-                reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
-                raise UsageError(f"{escape(path)}: {reason}")
-
-    pushes = _pushes(sources if len(sources) > 1 else sources[0], destination, copying)
-    return await _work(options, formatter, pushes, check=check)
+    steps, check = _copies(Push if pushing else Pull, sources if len(sources) > 1 else sources[0], destination, copying, options.dry_run)
+    return await _work(options, HostFormatter(verbose=options.verbose), steps, check=check)
 
 
 def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
