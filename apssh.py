@@ -5540,24 +5540,19 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
 
 async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
     """Ctrl-C ends the work in order; a second one leaves at once."""
-    task = asyncio.ensure_future(work)
-    interrupted = False
+    task = cast("asyncio.Task[int]", asyncio.current_task())
 
     def interrupt() -> None:
-        nonlocal interrupted
-        if interrupted:
+        if task.cancelling() or not task.cancel():
             os._exit(130)
-        interrupted = True
-        task.cancel()
 
-    loop = asyncio.get_running_loop()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt)
+            asyncio.get_running_loop().add_signal_handler(number, interrupt)
     try:
-        return await task
+        return await work
     except asyncio.CancelledError:
-        if not interrupted:
+        if not task.cancelling():
             raise
         return 130
 
