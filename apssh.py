@@ -4803,12 +4803,11 @@ class _HoldingFormatter(Formatter):
 
 
 _Steps = Callable[[SshNode], list[AbstractCommand]]
-_Done = Callable[[Result], None]
 
 
 async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, retries: int = 0,
                    started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
-                   done: _Done = lambda result: None) -> list[Result]:
+                   done: Callable[[Result], None] = lambda result: None) -> list[Result]:
     """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
     ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted."""
     if window < 0 or retries < 0:
@@ -5233,9 +5232,6 @@ class _DemoSftp(asyncssh.SFTPServer):
 
     def map_path(self, path: bytes) -> bytes:
         return os.path.join(self._home, path)
-
-    def reverse_map_path(self, path: bytes) -> bytes:
-        return path
 
 
 class _DemoServer(asyncssh.SSHServer):
