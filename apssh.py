@@ -754,21 +754,29 @@ _import_lock = threading.Lock()
 _accepted_keys: set[bytes] = set()  # public keys that logged in: offered first to the next hosts
 
 
+@contextlib.contextmanager
+def _ctrl_c_raises() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for what we wait for."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
+
+
 def _ask_secret(prompt: str) -> str:
     """Asked on the terminal itself, never on standard input."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:
         raise UsageError(f"no terminal to ask: {prompt}") from None
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None  # the loop's own would wait for the answer
     try:
-        return getpass.getpass(f"{prompt}: ")
+        with _ctrl_c_raises():
+            return getpass.getpass(f"{prompt}: ")
     except EOFError:
         raise UsageError(f"no answer: {prompt}") from None
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
 
 
 def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
@@ -5034,7 +5042,8 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(asyncio.run, main())
         try:
-            return future.result()
+            with _ctrl_c_raises():
+                return future.result()
         except KeyboardInterrupt:
             interrupt()
             raise

@@ -6761,12 +6761,12 @@ def test_resolver_that_never_answers(interrupted: bool) -> None:
                                          b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached or lost\n  timeout: nosuch (1)\n")
 
 
-@pytest.mark.parametrize("running", [False, True], ids=["script", "notebook"])
-def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: bool) -> None:
-    token = f"98{os.getpid()}{running:d}"
+@pytest.mark.parametrize("running", ["", "asyncio.new_event_loop().run_until_complete", "asyncio.run"], ids=["script", "notebook", "coroutine"])
+def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) -> None:
+    token = f"98{os.getpid()}{len(running)}"
     call = f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
     code = f"import sys, asyncio; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n" + (
-        f"async def main():\n    {call}\nasyncio.new_event_loop().run_until_complete(main())" if running else call)  # as notebooks run it
+        f"async def main():\n    {call}\n{running}(main())" if running else call)  # as notebooks run it
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     try:
         eventually((sshd.home / "up").exists)
