@@ -5191,13 +5191,13 @@ def _summary(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _last_path() -> Path:
-    return Path("~/.apssh/last").expanduser()
+_LAST_RUN = "~/.apssh/last"
+_LAST = ("ok", "failed", "all", "interrupted", "dns", "refused", "timeout", "hostkey", "auth", "lost", "local")
 
 
 def _save_last(results: Sequence[Result]) -> None:
     """~/.apssh/last: names and outcomes of this run, for ``-t @last:failed``; private, replaced at once."""
-    path = _last_path()
+    path = Path(_LAST_RUN).expanduser()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         _write_whole(path, json.dumps([{"target": result.target, "outcome": result.outcome} for result in results]))
@@ -5210,7 +5210,7 @@ def _load_last(selector: str) -> list[str]:
     name, equals, value = selector.partition("=")
     if name not in (_LAST if not equals else ("rc", "signal")) or (equals and not value):
         raise UsageError(f"@last{':' * bool(selector)}{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME")
-    path = _last_path()
+    path = Path(_LAST_RUN).expanduser()
     try:
         entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
     except FileNotFoundError:
@@ -5222,9 +5222,6 @@ def _load_last(selector: str) -> list[str]:
     if not found:
         raise UsageError(f"@last:{_brief(selector)}: no host of the last run")
     return found
-
-
-_LAST = ("ok", "failed", "all", "interrupted", "dns", "refused", "timeout", "hostkey", "auth", "lost", "local")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -5594,14 +5591,13 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                 raise UsageError(f"{escape(str(formatter.run_name))}: {_reason(exc)}") from None
         progress = _Progress(len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty()))
         results: list[Result] = []
-        json_lines = any(isinstance(view, _JsonLines) for view in views)
 
         def done(result: Result) -> None:
             results.append(result)
             for view in (progress, *views):
                 view.done(result)
             result.stdout_bytes = result.stderr_bytes = b""  # the views have what they need of it
-            if result.error and result.kind not in ("status", "signal") and result.error != "interrupted" and not json_lines:
+            if result.kind not in (None, "status", "signal") and result.error != "interrupted" and not getattr(options, "json", False):
                 _screen.say(_paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31"))
 
         try:
