@@ -5836,6 +5836,15 @@ def test_the_intermediate_file_never_replaces_the_template() -> None:
     assert refused(TEMPLATE, env=ENV, save_intermediate="no/where") == "no/where: no such file or directory"
 
 
+def test_list_of_paths_that_an_earlier_step_finds(home: Path) -> None:
+    found = Variables()
+    Path("f").write_text("text")
+    Path("g").mkdir()
+    job = SshJob(LocalNode(), commands=[Run("echo f", capture=Capture("name", found)), Push([Deferred("{{name}}", found)], "g")])
+    asyncio.run(job.co_run())
+    assert Path("g/f").read_text() == "text"
+
+
 def test_deferred_values_and_captures() -> None:
     Path("s.yaml").write_text(NODE + """jobs:
   - id: j1
@@ -6902,6 +6911,20 @@ def test_interrupted_scenario_tells_what_is_known(home: Path) -> None:
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (130, b"LOCALNODE:done\n", b"1 ok, 1 interrupted, 1 never ran\n")
     eventually(lambda: not processes(f"sleep 97{os.getpid()}"))
+
+
+@pytest.mark.parametrize(("options", "out"), [(["-b"], b"-------------\ndemo[1-2] (2)\n-------------\nhi\n"), (["-r"], b"hi\nhi\n")])
+def test_closed_standard_error_costs_nothing(options: list[str], out: bytes) -> None:
+    process = start("--demo", "2", "-v", *options, "echo hi")
+    assert process.stdout and process.stderr
+    process.stderr.close()
+    assert (process.stdout.read(), process.wait(20)) == (out, 0)
+    process.stdout.close()
+
+
+def test_interruption_tells_the_folder(home: Path) -> None:
+    code, out, _, _ = interrupted(["--demo", "2", "-w", "1", "-o", os.fsdecode(b"o\xff"), "echo up; sleep 30"], signal.SIGINT, lambda: list(home.glob("o*/demo1")))
+    assert (code, out) == (130, b"o\xff\n")
 
 
 def test_scenario_into_a_closed_pipe_ends_quietly(home: Path) -> None:
