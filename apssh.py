@@ -5534,7 +5534,8 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
         return 130
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):
-            _screen.say(f"{parser.prog}: {_reason(exc)}")
+            place = f"{escape(os.fsdecode(exc.filename))}: " if exc.filename else ""
+            _screen.say(f"{parser.prog}: {place}{_reason(exc)}")
         with contextlib.suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
         return 1

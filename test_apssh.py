@@ -4526,7 +4526,7 @@ def test_many_scripts_at_once(sshd: Sshd) -> None:
 
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes="gone"), "include gone: no such file"),
-    (lambda: RunScript("dir"), "script dir: not a file"), (lambda: Push("gone", "x"), "gone: no such file"),
+    (lambda: RunScript("dir"), "script dir: not a file"),
 ])
 def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
     """Raised when the job starts, before its first step and any connection."""
@@ -4548,6 +4548,15 @@ def test_paths_known_when_the_step_runs(home: Path) -> None:
     assert Scheduler(job).run()
     assert job.commands[2]._line().endswith("two onto there")
     assert sorted(os.listdir("there")) == ["one", "two"]
+
+
+def test_push_of_what_was_pulled(sshd: Sshd, home: Path) -> None:
+    """A step before it may have brought what a Push needs."""
+    (sshd.home / "there").write_text("x")
+    scheduler = Scheduler(SshJob(sshd.node(), commands=[Pull("there", "here"), Push("here", "back")]))
+    assert scheduler.run()
+    apssh.close_ssh_in_scheduler(scheduler)
+    assert (sshd.home / "back").read_text() == "x"
 
 
 def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
@@ -6491,6 +6500,13 @@ def test_marks_and_outputs_of_another_run(sshd: Sshd, home: Path) -> None:
     assert sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()) == [f"0ok/{name}", name]
     Path("out", f"{name}.err").touch()
     assert cli("-t", "out", "-L").stdout.decode() == f"{name}\n"
+
+
+def test_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
+    (home / "out").mkdir()
+    (home / "out" / "0ok").touch()
+    assert apssh.main(["--demo", "1", "-q", "-o", "out", "-m", "true"]) == 1
+    assert capfd.readouterr().err == "apssh: out/0ok/demo1: not a directory\n"
 
 
 def test_misuse_leaves_no_folder(home: Path) -> None:
