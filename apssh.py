@@ -1489,7 +1489,7 @@ class _Limits:
     def __init__(self) -> None:
         self.connects = asyncio.Semaphore(CONNECTS)
         self.lookups = asyncio.Semaphore(LOOKUPS)
-        self.handshakes = asyncio.Semaphore(HANDSHAKES)
+        self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}  # gateways wait apart: others wait for them
         self.keys: dict[object, _Shared] = {}
         self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = weakref.WeakValueDictionary()
 
@@ -1689,6 +1689,7 @@ class _Route:
 
         protocol = cast("Callable[[], asyncio.Protocol]", wire)
         if self._node.gateway:
+            self._node.gateway._leads = True
             gateway = await self._node.gateway._connected()
             gateway.forwards = True
             await gateway.conn.create_connection(wire, host, port)
@@ -1707,7 +1708,7 @@ class _Route:
         assert self.wire
         self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
         await self.wire.banner
-        await self._turns.enter_async_context(self._clock.turn(limits.handshakes, HANDSHAKE_TURN))
+        await self._turns.enter_async_context(self._clock.turn(limits.handshakes[self._node._leads], HANDSHAKE_TURN))
         self.wire.release()
         return self.wire.transport, inner
 
@@ -2097,6 +2098,7 @@ class SshNode(_Node):
         self._known_hosts_files: tuple[str, ...] = KNOWN_HOSTS_FILES
         self._host_key_shown: str | None = None  # the fingerprint that it presented last
         self._live: _Live | None = None
+        self._leads = False  # others go through it
         self._adopt(formatter, verbose)
 
     def __repr__(self) -> str:

@@ -2956,6 +2956,29 @@ def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
     run(main())
 
 
+def test_gateway_waits_apart_from_the_others(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
+    other = make_sshd()
+
+    async def main() -> None:
+        slots = apssh._Limits.here().handshakes[False]
+        for _ in range(apssh.HANDSHAKES):
+            await slots.acquire()
+        direct, gateway = sshd.node(), sshd.node()
+        behind = other.node(gateway=gateway)
+        task = asyncio.create_task(direct.run("true"))
+        waiting = asyncio.create_task(behind.run("true"))
+        await eventually_async(gateway.is_connected)
+        assert not direct.is_connected()
+        for _ in range(apssh.HANDSHAKES):
+            slots.release()
+        assert await asyncio.gather(task, waiting) == [0, 0]
+        for node in (direct, behind, gateway):
+            await node.close()
+
+    run(main())
+
+
 def test_gateway_that_fails(sshd: Sshd) -> None:
     port = free_port()
 
