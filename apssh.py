@@ -2649,13 +2649,21 @@ class LocalNode(_Node):
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
     async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
-        await copy_.run(copy_.local(sources, destination, many))
+        """The side that is else remote knows ``~``, and globs to pull."""
+        if pushing:
+            destination = os.path.expanduser(destination)
+        else:
+            named = [os.path.expanduser(source) for source in sources]
+            sources = [found for source in named for found in (not os.path.lexists(source) and sorted(glob.glob(source))) or [source]]
+        await copy_.run(copy_.local(sources, destination, many or len(sources) > 1))
 
     @contextlib.asynccontextmanager
     async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
         folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
-        subprocess.run(["/bin/sh", "-c", (_FOLDER + _SENTINEL).format(shlex.quote(str(folder)))], stdout=subprocess.DEVNULL, check=True)
+        made = subprocess.run(["/bin/sh", "-c", (_FOLDER + _SENTINEL).format(shlex.quote(str(folder)))], capture_output=True, check=False)
+        if made.returncode:
+            raise TransferError(f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname)
         try:
             for name, (data, mode) in files.items():
                 (folder / name).write_bytes(data)

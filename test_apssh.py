@@ -3216,6 +3216,23 @@ def test_local_node(home: Path, capfd: Any) -> None:
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
 
 
+def test_local_node_knows_the_home_and_globs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, {"one": "1", "two": "2", "in/": ""})
+    build(home, {"a.log": "a", "b.log": "b"})
+    run(Push(["one", "two"], "~/").co_run_local(LocalNode()))
+    run(Pull(["~/*.log", "one"], "in").co_run_local(LocalNode()))
+    assert (home / "one").read_text() + (home / "two").read_text() == "12"
+    assert sorted(os.listdir("in")) == ["a.log", "b.log", "one"]
+
+
+def test_local_script_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/none")
+    with pytest.raises(TransferError) as caught:
+        run(RunString("true").co_run_local(LocalNode()))
+    assert re.fullmatch(r"LOCALNODE: local: /proc/none/\.apssh-remote/\w+: .*(cannot create|can't cd).*", str(caught.value))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # transfers
 # ---------------------------------------------------------------------------------------------------------------
