@@ -1409,12 +1409,16 @@ def _keys_of_run(node: SshNode) -> list[Key]:
 # a process group; it starts a watchdog (outside of the group, where setsid is to be had) that holds the channel's stdin, takes
 # /dev/null itself, and becomes the login shell of the user with the command, as under plain ssh. When stdin ends while the
 # leader lives, the watchdog ends the group. It also keeps the reading ends of the outputs (where they are pipes, and /proc is there):
-# else a command that prints could die of SIGPIPE before it, and the children be taken for left on purpose. All on one line without
-# quote, exclamation mark and backslash, so that any login shell (csh, fish) can pass it on.
+# else a command that prints could die of SIGPIPE before it, and the children be taken for left on purpose. When the leader ends first
+# (sshd then closes stdin) it stays as long as the group and the connection do: whoever holds an output after that is ended too, for
+# the command had not ended; who does not was left on purpose. All on one line without quote, exclamation mark and backslash, so that
+# any login shell (csh, fish) can pass it on.
 _WATCH_STDIN = "while read -r x; do :; done; "
 _WATCH_PARENT = "while kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is the command's own: look for sshd's process
-_WATCHDOG = ('trap : HUP INT TERM; {wait}'
-             'if kill -0 $1; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
+_WATCHDOG = ('trap : HUP INT TERM; e=; {wait}'
+             'if kill -0 $1; then e=1; else while kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; '
+             'kill -s 0 -- -$1 && {{ {{ cat <&4; cat <&5; }} & sleep 0.2 || sleep 1; kill $! && e=1; }}; fi; '
+             'if [ $e ]; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
              'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
 _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
           'exec 4<&- 5<&-; [ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; '
@@ -1878,6 +1882,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status: int | str | None = None
         self.error: Exception | None = None
         self.guarded = False  # the guard over there waits for the end of stdin
+        self.whole = False  # all of the output has come
         self.writable = asyncio.Event()
         self.writable.set()
 
@@ -1897,6 +1902,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.abort()
 
     def eof_received(self) -> bool:
+        self.whole = True
         return True  # a command that closes its outputs goes on: answering with our end of file would end it
 
     def exit_status_received(self, status: int) -> None:
@@ -2382,18 +2388,20 @@ class SshNode(_Node):
                         feeder.cancel()
                     if session.chan and not session.ended.done():
                         step.may_run = True
+                        leaderless = session.status is not None  # it has ended, what holds its outputs has not
                         session.abort()
-                        if alone := link.reserved and not link.forwards:  # stdin being data, the guard waits for the end of the connection
+                        # for these, or where stdin is data, the guard waits for the end of the connection
+                        if alone := not link.forwards and (link.reserved or (leaderless and link.sessions == 1)):
                             link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)  # does the server hear us?
                         try:
                             await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
-                            step.may_run = not (guard and link.alive and (alone or session.ended.done()))
+                            step.may_run = not (guard and link.alive and (alone or (session.ended.done() and not leaderless)))
                         finally:  # cancelled again
                             if alone:
                                 link.drop()
                 if session.error:
                     raise session.error
-                if session.status is None:
+                if session.status is None or not (session.whole or link.alive):
                     step.may_run = True
                     raise self._lost(link, step.command or command)
                 return session.status
@@ -2636,6 +2644,9 @@ class LocalNode(_Node):
                     await asyncio.wait([all_ends, broken], return_when=asyncio.FIRST_COMPLETED)
         finally:
             process.stdin.close()  # ends what is left of it
+            if process.returncode is not None and not all(each.done() for each in ends):
+                with contextlib.suppress(ProcessLookupError):  # its leader has gone, who holds its outputs has not
+                    os.killpg(process.pid, signal.SIGKILL)
             try:
                 await asyncio.wait(ends, timeout=5)
             finally:  # cancelled again

@@ -2573,7 +2573,7 @@ def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
 
 
 ENDINGS = ["cancel", "timeout", "close", "abort"]
-STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run}
+STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run, "leader gone": Run}
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -2581,6 +2581,8 @@ STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run}
 def test_no_process_outlives_its_command(sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path) -> None:
     token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
     command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
+    if kind == "leader gone":  # but not the outputs: the command has not ended
+        command = f"sleep {token} & sleep {token} & sleep {token} >/dev/null & echo hi"
     (home / "script").write_text(f"#!/bin/sh\n{command}\n")
 
     async def main() -> None:
@@ -3206,6 +3208,9 @@ def test_local_node(home: Path, capfd: Any) -> None:
             with pytest.raises(CommandFailedError) as caught:
                 await node.run("sleep 30", timeout=0.2)
             assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
+            with pytest.raises(CommandFailedError):
+                await node.run(f"sleep 86{os.getpid()} &", timeout=0.5)
+            assert not processes(f"sleep 86{os.getpid()}")
             with pytest.raises(UsageError) as misused:
                 await Run("tty", pty=True).co_run_local(node)
             assert str(misused.value) == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
@@ -6753,7 +6758,7 @@ def test_interruption(sshd: Sshd, twice: bool) -> None:
 
 PRINTING = "while :; do echo noise; done"
 KILLED = {
-    "silent": ([], "sleep {}"), "printing": ([], "sleep {0} & " + PRINTING), "stdin": (["-I"], "sleep {}"),
+    "silent": ([], "sleep {}"), "leader gone": ([], "sleep {} & echo hi"), "printing": ([], "sleep {0} & " + PRINTING), "stdin": (["-I"], "sleep {}"),
     "stdin and printing": (["-I"], "sleep {0} & " + PRINTING), "script": (["-s"], "#!/bin/sh\nsleep {0} & sleep {0}"),
     "script and stdin": (["-I", "-s"], "#!/bin/sh\nsleep {0} & " + PRINTING), "hup and term": ([], "trap '' HUP TERM; sleep {0} & sleep {0}; sleep {0}"),
 }
