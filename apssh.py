@@ -2292,7 +2292,7 @@ class SshNode(_Node):
         """The one line that says why there is no connection."""
         text, kind = str(exc), "lost"
         if isinstance(exc, socket.gaierror) or "Name or service not known" in text or "name resolution" in text:
-            kind, text = "dns", "unknown host name"
+            kind, text = "dns", f"unknown host name {self._address or self.hostname}"
         elif isinstance(exc, ConnectionRefusedError) or "Connection refused" in text:
             kind, text = "refused", f"nothing listens on port {self.port}"
         elif isinstance(exc, TimeoutError) or "timed out" in text:
@@ -4672,7 +4672,8 @@ def _parse_targets(
     parse = functools.partial(_parse_target, login=login, port=port, gateways=ways[0].chain if ways else ())
     found = dict.fromkeys(_read_targets(texts, stdin, last, parse))
     if not found:
-        raise UsageError("no target: use -t HOST ...")
+        given = " ".join([texts] if isinstance(texts, str) else texts).strip(" ,")
+        raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
     refused: dict[str, list[Target]] = {}
     for pattern in _read_targets(exclude, stdin, last, _parse_target):
         refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
@@ -4996,9 +4997,9 @@ def _copies(command: type[Push | Pull], sources: Any, destination: str, options:
 
     def steps(node: SshNode) -> list[AbstractCommand]:
         paths, place = [_expand_path(str(path), node) for path in texts], _expand_path(destination, node)
-        if command is Pull and place.endswith("/") and place != destination and not dry:
+        if command is Pull and place != destination and not dry:
             try:
-                os.makedirs(place, exist_ok=True)
+                os.makedirs(place if many else os.path.dirname(place) or ".", exist_ok=True)
             except OSError as exc:  # this host's failure: the others go on
                 raise TransferError(f"{escape(place)}: {_reason(exc)}", host=node.hostname) from None
         return [command(paths if many else paths[0], place, **copying)]
@@ -5018,12 +5019,11 @@ def _copies(command: type[Push | Pull], sources: Any, destination: str, options:
 def _check_places(localpath: str, nodes: Sequence[SshNode]) -> None:
     """The Pull of each node can write, and not where another does."""
     places: dict[str, SshNode] = {}
-    made = localpath.endswith("/") and re.search(_FIELD, localpath)  # a folder for each host
     for node in nodes:
         place = os.path.realpath(shown := _expand_path(localpath, node))
         into = os.path.isdir(place) or shown.endswith("/")
         folder = place if into else os.path.dirname(place)
-        if not os.path.isdir(folder) and not made:
+        if not os.path.isdir(folder) and shown == localpath:  # those that differ by host are made
             raise UsageError(f"{escape(shown if into else os.path.dirname(shown))}: no such folder")
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{escape(folder)}: permission denied")
@@ -5364,9 +5364,15 @@ class _Parser(argparse.ArgumentParser):
 
     def unknown(self, word: str) -> UsageError:
         """What to say of an option that does not exist."""
-        options = [option for option in self._option_string_actions if option.startswith("--")]
-        near = difflib.get_close_matches(word.split("=")[0], options, 1)
+        options, name = [option for option in self._option_string_actions if option.startswith("--")], word.split("=")[0]
+        near = [_OTHER_TOOLS[name]] if name in _OTHER_TOOLS else difflib.get_close_matches(name, options, 1)
         return UsageError(f"unknown option {escape(word)}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"))
+
+
+_OTHER_TOOLS = {  # what pssh, pdsh, clush and ssh call it
+    "--user": "--login", "--username": "--login", "--host": "--target", "--hosts": "--target", "--hostfile": "--target",
+    "--par": "--window", "--parallel": "--window", "--fanout": "--window", "--timeout": "--command-timeout", "--outdir": "--out-dir",
+    "--identity": "--key"}
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
@@ -5442,7 +5448,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what runs").add_argument
     add("-s", "--script", action="store_true",
         help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
-    add("-i", "--includes", action="append", default=[], metavar="F", help="with -s: a local file that lands beside the script")
+    add("-i", "--includes", action="append", default=[], metavar="F", help="with -s: a local file that lands beside the script ($(dirname \"$0\")/F)")
     add("-I", "--stdin", action="store_true", help="give standard input to every host (without it they get end of file)")
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add("--env", action="append", default=[], metavar="K=V", help="a variable for the command, whatever the server accepts")

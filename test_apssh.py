@@ -2358,7 +2358,7 @@ RSA_HOST = {"host_key": "ssh-rsa"}
     ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
     ({}, "KexAlgorithms sntrup761x25519-sha512@openssh.com", 1, "box: local: No key exchange algorithms selected"),
     ({}, "BindAddress 127.0.0.9\n AddressFamily inet", 0, ""),
-    ({}, "AddressFamily inet6", 1, "box: dns: unknown host name"),
+    ({}, "AddressFamily inet6", 1, "box: dns: unknown host name 127.0.0.1"),
     ({}, "RevokedHostKeys {folder}/host_key.pub", 1, "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub"),
     ({}, "RevokedHostKeys {folder}/none", 1,
      "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted"),
@@ -3034,7 +3034,7 @@ def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPat
     port = free_port()
     assert str(failure_of(SshNode("127.0.0.1", port=port).run("true"))) == f"127.0.0.1: refused: nothing listens on port {port}"
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")))
-    assert str(failure_of(SshNode("no-such-host").run("true"))) == "no-such-host: dns: unknown host name"
+    assert str(failure_of(SshNode("no-such-host").run("true"))) == "no-such-host: dns: unknown host name no-such-host"
 
 
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
@@ -6081,7 +6081,7 @@ NO_HOST = "is not a host name or an address"
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("", "no target: use -t HOST ..."), (" , ", "no target: use -t HOST ..."), ("empty", "no target: use -t HOST ..."),
+    ("", "no target: use -t HOST ..."), (" , ", "no target: use -t HOST ..."), ("empty", "no target in empty"),
     ("u@", "u@: a host is missing"), (":22", ":22: a host is missing"), ("u@:22", "u@:22: a host is missing"),
     ("[]", "[]: '' is not a number or a range such as 01-20"),
     ("->a", "->a: a host is missing"), ("a->", "a->: a host is missing"), ("a->->b", "a->->b: a host is missing"),
@@ -6461,6 +6461,7 @@ def test_demo_size(count: int) -> None:
     (["-t", "node[1-", "x"], "node[1-: brackets must be closed and not nested, as in node[01-20,25]"),
     (["-t", "me@", "x"], "me@: a host is missing"), (["-t", "h:99999", "x"], "h:99999: a port is a number from 1 to 65535"),
     (["--nope", "x"], "unknown option --nope (see apssh --help)"), (["--tagret", "x"], "unknown option --tagret: did you mean --target?"),
+    (["--user", "me", "x"], "unknown option --user: did you mean --login?"), (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
     (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"), (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
     (["-t", "h", "-i", "x", "ls"], "-i goes with -s"), (["-t", "h", "-m", "ls"], "-m goes with -o or -d"), (["-t", "h", "--diff", "ls"], "--diff goes with -b"),
     (["-t", "h", "-w", "-1", "x"], "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)"),
@@ -6570,6 +6571,23 @@ def test_paths_after_two_dashes(home: Path) -> None:
     assert (done.stdout, done.stderr) == (b"me@h: Push: -f onto .\n", b"")
 
 
+@pytest.mark.parametrize(("sources", "destination", "arrive"), [
+    (["@:f"], "new/{host}", ["demo1", "demo2"]), (["@:f"], "new/{host}/", ["demo1/f", "demo2/f"]), (["@:f", "@:g"], "new/{host}", ["demo1/f", "demo1/g", "demo2/f", "demo2/g"]),
+], ids=["files", "folders", "several"])
+def test_folders_that_tell_hosts_apart_are_made(sources: list[str], destination: str, arrive: list[str], home: Path) -> None:
+    code = f"""import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh
+async def main():
+    async with apssh.demo_fleet(2) as nodes:
+        for node in nodes:
+            await node.run("touch f g")
+        steps, check = apssh._copies(apssh.Pull, {[source[2:] for source in sources] if len(sources) > 1 else sources[0][2:]!r}, {destination!r}, {{}})
+        check(nodes)
+        assert all(result.ok for result in await apssh._fan_out(nodes, steps))
+asyncio.run(main())"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sorted(str(path.relative_to("new")) for path in Path("new").rglob("*") if path.is_file()) == arrive
+
+
 def test_local_folder_that_cannot_be_made_is_its_hosts_failure(home: Path) -> None:
     Path("m").mkdir()
     Path("m", "demo1").touch()
@@ -6635,7 +6653,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
                 says(b""), says(b"SSH-2.0-stalls\r\n"), says(b"word\r\n", endless=True), says(b"220 mail\r\n"), says(b"", closes=True))]
             silent, stalls, endless, mail, drops = (f"127.0.0.1:{port}" for port in servers)
             expected = {
-                "no-such-host": ("dns", "unknown host name"),
+                "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
                 f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
                 f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key(s)"),
                 f"127.0.0.1:{changed.port}": ("hostkey", f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
