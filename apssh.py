@@ -5448,7 +5448,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what runs").add_argument
     add("-s", "--script", action="store_true",
         help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
-    add("-i", "--includes", action="append", default=[], metavar="F", help="with -s: a local file that lands beside the script ($(dirname \"$0\")/F)")
+    add("-i", "--includes", action="append", default=[], metavar="F",
+        help="with -s: a local file that lands beside the script, as $(dirname $0)/F")
     add("-I", "--stdin", action="store_true", help="give standard input to every host (without it they get end of file)")
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add("--env", action="append", default=[], metavar="K=V", help="a variable for the command, whatever the server accepts")
