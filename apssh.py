@@ -625,9 +625,11 @@ class Formatter:
             self._write(endpoint, self._render(endpoint, lines), datatype)
         else:
             self._speaker = endpoint
-            for line in io.BytesIO(lines):
-                self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
-            self._speaker = Formatter._speaker
+            try:
+                for line in io.BytesIO(lines):
+                    self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
+            finally:
+                self._speaker = Formatter._speaker
 
     def _render(self, endpoint: Endpoint, lines: bytes) -> bytes:
         """Each line put in the template: one ``replace`` a chunk, since a call a line would cost ten times more."""
@@ -757,12 +759,15 @@ _accepted_keys: set[bytes] = set()  # public keys that logged in: offered first 
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for what we wait for."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler) if main else None
+    handler = signal.getsignal(signal.SIGINT)
+    module = str(getattr(getattr(handler, "func", handler), "__module__", ""))  # a user's own, or one that ignores it, stays
+    loops = threading.current_thread() is threading.main_thread() and module.startswith("asyncio.")
+    if loops:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if main:
+        if loops:
             signal.signal(signal.SIGINT, handler)
 
 
@@ -1156,7 +1161,7 @@ class _Trust:
     def check_authority(self, key: asyncssh.SSHKey) -> bool:
         """Whether this key may sign certificates for the host; raises HostKeyError if it is revoked."""
         self._check_revoked(key, f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked")
-        return any(each.blob == key.public_data for each in self._marked("@cert-authority"))
+        return self.certified and any(each.blob == key.public_data for each in self._marked("@cert-authority"))
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
@@ -1702,7 +1707,6 @@ class _Route:
             with theirs:
                 self.process = subprocess.Popen(["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
                                                 stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
-            threading.Thread(target=self.process.wait, daemon=True).start()  # leaves no zombie, whenever and however it ends
             await loop.create_connection(protocol, sock=ours)
         else:
             numeric = host.replace(".", "").isdigit() or ":" in host
@@ -1741,10 +1745,13 @@ class _Route:
         self.reap()
 
     def reap(self) -> None:
-        """End the proxy command."""
-        if self.process and self.process.poll() is None:
+        """End the proxy command, and wait for nobody."""
+        process, self.process = self.process, None
+        if process:
             with contextlib.suppress(OSError):
-                os.killpg(self.process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=process.wait, daemon=True).start()  # it leaves no zombie
 
 
 class _Client(asyncssh.SSHClient):
@@ -1753,6 +1760,7 @@ class _Client(asyncssh.SSHClient):
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
         self._node, self._trust = weakref.proxy(node), trust  # a node that is forgotten is gone at once, and its sockets with it
         self._pairs = pairs
+        self.route: _Route | None = None
         self.offered: list[asyncssh.SSHKeyPair] = []
         self.begun = False  # the server's key was accepted and the login has begun
         self.lost = False
@@ -1826,6 +1834,8 @@ class _Client(asyncssh.SSHClient):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.why = True, exc
+        if self.route:
+            self.route.reap()
         with contextlib.suppress(ReferenceError):
             if self.begun:
                 self._node._formatter_event("connection_lost", exc, self._node.username)
@@ -2138,8 +2148,7 @@ class SshNode(_Node):
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
-        sftp = self._live and self._live.sftp
-        return bool(sftp and sftp[1].alive and not (sftp[2] and sftp[2].is_closing()))
+        return bool(self._live and self._live.sftp and not self._live.sftp_ended())
 
     async def connect_lazy(self) -> asyncssh.SSHClientConnection:
         """Connect unless it is done; concurrent calls make one connection. Raises ConnectionFailedError."""
@@ -2198,6 +2207,7 @@ class SshNode(_Node):
         """A link with room for one more session: sshd refuses the eleventh, so there may be further connections.
         ``alone``: with nothing else on it, so that it can be cut."""
         live = self._here()
+        live.forget_sftp()
         while not (link := next((link for link in live.links if link.alive and not link.reserved and (
                 not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
             alive = sum(link.alive for link in live.links)
@@ -2208,10 +2218,11 @@ class SshNode(_Node):
                     if not any(link.alive for link in live.links):
                         raise
                     live.max_links = alive  # the host takes no more: queue
-            elif sum(link.sessions for link in live.links if link.alive) > self.is_sftp_connected():
+            elif sum(link.sessions for link in live.links if link.alive) > bool(live.sftp):
                 await live.freed.wait()
             else:
                 raise ConnectionFailedError("the host takes one session, and SFTP holds it", host=self.hostname, kind="refused")
+            live.forget_sftp()
         link.sessions += 1
         link.reserved = alone
         try:
@@ -2246,7 +2257,7 @@ class SshNode(_Node):
             try:
                 async with contextlib.AsyncExitStack() as turns:
                     await turns.enter_async_context(clock.turn(startups))
-                    route = _Route(self, clock, turns)
+                    client.route = route = _Route(self, clock, turns)
                     conn = await asyncssh.connect(
                         self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
                         client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
@@ -2436,23 +2447,25 @@ class SshNode(_Node):
             raise asyncssh.ConnectionLost(str(exc)) from None
 
     async def _open_sftp(self, live: _Live) -> None:
-        """An SFTP session takes one of the connection's sessions, for as long as the connection lives."""
+        """An SFTP session takes one of the connection's sessions, for as long as it lives."""
         for attempt in itertools.count():
             async with self._slot() as link:
                 opener = cast("Any", _SftpOpener(link.conn))
                 try:
-                    sftp = await self._open(asyncssh.SSHClientConnection.start_sftp_client(opener, path_errors="surrogateescape"),
-                                            asyncssh.SFTPClient.exit)
-                except (asyncssh.Error, OSError) as exc:
-                    if opener.channel:
+                    async with asyncio.timeout(self.timeout):
+                        sftp = await self._open(asyncssh.SSHClientConnection.start_sftp_client(opener, path_errors="surrogateescape"),
+                                                asyncssh.SFTPClient.exit)
+                except BaseException as exc:
+                    if opener.channel:  # nobody will use it: its session is free
                         opener.channel.abort()
+                    if not isinstance(exc, asyncssh.Error | OSError):
+                        raise
                     if await self._refused(link, exc, attempt):
                         continue
                     if not link.alive or "SSH connection closed" in str(exc):
                         raise self._failure(exc) from None
-                    raise TransferError(f"no SFTP over there: {_reason(exc)}", host=self.hostname) from None
-                if live.sftp:
-                    live.sftp[1].sessions -= 1  # that of the session before, which has ended
+                    why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
+                    raise TransferError(f"no SFTP over there: {why}", host=self.hostname) from None
                 live.sftp = sftp, link, opener.channel
                 link.sessions += 1
                 self._formatter_event("sftp_start")
@@ -2550,6 +2563,16 @@ class _Live:
         self.opening: dict[str, _Shared] = {}
         self.sftp: tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes] | None] | None = None
         self.freed = asyncio.Event()
+
+    def sftp_ended(self) -> bool:
+        """Whether the SFTP session is over: its connection is, or its server ended it."""
+        return bool(self.sftp and not (self.sftp[1].alive and not (self.sftp[2] and self.sftp[2].is_closing())))
+
+    def forget_sftp(self) -> None:
+        """Give back the session of an SFTP that has ended."""
+        if self.sftp and self.sftp_ended():
+            self.sftp[1].sessions -= 1
+            self.sftp = None
 
     def wake(self) -> None:
         """A session has ended or a connection has come: those who wait for it look again."""
@@ -2787,25 +2810,41 @@ class _Folder:
 
 class _UnderWay:
     """Files, or requests on one file, under way, at most so many; leaving it waits for all of them, or, on a failure, cancels them.
-    A group of tasks that fails with the first failure itself."""
+    No asyncio.TaskGroup: that takes a cancellation from outside for its own, when one of its tasks has just failed."""
 
     def __init__(self, most: int) -> None:
-        self._room, self._tasks = asyncio.Semaphore(most), asyncio.TaskGroup()
+        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
+        self._failure: BaseException | None = None
 
     async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """One more, when there is room."""
+        """One more, when there is room. Raises what an earlier one raised."""
         await self._room.acquire()
-        self._tasks.create_task(work(*args)).add_done_callback(lambda task: self._room.release())
+        if self._failure:
+            raise self._failure
+        self._tasks.add(task := asyncio.create_task(work(*args)))
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        failure = None if task.cancelled() else task.exception()  # retrieved, whether or not it is the first
+        self._failure = self._failure or failure
 
     async def __aenter__(self) -> _UnderWay:
-        await self._tasks.__aenter__()
         return self
 
-    async def __aexit__(self, *exc_info: Any) -> None:
+    async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
-            await self._tasks.__aexit__(*exc_info)
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+            while kind is None and self._tasks and not self._failure:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if kind is None and self._failure:
+                raise self._failure
+        finally:
+            for task in (left := set(self._tasks)):
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
+            self._failure = None  # kept here, it would keep its frames, and the folder they hold open
 
 
 class _Copy:
@@ -2856,7 +2895,7 @@ class _Copy:
         await self._files.start(guarded)
 
     async def run(self, walk: Coroutine[Any, Any, None]) -> None:
-        """Walk, wait for the files under way, then tell what failed. Cancelling it leaves no temporary file."""
+        """Walk, then tell what failed. Cancelling it leaves no temporary file."""
         await walk
         if self.failed:
             more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
@@ -3343,7 +3382,7 @@ class Deferred:
 
 def _text_of(value: Any) -> str:
     """The text of what a job is given, when it runs."""
-    return value.render() if isinstance(value, Deferred) else str(value)
+    return value.render() if isinstance(value, Deferred) else os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
 class _Quoted(Deferred):
@@ -3584,7 +3623,7 @@ class RunScript(_Script):
                  includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
                  **common: Any) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
-        self.local_script, self.includes = local_script, tuple(map(str, _paths(includes)[0])) if includes else ()
+        self.local_script, self.includes = local_script, tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
@@ -3622,7 +3661,7 @@ class RunString(_Script):
                  **common: Any) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
         self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
-        self.includes = tuple(map(str, _paths(includes)[0])) if includes else ()
+        self.includes = tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
@@ -5079,23 +5118,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-class _OutDir:
-    """-o, -d: the folder's name on stdout. -m: the status of each host in a file below ``0ok`` or ``1failed``, for a next run's targets."""
+class _Marks:
+    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be targets of a next run."""
 
-    def __init__(self, folder: Path, mark: bool) -> None:
-        self._folder, self._mark = folder, mark
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def done(self, result: Result) -> None:
-        if not self._mark:
-            return
         folder, other = (self._folder / name for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok")))
         folder.mkdir(parents=True, exist_ok=True)
         (other / result.name).unlink(missing_ok=True)  # of another run
         (folder / result.name).write_text(f"{result.status if result.status is not None else result.signal}\n")
-
-    def finish(self) -> None:
-        """Tell the name."""
-        _screen.write(os.fsencode(self._folder) + b"\n")
 
 
 class _JsonLines:
@@ -5572,10 +5605,13 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
 async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
     """Ctrl-C ends the work in order; a second one leaves at once."""
     task = cast("asyncio.Task[int]", asyncio.current_task())
+    interrupted = False
 
     def interrupt() -> None:
-        if task.cancelling() or not task.cancel():
+        nonlocal interrupted
+        if interrupted or not task.cancel():
             os._exit(130)
+        interrupted = True
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -5583,7 +5619,7 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
     try:
         return await work
     except asyncio.CancelledError:
-        if not task.cancelling():
+        if not interrupted:
             raise
         return 130
 
@@ -5640,6 +5676,8 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
                     _screen.say(line)
             if not options.no_last and not options.demo and not _screen.closed:
                 _save_last(results)
+            if isinstance(formatter, SubdirFormatter):
+                _screen.write(os.fsencode(formatter.run_name) + b"\n")
         return 0 if all(result.ok for result in results) else 1
 
 
@@ -5823,7 +5861,7 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     if options.diff and not options.gather:
         raise UsageError("--diff goes with -b")
     if folder:
-        return SubdirFormatter(folder, options.verbose), [_OutDir(Path(folder), options.mark)]
+        return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
     if options.gather or options.json:
         return _HoldingFormatter(options.verbose), [_Gather(options.diff) if options.gather else _JsonLines()]
     if options.format is not None:

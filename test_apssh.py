@@ -900,6 +900,13 @@ def test_revoked_host_keys_and_certificates(certified: dict[str, Sshd], home: Pa
         run(log_in(server.node(config="config")))
 
 
+def test_certificate_that_was_not_asked_for_counts_for_nothing(certified: dict[str, Sshd], home: Path) -> None:
+    """After a certificate of nobody's the plain key is asked for: what vouches for that must not be a certificate sent all the same."""
+    (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
+    node = certified["good"].node()
+    assert [apssh._Trust(node, asked).check_authority(CA.convert_to_public()) for asked in (True, False)] == [True, False]
+
+
 def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
     """The name that a certificate must hold is the one that known_hosts is asked for."""
     server = certified["other"]
@@ -2829,6 +2836,32 @@ def test_sftp_that_does_not_come_holds_no_session(make_sshd: Callable[..., Sshd]
     run(main())
 
 
+def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
+    error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
+    assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
+
+
+def test_sftp_that_ended_gives_its_session_back(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a host takes one session on one connection, it is the command's then."""
+    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
+    sshd = make_sshd(MaxSessions=1)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            await node.sftp_connect_lazy()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert str(caught.value) == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
+            (server,) = [process for process in descendants(sshd._process.pid) if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()]
+            os.kill(server, signal.SIGKILL)
+            await eventually_async(lambda: not node.is_sftp_connected())
+            assert await node.run("true") == 0
+            await node.sftp_connect_lazy()
+
+    run(main())
+
+
 def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
     """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as before."""
     sshd = make_sshd()
@@ -3670,6 +3703,40 @@ def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
     assert listing(home / "new") == listing(sshd.home / "new") == {"b": "B"}
 
 
+def test_what_is_under_way_keeps_a_cancellation() -> None:
+    """One from outside is not taken for that of a failure; and a failure leaves no count behind."""
+    async def failing(begun: asyncio.Event) -> None:
+        await begun.wait()
+        raise OSError("lost")
+
+    async def slow() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+
+    async def work(begun: asyncio.Event) -> None:
+        async with apssh._UnderWay(4) as under_way:
+            await under_way.start(slow)
+            await under_way.start(failing, begun)
+
+    async def main() -> None:
+        begun, task = asyncio.Event(), asyncio.current_task()
+        begun.set()
+        with pytest.raises(OSError, match="lost"):
+            await work(begun)
+        assert task and task.cancelling() == 0
+        later = asyncio.create_task(work(begun := asyncio.Event()))
+        await asyncio.sleep(0)
+        begun.set()
+        await asyncio.sleep(0.05)  # it has failed, and waits for the slow one
+        later.cancel()
+        await asyncio.wait([later])
+        assert later.cancelled()
+
+    run(main())
+
+
 @pytest.mark.parametrize("pushing", [True, False])
 def test_cancelled_copy_leaves_nothing(sshd: Sshd, home: Path, pushing: bool) -> None:
     begin, end = (home, sshd.home) if pushing else (sshd.home, home)
@@ -4213,7 +4280,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
         formatter._node_added(endpoint, verbose=False)
-    marks = apssh._OutDir(tmp_path / "run", mark=True)
+    marks = apssh._Marks(tmp_path / "run")
     for endpoint in endpoints:
         formatter._write(endpoint, b"out\n", None)
         formatter._write(endpoint, b"err\n", 1)
@@ -6867,6 +6934,16 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) ->
     eventually(lambda: not processes(f"sleep {token}"))
 
 
+def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
+    code = (f"import sys, asyncio, signal; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+            f"async def main():\n    print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)\n"
+            "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True)); asyncio.run(main())")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    eventually((sshd.home / "up").exists)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0].split() == [b"mine", b"done"]
+
+
 def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
     with open("big", "wb") as file:
         file.truncate(400_000_000)
@@ -6999,6 +7076,14 @@ def test_closed_standard_error_costs_nothing(options: list[str], out: bytes) -> 
     process.stderr.close()
     assert (process.stdout.read(), process.wait(20)) == (out, 0)
     process.stdout.close()
+
+
+def test_folder_told_to_a_closed_pipe_costs_no_summary(home: Path) -> None:
+    process = start("--demo", "2", "-o", "out", "sleep 0.3; echo x")
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert (process.wait(20), process.stderr.read()) == (1, b"2 ok\n")
+    process.stderr.close()
 
 
 def test_interruption_tells_the_folder(home: Path) -> None:
