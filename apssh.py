@@ -2403,6 +2403,7 @@ class SshNode(_Node):
                         session.abort()
                         # for these, or where stdin is data, the guard waits for the end of the connection
                         if alone := not link.forwards and (link.reserved or (leaderless and link.sessions == 1)):
+                            link.reserved = True  # nobody may join what is to be cut
                             link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)  # does the server hear us?
                         try:
                             await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so

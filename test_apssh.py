@@ -2665,6 +2665,21 @@ def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, free
     run(main())
 
 
+def test_connection_that_is_to_be_cut_takes_nobody_else(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a command whose shell has gone, while its outputs are held: what begins meanwhile runs on another."""
+    async def main() -> None:
+        given_up = asyncio.Event()
+        monkeypatch.setattr(asyncssh.SSHClientConnection, "set_keepalive", lambda *_: given_up.set())
+        async with sshd.node() as node:
+            first = asyncio.create_task(node.run("sleep 30 & true", timeout=1))
+            await given_up.wait()
+            assert await node.run("sleep 2") == 0
+            with pytest.raises(CommandFailedError):
+                await first
+
+    run(main())
+
+
 def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
     token = f"90{os.getpid()}"
 
