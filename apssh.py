@@ -403,7 +403,9 @@ class _Screen:
                 stream.write(data.decode("utf-8", "replace"))
             else:
                 stream.flush()
-                binary.write(data)
+                rest = memoryview(data)
+                while rest:  # an unbuffered stream (python -u) may take a part
+                    rest = rest[binary.write(rest) or 0:]
             stream.flush()
         except BrokenPipeError:
             self.closed = self.closed or not err
@@ -761,7 +763,7 @@ def _ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for what we wait for."""
     handler = signal.getsignal(signal.SIGINT)
     module = str(getattr(getattr(handler, "func", handler), "__module__", ""))  # a user's own, or one that ignores it, stays
-    loops = threading.current_thread() is threading.main_thread() and module.startswith("asyncio.")
+    loops = threading.current_thread() is threading.main_thread() and (module.startswith("asyncio.") or module == __name__)
     if loops:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1419,9 +1421,9 @@ def _keys_of_run(node: SshNode) -> list[Key]:
 # the command had not ended; who does not was left on purpose. All on one line without quote, exclamation mark and backslash, so that
 # any login shell (csh, fish) can pass it on.
 _WATCH_STDIN = "while read -r x; do :; done; "
-_WATCH_PARENT = "while kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is the command's own: look for sshd's process
+_WATCH_PARENT = "while [ $2 -gt 1 ] && kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is data: look for sshd's process
 _WATCHDOG = ('trap : HUP INT TERM; e=; {wait}'
-             'if kill -0 $1; then e=1; else while kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; '
+             'if kill -0 $1; then e=1; else while [ $2 -gt 1 ] && kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; '
              'kill -s 0 -- -$1 && {{ {{ cat <&4; cat <&5; }} & sleep 0.2 || sleep 1; kill $! && e=1; }}; fi; '
              'if [ $e ]; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
              'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
@@ -1436,9 +1438,9 @@ _GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
           'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"')
 # A private folder in the home, and who removes it when sshd's process of this connection is gone before it. A start-up file may have
 # changed the folder and printed half a line; csh leaves copies of its outputs in 3 to 5.
-_FOLDER = 'cd; umask 077; mkdir -p {0} && ( cd {0} && echo && pwd -P )'
-_SENTINEL = (' && {{ ( trap : HUP INT TERM; while kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) '
-             '</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & }}')
+_FOLDER = 'cd; umask 077; mkdir -p {0} || exit; {sentinel}( cd {0} && echo && pwd -P )'
+_SENTINEL = ('( trap : HUP INT TERM; while [ $PPID -gt 1 ] && kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) '
+             '</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & ')
 
 
 def _inert(text: str) -> str:
@@ -1889,6 +1891,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self._sink, self._step = sink, step
         self.chan: asyncssh.SSHClientChannel[bytes] | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # on this side
         self.status: int | str | None = None
         self.error: Exception | None = None
         self.guarded = False  # the guard over there waits for the end of stdin
@@ -1908,8 +1911,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             if not self.error:
                 self._sink.data(data, datatype)
         except Exception as exc:  # the sink's failure (a full disk, a closed pipe) is this command's, not the connection's
-            self.error = exc
-            self.abort()
+            self.fail(exc)
 
     def eof_received(self) -> bool:
         self.whole = True
@@ -1953,8 +1955,13 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.chan.write_eof()
         except Exception as exc:  # the iterator may be a user's
             if not self.ended.done():
-                self.error = self.error or ApsshError(f"standard input: {_reason(exc)}")
-                self.abort()
+                self.fail(ApsshError(f"standard input: {_reason(exc)}"))
+
+    def fail(self, exc: Exception) -> None:
+        """Let who waits for the end give up."""
+        if not self.failed.done():
+            self.error = exc
+            self.failed.set_result(None)
 
 
 class _Node:
@@ -2389,10 +2396,12 @@ class SshNode(_Node):
                     elif not guard:
                         session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
                     with contextlib.nullcontext() if plain else self._shown(command):
-                        await asyncio.wait([session.ended])  # not awaited itself: that would cancel it with us
-                except asyncssh.Error as exc:
+                        # not awaited themselves: that would cancel them with us
+                        await asyncio.wait([session.ended, session.failed], return_when=asyncio.FIRST_COMPLETED)
+                except (asyncssh.Error, ConnectionError) as exc:
                     if await self._refused(link, exc, attempt):
                         continue
+                    step.may_run = not link.alive or isinstance(exc, ConnectionError)  # the request may have arrived
                     raise (self._failure(exc) if link.alive else self._lost(link, step.command or command)) from None
                 finally:
                     if feeder:
@@ -2406,7 +2415,8 @@ class SshNode(_Node):
                             link.reserved = True  # nobody may join what is to be cut
                             link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)  # does the server hear us?
                         try:
-                            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)  # the slot is free when the server says so
+                            # the slot is free when the server says so; the guard waits for 2 s before it kills
+                            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT * (0.5 if alone else 1.3))
                             step.may_run = not (guard and link.alive and (alone or (session.ended.done() and not leaderless)))
                         finally:  # cancelled again
                             if alone:
@@ -2501,17 +2511,18 @@ class SshNode(_Node):
         """A private folder of the host that holds these files, removed afterwards: its path."""
         sftp, said = await self.sftp_connect_lazy(), _HeldSink()
         folder = name = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
-        script = (_FOLDER + _SENTINEL * self.guard).format(folder)
+        script = _FOLDER.format(folder, sentinel=_SENTINEL.format(folder) if self.guard else "")
+        making = StepRecord(command=f"the making of ~/{folder}")
         try:
             try:
-                status = await self._session(f"exec /bin/sh -c '{script}'", StepRecord(), said, None, plain=True)
+                status = await self._session(f"exec /bin/sh -c '{script}'", making, said, None, plain=True)
                 if status or not said.stdout():
                     why = said.stderr().decode("utf-8", "replace").strip() or f"status {status}"
                     raise TransferError(f"~/{name}: {_brief(why, 200)}", host=self.hostname)
                 folder = os.fsdecode(said.stdout().splitlines()[-1])  # absolute: SFTP may begin elsewhere (internal-sftp -d)
                 async with asyncio.TaskGroup() as group:
-                    for name, (data, mode) in files.items():
-                        group.create_task(self._write_private(sftp, f"{folder}/{name}", data, mode))
+                    for file, (data, mode) in files.items():
+                        group.create_task(self._write_private(sftp, f"{folder}/{file}", data, mode))
             except* (asyncssh.Error, OSError, ValueError) as group_exc:
                 exc = group_exc.exceptions[0]
                 if isinstance(exc, ApsshError):
@@ -2527,8 +2538,9 @@ class SshNode(_Node):
 
     @staticmethod
     async def _write_private(sftp: asyncssh.SFTPClient, path: str, data: bytes, mode: int) -> None:
-        async with sftp.open(path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-                             asyncssh.SFTPAttrs(permissions=mode & 0o700), encoding=None) as file:
+        opened = await sftp.open(path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
+                                 asyncssh.SFTPAttrs(permissions=mode & 0o700), encoding=None)
+        async with _Copy._closing(opened) as file:
             await file.write(data, 0)
 
 
@@ -2696,7 +2708,8 @@ class LocalNode(_Node):
     async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
         folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
-        made = subprocess.run(["/bin/sh", "-c", (_FOLDER + _SENTINEL).format(shlex.quote(str(folder)))], capture_output=True, check=False)
+        place = shlex.quote(str(folder))
+        made = subprocess.run(["/bin/sh", "-c", _FOLDER.format(place, sentinel=_SENTINEL.format(place))], capture_output=True, check=False)
         if made.returncode:
             raise TransferError(f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname)
         try:
@@ -5605,24 +5618,27 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
 
 async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
     """Ctrl-C ends the work in order; a second one leaves at once."""
-    task = cast("asyncio.Task[int]", asyncio.current_task())
+    task, loop = cast("asyncio.Task[int]", asyncio.current_task()), asyncio.get_running_loop()
     interrupted = False
 
-    def interrupt() -> None:
+    def interrupt(*_: object) -> None:  # no handler of the loop's: that would wait for a terminal or a pipe that takes no more output
         nonlocal interrupted
-        if interrupted or not task.cancel():
+        if interrupted or task.done():
             os._exit(130)
         interrupted = True
+        loop.call_soon_threadsafe(task.cancel)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, interrupt)
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         return await work
     except asyncio.CancelledError:
         if not interrupted:
             raise
         return 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps, views: Sequence[Any] = (),

@@ -7,6 +7,7 @@ that need several real hosts run too.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import base64
 import contextlib
@@ -648,6 +649,23 @@ def test_line_whatever_the_locale() -> None:
 def test_stderr_line(capfd: Any) -> None:
     apssh.HostFormatter().stderr_line("a word\n", "box")
     assert capfd.readouterr() == ("", "box:a word\n")
+
+
+def test_stream_that_takes_a_part_gets_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unbuffered one does (python -u) after a signal."""
+    class Parts(io.RawIOBase):
+        taken = b""
+
+        def write(self, data: Any) -> int:
+            self.taken += bytes(data[:5])
+            return min(len(data), 5)
+
+    class Stream(io.StringIO):
+        buffer = Parts()
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    apssh._screen.write(b"a line of some length\n")
+    assert Stream.buffer.taken == b"a line of some length\n"
 
 
 def test_output_to_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2813,6 +2831,25 @@ def test_closed_while_it_connects(make_sshd: Callable[..., Sshd], monkeypatch: p
             await task
         assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
         await eventually_async(lambda: not sshd.connections())
+
+    run(main())
+
+
+def test_sink_that_fails_ends_a_command_with_stdin(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose channel does not end by itself."""
+    monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1000)
+    token = f"85{os.getpid()}"
+
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            step = Run(f"sleep {token} & seq 1000; sleep {token}", stdin=given(), capture=Capture("x", Variables()))
+            with pytest.raises(ApsshError, match="of output to hold"):
+                await asyncio.wait_for(step.co_run_remote(node), 5)
+            await eventually_async(lambda: not processes(f"sleep {token}"))
 
     run(main())
 
@@ -7091,6 +7128,22 @@ def test_closed_standard_error_costs_nothing(options: list[str], out: bytes) -> 
     process.stderr.close()
     assert (process.stdout.read(), process.wait(20)) == (out, 0)
     process.stdout.close()
+
+
+def test_interruption_when_nobody_reads(sshd: Sshd) -> None:
+    """A pager, Ctrl-S: the second Ctrl-C leaves at once even so."""
+    token = f"84{os.getpid()}"
+    process = start("-F", "none", "-t", sshd.target, f"sleep {token} & yes")
+    assert process.stdout and process.stderr
+    waiting = array.array("i", [0])
+    eventually(lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, waiting) == 0 and waiting[0] >= 60_000)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # two that come at once are one
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    process.stdout.close()
+    process.stderr.close()
+    eventually(lambda: not processes(f"sleep {token}"))
 
 
 def test_folder_told_to_a_closed_pipe_costs_no_summary(home: Path) -> None:
