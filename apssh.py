@@ -2418,8 +2418,8 @@ class SshNode(_Node):
                             # the slot is free when the server says so; the guard waits for 2 s before it kills
                             await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT * (0.5 if alone else 1.3))
                             step.may_run = not (guard and link.alive and (alone or (session.ended.done() and not leaderless)))
-                        finally:  # cancelled again
-                            if alone:
+                        finally:  # cancelled again; or it ended by itself just before the guard could end it
+                            if alone or (guard and session.status not in ("TERM", "KILL") and link.sessions == 1 and not link.forwards):
                                 link.drop()
                 if session.error:
                     raise session.error

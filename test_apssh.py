@@ -131,7 +131,7 @@ def run(work: Coroutine[Any, Any, Any], timeout: float = 60) -> Any:
     return asyncio.run(main())
 
 
-def eventually(check: Callable[[], Any], timeout: float = 10) -> Any:
+def eventually(check: Callable[[], Any], timeout: float = 30) -> Any:
     """Wait until this is true, and give it back."""
     end = time.monotonic() + timeout
     while not (value := check()):
@@ -140,7 +140,7 @@ def eventually(check: Callable[[], Any], timeout: float = 10) -> Any:
     return value
 
 
-async def eventually_async(check: Callable[[], Any], timeout: float = 10) -> Any:
+async def eventually_async(check: Callable[[], Any], timeout: float = 30) -> Any:
     """The same without holding the loop."""
     end = time.monotonic() + timeout
     while not (value := check()):
