@@ -244,7 +244,7 @@ class Cases:
 
     def case_window(self) -> tuple[Outcome, str, bool]:
         outcome, notes, fine = self._all_ok(min(1000, len(self._hosts)), "-w", "100", "true")
-        return outcome, notes, fine and self._counters.most.value <= 100
+        return outcome, notes, fine and self._counters.most.value <= 100 + SERVERS  # each may be late to see that one has ended
 
     def case_interrupt(self) -> tuple[Outcome, str, bool]:
         """Ctrl-C when all of them are at work."""
