@@ -253,16 +253,16 @@ class Soak:
                     break
                 await asyncio.sleep(0.1)  # until it runs somewhere
             await asyncio.sleep(rnd.uniform(0, 1))
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # not the process's own methods: these reap it behind asyncio's back (status 255)
             if way in ("int", "int twice"):
-                process.send_signal(signal.SIGINT)
+                os.kill(process.pid, signal.SIGINT)
             if way == "int twice":
                 await asyncio.sleep(rnd.uniform(0, 0.3))
-                process.send_signal(signal.SIGINT)
+                os.kill(process.pid, signal.SIGINT)
             if way == "term":
-                process.terminate()
+                os.kill(process.pid, signal.SIGTERM)
             if way == "kill":
-                process.kill()
+                os.kill(process.pid, signal.SIGKILL)
         try:
             code: object = await asyncio.wait_for(process.wait(), 30)
         except TimeoutError:
