@@ -1,4 +1,5 @@
-# SPDX-License-Identifier: MIT - Copyright (c) 2026 the apssh authors - https://spdx.org/licenses/MIT.html
+# SPDX-License-Identifier: MIT - Copyright (c) 2026 the apssh authors -
+# https://spdx.org/licenses/MIT.html
 """apssh: run commands, scripts and copies on many hosts at once, over ssh, from one Python file.
 
     apssh  [options] command ...               run a command, or a local script (-s), on every target
@@ -9,7 +10,8 @@
     apssh -t 'gw.example.org->node1' df -h /  through a gateway
     apssh --demo 3 'echo hello; id -un'        three throw-away hosts inside this process
 
-In Python, a node reaches a host, a step is one command, a job is a list of steps that an asynciojobs Scheduler runs:
+In Python, a node reaches a host, a step is one command, a job is a list of steps that an
+asynciojobs Scheduler runs:
 
     from asynciojobs import Scheduler
     from apssh import SshNode, SshJob, Run
@@ -19,7 +21,8 @@ In Python, a node reaches a host, a step is one command, a job is a list of step
     SshJob(node, command=Run("uname", "-r"), scheduler=scheduler)
     scheduler.run()
 
-Without a scheduler: ``apssh.run("node[1-3]", "uname -r")`` gives a list of results. README.md has the rest.
+Without a scheduler: ``apssh.run("node[1-3]", "uname -r")`` gives a list of results. README.md has
+the rest.
 """
 
 from __future__ import annotations
@@ -72,7 +75,17 @@ import time
 import traceback
 import unicodedata
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -83,66 +96,163 @@ import asyncssh
 __version__ = "1.0.0"
 
 __all__ = [
-    "EXTENDED_DATA_STDERR", "AbstractCommand", "ApsshError", "Capture", "CaptureFormatter", "CommandFailedError",
-    "ConnectionFailedError", "Deferred", "Formatter", "HostFormatter", "HostKeyError", "LocalNode", "Pull", "Push", "RawFormatter",
-    "Result", "Run", "RunScript", "RunString", "ScenarioError", "Service", "SshJob", "SshNode", "SshProxy", "StepRecord",
-    "SubdirFormatter", "TerminalFormatter", "TimeHostFormatter", "TransferError", "UndefinedVariableError", "UsageError", "Variables",
-    "YamlLoader", "close_ssh_in_scheduler", "co_close_ssh_in_scheduler", "co_pull", "co_push", "co_run", "demo_fleet", "escape",
-    "fold_names", "import_private_key", "load_agent_keys", "load_private_keys", "main", "main_pull", "main_push", "pull", "push",
-    "recording", "run", "run_record", "save_record", "timeline_as_svgfile", "timeline_as_text", "topology_as_dotfile",
-    "topology_as_pngfile", "topology_dot", "topology_graph",
+    "EXTENDED_DATA_STDERR",
+    "AbstractCommand",
+    "ApsshError",
+    "Capture",
+    "CaptureFormatter",
+    "CommandFailedError",
+    "ConnectionFailedError",
+    "Deferred",
+    "Formatter",
+    "HostFormatter",
+    "HostKeyError",
+    "LocalNode",
+    "Pull",
+    "Push",
+    "RawFormatter",
+    "Result",
+    "Run",
+    "RunScript",
+    "RunString",
+    "ScenarioError",
+    "Service",
+    "SshJob",
+    "SshNode",
+    "SshProxy",
+    "StepRecord",
+    "SubdirFormatter",
+    "TerminalFormatter",
+    "TimeHostFormatter",
+    "TransferError",
+    "UndefinedVariableError",
+    "UsageError",
+    "Variables",
+    "YamlLoader",
+    "close_ssh_in_scheduler",
+    "co_close_ssh_in_scheduler",
+    "co_pull",
+    "co_push",
+    "co_run",
+    "demo_fleet",
+    "escape",
+    "fold_names",
+    "import_private_key",
+    "load_agent_keys",
+    "load_private_keys",
+    "main",
+    "main_pull",
+    "main_push",
+    "pull",
+    "push",
+    "recording",
+    "run",
+    "run_record",
+    "save_record",
+    "timeline_as_svgfile",
+    "timeline_as_text",
+    "topology_as_dotfile",
+    "topology_as_pngfile",
+    "topology_dot",
+    "topology_graph",
 ]
 
 EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
 
-CONNECT_TIMEOUT = 30.0       # seconds to a ready connection, all hops included: twice what a loaded host takes
-KEEPALIVE_INTERVAL = 9.0     # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
+CONNECT_TIMEOUT = (
+    30.0  # seconds to a ready connection, all hops included: twice what a loaded host takes
+)
+KEEPALIVE_INTERVAL = (
+    9.0  # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
+)
 KEEPALIVE_COUNT = 2
-HANDSHAKES = 128             # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.4 s; distant hosts need many
-HANDSHAKE_TURN = 0.5         # seconds that a host may hold one of these, so that those who stall do not keep the others waiting
-CONNECTS = 1024              # TCP connects at once; they cost nothing but a descriptor
-LOOKUPS = 64                 # host names asked for at once, a thread each
-STARTUPS_PER_HOST = 8        # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
+# key exchanges at once: each is 3 ms of this thread, so the last one waits 0.4 s; distant hosts
+# need many
+HANDSHAKES = 128
+# seconds that a host may hold one of these, so that those who stall do not keep the others
+# waiting
+HANDSHAKE_TURN = 0.5
+CONNECTS = 1024  # TCP connects at once; they cost nothing but a descriptor
+LOOKUPS = 64  # host names asked for at once, a thread each
+STARTUPS_PER_HOST = (
+    8  # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
+)
 SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
-CONNECTIONS_PER_NODE = 8     # connections that one node may open to run more sessions than that at once
-RETRIES_BEFORE_LOGIN = 6     # when sshd drops us before login: 0.2 s, then twice as long each time
-CLOSE_TIMEOUT = 2.0          # seconds that a polite close may take before the connection is cut
-SESSION_WINDOW = 128 * 1024  # bytes in flight for a command's output: costs no speed and bounds memory
-LINE_LIMIT = 1024 * 1024     # bytes; a longer line is cut, so that memory stays bounded
-CAPTURE_LIMIT = 256 * 1024 * 1024  # bytes of one command's output that are held (captures, gather, JSON, results)
-MAX_AUTH_ROUNDS = 8          # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
-KNOWN_HOSTS_FILES = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
-DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa", "~/.ssh/id_ed25519_sk", "~/.ssh/id_ecdsa_sk")
-MAX_TARGETS = 100_000        # names of one run: a slip such as node[1-10000000] is refused before it fills the memory
+CONNECTIONS_PER_NODE = (
+    8  # connections that one node may open to run more sessions than that at once
+)
+RETRIES_BEFORE_LOGIN = 6  # when sshd drops us before login: 0.2 s, then twice as long each time
+CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
+SESSION_WINDOW = (
+    128 * 1024
+)  # bytes in flight for a command's output: costs no speed and bounds memory
+LINE_LIMIT = 1024 * 1024  # bytes; a longer line is cut, so that memory stays bounded
+CAPTURE_LIMIT = (
+    256 * 1024 * 1024
+)  # bytes of one command's output that are held (captures, gather, JSON, results)
+MAX_AUTH_ROUNDS = (
+    8  # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
+)
+KNOWN_HOSTS_FILES = (
+    "~/.ssh/known_hosts",
+    "~/.ssh/known_hosts2",
+    "/etc/ssh/ssh_known_hosts",
+    "/etc/ssh/ssh_known_hosts2",
+)
+DEFAULT_KEYS = (
+    "~/.ssh/id_ed25519",
+    "~/.ssh/id_ecdsa",
+    "~/.ssh/id_rsa",
+    "~/.ssh/id_ed25519_sk",
+    "~/.ssh/id_ecdsa_sk",
+)
+# names of one run: a slip such as node[1-10000000] is refused before it fills the memory
+MAX_TARGETS = 100_000
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
 REMOTE_FOLDER = ".apssh-remote"
-SEND_AT_ONCE = 8192          # bytes; a smaller packet waits for others of the same turn of the loop
+SEND_AT_ONCE = 8192  # bytes; a smaller packet waits for others of the same turn of the loop
 
 # AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
-CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com",
-           "aes128-ctr", "aes192-ctr", "aes256-ctr")
+CIPHERS = (
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "chacha20-poly1305@openssh.com",
+    "aes128-ctr",
+    "aes192-ctr",
+    "aes256-ctr",
+)
 
 _T = TypeVar("_T")
-Endpoint = tuple[str, str, int]  # user, host, port: what tells two nodes apart in columns and file names
+Endpoint = tuple[
+    str, str, int
+]  # user, host, port: what tells two nodes apart in columns and file names
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors: one root, one line each, and the data they are about
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ApsshError(Exception):
     """The root of all that apssh raises.
 
-    Attributes: ``message`` (the cause, one line), ``host`` (empty when no host is concerned), ``kind`` (one of dns, refused,
-    timeout, hostkey, auth, lost, signal, status, local), ``command`` and ``status`` (exit status, or the signal's name).
+    Attributes: ``message`` (the cause, one line), ``host`` (empty when no host is concerned),
+    ``kind`` (one of dns, refused, timeout, hostkey, auth, lost, signal, status, local), ``command``
+    and ``status`` (exit status, or the signal's name).
     """
 
     kind = "local"
 
-    def __init__(self, message: str, *, host: str = "", kind: str | None = None, command: str = "",
-                 status: int | str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        host: str = "",
+        kind: str | None = None,
+        command: str = "",
+        status: int | str | None = None,
+    ) -> None:
         super().__init__(message)
         self.message, self.host, self.command, self.status = message, host, command, status
         if kind:
@@ -157,19 +267,25 @@ class UsageError(ApsshError, ValueError):
 
 
 class ConnectionFailedError(ApsshError):
-    """A host could not be reached, or was lost; ``kind`` is dns, refused, timeout, hostkey, auth or lost."""
+    """A host could not be reached, or was lost; ``kind`` is dns, refused, timeout, hostkey, auth or
+    lost.
+    """
 
     kind = "lost"
 
 
 class HostKeyError(ConnectionFailedError):
-    """The key that a host presented is not the one it must have (or, under policy yes, is not known)."""
+    """The key that a host presented is not the one it must have (or, under policy yes, is not
+    known).
+    """
 
     kind = "hostkey"
 
 
 class CommandFailedError(ApsshError):
-    """A command ended with a status that is not a success, or by a signal, or had to be ended (kind timeout)."""
+    """A command ended with a status that is not a success, or by a signal, or had to be ended (kind
+    timeout).
+    """
 
     kind = "status"
 
@@ -186,12 +302,14 @@ class ScenarioError(UsageError):
     """A mistake in a YAML scenario; the message names file, line, section and id."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text: names, ranges and folding, control characters: pure functions
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# patterns are texts, for re to compile when they are first used: at import they would cost a tenth of it
-_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"  # C0, C1, what has no width, bidi
+# patterns are texts, for re to compile when they are first used: at import they would cost a tenth
+# of it
+# C0, C1, what has no width, bidi
+_CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
 _NOT_SHOWN = f"[{_CONTROLS}]"
 _NOT_SHOWN_OUTPUT = r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]"
 _PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
@@ -199,17 +317,25 @@ _NOT_IN_FILE_NAME = rf"^[-.]|[\t/~{_CONTROLS}]"
 
 
 def escape(text: str) -> str:
-    r"""The text on one line, with no power over a terminal: control characters but tab, line separators and bidi
-    overrides are shown as ``\n``, ``\x1b``, ``\u202e``; bytes that were not UTF-8 (surrogateescape) as ``\xff``."""
+    r"""The text on one line, with no power over a terminal: control characters but tab, line
+    separators and bidi overrides are shown as ``\n``, ``\x1b``, ``\u202e``; bytes that were not
+    UTF-8 (surrogateescape) as ``\xff``.
+    """
     return re.sub(_NOT_SHOWN, _visible, text)
 
 
 def _escape_bytes(data: bytes) -> bytes:
-    """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and UTF-8 text pass."""
-    if not data.translate(None, _PLAIN_BYTES):  # ten times faster than a search, and true of most output
+    """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and
+    UTF-8 text pass.
+    """
+    if not data.translate(
+        None, _PLAIN_BYTES
+    ):  # ten times faster than a search, and true of most output
         return data
     text = re.sub(_NOT_SHOWN_OUTPUT, _visible, data.decode("utf-8", "surrogateescape"))
-    text = re.sub(r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)", "\\1\x1b[0m", text)  # no colour runs on into the next line
+    text = re.sub(
+        r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)", "\\1\x1b[0m", text
+    )  # no colour runs on into the next line
     return text.encode("utf-8", "surrogateescape")
 
 
@@ -220,20 +346,28 @@ def _visible(match: re.Match[str]) -> str:
 
 def _brief(text: str, most: int = 80) -> str:
     """A text from outside as an error shows it: a server may send a hundred thousand bytes."""
-    return escape(text if len(text) <= most else text[:most - 3] + "...")
+    return escape(text if len(text) <= most else text[: most - 3] + "...")
 
 
 def _expand_ranges(text: str) -> list[str]:
-    """The names meant by ``node[01-20,25]``: brackets multiply, zeros are kept, an IPv6 address in brackets stays."""
+    """The names meant by ``node[01-20,25]``: brackets multiply, zeros are kept, an IPv6 address in
+    brackets stays.
+    """
     pieces = re.split(r"(\[[^][]*+\])", text)
     fixed = "".join(pieces[::2])
     if "[" in fixed or "]" in fixed:
-        raise UsageError(f"{_brief(text)}: brackets must be closed and not nested, as in node[01-20,25]")
+        raise UsageError(
+            f"{_brief(text)}: brackets must be closed and not nested, as in node[01-20,25]"
+        )
     if len(fixed) + len(pieces) > MAX_TARGET_TEXT:
         raise UsageError(f"{_brief(text)}: too long for a target")
     names = [pieces[0]]
     for bracket, rest in zip(pieces[1::2], pieces[2::2], strict=True):
-        numbers = [bracket] if ":" in bracket else _expand_numbers(bracket, text, most=MAX_TARGETS // len(names))
+        numbers = (
+            [bracket]
+            if ":" in bracket
+            else _expand_numbers(bracket, text, most=MAX_TARGETS // len(names))
+        )
         names = [name + number + rest for name in names for number in numbers]
     return names
 
@@ -243,7 +377,9 @@ def _expand_numbers(bracket: str, text: str, *, most: int) -> list[str]:
     for item in bracket[1:-1].split(","):
         match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item)
         if not match:
-            raise UsageError(f"{_brief(text)}: '{_brief(item)}' is not a number or a range such as 01-20")
+            raise UsageError(
+                f"{_brief(text)}: '{_brief(item)}' is not a number or a range such as 01-20"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
             raise UsageError(f"{_brief(text)}: {item} runs backwards; write {match[2]}-{match[1]}")
@@ -254,22 +390,33 @@ def _expand_numbers(bracket: str, text: str, *, most: int) -> list[str]:
 
 
 def fold_names(names: Iterable[str]) -> str:
-    """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand as they are."""
-    rows = [[name] if name.count(":") > 1 or "[" in name else re.split("([0-9]{1,18})", name) for name in set(names)]
+    """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand
+    as they are.
+    """
+    rows = [
+        [name] if name.count(":") > 1 or "[" in name else re.split("([0-9]{1,18})", name)
+        for name in set(names)
+    ]
     rows.sort(key=lambda row: (row[::2], [(int(digits), len(digits)) for digits in row[1::2]]))
     folded: list[str] = []
     for texts, group in itertools.groupby(rows, key=lambda row: row[::2]):
         alike = list(group)
-        for place in reversed(range(1, 2 * len(texts) - 1, 2)):  # from the last number on: racks [1-2] of nodes [1-30]
-            cuts = [((row[:place], row[place + 1:]), row[place]) for row in alike]
-            alike = [[*left, _fold_numbers([number for _, number in run]), *right]
-                     for (left, right), run in itertools.groupby(cuts, key=lambda cut: cut[0])]
+        for place in reversed(
+            range(1, 2 * len(texts) - 1, 2)
+        ):  # from the last number on: racks [1-2] of nodes [1-30]
+            cuts = [((row[:place], row[place + 1 :]), row[place]) for row in alike]
+            alike = [
+                [*left, _fold_numbers([number for _, number in run]), *right]
+                for (left, right), run in itertools.groupby(cuts, key=lambda cut: cut[0])
+            ]
         folded += map("".join, alike)
     return ",".join(folded)
 
 
 def _fold_numbers(numbers: list[str]) -> str:
-    """``01 02 03 07`` as ``[01-03,07]``; a run goes on only where expanding gives these very digits."""
+    """``01 02 03 07`` as ``[01-03,07]``; a run goes on only where expanding gives these very
+    digits.
+    """
     runs: list[list[str]] = []
     for digits in numbers:
         if runs and digits == str(int(runs[-1][-1]) + 1).zfill(len(runs[-1][0])):
@@ -281,7 +428,11 @@ def _fold_numbers(numbers: list[str]) -> str:
 
 def _short_name(host: str) -> str:
     """Up to the first dot; an IP address stays whole."""
-    return host if ":" in host or host.rpartition(".")[2].isdecimal() else host.partition(".")[0] or host
+    return (
+        host
+        if ":" in host or host.rpartition(".")[2].isdecimal()
+        else host.partition(".")[0] or host
+    )
 
 
 def _endpoint_text(host: str, user: str | None = None, port: int | None = None) -> str:
@@ -290,35 +441,62 @@ def _endpoint_text(host: str, user: str | None = None, port: int | None = None) 
 
 
 def _file_name(endpoint: Endpoint, form: str) -> str:
-    """One name of an endpoint, as one visible file name of at most 200 bytes; ``~`` is kept for numbers."""
+    """One name of an endpoint, as one visible file name of at most 200 bytes; ``~`` is kept for
+    numbers.
+    """
     user, host, port = endpoint
-    text = _endpoint_text(host if "domain" in form else _short_name(host),
-                          user if "user" in form else None, port if "port" in form else None)
+    text = _endpoint_text(
+        host if "domain" in form else _short_name(host),
+        user if "user" in form else None,
+        port if "port" in form else None,
+    )
     name = re.sub(_NOT_IN_FILE_NAME, "_", text or "_").encode()[:200].decode("utf-8", "ignore")
-    return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name  # these are names of -m and -o themselves
+    return (
+        f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name
+    )  # these are names of -m and -o themselves
 
 
-def _distinct_names(endpoints: Collection[Endpoint], used: Mapping[Endpoint, str]) -> dict[Endpoint, str]:
-    """For each endpoint the shortest text that no other has, even where case is ignored, made safe as a file's name; names in
-    use stay."""
+def _distinct_names(
+    endpoints: Collection[Endpoint], used: Mapping[Endpoint, str]
+) -> dict[Endpoint, str]:
+    """For each endpoint the shortest text that no other has, even where case is ignored, made safe
+    as a file's name; names in use stay.
+    """
     names = dict(used)
     taken = {name.casefold() for name in used.values()}
-    for form in ("", "domain", "user", "port", "user domain", "domain port", "user port", "user domain port"):
+    for form in (
+        "",
+        "domain",
+        "user",
+        "port",
+        "user domain",
+        "domain port",
+        "user port",
+        "user domain port",
+    ):
         texts = {endpoint: _file_name(endpoint, form) for endpoint in endpoints}
         counts = collections.Counter(text.casefold() for text in texts.values())
         for endpoint, text in texts.items():
-            if endpoint not in names and counts[text.casefold()] == 1 and text.casefold() not in taken:
+            if (
+                endpoint not in names
+                and counts[text.casefold()] == 1
+                and text.casefold() not in taken
+            ):
                 names[endpoint] = text
                 taken.add(text.casefold())
         if len(names) == len(texts):
             break
-    for number, (endpoint, text) in enumerate(texts.items(), 1):  # these differ by case or by refused characters only
+    for number, (endpoint, text) in enumerate(
+        texts.items(), 1
+    ):  # these differ by case or by refused characters only
         names.setdefault(endpoint, f"{text}~{number}")
     return names
 
 
 def _write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file (/dev/null) is written to."""
+    """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file
+    (/dev/null) is written to.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         Path(path).write_text(text, "utf-8")
         return
@@ -338,7 +516,9 @@ _HOST = r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.
 
 def _is_host(text: str) -> bool:
     with contextlib.suppress(ValueError):
-        return len(text) < 254 and bool(re.fullmatch(_HOST, text) and (":" not in text or ipaddress.IPv6Address(text)))
+        return len(text) < 254 and bool(
+            re.fullmatch(_HOST, text) and (":" not in text or ipaddress.IPv6Address(text))
+        )
     return False
 
 
@@ -359,7 +539,9 @@ class Hop:
 
 def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
     user, at, address = text.rpartition("@")
-    has_port = address[-1:] != "]" and (address[:1] == "[" or address.count(":") == 1)  # more colons: an IPv6 address
+    has_port = address[-1:] != "]" and (
+        address[:1] == "[" or address.count(":") == 1
+    )  # more colons: an IPv6 address
     host, colon, digits = address.rpartition(":") if has_port else (address, "", "")
     host = host.removeprefix("[").removesuffix("]")
     name = user if at else login
@@ -368,7 +550,10 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     for wrong, problem in (
         (not host, "a host is missing"),
         (not _is_host(host), f"'{_brief(host)}' is not a host name or an address"),
-        (name is not None and not re.fullmatch(_USER, name), f"'{_brief(name or '')}' is not a user name"),
+        (
+            name is not None and not re.fullmatch(_USER, name),
+            f"'{_brief(name or '')}' is not a user name",
+        ),
         (port is not None and not 0 < port < 65536, "a port is a number from 1 to 65535"),
     ):
         if wrong:
@@ -376,13 +561,15 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     return Hop(host, name, port)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # formatters: events in, bytes out
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _Screen:
-    """Standard output and error, shared by all that writes to them, with at most one line of progress on a terminal."""
+    """Standard output and error, shared by all that writes to them, with at most one line of
+    progress on a terminal.
+    """
 
     def __init__(self) -> None:
         self.progress = ""
@@ -405,7 +592,7 @@ class _Screen:
                 stream.flush()
                 rest = memoryview(data)
                 while rest:  # an unbuffered stream (python -u) may take a part
-                    rest = rest[binary.write(rest) or 0:]
+                    rest = rest[binary.write(rest) or 0 :]
             stream.flush()
         except BrokenPipeError:
             self.closed = self.closed or not err
@@ -452,7 +639,9 @@ class _Lines:
         if cut:
             self._pieces.append(data[:cut])
             whole = b"".join(self._pieces)
-            self._pieces, self._size = ([data[cut:]], len(data) - cut) if cut < len(data) else ([], 0)
+            self._pieces, self._size = (
+                ([data[cut:]], len(data) - cut) if cut < len(data) else ([], 0)
+            )
             return whole
         self._pieces.append(data)
         self._size += len(data)
@@ -483,7 +672,9 @@ class _LineSink:
 
 
 class _HeldSink:
-    """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its place."""
+    """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its
+    place.
+    """
 
     def __init__(self, passed: _Sink | None = None) -> None:
         self.pieces: dict[int | None, list[bytes]] = {None: [], EXTENDED_DATA_STDERR: []}
@@ -496,7 +687,7 @@ class _HeldSink:
             return
         self._size += len(data)
         if self._size > CAPTURE_LIMIT:
-            raise ApsshError(f"more than {CAPTURE_LIMIT // 1024 ** 2} MiB of output to hold")
+            raise ApsshError(f"more than {CAPTURE_LIMIT // 1024**2} MiB of output to hold")
         self.pieces[datatype].append(data)
 
     def end(self) -> None:
@@ -519,16 +710,22 @@ _FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
 class Formatter:
     """Shows what hosts print, and (with ``verbose``) what happens to connections.
 
-    Subclasses may redefine ``line``, and any of the events. ``custom_format`` is a template of strftime's fields and ``{time}``
-    (%H-%M-%S), ``{host}`` (short name), ``{fqdn}``, ``{user}`` (``user@``), ``{line}``, ``{linenl}``, ``{nl}``; an unknown
-    field raises UsageError. Text from a host is never read as a template.
+    Subclasses may redefine ``line``, and any of the events. ``custom_format`` is a template of
+    strftime's fields and ``{time}`` (%H-%M-%S), ``{host}`` (short name), ``{fqdn}``, ``{user}``
+    (``user@``), ``{line}``, ``{linenl}``, ``{nl}``; an unknown field raises UsageError. Text from a
+    host is never read as a template.
     """
 
     custom_format = "{linenl}"
-    raw = False  # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
+    # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
+    raw = False
 
     verbose = False
-    _speaker: Endpoint = ("", "", 22)  # whose lines are being handed to ``line``, which is told no more than the host
+    _speaker: Endpoint = (
+        "",
+        "",
+        22,
+    )  # whose lines are being handed to ``line``, which is told no more than the host
     _endpoints: dict[Endpoint, None]
     _verbose_hosts: set[str]
     _names: dict[Endpoint, str]
@@ -546,14 +743,18 @@ class Formatter:
             self.custom_format = custom_format
         for field in re.findall(_FIELD, self.custom_format):
             if field not in _FIELDS:
-                raise UsageError(f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
-                                 + " ".join(f"{{{name}}}" for name in _FIELDS))
+                raise UsageError(
+                    f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
+                    + " ".join(f"{{{name}}}" for name in _FIELDS)
+                )
 
     # events; the ones about connections and sessions are words on stderr, when asked
 
     def connection_made(self, hostname: str, username: str, direct: bool) -> None:
         """A TCP connection (direct), or a channel of a gateway, is there."""
-        self._event(hostname, f"connected as {username}" + ("" if direct else ", through a gateway"))
+        self._event(
+            hostname, f"connected as {username}" + ("" if direct else ", through a gateway")
+        )
 
     def connection_lost(self, hostname: str, exc: Exception | None, username: str) -> None:
         """The connection has ended; ``exc`` says why, None when it was closed on purpose."""
@@ -580,12 +781,19 @@ class Formatter:
         self._event(hostname, "SFTP session ended")
 
     def line(self, line: str, datatype: int | None, hostname: str) -> None:
-        """One line of output, newline included; ``datatype`` is EXTENDED_DATA_STDERR for stderr, None for stdout.
+        """One line of output, newline included; ``datatype`` is EXTENDED_DATA_STDERR for stderr,
+        None for stdout.
 
-        Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it with another text.
+        Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it
+        with another text.
         """
-        endpoint = next((each for each in (self._speaker, *self._endpoints) if each[1] == hostname), ("", hostname, 22))
-        self._write(endpoint, self._render(endpoint, line.encode("utf-8", "surrogateescape")), datatype)
+        endpoint = next(
+            (each for each in (self._speaker, *self._endpoints) if each[1] == hostname),
+            ("", hostname, 22),
+        )
+        self._write(
+            endpoint, self._render(endpoint, line.encode("utf-8", "surrogateescape")), datatype
+        )
 
     def stderr_line(self, line: str, hostname: str) -> None:
         """One line of apssh's own about a host."""
@@ -597,8 +805,12 @@ class Formatter:
         if self.verbose or hostname in self._verbose_hosts:
             _screen.say(f"{escape(hostname)}: {escape(text)}")
 
-    def _node_added(self, endpoint: Endpoint, verbose: bool, before: Endpoint | None = None) -> None:
-        """Columns and file names are chosen among the nodes that share this formatter; ``before``: what this one was until now."""
+    def _node_added(
+        self, endpoint: Endpoint, verbose: bool, before: Endpoint | None = None
+    ) -> None:
+        """Columns and file names are chosen among the nodes that share this formatter; ``before``:
+        what this one was until now.
+        """
         if verbose:
             self._verbose_hosts.add(endpoint[1])
         if before and before != endpoint:
@@ -634,7 +846,9 @@ class Formatter:
                 self._speaker = Formatter._speaker
 
     def _render(self, endpoint: Endpoint, lines: bytes) -> bytes:
-        """Each line put in the template: one ``replace`` a chunk, since a call a line would cost ten times more."""
+        """Each line put in the template: one ``replace`` a chunk, since a call a line would cost
+        ten times more.
+        """
         if endpoint not in self._parts:
             self._parts[endpoint] = self._template(endpoint)
         parts, timed = self._parts[endpoint]
@@ -648,17 +862,32 @@ class Formatter:
         return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
 
     def _template(self, endpoint: Endpoint) -> tuple[list[str], bool]:
-        """The template for one endpoint: texts (strftime still to come) to put the line between; whether it tells time."""
+        """The template for one endpoint: texts (strftime still to come) to put the line between;
+        whether it tells time.
+        """
         user, fqdn, _ = endpoint
         name = self._name(endpoint)
         width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
         fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
-        values = {"host": name.ljust(width), "fqdn": fqdn.ljust(fqdn_width), "user": f"{user}@" if user else "", "nl": "\n"}
+        values = {
+            "host": name.ljust(width),
+            "fqdn": fqdn.ljust(fqdn_width),
+            "user": f"{user}@" if user else "",
+            "nl": "\n",
+        }
         timed = "%" in self.custom_format or "{time}" in self.custom_format
-        values = {field: value.replace("%", "%%" if timed else "%") for field, value in values.items()}
-        values |= {"time": "%H-%M-%S", "line": "\udfff", "linenl": "\udfff\n"}  # a character that no text can hold
+        values = {
+            field: value.replace("%", "%%" if timed else "%") for field, value in values.items()
+        }
+        values |= {
+            "time": "%H-%M-%S",
+            "line": "\udfff",
+            "linenl": "\udfff\n",
+        }  # a character that no text can hold
         text = re.sub(_FIELD, lambda match: values.get(match[1], match[0]), self.custom_format)
-        return (text if text.endswith("\n") else f"{text}\n").split("\udfff"), timed  # lines of two hosts never share one
+        return (text if text.endswith("\n") else f"{text}\n").split(
+            "\udfff"
+        ), timed  # lines of two hosts never share one
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         """Rendered lines on their way out."""
@@ -673,7 +902,9 @@ class TerminalFormatter(Formatter):
 
 
 class RawFormatter(Formatter):
-    """What hosts print, and nothing else: bytes as they were sent (lines of several hosts are kept whole)."""
+    """What hosts print, and nothing else: bytes as they were sent (lines of several hosts are kept
+    whole).
+    """
 
     raw = True
 
@@ -691,7 +922,9 @@ class TimeHostFormatter(Formatter):
 
 
 class SubdirFormatter(Formatter):
-    """Files instead of a terminal: ``<run_name>/<hostname>`` for stdout, ``<hostname>.err`` for stderr (if any)."""
+    """Files instead of a terminal: ``<run_name>/<hostname>`` for stdout, ``<hostname>.err`` for
+    stderr (if any).
+    """
 
     def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
         super().__init__(None, verbose)
@@ -709,7 +942,11 @@ class SubdirFormatter(Formatter):
         if first:
             self._begun.add(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if first else os.O_APPEND), 0o666)
+        fd = os.open(
+            path,
+            os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if first else os.O_APPEND),
+            0o666,
+        )
         with open(fd, "ab") as file:
             file.write(data)
 
@@ -737,9 +974,9 @@ class CaptureFormatter(Formatter):
             self._held.data(data, None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # credentials: keys, agent and passphrases; known hosts and their policy; what ssh -G says of a host
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Key = Any  # asyncssh.SSHKey, an SSHKeyPair, a (key, certificate) pair, or an _AgentKey
 
@@ -753,17 +990,25 @@ class _AgentKey:
     comment: str
 
 
-_imported: dict[bytes, asyncssh.SSHKey] = {}  # digest of the file: a passphrase is asked once for the whole run
+_imported: dict[
+    bytes, asyncssh.SSHKey
+] = {}  # digest of the file: a passphrase is asked once for the whole run
 _import_lock = threading.Lock()
 _accepted_keys: set[bytes] = set()  # public keys that logged in: offered first to the next hosts
 
 
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
-    """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for what we wait for."""
+    """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for
+    what we wait for.
+    """
     handler = signal.getsignal(signal.SIGINT)
-    module = str(getattr(getattr(handler, "func", handler), "__module__", ""))  # a user's own, or one that ignores it, stays
-    loops = threading.current_thread() is threading.main_thread() and (module.startswith("asyncio.") or module == __name__)
+    module = str(
+        getattr(getattr(handler, "func", handler), "__module__", "")
+    )  # a user's own, or one that ignores it, stays
+    loops = threading.current_thread() is threading.main_thread() and (
+        module.startswith("asyncio.") or module == __name__
+    )
     if loops:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -787,10 +1032,11 @@ def _ask_secret(prompt: str) -> str:
 
 
 def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
-    """Load one private key; an encrypted one asks for its passphrase on the terminal, once for the whole run.
+    """Load one private key; an encrypted one asks for its passphrase on the terminal, once for the
+    whole run.
 
-    Raises UsageError when the file is missing, unreadable or not a private key, when the passphrase is wrong three
-    times, and when it is encrypted and there is no terminal.
+    Raises UsageError when the file is missing, unreadable or not a private key, when the passphrase
+    is wrong three times, and when it is encrypted and there is no terminal.
     """
     path = Path(filename).expanduser()
     try:
@@ -849,11 +1095,15 @@ async def _agent_pairs(path: str) -> AsyncIterator[dict[bytes, asyncssh.SSHKeyPa
 
 
 def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[Key]:
-    """What a named key file stands for: the agent's key when it holds it, else the file, with its certificate."""
+    """What a named key file stands for: the agent's key when it holds it, else the file, with its
+    certificate.
+    """
     path = Path(filename).expanduser()
     certificates: list[asyncssh.SSHCertificate] = []
     with contextlib.suppress(OSError, ValueError):
-        certificates = [asyncssh.read_certificate(path.with_name(path.name.removesuffix(".pub") + "-cert.pub"))]
+        certificates = [
+            asyncssh.read_certificate(path.with_name(path.name.removesuffix(".pub") + "-cert.pub"))
+        ]
     with contextlib.suppress(OSError, ValueError):
         public = path if path.suffix == ".pub" else path.with_name(path.name + ".pub")
         data = asyncssh.read_public_key(public).public_data
@@ -864,9 +1114,13 @@ def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[K
 
 
 def _usable_keys(files: Sequence[str], agent_keys: Callable[[], list[Key]]) -> list[Key]:
-    """What these files (none: the default ones that exist) stand for; one that cannot be used is skipped, as ssh does."""
+    """What these files (none: the default ones that exist) stand for; one that cannot be used is
+    skipped, as ssh does.
+    """
     keys: list[Key] = []
-    for file in files or [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]:
+    for file in files or [
+        each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))
+    ]:
         try:
             keys += _key_from_file(file, agent_keys) if file != "none" else []
         except UsageError as exc:
@@ -874,19 +1128,25 @@ def _usable_keys(files: Sequence[str], agent_keys: Callable[[], list[Key]]) -> l
     return keys
 
 
-def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None,
-                      verbose: bool = False) -> list[Key]:
-    """The keys to log in with: those named, and only they; else the agent's; else ~/.ssh/id_ed25519, id_ecdsa, id_rsa
-    and their _sk forms, as far as they exist.
+def load_private_keys(
+    command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None, verbose: bool = False
+) -> list[Key]:
+    """The keys to log in with: those named, and only they; else the agent's; else
+    ~/.ssh/id_ed25519, id_ecdsa, id_rsa and their _sk forms, as far as they exist.
 
-    A named key that the agent holds too is used through the agent; a certificate beside a key (``key-cert.pub``) goes
-    with it. Works with or without a running loop. Raises UsageError for a named key that does not exist or parse.
+    A named key that the agent holds too is used through the agent; a certificate beside a key
+    (``key-cert.pub``) goes with it. Works with or without a running loop. Raises UsageError for a
+    named key that does not exist or parse.
     """
     agent_keys = functools.cache(load_agent_keys)
     keys: list[Key] = []
     if command_line_keys:
         for named in command_line_keys:
-            keys += _key_from_file(os.fspath(named), agent_keys) if isinstance(named, str | os.PathLike) else [named]
+            keys += (
+                _key_from_file(os.fspath(named), agent_keys)
+                if isinstance(named, str | os.PathLike)
+                else [named]
+            )
     else:
         keys = list(agent_keys()) or _usable_keys((), agent_keys)
     if verbose:
@@ -896,7 +1156,9 @@ def load_private_keys(command_line_keys: Collection[str | os.PathLike[str] | Key
 
 @contextlib.asynccontextmanager
 async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKeyPair]]:
-    """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), best candidates first."""
+    """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), best
+    candidates first.
+    """
     async with contextlib.AsyncExitStack() as stack:
         agents: dict[str, dict[bytes, asyncssh.SSHKeyPair]] = {}
         pairs: dict[bytes, asyncssh.SSHKeyPair] = {}
@@ -906,7 +1168,9 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
                 key, certificate = key
             if isinstance(key, _AgentKey):
                 if key.agent_path not in agents:
-                    agents[key.agent_path] = await stack.enter_async_context(_agent_pairs(key.agent_path))
+                    agents[key.agent_path] = await stack.enter_async_context(
+                        _agent_pairs(key.agent_path)
+                    )
                 held = agents[key.agent_path].get(key.public_data)
                 fresh = [held] if held else []
             else:
@@ -935,7 +1199,9 @@ class _KnownKey:
     def public(self) -> asyncssh.SSHKey | None:
         """None where the data is no key, or of a type unheard of: ssh skips such a line."""
         with contextlib.suppress(ValueError, OverflowError):
-            return asyncssh.import_public_key(f"{self.algorithm} {base64.b64encode(self.blob).decode()}")
+            return asyncssh.import_public_key(
+                f"{self.algorithm} {base64.b64encode(self.blob).decode()}"
+            )
         return None
 
     def __str__(self) -> str:
@@ -949,10 +1215,17 @@ def _fingerprint(algorithm: str, blob: bytes) -> str:
     return f"{kind}{'-SK' if algorithm.startswith('sk-') else ''} SHA256:{digest}"
 
 
-def _matches_patterns(patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE) -> bool:
+def _matches_patterns(
+    patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE
+) -> bool:
     """OpenSSH's pattern lists: ``*`` and ``?``, and ``!`` which excludes whatever else matches."""
-    matching = [pattern for pattern in patterns
-                if re.fullmatch(re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags)]
+    matching = [
+        pattern
+        for pattern in patterns
+        if re.fullmatch(
+            re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags
+        )
+    ]
     return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
 
 
@@ -960,13 +1233,17 @@ _INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5
 
 
 def _hmac_states(salt: bytes) -> tuple[Any, Any]:
-    """HMAC-SHA1 under this key as far as it is the same for all names: asking for a name then costs a third of hmac.digest."""
+    """HMAC-SHA1 under this key as far as it is the same for all names: asking for a name then costs
+    a third of hmac.digest.
+    """
     key = salt.ljust(64, b"\0")
     return hashlib.sha1(key.translate(_INNER)), hashlib.sha1(key.translate(_OUTER))
 
 
 class _KnownHosts:
-    """Some known_hosts files, parsed once as long as they do not change; the first is the one that is written to."""
+    """Some known_hosts files, parsed once as long as they do not change; the first is the one that
+    is written to.
+    """
 
     _of_files: ClassVar[dict[tuple[str, ...], _KnownHosts]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -990,11 +1267,17 @@ class _KnownHosts:
             return
         self._stamp = stamp
         self._plain: dict[str, list[_KnownKey]] = {}
-        self._hashed: dict[bool, list[tuple[Any, Any, bytes, _KnownKey]]] = {False: [], True: []}  # by: has a marker
+        self._hashed: dict[bool, list[tuple[Any, Any, bytes, _KnownKey]]] = {
+            False: [],
+            True: [],
+        }  # by: has a marker
         self._patterns: list[tuple[list[str], _KnownKey]] = []
         self._lines = 0  # of the first file
         for file in self._files:
-            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
+            with (
+                contextlib.suppress(OSError),
+                open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
+            ):
                 for number, line in enumerate(lines, 1):
                     self._parse(line, file, number)
                     self._lines += file == self._files[0]
@@ -1013,11 +1296,15 @@ class _KnownHosts:
         """A line that is not one is skipped, as ssh does."""
         fields = line.split(maxsplit=4)
         marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
-        if len(fields) < 3 or fields[0].startswith("#") or marker not in ("", "@revoked", "@cert-authority"):
+        if (
+            len(fields) < 3
+            or fields[0].startswith("#")
+            or marker not in ("", "@revoked", "@cert-authority")
+        ):
             return
         try:
             blob = base64.b64decode(fields[2], validate=True)
-            if blob[4:4 + int.from_bytes(blob[:4], "big")] != fields[1].encode():
+            if blob[4 : 4 + int.from_bytes(blob[:4], "big")] != fields[1].encode():
                 return
             key = _KnownKey(marker, fields[1], blob, file, number)
             if fields[0].startswith("|1|"):
@@ -1034,11 +1321,15 @@ class _KnownHosts:
                 self._plain.setdefault(name.lower(), []).append(key)
 
     def find(self, name: str, *, marked: bool = False) -> list[_KnownKey]:
-        """The lines about a name (``host``, or ``[host]:port``); ``marked``: of the hashed ones those that have a marker will do."""
+        """The lines about a name (``host``, or ``[host]:port``); ``marked``: of the hashed ones
+        those that have a marker will do.
+        """
         name = name.lower()
         data = name.encode("utf-8", "surrogateescape")
         found = list(self._plain.get(name, ()))
-        for inner, outer, digest, key in itertools.chain(() if marked else self._hashed[False], self._hashed[True]):
+        for inner, outer, digest, key in itertools.chain(
+            () if marked else self._hashed[False], self._hashed[True]
+        ):
             (first := inner.copy()).update(data)
             (second := outer.copy()).update(first.digest())
             if second.digest() == digest:
@@ -1053,7 +1344,9 @@ class _KnownHosts:
         try:
             with self._lock:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b") as file:
+                with open(
+                    os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b"
+                ) as file:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     self._refresh()  # somebody else may have added it
                     if known := [each for each in self.find(name) if not each.marker]:
@@ -1081,13 +1374,25 @@ _POLICIES = ("accept-new", "ask", "yes", "no")  # ask means accept-new: nobody i
 
 
 def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
-    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else accept-new."""
+    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else
+    accept-new.
+    """
     variable = os.environ.get("APSSH_HOST_KEYS", "")
     policy, colon, patterns = variable.partition(":")
     if policy not in ("", *_POLICIES):
-        raise UsageError(f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*")
-    matching = [word for each in patterns.split(",") if fnmatch.fnmatchcase(host, (word := each.strip()).removeprefix("!"))]
-    if given is None and variable and (not colon or (matching and not any(word.startswith("!") for word in matching))):
+        raise UsageError(
+            f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*"
+        )
+    matching = [
+        word
+        for each in patterns.split(",")
+        if fnmatch.fnmatchcase(host, (word := each.strip()).removeprefix("!"))
+    ]
+    if (
+        given is None
+        and variable
+        and (not colon or (matching and not any(word.startswith("!") for word in matching)))
+    ):
         given = policy
     given = given or configured or "accept-new"
     if given not in _POLICIES:
@@ -1096,12 +1401,22 @@ def _host_key_policy(host: str, given: str | None, configured: str | None) -> st
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
-_HOST_KEY_ALGORITHMS = ["ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", *_RSA]
-_CERTIFICATE_ALGORITHMS = [f"{algorithm}-cert-v01@openssh.com" for algorithm in _HOST_KEY_ALGORITHMS]
+_HOST_KEY_ALGORITHMS = [
+    "ssh-ed25519",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    *_RSA,
+]
+_CERTIFICATE_ALGORITHMS = [
+    f"{algorithm}-cert-v01@openssh.com" for algorithm in _HOST_KEY_ALGORITHMS
+]
 
 
 class _Trust:
-    """Decides about the key that one host presents; every connection and every hop comes through here."""
+    """Decides about the key that one host presents; every connection and every hop comes through
+    here.
+    """
 
     def __init__(self, node: SshNode, certified: bool = True) -> None:
         self._node = weakref.proxy(node)
@@ -1115,13 +1430,24 @@ class _Trust:
         given = node.known_hosts
         if given is None or isinstance(given, list | tuple):
             self.policy = "no" if given is None else "yes"
-            self._keys = [_KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1) for key in given or ()]
+            self._keys = [
+                _KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1)
+                for key in given or ()
+            ]
             self._elsewhere: list[_KnownKey] = []
             return
-        self.policy = _host_key_policy(node.hostname, node.host_keys, node._host_config.strict_host_key_checking)
-        self._known = _KnownHosts.of(node._known_hosts_files if given is _VERIFY else [os.fspath(given)])
+        self.policy = _host_key_policy(
+            node.hostname, node.host_keys, node._host_config.strict_host_key_checking
+        )
+        self._known = _KnownHosts.of(
+            node._known_hosts_files if given is _VERIFY else [os.fspath(given)]
+        )
         self._keys = self._known.find(self._name)
-        self._elsewhere = self._known.find(self._host, marked=any(not key.marker for key in self._keys)) if self._name != self._host else []
+        self._elsewhere = (
+            self._known.find(self._host, marked=any(not key.marker for key in self._keys))
+            if self._name != self._host
+            else []
+        )
         self.certified = certified and self.policy != "no" and bool(self._marked("@cert-authority"))
 
     def _marked(self, marker: str) -> list[_KnownKey]:
@@ -1131,10 +1457,16 @@ class _Trust:
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it first."""
         if configured := self._node._host_config.host_key_algorithms:
-            allowed = {each.decode() for each in asyncssh.public_key.get_public_key_algs()} | set(_CERTIFICATE_ALGORITHMS * self.certified)
+            allowed = {each.decode() for each in asyncssh.public_key.get_public_key_algs()} | set(
+                _CERTIFICATE_ALGORITHMS * self.certified
+            )
             return [each for each in configured if each in allowed]
-        known = [algorithm for key in self._keys + self._elsewhere if not key.marker
-                 for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])]
+        known = [
+            algorithm
+            for key in self._keys + self._elsewhere
+            if not key.marker
+            for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])
+        ]
         certified = _CERTIFICATE_ALGORITHMS if self.certified else []
         return list(dict.fromkeys([*certified, *known, *_HOST_KEY_ALGORITHMS]))
 
@@ -1142,7 +1474,10 @@ class _Trust:
         """Raises HostKeyError unless this plain key may be the host's."""
         self._node._host_key_shown = shown = _fingerprint(key.get_algorithm(), key.public_data)
         known = [each for each in self._keys if not each.marker]
-        matches = any(each.blob == key.public_data for each in (known or [each for each in self._elsewhere if not each.marker]))
+        matches = any(
+            each.blob == key.public_data
+            for each in (known or [each for each in self._elsewhere if not each.marker])
+        )
         if self.policy == "no":
             self.changed = bool(known) and not matches
             return
@@ -1152,18 +1487,29 @@ class _Trust:
         if known and self._known is None:
             raise self._error(f"it presents {shown}, which is not the key given for it")
         if known:
-            raise self._error(f"HOST KEY CHANGED: it presents {shown}, known is {known[0]}; somebody may be in the middle. "
-                              f"If it was reinstalled: ssh-keygen -R '{self._name}' -f {known[0].file} (hosts reinstalled all day: "
-                              "--host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)")
+            raise self._error(
+                f"HOST KEY CHANGED: it presents {shown}, known is {known[0]}; somebody may be in the middle. "
+                f"If it was reinstalled: ssh-keygen -R '{self._name}' -f {known[0].file} (hosts reinstalled all day: "
+                "--host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
+            )
         if self.policy == "yes":
-            raise self._error(f"its key {shown} is not known, and the policy refuses unknown hosts "
-                              "(--host-keys accept-new records them)")
+            raise self._error(
+                f"its key {shown} is not known, and the policy refuses unknown hosts "
+                "(--host-keys accept-new records them)"
+            )
         self._new = key
 
     def check_authority(self, key: asyncssh.SSHKey) -> bool:
-        """Whether this key may sign certificates for the host; raises HostKeyError if it is revoked."""
-        self._check_revoked(key, f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked")
-        return self.certified and any(each.blob == key.public_data for each in self._marked("@cert-authority"))
+        """Whether this key may sign certificates for the host; raises HostKeyError if it is
+        revoked.
+        """
+        self._check_revoked(
+            key,
+            f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked",
+        )
+        return self.certified and any(
+            each.blob == key.public_data for each in self._marked("@cert-authority")
+        )
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
@@ -1176,9 +1522,13 @@ class _Trust:
             try:
                 if (path := Path(file).expanduser()).read_bytes().startswith(b"SSHKRL"):
                     raise ValueError("a binary list")
-                revoked += [(each.public_data, file) for each in asyncssh.read_public_key_list(path)]
+                revoked += [
+                    (each.public_data, file) for each in asyncssh.read_public_key_list(path)
+                ]
             except (OSError, ValueError):
-                raise self._error(f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted") from None
+                raise self._error(
+                    f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted"
+                ) from None
         for blob, place in revoked:
             if blob == key.public_data:
                 raise self._error(f"{message} in {place}")
@@ -1198,7 +1548,9 @@ class _Trust:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _HostConfig:
-    """What was configured for a host, as ``ssh -G`` tells it; None and () where ssh's default stands."""
+    """What was configured for a host, as ``ssh -G`` tells it; None and () where ssh's default
+    stands.
+    """
 
     hostname: str | None = None
     user: str | None = None
@@ -1217,7 +1569,9 @@ class _HostConfig:
     keepalive: float | None = None
     host_key_algorithms: tuple[str, ...] = ()
     revoked_host_keys: str | None = None
-    socket: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of loop.create_connection
+    socket: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # arguments of loop.create_connection
     login: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # and of asyncssh.connect
 
     @property
@@ -1229,13 +1583,33 @@ class _HostConfig:
 _UNCONFIGURED = _HostConfig()
 
 _SUPPORTED = {  # lists of algorithms: asyncssh's argument, and what it knows
-    "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs), "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
+    "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs),
+    "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
     "macs": ("mac_algs", asyncssh.mac.get_mac_algs),
-    "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs)}
-_METHODS = {"pubkeyauthentication": "public_key_auth", "passwordauthentication": "password_auth",
-            "kbdinteractiveauthentication": "kbdint_auth"}
-_NOTHING_SAID = {"", "host", "include", "match", "sendenv", "setenv", "gssapiauthentication", "compression", "loglevel", "addkeystoagent",
-                 "forwardagent", "forwardx11", "controlmaster", "controlpath", "controlpersist"}  # alone: no question
+    "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs),
+}
+_METHODS = {
+    "pubkeyauthentication": "public_key_auth",
+    "passwordauthentication": "password_auth",
+    "kbdinteractiveauthentication": "kbdint_auth",
+}
+_NOTHING_SAID = {
+    "",
+    "host",
+    "include",
+    "match",
+    "sendenv",
+    "setenv",
+    "gssapiauthentication",
+    "compression",
+    "loglevel",
+    "addkeystoagent",
+    "forwardagent",
+    "forwardx11",
+    "controlmaster",
+    "controlpath",
+    "controlpersist",
+}  # alone: no question
 
 
 class _SshConfig:
@@ -1247,7 +1621,9 @@ class _SshConfig:
         path = "none" if path == os.devnull else path
         user_file = os.path.join(home, ".ssh", "config")
         with contextlib.suppress(KeyError):
-            if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:  # ssh itself does not look at $HOME
+            if (
+                path is None and home != pwd.getpwuid(os.getuid()).pw_dir
+            ):  # ssh itself does not look at $HOME
                 path = user_file if os.path.exists(user_file) else "none"
         if path not in (None, "none") and not os.path.isfile(path or ""):
             raise UsageError(f"ssh config {escape(path or '')}: no such file")
@@ -1275,16 +1651,23 @@ class _SshConfig:
                 continue
             self._keywords.add(keyword)
             plain = value.replace('"', "")
-            if '"' in keyword or (keyword in ("include", "host") and re.search(r"""['\\%$]|"[^"]*\s""", value)):
+            if '"' in keyword or (
+                keyword in ("include", "host") and re.search(r"""['\\%$]|"[^"]*\s""", value)
+            ):
                 self._one_by_one = True  # such quoting is ssh's to read
             elif keyword == "include" and depth < 16:
                 for pattern in plain.split():
-                    for found in sorted(glob.glob(os.path.join(folder, os.path.expanduser(pattern)))):
+                    for found in sorted(
+                        glob.glob(os.path.join(folder, os.path.expanduser(pattern)))
+                    ):
                         self._scan(found, folder, depth + 1)
             elif keyword == "host":
                 self._patterns.append(plain.split())
-            elif (keyword == "match" and value.lower().strip() != "all") or keyword == "canonicalizehostname" \
-                    or (keyword in ("hostname", "userknownhostsfile") and "%" in value):  # ssh -G expands these two
+            elif (
+                (keyword == "match" and value.lower().strip() != "all")
+                or keyword == "canonicalizehostname"
+                or (keyword in ("hostname", "userknownhostsfile") and "%" in value)
+            ):  # ssh -G expands these two
                 self._one_by_one = True
             elif keyword == "hostname":
                 self._names.add(value.strip(' "').lower())
@@ -1299,38 +1682,72 @@ class _SshConfig:
         classes: dict[object, list[Hop]] = {}
         for each in hosts:
             key: object = each
-            if not self._one_by_one and each.host.lower() not in self._names:  # a HostName equal to what was asked says nothing
-                key = tuple(_matches_patterns(patterns, each.host, re.NOFLAG) for patterns in self._patterns)
+            if (
+                not self._one_by_one and each.host.lower() not in self._names
+            ):  # a HostName equal to what was asked says nothing
+                key = tuple(
+                    _matches_patterns(patterns, each.host, re.NOFLAG) for patterns in self._patterns
+                )
             classes.setdefault(key, []).append(each)
         with ThreadPoolExecutor(8) as pool:
-            defaults, *answers = pool.map(self._ask, ["none", *[self._path] * len(classes)],
-                                          [Hop("default"), *(members[0] for members in classes.values())])
-        return {each: self._host_config(answer, defaults, members[0].host, each)
-                for members, answer in zip(classes.values(), answers, strict=True) for each in members}
+            defaults, *answers = pool.map(
+                self._ask,
+                ["none", *[self._path] * len(classes)],
+                [Hop("default"), *(members[0] for members in classes.values())],
+            )
+        return {
+            each: self._host_config(answer, defaults, members[0].host, each)
+            for members, answer in zip(classes.values(), answers, strict=True)
+            for each in members
+        }
 
     def _ask(self, path: str | None, hop: Hop) -> dict[str, list[str]]:
         """ssh -G, as keyword to values."""
-        words = ["ssh", *(["-F", path] if path else []), *(["-l", hop.user] if hop.user and self._one_by_one else []),
-                 *(["-p", str(hop.port)] if hop.port and self._one_by_one else []), "-G", "--", hop.host]
+        words = [
+            "ssh",
+            *(["-F", path] if path else []),
+            *(["-l", hop.user] if hop.user and self._one_by_one else []),
+            *(["-p", str(hop.port)] if hop.port and self._one_by_one else []),
+            "-G",
+            "--",
+            hop.host,
+        ]
         try:
-            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=CONNECT_TIMEOUT)
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+                timeout=CONNECT_TIMEOUT,
+            )
         except subprocess.TimeoutExpired:
-            raise UsageError(f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)") from None
+            raise UsageError(
+                f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)"
+            ) from None
         if done.returncode:
-            raise UsageError("ssh config: " + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines()))
+            raise UsageError(
+                "ssh config: "
+                + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines())
+            )
         answer: dict[str, list[str]] = {}
         for line in os.fsdecode(done.stdout).splitlines():
             keyword, _, value = line.partition(" ")
             answer.setdefault(keyword, []).append(value)
         return answer
 
-    def _host_config(self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, hop: Hop) -> _HostConfig:
+    def _host_config(
+        self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, hop: Hop
+    ) -> _HostConfig:
         """One host's part of an answer that was asked for another host of its class."""
         host = hop.host
 
         def get(keyword: str) -> str | None:
             values = answer.get(keyword)
-            return values[0] if values and values != defaults.get(keyword) and values[0] != "none" else None
+            return (
+                values[0]
+                if values and values != defaults.get(keyword) and values[0] != "none"
+                else None
+            )
 
         def files(keyword: str) -> tuple[str, ...]:
             values = answer.get(keyword, [])
@@ -1339,29 +1756,67 @@ class _SshConfig:
         def expand(text: str, quote: bool = False) -> str:
             """ssh_config(5), TOKENS; a name that a shell will see must be harmless."""
             me = getpass.getuser()
-            tokens = {"h": hostname or host.lower(), "n": host, "r": hop.user or get("user") or me,
-                      "u": me, "p": str(hop.port or get("port") or 22), "d": os.path.expanduser("~"), "i": str(os.getuid()),
-                      "l": socket.gethostname(), "%": "%", "L": socket.gethostname().partition(".")[0], "k": get("hostkeyalias") or host}
-            if quote and not all(re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"):
-                raise UsageError(f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand")
+            tokens = {
+                "h": hostname or host.lower(),
+                "n": host,
+                "r": hop.user or get("user") or me,
+                "u": me,
+                "p": str(hop.port or get("port") or 22),
+                "d": os.path.expanduser("~"),
+                "i": str(os.getuid()),
+                "l": socket.gethostname(),
+                "%": "%",
+                "L": socket.gethostname().partition(".")[0],
+                "k": get("hostkeyalias") or host,
+            }
+            if quote and not all(
+                re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"
+            ):
+                raise UsageError(
+                    f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand"
+                )
             if quote:
                 return re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
-            return os.path.expanduser(re.sub(r"%(.)|\$\{(\w+)\}", lambda match: tokens.get(match[1], match[0]) if match[1] else
-                                             os.environ.get(match[2], match[0]), text))
+            return os.path.expanduser(
+                re.sub(
+                    r"%(.)|\$\{(\w+)\}",
+                    lambda match: (
+                        tokens.get(match[1], match[0])
+                        if match[1]
+                        else os.environ.get(match[2], match[0])
+                    ),
+                    text,
+                )
+            )
 
         hostname = get("hostname")
         hostname = None if hostname is None or hostname == asked.lower() else hostname
-        strict = {"true": "yes", "false": "no"}.get(get("stricthostkeychecking") or "", get("stricthostkeychecking"))
+        strict = {"true": "yes", "false": "no"}.get(
+            get("stricthostkeychecking") or "", get("stricthostkeychecking")
+        )
         command = get("proxycommand")
         jump = get("proxyjump")
-        known = [os.devnull if file == "none" else file for keyword in ("userknownhostsfile", "globalknownhostsfile")
-                 for value in (answer if keyword in answer else defaults).get(keyword, [])
-                 for file in re.split(r"\s+(?=[/~%$]|none$|none\s)", value)]  # ssh -G quotes no blank that is in a name
-        changed = any(answer.get(keyword) != defaults.get(keyword) for keyword in ("userknownhostsfile", "globalknownhostsfile"))
-        agent = {"none": os.devnull}.get(answer.get("identityagent", [""])[0], get("identityagent"))  # no agent answers there
-        login: dict[str, Any] = {name: [each for each in value.split(",") if each.encode() in known_algorithms()]
-                                 for keyword, (name, known_algorithms) in _SUPPORTED.items() if (value := get(keyword))}
-        login |= {name: False for keyword, name in _METHODS.items() if get(keyword) in ("no", "false")}
+        known = [
+            os.devnull if file == "none" else file
+            for keyword in ("userknownhostsfile", "globalknownhostsfile")
+            for value in (answer if keyword in answer else defaults).get(keyword, [])
+            for file in re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
+        ]  # ssh -G quotes no blank that is in a name
+        changed = any(
+            answer.get(keyword) != defaults.get(keyword)
+            for keyword in ("userknownhostsfile", "globalknownhostsfile")
+        )
+        agent = {"none": os.devnull}.get(
+            answer.get("identityagent", [""])[0], get("identityagent")
+        )  # no agent answers there
+        login: dict[str, Any] = {
+            name: [each for each in value.split(",") if each.encode() in known_algorithms()]
+            for keyword, (name, known_algorithms) in _SUPPORTED.items()
+            if (value := get(keyword))
+        }
+        login |= {
+            name: False for keyword, name in _METHODS.items() if get(keyword) in ("no", "false")
+        }
         if preferred := get("preferredauthentications"):
             login["preferred_auth"] = preferred
         family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(get("addressfamily") or "")
@@ -1369,19 +1824,38 @@ class _SshConfig:
         if bind := get("bindaddress"):
             connecting["local_addr"] = (bind, 0)
         return _HostConfig(
-            hostname, get("user"), int(get("port") or 0) or None, files("identityfile"), files("certificatefile"),
+            hostname,
+            get("user"),
+            int(get("port") or 0) or None,
+            files("identityfile"),
+            files("certificatefile"),
             get("identitiesonly") == "yes",
-            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)), expand(jump, quote=True) if jump else None,
-            expand(command, quote=True) if command else None, tuple(expand(file) for file in known) if changed else (), strict,
-            get("hashknownhosts") == "yes", get("hostkeyalias"), float(get("connecttimeout") or 0) or None,
-            float(get("serveraliveinterval") or 0) or None, tuple(filter(None, (get("hostkeyalgorithms") or "").split(","))),
-            get("revokedhostkeys"), connecting, login)
+            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)),
+            expand(jump, quote=True) if jump else None,
+            expand(command, quote=True) if command else None,
+            tuple(expand(file) for file in known) if changed else (),
+            strict,
+            get("hashknownhosts") == "yes",
+            get("hostkeyalias"),
+            float(get("connecttimeout") or 0) or None,
+            float(get("serveraliveinterval") or 0) or None,
+            tuple(filter(None, (get("hostkeyalgorithms") or "").split(","))),
+            get("revokedhostkeys"),
+            connecting,
+            login,
+        )
 
 
 def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
     """The hops of a ProxyJump."""
-    return tuple(_parse_hop(text.removeprefix("ssh://").removesuffix("/"), text, None)
-                 for text in config.proxy_jump.split(",")) if config.proxy_jump else ()
+    return (
+        tuple(
+            _parse_hop(text.removeprefix("ssh://").removesuffix("/"), text, None)
+            for text in config.proxy_jump.split(",")
+        )
+        if config.proxy_jump
+        else ()
+    )
 
 
 def _configure(node: SshNode, config: _HostConfig) -> None:
@@ -1397,79 +1871,116 @@ def _configure(node: SshNode, config: _HostConfig) -> None:
 
 
 def _keys_of_run(node: SshNode) -> list[Key]:
-    """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh does; or load_private_keys'."""
+    """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh
+    does; or load_private_keys'.
+    """
     config = node._host_config
     if node.keys or not (config.names_keys or config.identities_only):
         return load_private_keys(node.keys)
     agent_keys = functools.cache(functools.partial(load_agent_keys, config.identity_agent))
-    keys = _usable_keys(config.identity_files, agent_keys) + ([] if config.identities_only else agent_keys())
+    keys = _usable_keys(config.identity_files, agent_keys) + (
+        [] if config.identities_only else agent_keys()
+    )
     certified: list[Key] = []
     for file in config.certificate_files:
         with contextlib.suppress(OSError, ValueError):
             certificate = asyncssh.read_certificate(file)
-            certified += [(key, certificate) for key in [*keys, *agent_keys()] if isinstance(key, asyncssh.SSHKey | _AgentKey)
-                          and key.public_data == certificate.key.public_data]
+            certified += [
+                (key, certificate)
+                for key in [*keys, *agent_keys()]
+                if isinstance(key, asyncssh.SSHKey | _AgentKey)
+                and key.public_data == certificate.key.public_data
+            ]
     return certified + keys
 
 
-# The guard: what ends a command over there when its channel closes before it. sshd made the session's process leader of
-# a process group; it starts a watchdog (outside of the group, where setsid is to be had) that holds the channel's stdin, takes
-# /dev/null itself, and becomes the login shell of the user with the command, as under plain ssh. When stdin ends while the
-# leader lives, the watchdog ends the group. It also keeps the reading ends of the outputs (where they are pipes, and /proc is there):
-# else a command that prints could die of SIGPIPE before it, and the children be taken for left on purpose. When the leader ends first
-# (sshd then closes stdin) it stays as long as the group and the connection do: whoever holds an output after that is ended too, for
-# the command had not ended; who does not was left on purpose. All on one line without quote, exclamation mark and backslash, so that
-# any login shell (csh, fish) can pass it on.
+# The guard: what ends a command over there when its channel closes before it. sshd made the
+# session's process leader of a process group; it starts a watchdog (outside of the group, where
+# setsid is to be had) that holds the channel's stdin, takes /dev/null itself, and becomes the login
+# shell of the user with the command, as under plain ssh. When stdin ends while the leader lives,
+# the watchdog ends the group. It also keeps the reading ends of the outputs (where they are pipes,
+# and /proc is there): else a command that prints could die of SIGPIPE before it, and the children
+# be taken for left on purpose. When the leader ends first (sshd then closes stdin) it stays as long
+# as the group and the connection do: whoever holds an output after that is ended too, for the
+# command had not ended; who does not was left on purpose. All on one line without quote,
+# exclamation mark and backslash, so that any login shell (csh, fish) can pass it on.
 _WATCH_STDIN = "while read -r x; do :; done; "
-_WATCH_PARENT = "while [ $2 -gt 1 ] && kill -0 $2 && kill -0 $1; do sleep 1; done; "  # stdin is data: look for sshd's process
-_WATCHDOG = ('trap : HUP INT TERM; e=; {wait}'
-             'if kill -0 $1; then e=1; else while [ $2 -gt 1 ] && kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; '
-             'kill -s 0 -- -$1 && {{ {{ cat <&4; cat <&5; }} & sleep 0.2 || sleep 1; kill $! && e=1; }}; fi; '
-             'if [ $e ]; then kill -s TERM -- -$1; kill -s CONT -- -$1; '
-             'for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi')
-_GUARD = ('d() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
-          'exec 4<&- 5<&-; [ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; '
-          '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
-          'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
-          '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
-          'd "$1"; shift 2; set -- "$apssh_x" "$@"; '
-          'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
-          '{quiet}apssh_x=${{SHELL##*/}}; '  # sshd gives the shell its short name: $0 and messages show it
-          'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"')
-# A private folder in the home, and who removes it when sshd's process of this connection is gone before it. A start-up file may have
-# changed the folder and printed half a line; csh leaves copies of its outputs in 3 to 5.
-_FOLDER = 'cd; umask 077; mkdir -p {0} || exit; {sentinel}( cd {0} && echo && pwd -P )'
-_SENTINEL = ('( trap : HUP INT TERM; while [ $PPID -gt 1 ] && kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) '
-             '</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & ')
+# stdin is data: look for sshd's process
+_WATCH_PARENT = "while [ $2 -gt 1 ] && kill -0 $2 && kill -0 $1; do sleep 1; done; "
+_WATCHDOG = (
+    "trap : HUP INT TERM; e=; {wait}"
+    "if kill -0 $1; then e=1; else while [ $2 -gt 1 ] && kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; "
+    "kill -s 0 -- -$1 && {{ {{ cat <&4; cat <&5; }} & sleep 0.2 || sleep 1; kill $! && e=1; }}; fi; "
+    "if [ $e ]; then kill -s TERM -- -$1; kill -s CONT -- -$1; "
+    "for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi"
+)
+_GUARD = (
+    'd() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
+    "exec 4<&- 5<&-; [ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; "
+    '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
+    'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
+    '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
+    'd "$1"; shift 2; set -- "$apssh_x" "$@"; '
+    'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
+    # sshd gives the shell its short name: $0 and messages show it
+    "{quiet}apssh_x=${{SHELL##*/}}; "
+    'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"'
+)
+# A private folder in the home, and who removes it when sshd's process of this connection is gone
+# before it. A start-up file may have changed the folder and printed half a line; csh leaves copies
+# of its outputs in 3 to 5.
+_FOLDER = "cd; umask 077; mkdir -p {0} || exit; {sentinel}( cd {0} && echo && pwd -P )"
+_SENTINEL = (
+    "( trap : HUP INT TERM; while [ $PPID -gt 1 ] && kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) "
+    "</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & "
+)
 
 
 def _inert(text: str) -> str:
     """Text in an alphabet that no shell reads inside single quotes, for printf %b."""
-    return re.sub(r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]|[\\'!]",
-                  lambda match: "".join(f"\\0{byte:03o}" for byte in os.fsencode(match[0])), text)
+    return re.sub(
+        r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]|[\\'!]",
+        lambda match: "".join(f"\\0{byte:03o}" for byte in os.fsencode(match[0])),
+        text,
+    )
 
 
-def _guarded(command: str, *, stdin_is_data: bool = False, pty: bool = False, env: Mapping[str, str] | None = None,
-             quiet: bool = False) -> str:
+def _guarded(
+    command: str,
+    *,
+    stdin_is_data: bool = False,
+    pty: bool = False,
+    env: Mapping[str, str] | None = None,
+    quiet: bool = False,
+) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
     ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
     own = stdin_is_data or pty
     watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
-    script = _GUARD.format(stdin="</dev/null" if own else "<&3 3<&-", closing="; exec 4<&- 5<&-" if own else "; exec 3<&- 4<&- 5<&-",
-                           quiet="exec >/dev/null 2>&1; " if quiet else "")
+    script = _GUARD.format(
+        stdin="</dev/null" if own else "<&3 3<&-",
+        closing="; exec 4<&- 5<&-" if own else "; exec 3<&- 4<&- 5<&-",
+        quiet="exec >/dev/null 2>&1; " if quiet else "",
+    )
     if not own:
         script = f"exec 3<&0 </dev/null; {script}"
-    words = [_inert(command), watchdog, *(_inert(f"{name}={value}") for name, value in (env or {}).items())]
+    words = [
+        _inert(command),
+        watchdog,
+        *(_inert(f"{name}={value}") for name, value in (env or {}).items()),
+    ]
     return f"exec /bin/sh -c '{script}' apssh " + " ".join(f"'{word}'" for word in words)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # nodes: connections, sessions, SshNode and LocalNode
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _in_daemon(function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-    """In a thread that nobody waits for at the end: a resolver may never answer, who types may never type."""
+    """In a thread that nobody waits for at the end: a resolver may never answer, who types may
+    never type.
+    """
     came: Future[_T] = Future()
     came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
 
@@ -1495,14 +2006,20 @@ class _Loop(asyncio.SelectorEventLoop):
 class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
-    _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limits]] = weakref.WeakKeyDictionary()
+    _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limits]] = (
+        weakref.WeakKeyDictionary()
+    )
 
     def __init__(self) -> None:
         self.connects = asyncio.Semaphore(CONNECTS)
         self.lookups = asyncio.Semaphore(LOOKUPS)
-        self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}  # gateways wait apart: others wait for them
+        self.handshakes = {
+            leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)
+        }  # gateways wait apart: others wait for them
         self.keys: dict[object, _Shared] = {}
-        self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = (
+            weakref.WeakValueDictionary()
+        )
 
     @classmethod
     def here(cls) -> _Limits:
@@ -1533,8 +2050,12 @@ class _Clock:
         self.drops = 0  # how often the server cut the connection before login
 
     @contextlib.asynccontextmanager
-    async def turn(self, gate: asyncio.Semaphore, at_most: float | None = None) -> AsyncIterator[None]:
-        """Take a slot of this gate; it is given back after ``at_most`` seconds, when the work takes longer."""
+    async def turn(
+        self, gate: asyncio.Semaphore, at_most: float | None = None
+    ) -> AsyncIterator[None]:
+        """Take a slot of this gate; it is given back after ``at_most`` seconds, when the work takes
+        longer.
+        """
         when, now = self._scope.when(), asyncio.get_running_loop().time
         queued = now()
         self._scope.reschedule(None)
@@ -1552,16 +2073,22 @@ class _Clock:
 
 
 class _Shared:
-    """One task that several coroutines wait for; it is cancelled when the last of them has given up."""
+    """One task that several coroutines wait for; it is cancelled when the last of them has given
+    up.
+    """
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._task = asyncio.ensure_future(work)
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
+        self._task.add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )  # retrieved, if nobody waits
         self._waiters = 0
         self.abandoned = False  # being cancelled: nobody may join any more
 
     async def wait(self) -> Any:
-        """The task's result or exception. Cancelling the last wait cancels the task, and waits for its clean-up."""
+        """The task's result or exception. Cancelling the last wait cancels the task, and waits for
+        its clean-up.
+        """
         self._waiters += 1
         try:
             return await asyncio.shield(self._task)
@@ -1573,7 +2100,9 @@ class _Shared:
                 await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
 
     @classmethod
-    async def once(cls, tasks: dict[str, _Shared], name: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    async def once(
+        cls, tasks: dict[str, _Shared], name: str, work: Callable[[], Coroutine[Any, Any, Any]]
+    ) -> Any:
         """The result of this work; who asks while it is under way waits for the same."""
         if name not in tasks or tasks[name].abandoned:
             tasks[name] = cls(work())
@@ -1587,7 +2116,9 @@ class _Shared:
 
 class _Gathered:
     """A transport as asyncssh sees it: what it writes in one turn of the loop leaves in one piece.
-    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of the time was such calls."""
+    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of
+    the time was such calls.
+    """
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -1607,7 +2138,9 @@ class _Gathered:
     def _flush(self) -> None:
         pieces, self._pieces = self._pieces, []
         if pieces:
-            with contextlib.suppress(ConnectionError):  # its loss is told to the other side of the wire
+            with contextlib.suppress(
+                ConnectionError
+            ):  # its loss is told to the other side of the wire
                 self._transport.write(b"".join(pieces) if len(pieces) > 1 else pieces[0])
 
     def close(self) -> None:
@@ -1617,9 +2150,11 @@ class _Gathered:
 
 
 class _Wire(asyncssh.SSHTCPSession[bytes]):
-    """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection.
-    It holds the server's first bytes until a key exchange may start, so that silent hosts take nobody's turn; and it
-    acknowledges at once, since the first command would else stall for 40 ms (server's Nagle, our delayed ack)."""
+    """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection. It holds
+    the server's first bytes until a key exchange may start, so that silent hosts take nobody's
+    turn; and it acknowledges at once, since the first command would else stall for 40 ms (server's
+    Nagle, our delayed ack).
+    """
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -1670,7 +2205,9 @@ class _Wire(asyncssh.SSHTCPSession[bytes]):
         if not self.banner.done():
             self.banner.set_exception(self._lost)
             self.banner.exception()
-        if self._held is None:  # before, asyncssh waits for nothing, and would leave its exception to nobody
+        if (
+            self._held is None
+        ):  # before, asyncssh waits for nothing, and would leave its exception to nobody
             self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -1689,7 +2226,9 @@ class _Route:
         self.wire: _Wire | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
-    async def create_connection(self, factory: Callable[[], Any], host: str, port: int) -> tuple[Any, Any]:
+    async def create_connection(
+        self, factory: Callable[[], Any], host: str, port: int
+    ) -> tuple[Any, Any]:
         """Connect, wait for the server's banner, then for the turn to shake hands."""
         limits, loop = _Limits.here(), asyncio.get_running_loop()
         inner = factory()
@@ -1707,18 +2246,29 @@ class _Route:
         elif self._node._proxy_command:
             ours, theirs = socket.socketpair()
             with theirs:
-                self.process = subprocess.Popen(["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
-                                                stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True)
+                self.process = subprocess.Popen(
+                    ["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    start_new_session=True,
+                )
             await loop.create_connection(protocol, sock=ours)
         else:
             numeric = host.replace(".", "").isdigit() or ":" in host
             async with self._clock.turn(limits.connects):
-                await loop.create_connection(protocol, host, port, happy_eyeballs_delay=None if numeric else 0.25,
-                                             **self._node._host_config.socket)
+                await loop.create_connection(
+                    protocol,
+                    host,
+                    port,
+                    happy_eyeballs_delay=None if numeric else 0.25,
+                    **self._node._host_config.socket,
+                )
         assert self.wire
         self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
         await self.wire.banner
-        await self._turns.enter_async_context(self._clock.turn(limits.handshakes[self._node._leads], HANDSHAKE_TURN))
+        await self._turns.enter_async_context(
+            self._clock.turn(limits.handshakes[self._node._leads], HANDSHAKE_TURN)
+        )
         self.wire.release()
         return self.wire.transport, inner
 
@@ -1737,8 +2287,16 @@ class _Route:
         """How far it came, for somebody who has waited in vain."""
         if not self.wire:
             gateway = self._node.gateway
-            return f"gateway {escape(gateway.hostname)} does not answer" if gateway and not gateway.is_connected() else "no answer"
-        return self.foreign() or ("the key exchange does not end" if self.wire.greeting else "connected, but the server says nothing")
+            return (
+                f"gateway {escape(gateway.hostname)} does not answer"
+                if gateway and not gateway.is_connected()
+                else "no answer"
+            )
+        return self.foreign() or (
+            "the key exchange does not end"
+            if self.wire.greeting
+            else "connected, but the server says nothing"
+        )
 
     def abandon(self) -> None:
         """Leave nothing of an attempt that gave no connection."""
@@ -1757,10 +2315,15 @@ class _Route:
 
 
 class _Client(asyncssh.SSHClient):
-    """One attempt to log in, and the connection that it gives: decides on host keys, offers keys and password."""
+    """One attempt to log in, and the connection that it gives: decides on host keys, offers keys
+    and password.
+    """
 
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
-        self._node, self._trust = weakref.proxy(node), trust  # a node that is forgotten is gone at once, and its sockets with it
+        self._node, self._trust = (
+            weakref.proxy(node),
+            trust,
+        )  # a node that is forgotten is gone at once, and its sockets with it
         self._pairs = pairs
         self.route: _Route | None = None
         self.offered: list[asyncssh.SSHKeyPair] = []
@@ -1778,7 +2341,9 @@ class _Client(asyncssh.SSHClient):
             self.host_key_error = exc
             return False
 
-    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+    def validate_host_public_key(
+        self, host: str, addr: str, port: int, key: asyncssh.SSHKey
+    ) -> bool:
         return self._check(lambda: self._trust.check(key))
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
@@ -1788,7 +2353,9 @@ class _Client(asyncssh.SSHClient):
         self._conn = weakref.proxy(conn)
 
     def begin_auth(self, username: str) -> None:
-        if self._trust.certified and not self._check(lambda: self._trust.check_certified(self._conn.get_server_host_key())):
+        if self._trust.certified and not self._check(
+            lambda: self._trust.check_certified(self._conn.get_server_host_key())
+        ):
             raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
         if trouble := self._trust.record():
@@ -1805,11 +2372,15 @@ class _Client(asyncssh.SSHClient):
         return self.offered[-1]
 
     def _password_once(self, method: str) -> str | None:
-        """The password, once for each method: PAM may refuse it in the one and take it in the other."""
+        """The password, once for each method: PAM may refuse it in the one and take it in the
+        other.
+        """
         if method in self._password_tried or self._node._password is None:
             return None
         if self._trust.changed:
-            self._node._say("no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None")
+            self._node._say(
+                "no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None"
+            )
             return None
         self._password_tried.add(method)
         return cast("str | None", self._node._password)
@@ -1821,11 +2392,14 @@ class _Client(asyncssh.SSHClient):
         begun, self._kbdint_begun = self._kbdint_begun, True
         return "" if self._node._password is not None and not begun else None
 
-    def kbdint_challenge_received(self, name: str, instructions: str, lang: str,
-                                  prompts: Sequence[tuple[str, bool]]) -> list[str] | None:
+    def kbdint_challenge_received(
+        self, name: str, instructions: str, lang: str, prompts: Sequence[tuple[str, bool]]
+    ) -> list[str] | None:
         if not prompts:
             return []
-        hidden = len(prompts) == 1 and not prompts[0][1]  # a question whose answer is echoed is no password's
+        hidden = (
+            len(prompts) == 1 and not prompts[0][1]
+        )  # a question whose answer is echoed is no password's
         secret = self._password_once("kbdint") if hidden else None
         return None if secret is None else [secret]
 
@@ -1862,11 +2436,19 @@ class _Link:
     def drop(self) -> None:
         """Cut the connection at once, even when its event loop is gone."""
         self.client.lost = True
-        with contextlib.suppress(RuntimeError):  # raised by a closed loop, which can run no callback
+        with contextlib.suppress(
+            RuntimeError
+        ):  # raised by a closed loop, which can run no callback
             self.conn.abort()
         transport = self._route.wire.transport if self._route.wire else None
-        if self._loop.is_closed() and isinstance(transport, asyncio.Transport) and (sock := vars(transport).get("_sock")):
-            sock.close()  # asyncio has no call to close a transport whose loop is gone, and it would warn when collected
+        if (
+            self._loop.is_closed()
+            and isinstance(transport, asyncio.Transport)
+            and (sock := vars(transport).get("_sock"))
+        ):
+            # asyncio has no call to close a transport whose loop is gone, and it would warn
+            # when collected
+            sock.close()
             vars(transport)["_sock"] = None
         self._route.reap()
 
@@ -1891,7 +2473,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self._sink, self._step = sink, step
         self.chan: asyncssh.SSHClientChannel[bytes] | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # on this side
+        self.failed: asyncio.Future[None] = (
+            asyncio.get_running_loop().create_future()
+        )  # on this side
         self.status: int | str | None = None
         self.error: Exception | None = None
         self.guarded = False  # the guard over there waits for the end of stdin
@@ -1910,12 +2494,15 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         try:
             if not self.error:
                 self._sink.data(data, datatype)
-        except Exception as exc:  # the sink's failure (a full disk, a closed pipe) is this command's, not the connection's
+        except Exception as exc:
+            # the sink's failure (a full disk, a closed pipe) is this command's, not the
+            # connection's
             self.fail(exc)
 
     def eof_received(self) -> bool:
         self.whole = True
-        return True  # a command that closes its outputs goes on: answering with our end of file would end it
+        # a command that closes its outputs goes on: answering with our end of file would end it
+        return True
 
     def exit_status_received(self, status: int) -> None:
         self.status = status
@@ -1935,8 +2522,10 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.writable.set()
 
     def abort(self) -> None:
-        """Over there, the end of stdin is what ends the command; the channel closes soon after. Closed at once, a command that prints
-        could die of SIGPIPE before the guard sees that it was alive, and its children would be taken for left on purpose."""
+        """Over there, the end of stdin is what ends the command; the channel closes soon after.
+        Closed at once, a command that prints could die of SIGPIPE before the guard sees that it was
+        alive, and its children would be taken for left on purpose.
+        """
         if self.chan and self.guarded:
             self.chan.write_eof()
             asyncio.get_running_loop().call_later(CLOSE_TIMEOUT / 4, self.chan.abort)
@@ -2001,14 +2590,24 @@ class _Node:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    async def run(self, command: str, *, timeout: float | None = None, x11: bool = False, ignore_outputs: bool = False,
-                  capture: Capture | None = None) -> int | str:
+    async def run(
+        self,
+        command: str,
+        *,
+        timeout: float | None = None,
+        x11: bool = False,
+        ignore_outputs: bool = False,
+        capture: Capture | None = None,
+    ) -> int | str:
         """Run a command line as ssh would; the exit status, or the signal's name without SIG.
 
-        ``timeout`` in seconds (None: no limit). Raises ConnectionFailedError when the host cannot be reached or is lost,
-        CommandFailedError (kind timeout) when the command had to be ended. Cancelling it ends the command over there.
+        ``timeout`` in seconds (None: no limit). Raises ConnectionFailedError when the host cannot
+        be reached or is lost, CommandFailedError (kind timeout) when the command had to be ended.
+        Cancelling it ends the command over there.
         """
-        step = Run(command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture)
+        step = Run(
+            command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture
+        )
         return await step._run(self, StepRecord())
 
     async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
@@ -2019,11 +2618,20 @@ class _Node:
         """Copy remote files here, as the command Pull does."""
         await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
 
-    async def _execute(self, command: str, step: StepRecord, *, sink: _Sink | None = None, timeout: float | None = None,
-                       **options: Any) -> int | str:
+    async def _execute(
+        self,
+        command: str,
+        step: StepRecord,
+        *,
+        sink: _Sink | None = None,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> int | str:
         """Run a command line within a time; every way to run something comes through here."""
         if not command.strip():
-            raise UsageError("an empty command: it would open a shell that nobody talks to", host=self.hostname)
+            raise UsageError(
+                "an empty command: it would open a shell that nobody talks to", host=self.hostname
+            )
         sink = sink or self.formatter._sink(self._endpoint)
         step.command = step.command or command
         try:
@@ -2040,7 +2648,11 @@ class _Node:
         except BrokenPipeError:
             raise
         except OSError as exc:
-            raise ApsshError(f"its output could not be written: {_reason(exc)}", host=self.hostname, command=command) from exc
+            raise ApsshError(
+                f"its output could not be written: {_reason(exc)}",
+                host=self.hostname,
+                command=command,
+            ) from exc
 
     async def _apply_config(self) -> None:
         """Nothing to complete, as a rule."""
@@ -2064,37 +2676,65 @@ def _timed_out(timeout: float | None, node: _Node, command: str) -> ApsshError:
     """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
     if timeout is None:
         return ApsshError(f"timed out: {escape(command)}", host=node.hostname, command=command)
-    return CommandFailedError(f"no end within {timeout:g} s: {escape(command)}", host=node.hostname, kind="timeout", command=command)
+    return CommandFailedError(
+        f"no end within {timeout:g} s: {escape(command)}",
+        host=node.hostname,
+        kind="timeout",
+        command=command,
+    )
 
 
-_LOST = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, asyncssh.ConnectionLost, ConnectionError)
+_LOST = (
+    asyncssh.SFTPConnectionLost,
+    asyncssh.SFTPNoConnection,
+    asyncssh.ConnectionLost,
+    ConnectionError,
+)
 _VERIFY = object()  # known_hosts: the default policy
 
 
 class SshNode(_Node):
     """How to reach a host by ssh: a lazy connection, shared by all that uses the node.
 
-    Nothing is read, asked or opened before the first use. ``username`` defaults to root. ``keys``: file names or key objects;
-    None or empty: what ``load_private_keys()`` finds. ``gateway``: the SshNode to go through, to any depth. ``known_hosts``: by
-    default the host's key is verified, and recorded when the host was never seen; None verifies nothing; a path uses that
-    file; a list of ``asyncssh.SSHKey`` trusts these alone. ``timeout``: seconds (30) to a ready connection, all hops, key
-    exchange and login included, waiting for a turn excluded; None: no limit. ``formatter``: where output goes, by default a HostFormatter.
+    Nothing is read, asked or opened before the first use. ``username`` defaults to root. ``keys``:
+    file names or key objects; None or empty: what ``load_private_keys()`` finds. ``gateway``: the
+    SshNode to go through, to any depth. ``known_hosts``: by default the host's key is verified, and
+    recorded when the host was never seen; None verifies nothing; a path uses that file; a list of
+    ``asyncssh.SSHKey`` trusts these alone. ``timeout``: seconds (30) to a ready connection, all
+    hops, key exchange and login included, waiting for a turn excluded; None: no limit.
+    ``formatter``: where output goes, by default a HostFormatter.
 
-    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``: an ssh_config file, or True
-    for the user's own (the user is then its User, else yours); ``guard``: False for hosts without a POSIX shell (commands
-    then outlive a lost connection); ``keepalive``: seconds between probes of a silent connection (9; dead after two
-    unanswered); ``forward_agent``; ``address``: what to connect to when it is not ``hostname``; ``proxy_command``, as in
-    ssh_config(5).
-    Raises UsageError for a host name, port or time that cannot be.
+    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``:
+    an ssh_config file, or True for the user's own (the user is then its User, else yours);
+    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection);
+    ``keepalive``: seconds between probes of a silent connection (9; dead after two unanswered);
+    ``forward_agent``; ``address``: what to connect to when it is not ``hostname``;
+    ``proxy_command``, as in ssh_config(5). Raises UsageError for a host name, port or time that
+    cannot be.
     """
 
-    def __init__(self, hostname: str, *, username: str | None = None,
-                 keys: Collection[str | os.PathLike[str] | Key] | None = None, gateway: SshNode | None = None,
-                 known_hosts: Any = _VERIFY, port: int = 22, formatter: Formatter | None = None,
-                 verbose: bool | None = None, debug: bool = False, timeout: float | None = CONNECT_TIMEOUT,
-                 password: str | None = None, host_keys: str | None = None, config: str | bool | None = None, guard: bool = True,
-                 keepalive: float = KEEPALIVE_INTERVAL, forward_agent: bool = False, address: str | None = None,
-                 proxy_command: str | None = None) -> None:
+    def __init__(
+        self,
+        hostname: str,
+        *,
+        username: str | None = None,
+        keys: Collection[str | os.PathLike[str] | Key] | None = None,
+        gateway: SshNode | None = None,
+        known_hosts: Any = _VERIFY,
+        port: int = 22,
+        formatter: Formatter | None = None,
+        verbose: bool | None = None,
+        debug: bool = False,
+        timeout: float | None = CONNECT_TIMEOUT,
+        password: str | None = None,
+        host_keys: str | None = None,
+        config: str | bool | None = None,
+        guard: bool = True,
+        keepalive: float = KEEPALIVE_INTERVAL,
+        forward_agent: bool = False,
+        address: str | None = None,
+        proxy_command: str | None = None,
+    ) -> None:
         if not isinstance(hostname, str) or not _is_host(hostname):
             raise UsageError(f"{_brief(str(hostname))!r} is not a host name or an address")
         self.hostname = hostname
@@ -2102,14 +2742,18 @@ class SshNode(_Node):
         if not isinstance(port, int) or not 0 < port < 65536:
             raise UsageError(f"port {port!r} of {hostname}: a port is a number from 1 to 65535")
         if timeout is not None and timeout <= 0:
-            raise UsageError(f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)")
+            raise UsageError(
+                f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)"
+            )
         if gateway is not None and not isinstance(gateway, SshNode):
             raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
-        self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key
-                     for key in ([keys] if isinstance(keys, str | os.PathLike) else keys or ())]
+        self.keys = [
+            os.fspath(key) if isinstance(key, os.PathLike) else key
+            for key in ([keys] if isinstance(keys, str | os.PathLike) else keys or ())
+        ]
         self.known_hosts, self.host_keys = known_hosts, host_keys
         self.timeout, self.debug, self.guard = timeout, debug, guard
         self.keepalive, self.forward_agent = keepalive, forward_agent
@@ -2126,16 +2770,24 @@ class SshNode(_Node):
 
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
-        return f"<SshNode {self.username}@{self.hostname}" + (f":{self.port}" if self.port != 22 else "") + f"{via}>"
+        return (
+            f"<SshNode {self.username}@{self.hostname}"
+            + (f":{self.port}" if self.port != 22 else "")
+            + f"{via}>"
+        )
 
     def __del__(self) -> None:
-        if live := vars(self).get("_live"):  # a node that is forgotten once its loop has gone leaves no socket
+        if live := vars(self).get(
+            "_live"
+        ):  # a node that is forgotten once its loop has gone leaves no socket
             live.drop()
 
     # connection
 
     def distance(self) -> int:
-        """The number of hops: 1 without a gateway. Raises UsageError when a gateway is behind itself."""
+        """The number of hops: 1 without a gateway. Raises UsageError when a gateway is behind
+        itself.
+        """
         return len(self._hops())
 
     def _hops(self) -> list[SshNode]:
@@ -2144,7 +2796,9 @@ class SshNode(_Node):
         node: SshNode | None = self
         while node:
             if node in hops:
-                raise UsageError(f"{self.hostname}: its gateways go in a circle, through {node.hostname}")
+                raise UsageError(
+                    f"{self.hostname}: its gateways go in a circle, through {node.hostname}"
+                )
             hops.insert(0, node)
             node = node.gateway
         return hops
@@ -2158,11 +2812,15 @@ class SshNode(_Node):
         return bool(self._live and self._live.sftp and not self._live.sftp_ended())
 
     async def connect_lazy(self) -> asyncssh.SSHClientConnection:
-        """Connect unless it is done; concurrent calls make one connection. Raises ConnectionFailedError."""
+        """Connect unless it is done; concurrent calls make one connection. Raises
+        ConnectionFailedError.
+        """
         return (await self._connected()).conn
 
     async def sftp_connect_lazy(self) -> asyncssh.SFTPClient:
-        """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError, TransferError."""
+        """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError,
+        TransferError.
+        """
         live = self._here()
         if not self.is_sftp_connected():
             await _Shared.once(live.opening, "sftp", functools.partial(self._open_sftp, live))
@@ -2170,7 +2828,9 @@ class SshNode(_Node):
         return live.sftp[0]
 
     async def close(self) -> None:
-        """Close the connections, politely if their loop runs, else at once. The gateway's stay open."""
+        """Close the connections, politely if their loop runs, else at once. The gateway's stay
+        open.
+        """
         live, self._live = self._live, None
         if live is None:
             return
@@ -2196,7 +2856,9 @@ class SshNode(_Node):
         """A link that is up, by preference the first."""
         live = self._here()
         while True:
-            if link := next((link for link in live.links if link.alive and not link.reserved), None):
+            if link := next(
+                (link for link in live.links if link.alive and not link.reserved), None
+            ):
                 return link
             await self._add_link(live)
 
@@ -2211,12 +2873,27 @@ class SshNode(_Node):
 
     @contextlib.asynccontextmanager
     async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
-        """A link with room for one more session: sshd refuses the eleventh, so there may be further connections.
-        ``alone``: with nothing else on it, so that it can be cut."""
+        """A link with room for one more session: sshd refuses the eleventh, so there may be further
+        connections. ``alone``: with nothing else on it, so that it can be cut.
+        """
         live = self._here()
         live.forget_sftp()
-        while not (link := next((link for link in live.links if link.alive and not link.reserved and (
-                not link.sessions and not link.forwards if alone else link.sessions < link.limit)), None)):
+        while not (
+            link := next(
+                (
+                    link
+                    for link in live.links
+                    if link.alive
+                    and not link.reserved
+                    and (
+                        not link.sessions and not link.forwards
+                        if alone
+                        else link.sessions < link.limit
+                    )
+                ),
+                None,
+            )
+        ):
             alive = sum(link.alive for link in live.links)
             if alive < live.max_links or "link" in live.opening:
                 try:
@@ -2228,7 +2905,11 @@ class SshNode(_Node):
             elif sum(link.sessions for link in live.links if link.alive) > bool(live.sftp):
                 await live.freed.wait()
             else:
-                raise ConnectionFailedError("the host takes one session, and SFTP holds it", host=self.hostname, kind="refused")
+                raise ConnectionFailedError(
+                    "the host takes one session, and SFTP holds it",
+                    host=self.hostname,
+                    kind="refused",
+                )
             live.forget_sftp()
         link.sessions += 1
         link.reserved = alone
@@ -2250,49 +2931,93 @@ class SshNode(_Node):
             async with scope, _login_pairs(keys) as pairs:
                 return await self._log_in(clock, pairs)
         except TimeoutError:
-            raise ConnectionFailedError(f"no connection within {self.timeout:g} s{clock.progress and ': '}{clock.progress}",
-                                        host=self.hostname, kind="lost" if clock.drops else "timeout") from None
+            raise ConnectionFailedError(
+                f"no connection within {self.timeout:g} s{clock.progress and ': '}{clock.progress}",
+                host=self.hostname,
+                kind="lost" if clock.drops else "timeout",
+            ) from None
 
     async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair]) -> _Link:
-        """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a server that takes only
-        a few keys on a connection (MaxAuthTries) is offered the others on the next."""
+        """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a
+        server that takes only a few keys on a connection (MaxAuthTries) is offered the others on
+        the next.
+        """
         rounds, certified = 0, True
-        startups = _Limits.here().startups(self._address or self.hostname, self.port, id(self.gateway))
+        startups = _Limits.here().startups(
+            self._address or self.hostname, self.port, id(self.gateway)
+        )
         while True:
-            trust = _Trust(self, certified)  # anew each time: the first attempt may have recorded the host
+            trust = _Trust(
+                self, certified
+            )  # anew each time: the first attempt may have recorded the host
             client, route, link = _Client(self, list(pairs), trust), None, None
             try:
                 async with contextlib.AsyncExitStack() as turns:
                     await turns.enter_async_context(clock.turn(startups))
                     client.route = route = _Route(self, clock, turns)
                     conn = await asyncssh.connect(
-                        self._address or self.hostname, self.port, tunnel=cast("Any", route), username=self.username,
-                        client_factory=lambda client=client: client, config=None, client_keys=None, agent_path=None,
-                        agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False) if self.forward_agent else False,
+                        self._address or self.hostname,
+                        self.port,
+                        tunnel=cast("Any", route),
+                        username=self.username,
+                        client_factory=lambda client=client: client,
+                        config=None,
+                        client_keys=None,
+                        agent_path=None,
+                        agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False)
+                        if self.forward_agent
+                        else False,
                         host_key_alias=self._host_config.host_key_alias,
-                        known_hosts=([],) * 7, server_host_key_algs=trust.algorithms(),
-                        compression_algs=None, keepalive_interval=self.keepalive, keepalive_count_max=KEEPALIVE_COUNT,
-                        login_timeout=0, gss_host=None, **{"encryption_algs": CIPHERS, **self._host_config.login})
+                        known_hosts=([],) * 7,
+                        server_host_key_algs=trust.algorithms(),
+                        compression_algs=None,
+                        keepalive_interval=self.keepalive,
+                        keepalive_count_max=KEEPALIVE_COUNT,
+                        login_timeout=0,
+                        gss_host=None,
+                        **{"encryption_algs": CIPHERS, **self._host_config.login},
+                    )
                     link = _Link(conn, client, route)
                     return link
             except ConnectionFailedError as exc:  # the gateway's
-                raise ConnectionFailedError(f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind) from None
+                raise ConnectionFailedError(
+                    f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind
+                ) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
                 refused = isinstance(exc, asyncssh.PermissionDenied)
                 foreign = route.foreign() if route and not client.begun else ""
-                if not client.begun and isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError) \
-                        and not client.host_key_error and (not foreign or "MaxStartups" in foreign):
+                if (
+                    not client.begun
+                    and isinstance(
+                        exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError
+                    )
+                    and not client.host_key_error
+                    and (not foreign or "MaxStartups" in foreign)
+                ):
                     clock.drops += 1
-                    exchanging = route is not None and route.greeted  # MaxStartups drops before the banner
+                    exchanging = (
+                        route is not None and route.greeted
+                    )  # MaxStartups drops before the banner
                     if clock.drops <= (1 if exchanging else RETRIES_BEFORE_LOGIN):
-                        await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2 ** clock.drops)
+                        await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2**clock.drops)
                         continue
-                    raise ConnectionFailedError(f"dropped before login, {clock.drops} times" + (
-                        ", in the key exchange (no algorithm in common?)" if exchanging else ""), host=self.hostname) from None
+                    raise ConnectionFailedError(
+                        f"dropped before login, {clock.drops} times"
+                        + (", in the key exchange (no algorithm in common?)" if exchanging else ""),
+                        host=self.hostname,
+                    ) from None
                 if foreign:
-                    raise ConnectionFailedError(foreign, host=self.hostname, kind="refused") from None
-                if isinstance(exc, asyncssh.HostKeyNotVerifiable) and not client.host_key_error and trust.certified:
-                    certified = False  # after a certificate that does not count try again with the plain key, as ssh does
+                    raise ConnectionFailedError(
+                        foreign, host=self.hostname, kind="refused"
+                    ) from None
+                if (
+                    isinstance(exc, asyncssh.HostKeyNotVerifiable)
+                    and not client.host_key_error
+                    and trust.certified
+                ):
+                    # after a certificate that does not count try again with the plain key, as
+                    # ssh does
+                    certified = False
                     continue
                 offered = {pair.public_data for pair in client.offered}
                 left = [pair for pair in pairs if pair.public_data not in offered]
@@ -2302,40 +3027,73 @@ class SshNode(_Node):
                 raise (client.host_key_error or self._failure(exc, client)) from None
             finally:
                 if route and not link:
-                    clock.progress = f"dropped before login, {_count(clock.drops, 'time')}" if clock.drops else \
-                        "the login does not end" if client.begun else route.progress()
+                    clock.progress = (
+                        f"dropped before login, {_count(clock.drops, 'time')}"
+                        if clock.drops
+                        else "the login does not end"
+                        if client.begun
+                        else route.progress()
+                    )
                     route.abandon()
 
     def _failure(self, exc: Exception, client: _Client | None = None) -> ConnectionFailedError:
         """The one line that says why there is no connection."""
         text, kind = str(exc), "lost"
-        if isinstance(exc, socket.gaierror) or "Name or service not known" in text or "name resolution" in text:
+        if (
+            isinstance(exc, socket.gaierror)
+            or "Name or service not known" in text
+            or "name resolution" in text
+        ):
             kind, text = "dns", f"unknown host name {self._address or self.hostname}"
         elif isinstance(exc, ConnectionRefusedError) or "Connection refused" in text:
             kind, text = "refused", f"nothing listens on port {self.port}"
         elif isinstance(exc, TimeoutError) or "timed out" in text:
             kind, text = "timeout", "no answer"
-        elif isinstance(exc, asyncssh.PermissionDenied) or (client and client.begun and "authentication failures" in text):
+        elif isinstance(exc, asyncssh.PermissionDenied) or (
+            client and client.begun and "authentication failures" in text
+        ):
             tried = f"{len(client.offered)} key(s)" if client else "no key"
-            kind, text = "auth", f"login as {self.username} refused, after {tried}" + \
-                (" and the password" if client and client._password_tried else "")
+            kind, text = (
+                "auth",
+                f"login as {self.username} refused, after {tried}"
+                + (" and the password" if client and client._password_tried else ""),
+            )
         elif isinstance(exc, asyncssh.ChannelOpenError) and "SSH connection closed" not in text:
-            where = f"gateway {self.gateway.hostname}: " if client and self.gateway else "no session there: "
+            where = (
+                f"gateway {self.gateway.hostname}: "
+                if client and self.gateway
+                else "no session there: "
+            )
             kind, text = "refused", f"{where}{text}"
         elif isinstance(exc, asyncssh.Error):
             text = exc.reason
         elif isinstance(exc, ValueError):  # a config that leaves no algorithm
             kind = "local"
         elif isinstance(exc, OSError):
-            kind = "lost" if isinstance(exc, ConnectionError) else "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused"
+            kind = (
+                "lost"
+                if isinstance(exc, ConnectionError)
+                else "local"
+                if exc.errno in (errno.EMFILE, errno.ENFILE)
+                else "refused"
+            )
             text = os.strerror(exc.errno).lower() if exc.errno else text
-        return ConnectionFailedError(escape(text) or "connection lost", host=self.hostname, kind=kind)
+        return ConnectionFailedError(
+            escape(text) or "connection lost", host=self.hostname, kind=kind
+        )
 
     async def _login_keys(self) -> list[Key]:
-        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a passphrase may be asked."""
+        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
+        passphrase may be asked.
+        """
         loaded, config = _Limits.here().keys, self._host_config
-        named = (*(key if isinstance(key, str) else id(key) for key in self.keys), config.identity_files, config.certificate_files,
-                 config.identities_only, config.identity_agent)
+        named = (
+            *(key if isinstance(key, str) else id(key) for key in self.keys),
+            config.identity_files,
+            config.certificate_files,
+            config.identities_only,
+            config.identity_agent,
+        )
         if named not in loaded or loaded[named].abandoned:
             loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
         try:
@@ -2348,7 +3106,11 @@ class SshNode(_Node):
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is _UNCONFIGURED:
             config = _SshConfig(None if self._config is True else self._config)
-            given = Hop(self.hostname, self.username if self._username_given else None, None if self.port == 22 else self.port)
+            given = Hop(
+                self.hostname,
+                self.username if self._username_given else None,
+                None if self.port == 22 else self.port,
+            )
             answers = await asyncio.to_thread(config.lookup_all, [given])
             before = self._endpoint
             _configure(self, *answers.values())
@@ -2358,21 +3120,46 @@ class SshNode(_Node):
             self.formatter._node_added(self._endpoint, bool(self.verbose), before)
             if self.timeout == CONNECT_TIMEOUT:
                 self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
-            for index, hop in enumerate(jumps := _jumps(self._host_config) if self.gateway is None else ()):
-                way = (jumps[:index + 1], str(self._config), *(key if isinstance(key, str) else id(key) for key in self.keys),
-                       self.host_keys)
+            for index, hop in enumerate(
+                jumps := _jumps(self._host_config) if self.gateway is None else ()
+            ):
+                way = (
+                    jumps[: index + 1],
+                    str(self._config),
+                    *(key if isinstance(key, str) else id(key) for key in self.keys),
+                    self.host_keys,
+                )
                 self.gateway = _jump_nodes.get(way) or SshNode(
-                    hop.host, username=hop.user, port=hop.port or 22, gateway=self.gateway, config=self._config,
-                    keys=self.keys, host_keys=self.host_keys, formatter=_quiet)
+                    hop.host,
+                    username=hop.user,
+                    port=hop.port or 22,
+                    gateway=self.gateway,
+                    config=self._config,
+                    keys=self.keys,
+                    host_keys=self.host_keys,
+                    formatter=_quiet,
+                )
                 _jump_nodes[way] = self.gateway
 
     # sessions
 
-    async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
-                       pty: bool = False, stdin: AsyncIterator[bytes] | None = None, env: Mapping[str, str] | None = None,
-                       quiet: bool = False, plain: bool = False) -> int | str:
-        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends the command.
-        ``plain``: a command of our own, that needs no guard and interests nobody."""
+    async def _session(
+        self,
+        command: str,
+        step: StepRecord,
+        sink: _Sink,
+        timeout: float | None,
+        *,
+        x11: bool = False,
+        pty: bool = False,
+        stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        plain: bool = False,
+    ) -> int | str:
+        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends
+        the command. ``plain``: a command of our own, that needs no guard and interests nobody.
+        """
         if x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
         guard = self.guard and not plain
@@ -2381,45 +3168,87 @@ class SshNode(_Node):
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
         for attempt in itertools.count():
-            async with self._slot(alone=guard and (stdin is not None or pty)) as link, asyncio.timeout(timeout):
+            async with (
+                self._slot(alone=guard and (stdin is not None or pty)) as link,
+                asyncio.timeout(timeout),
+            ):
                 session, feeder = _Session(sink, step), None
                 session.guarded = guard and stdin is None and not pty
                 try:
-                    await self._open(cast("Any", link.conn).create_session(
-                        lambda session=session: session, text, encoding=None, window=SESSION_WINDOW, x11_forwarding=x11,
-                        request_pty="force" if pty else False, term_type=os.environ.get("TERM", "dumb") if pty else None,
-                        term_size=tuple(shutil.get_terminal_size()) if pty else (), env=None if guard else env),
-                        lambda opened: opened[1].abort())
+                    await self._open(
+                        cast("Any", link.conn).create_session(
+                            lambda session=session: session,
+                            text,
+                            encoding=None,
+                            window=SESSION_WINDOW,
+                            x11_forwarding=x11,
+                            request_pty="force" if pty else False,
+                            term_type=os.environ.get("TERM", "dumb") if pty else None,
+                            term_size=tuple(shutil.get_terminal_size()) if pty else (),
+                            env=None if guard else env,
+                        ),
+                        lambda opened: opened[1].abort(),
+                    )
                     assert session.chan
                     if stdin:
                         feeder = asyncio.create_task(session.feed(stdin))
                     elif not guard:
-                        session.chan.write_eof()  # with the guard, the end of stdin is what ends the command
+                        # with the guard, the end of stdin is what ends the command
+                        session.chan.write_eof()
                     with contextlib.nullcontext() if plain else self._shown(command):
                         # not awaited themselves: that would cancel them with us
-                        await asyncio.wait([session.ended, session.failed], return_when=asyncio.FIRST_COMPLETED)
+                        await asyncio.wait(
+                            [session.ended, session.failed], return_when=asyncio.FIRST_COMPLETED
+                        )
                 except (asyncssh.Error, ConnectionError) as exc:
                     if await self._refused(link, exc, attempt):
                         continue
-                    step.may_run = not link.alive or isinstance(exc, ConnectionError)  # the request may have arrived
-                    raise (self._failure(exc) if link.alive else self._lost(link, step.command or command)) from None
+                    step.may_run = not link.alive or isinstance(
+                        exc, ConnectionError
+                    )  # the request may have arrived
+                    raise (
+                        self._failure(exc)
+                        if link.alive
+                        else self._lost(link, step.command or command)
+                    ) from None
                 finally:
                     if feeder:
                         feeder.cancel()
                     if session.chan and not session.ended.done():
                         step.may_run = True
-                        leaderless = session.status is not None  # it has ended, what holds its outputs has not
+                        leaderless = (
+                            session.status is not None
+                        )  # it has ended, what holds its outputs has not
                         session.abort()
-                        # for these, or where stdin is data, the guard waits for the end of the connection
-                        if alone := not link.forwards and (link.reserved or (leaderless and link.sessions == 1)):
+                        # for these, or where stdin is data, the guard waits for the end of the
+                        # connection
+                        if alone := not link.forwards and (
+                            link.reserved or (leaderless and link.sessions == 1)
+                        ):
                             link.reserved = True  # nobody may join what is to be cut
-                            link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)  # does the server hear us?
+                            link.conn.set_keepalive(
+                                CLOSE_TIMEOUT / 5, 1
+                            )  # does the server hear us?
                         try:
-                            # the slot is free when the server says so; the guard waits for 2 s before it kills
-                            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT * (0.5 if alone else 1.3))
-                            step.may_run = not (guard and link.alive and (alone or (session.ended.done() and not leaderless)))
-                        finally:  # cancelled again; or it ended by itself just before the guard could end it
-                            if alone or (guard and session.status not in ("TERM", "KILL") and link.sessions == 1 and not link.forwards):
+                            # the slot is free when the server says so; the guard waits for 2 s
+                            # before it kills
+                            await asyncio.wait(
+                                [session.ended], timeout=CLOSE_TIMEOUT * (0.5 if alone else 1.3)
+                            )
+                            step.may_run = not (
+                                guard
+                                and link.alive
+                                and (alone or (session.ended.done() and not leaderless))
+                            )
+                        finally:
+                            # cancelled again; or it ended by itself just before the guard could end
+                            # it
+                            if alone or (
+                                guard
+                                and session.status not in ("TERM", "KILL")
+                                and link.sessions == 1
+                                and not link.forwards
+                            ):
                                 link.drop()
                 if session.error:
                     raise session.error
@@ -2431,10 +3260,16 @@ class SshNode(_Node):
 
     @staticmethod
     async def _refused(link: _Link, exc: Exception, attempt: int) -> bool:
-        """Whether a session was refused because there are too many (this server's MaxSessions is lower, or it has not yet noticed that one
-        ended), and it is worth to ask again."""
-        if not link.alive or getattr(exc, "code", None) != asyncssh.OPEN_CONNECT_FAILED or "SSH connection closed" in str(exc) \
-                or attempt >= (20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE):
+        """Whether a session was refused because there are too many (this server's MaxSessions is
+        lower, or it has not yet noticed that one ended), and it is worth to ask again.
+        """
+        if (
+            not link.alive
+            or getattr(exc, "code", None) != asyncssh.OPEN_CONNECT_FAILED
+            or "SSH connection closed" in str(exc)
+            or attempt
+            >= (20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE)
+        ):
             return False
         link.limit = max(link.sessions - 1, 1)
         await asyncio.sleep(0.05)
@@ -2442,19 +3277,32 @@ class SshNode(_Node):
 
     def _lost(self, link: _Link, command: str) -> ConnectionFailedError:
         why = f": {escape(str(link.client.why))}" if link.client.why else ""
-        return ConnectionFailedError(f"connection lost during {escape(command)}{why}", host=self.hostname, kind="lost", command=command)
+        return ConnectionFailedError(
+            f"connection lost during {escape(command)}{why}",
+            host=self.hostname,
+            kind="lost",
+            command=command,
+        )
 
     @staticmethod
     async def _open(work: Awaitable[_T], close: Callable[[_T], None]) -> _T:
-        """Open a channel; cancelled meanwhile, the channel is closed as soon as it is there, so that its slot is not lost."""
+        """Open a channel; cancelled meanwhile, the channel is closed as soon as it is there, so
+        that its slot is not lost.
+        """
         opening = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(lambda task: close(task.result()) if not task.cancelled() and not task.exception() else None)
+            opening.add_done_callback(
+                lambda task: (
+                    close(task.result()) if not task.cancelled() and not task.exception() else None
+                )
+            )
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             raise
-        except AttributeError as exc:  # asyncssh's, when the connection goes while the channel opens
+        except (
+            AttributeError
+        ) as exc:  # asyncssh's, when the connection goes while the channel opens
             raise asyncssh.ConnectionLost(str(exc)) from None
 
     async def _open_sftp(self, live: _Live) -> None:
@@ -2464,8 +3312,12 @@ class SshNode(_Node):
                 opener = cast("Any", _SftpOpener(link.conn))
                 try:
                     async with asyncio.timeout(self.timeout):
-                        sftp = await self._open(asyncssh.SSHClientConnection.start_sftp_client(opener, path_errors="surrogateescape"),
-                                                asyncssh.SFTPClient.exit)
+                        sftp = await self._open(
+                            asyncssh.SSHClientConnection.start_sftp_client(
+                                opener, path_errors="surrogateescape"
+                            ),
+                            asyncssh.SFTPClient.exit,
+                        )
                 except BaseException as exc:
                     if opener.channel:  # nobody will use it: its session is free
                         opener.channel.abort()
@@ -2497,12 +3349,21 @@ class SshNode(_Node):
         data, copy_ = os.fsencode(body), _Copy(self, StepRecord())
         sftp, target = await self.sftp_connect_lazy(), _remote(remotefile)
         try:
-            await copy_.push_content(sftp, lambda size, position: data[position:position + size], target,
-                                     await copy_._remote_stat(sftp, target), asyncssh.SFTPAttrs(permissions=0o755))
+            await copy_.push_content(
+                sftp,
+                lambda size, position: data[position : position + size],
+                target,
+                await copy_._remote_stat(sftp, target),
+                asyncssh.SFTPAttrs(permissions=0o755),
+            )
         except asyncssh.SFTPError as exc:
-            raise TransferError(f"{escape(remotefile)}: {_reason(exc)}", host=self.hostname) from None
+            raise TransferError(
+                f"{escape(remotefile)}: {_reason(exc)}", host=self.hostname
+            ) from None
 
-    async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
+    async def _copy(
+        self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool
+    ) -> None:
         sftp = await self.sftp_connect_lazy()
         await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
 
@@ -2515,11 +3376,15 @@ class SshNode(_Node):
         making = StepRecord(command=f"the making of ~/{folder}")
         try:
             try:
-                status = await self._session(f"exec /bin/sh -c '{script}'", making, said, None, plain=True)
+                status = await self._session(
+                    f"exec /bin/sh -c '{script}'", making, said, None, plain=True
+                )
                 if status or not said.stdout():
                     why = said.stderr().decode("utf-8", "replace").strip() or f"status {status}"
                     raise TransferError(f"~/{name}: {_brief(why, 200)}", host=self.hostname)
-                folder = os.fsdecode(said.stdout().splitlines()[-1])  # absolute: SFTP may begin elsewhere (internal-sftp -d)
+                folder = os.fsdecode(
+                    said.stdout().splitlines()[-1]
+                )  # absolute: SFTP may begin elsewhere (internal-sftp -d)
                 async with asyncio.TaskGroup() as group:
                     for file, (data, mode) in files.items():
                         group.create_task(self._write_private(sftp, f"{folder}/{file}", data, mode))
@@ -2528,7 +3393,9 @@ class SshNode(_Node):
                 if isinstance(exc, ApsshError):
                     raise exc from None
                 if isinstance(exc, _LOST):
-                    raise ConnectionFailedError(f"connection lost while ~/{name} was made", host=self.hostname) from None
+                    raise ConnectionFailedError(
+                        f"connection lost while ~/{name} was made", host=self.hostname
+                    ) from None
                 raise TransferError(f"~/{name}: {_reason(exc)}", host=self.hostname) from None
             yield folder
         finally:
@@ -2538,15 +3405,21 @@ class SshNode(_Node):
 
     @staticmethod
     async def _write_private(sftp: asyncssh.SFTPClient, path: str, data: bytes, mode: int) -> None:
-        opened = await sftp.open(path, asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-                                 asyncssh.SFTPAttrs(permissions=mode & 0o700), encoding=None)
+        opened = await sftp.open(
+            path,
+            asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
+            asyncssh.SFTPAttrs(permissions=mode & 0o700),
+            encoding=None,
+        )
         async with _Copy._closing(opened) as file:
             await file.write(data, 0)
 
 
 class _SftpOpener:
-    """A connection as asyncssh's start_sftp_client sees it. It keeps the channel, which asyncssh would leave open when no SFTP server
-    answers on it (a start-up file that prints), and which tells when the server has ended SFTP but not the connection."""
+    """A connection as asyncssh's start_sftp_client sees it. It keeps the channel, which asyncssh
+    would leave open when no SFTP server answers on it (a start-up file that prints), and which
+    tells when the server has ended SFTP but not the connection.
+    """
 
     def __init__(self, conn: asyncssh.SSHClientConnection) -> None:
         self._conn = conn
@@ -2562,7 +3435,9 @@ class _SftpOpener:
         return opened
 
 
-_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()  # one for all nodes behind it
+_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = (
+    weakref.WeakValueDictionary()
+)  # one for all nodes behind it
 _quiet = Formatter()  # for gateways: they run nothing
 
 
@@ -2574,12 +3449,17 @@ class _Live:
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
         self.opening: dict[str, _Shared] = {}
-        self.sftp: tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes] | None] | None = None
+        self.sftp: (
+            tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes] | None] | None
+        ) = None
         self.freed = asyncio.Event()
 
     def sftp_ended(self) -> bool:
         """Whether the SFTP session is over: its connection is, or its server ended it."""
-        return bool(self.sftp and not (self.sftp[1].alive and not (self.sftp[2] and self.sftp[2].is_closing())))
+        return bool(
+            self.sftp
+            and not (self.sftp[1].alive and not (self.sftp[2] and self.sftp[2].is_closing()))
+        )
 
     def forget_sftp(self) -> None:
         """Give back the session of an SFTP that has ended."""
@@ -2600,9 +3480,13 @@ class _Live:
 
 
 class _LocalOutput(asyncio.Protocol):
-    """An output of a command of this machine: bytes to the sink as they come, its end, and what broke."""
+    """An output of a command of this machine: bytes to the sink as they come, its end, and what
+    broke.
+    """
 
-    def __init__(self, sink: _Sink, step: StepRecord, datatype: int | None, broken: asyncio.Future[None]) -> None:
+    def __init__(
+        self, sink: _Sink, step: StepRecord, datatype: int | None, broken: asyncio.Future[None]
+    ) -> None:
         self._sink, self._step, self._datatype, self._broken = sink, step, datatype, broken
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -2622,7 +3506,9 @@ class _LocalOutput(asyncio.Protocol):
 
 
 class LocalNode(_Node):
-    """This machine, with the same commands: through /bin/sh, in the program's current folder; Push and Pull are plain copies."""
+    """This machine, with the same commands: through /bin/sh, in the program's current folder; Push
+    and Pull are plain copies.
+    """
 
     def __init__(self, formatter: Formatter | None = None, verbose: bool | None = None) -> None:
         self.hostname = "LOCALNODE"
@@ -2656,23 +3542,49 @@ class LocalNode(_Node):
         Path(remotefile).write_bytes(os.fsencode(body))
         os.chmod(remotefile, 0o755)
 
-    async def _session(self, command: str, step: StepRecord, sink: _Sink, timeout: float | None, *, x11: bool = False,
-                       env: Mapping[str, str] | None = None, quiet: bool = False, pty: bool = False,
-                       stdin: AsyncIterator[bytes] | None = None) -> int | str:
-        """A process group of its own, under the same guard as over there: closing its stdin ends it."""
+    async def _session(
+        self,
+        command: str,
+        step: StepRecord,
+        sink: _Sink,
+        timeout: float | None,
+        *,
+        x11: bool = False,
+        env: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        pty: bool = False,
+        stdin: AsyncIterator[bytes] | None = None,
+    ) -> int | str:
+        """A process group of its own, under the same guard as over there: closing its stdin ends
+        it.
+        """
         if pty or stdin:
             raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
         loop = asyncio.get_running_loop()
         broken: asyncio.Future[None] = loop.create_future()
-        process = subprocess.Popen(["/bin/sh", "-c", _guarded(command, env=env, quiet=quiet)], env=os.environ | {"SHELL": "/bin/sh"},
-                                   start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", _guarded(command, env=env, quiet=quiet)],
+            env=os.environ | {"SHELL": "/bin/sh"},
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert process.stdin and process.stdout and process.stderr
-        ends: list[asyncio.Future[Any]] = [_in_daemon(process.wait)]  # not asyncio's: it waits for ever when cancelled too early
+        ends: list[asyncio.Future[Any]] = [
+            _in_daemon(process.wait)
+        ]  # not asyncio's: it waits for ever when cancelled too early
         transports: list[asyncio.BaseTransport] = []
         try:
             for pipe, datatype in ((process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)):
                 output = _LocalOutput(sink, step, datatype, broken)
-                transports.append((await loop.connect_read_pipe(functools.partial(lambda each: each, output), pipe))[0])
+                transports.append(
+                    (
+                        await loop.connect_read_pipe(
+                            functools.partial(lambda each: each, output), pipe
+                        )
+                    )[0]
+                )
                 ends.append(output.ended)
             with self._shown(command):
                 all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
@@ -2681,7 +3593,9 @@ class LocalNode(_Node):
         finally:
             process.stdin.close()  # ends what is left of it
             if process.returncode is not None and not all(each.done() for each in ends):
-                with contextlib.suppress(ProcessLookupError):  # its leader has gone, who holds its outputs has not
+                with contextlib.suppress(
+                    ProcessLookupError
+                ):  # its leader has gone, who holds its outputs has not
                     os.killpg(process.pid, signal.SIGKILL)
             try:
                 await asyncio.wait(ends, timeout=5)
@@ -2695,13 +3609,19 @@ class LocalNode(_Node):
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
-    async def _copy(self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool) -> None:
+    async def _copy(
+        self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool
+    ) -> None:
         """The side that is else remote knows ``~``, and globs to pull."""
         if pushing:
             destination = os.path.expanduser(destination)
         else:
             named = [os.path.expanduser(source) for source in sources]
-            sources = [found for source in named for found in (not os.path.lexists(source) and sorted(glob.glob(source))) or [source]]
+            sources = [
+                found
+                for source in named
+                for found in (not os.path.lexists(source) and sorted(glob.glob(source))) or [source]
+            ]
         await copy_.run(copy_.local(sources, destination, many or len(sources) > 1))
 
     @contextlib.asynccontextmanager
@@ -2709,9 +3629,15 @@ class LocalNode(_Node):
         """A private folder below the home, removed afterwards."""
         folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
         place = shlex.quote(str(folder))
-        made = subprocess.run(["/bin/sh", "-c", _FOLDER.format(place, sentinel=_SENTINEL.format(place))], capture_output=True, check=False)
+        made = subprocess.run(
+            ["/bin/sh", "-c", _FOLDER.format(place, sentinel=_SENTINEL.format(place))],
+            capture_output=True,
+            check=False,
+        )
         if made.returncode:
-            raise TransferError(f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname)
+            raise TransferError(
+                f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname
+            )
         try:
             for name, (data, mode) in files.items():
                 (folder / name).write_bytes(data)
@@ -2721,15 +3647,17 @@ class LocalNode(_Node):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transfers: one SFTP engine; what arrives is whole, and stays inside the destination
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-CHUNK = 1024 * 1024          # bytes of a file handled at once; two of them are under way
-FILES_IN_FLIGHT = 64         # small files cost round trips: many at once is what makes them cheap
-TREE_LIMIT = 1_000_000       # names in one copy, and links: more is an endless tree
-DEPTH_LIMIT = 100            # folders in folders
-SURPLUS_LIMIT = 1 << 30      # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
+CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under way
+FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
+TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
+DEPTH_LIMIT = 100  # folders in folders
+SURPLUS_LIMIT = (
+    1 << 30
+)  # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
 
 
 def _reason(exc: BaseException) -> str:
@@ -2739,10 +3667,17 @@ def _reason(exc: BaseException) -> str:
     return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
 
 
-
 def _safe_name(name: str) -> str:
-    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file system has longer ones."""
-    if not name or name in (".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
+    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
+    system has longer ones.
+    """
+    if (
+        not name
+        or name in (".", "..")
+        or "/" in name
+        or "\0" in name
+        or len(os.fsencode(name)) > 255
+    ):
         raise TransferError(f"refused the name '{_brief(name)}' sent by the server")
     return name
 
@@ -2759,22 +3694,30 @@ def _write_all(fd: int, data: bytes, position: int) -> None:
 
 
 def _paths(paths: Any) -> tuple[list[Any], bool]:
-    """One path or several, as a list; whether they were several, be it a list of one (they then need a folder)."""
+    """One path or several, as a list; whether they were several, be it a list of one (they then
+    need a folder).
+    """
     many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
     each = list(paths) if many else [paths]
-    if not each or not all(isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each):
+    if not each or not all(
+        isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
+    ):
         raise UsageError(f"a path or a list of paths, not {paths!r}")
     return each, many
 
 
 def _remote(path: str) -> str:
     """A remote path; the remote home is where SFTP starts, so ``~`` and nothing are the same."""
-    return path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
+    return (
+        path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
+    )
 
 
 class _Folder:
-    """A local folder held by descriptor, so that no name can be swapped for a link under us.
-    Its files and subfolders refer to it: when the last is done it gets its final mode and times, and is closed."""
+    """A local folder held by descriptor, so that no name can be swapped for a link under us. Its
+    files and subfolders refer to it: when the last is done it gets its final mode and times, and is
+    closed.
+    """
 
     def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
         self.fd, self.path, self.parent = fd, path, parent
@@ -2784,7 +3727,9 @@ class _Folder:
         self.times: tuple[float, float] | None = None
 
     def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
-        """The subfolder of this name, made if need be (one that was there keeps its mode, unless preserve); never through a link."""
+        """The subfolder of this name, made if need be (one that was there keeps its mode, unless
+        preserve); never through a link.
+        """
         made = True
         try:
             os.mkdir(name, 0o700, dir_fd=self.fd)
@@ -2796,7 +3741,11 @@ class _Folder:
             link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
             raise TransferError(f"a {'link' if link else 'file'} has that name") from None
         folder = _Folder(fd, os.path.join(self.path, name), self)
-        folder.mode = attrs.permissions & 0o777 if attrs.permissions is not None and (made or preserve) else None
+        folder.mode = (
+            attrs.permissions & 0o777
+            if attrs.permissions is not None and (made or preserve)
+            else None
+        )
         if preserve and attrs.mtime is not None:
             folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
         return folder
@@ -2823,8 +3772,10 @@ class _Folder:
 
 
 class _UnderWay:
-    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them, or, on a failure, cancels them.
-    No asyncio.TaskGroup: that takes a cancellation from outside for its own, when one of its tasks has just failed."""
+    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them,
+    or, on a failure, cancels them. No asyncio.TaskGroup: that takes a cancellation from outside for
+    its own, when one of its tasks has just failed.
+    """
 
     def __init__(self, most: int) -> None:
         self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
@@ -2841,7 +3792,9 @@ class _UnderWay:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        failure = None if task.cancelled() else task.exception()  # retrieved, whether or not it is the first
+        failure = (
+            None if task.cancelled() else task.exception()
+        )  # retrieved, whether or not it is the first
         self._failure = self._failure or failure
 
     async def __aenter__(self) -> _UnderWay:
@@ -2858,17 +3811,37 @@ class _UnderWay:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
-            self._failure = None  # kept here, it would keep its frames, and the folder they hold open
+            self._failure = (
+                None  # kept here, it would keep its frames, and the folder they hold open
+            )
 
 
 class _Copy:
-    """One Push or Pull with one node: its options, what it has moved, what failed (the other files go on)."""
+    """One Push or Pull with one node: its options, what it has moved, what failed (the other files
+    go on).
+    """
 
-    def __init__(self, node: _Node, step: StepRecord, *, preserve: bool = False, recurse: bool = False,
-                 follow_symlinks: bool = False, inplace: bool = False) -> None:
+    def __init__(
+        self,
+        node: _Node,
+        step: StepRecord,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+    ) -> None:
         self.node, self.step = node, step
-        self.preserve, self.recurse, self.follow, self.inplace = preserve, recurse, follow_symlinks, inplace
-        self.failure, self.failed = "", 0  # the first, and how many: a hostile server has no end of them
+        self.preserve, self.recurse, self.follow, self.inplace = (
+            preserve,
+            recurse,
+            follow_symlinks,
+            inplace,
+        )
+        self.failure, self.failed = (
+            "",
+            0,
+        )  # the first, and how many: a hostile server has no end of them
         self.count = 0
         self._files = _UnderWay(FILES_IN_FLIGHT)
 
@@ -2878,19 +3851,29 @@ class _Copy:
         try:
             yield
         except _LOST as exc:
-            raise ConnectionFailedError(f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname) from exc
+            raise ConnectionFailedError(
+                f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname
+            ) from exc
         except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
             reason = exc.message if isinstance(exc, TransferError) else _reason(exc)
-            self.failure, self.failed = self.failure or f"{_brief(path, 200)}: {reason}", self.failed + 1
+            self.failure, self.failed = (
+                self.failure or f"{_brief(path, 200)}: {reason}",
+                self.failed + 1,
+            )
 
     def _counted(self, path: str) -> None:
         """Every name that a folder is said to have counts, whatever becomes of it."""
         self.count += 1
         if self.count > TREE_LIMIT:
-            raise ApsshError(f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up", host=self.node.hostname)
+            raise ApsshError(
+                f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
+                host=self.node.hostname,
+            )
 
     def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
-        """What is no file and no link must be a folder that can be copied, in a folder of this depth."""
+        """What is no file and no link must be a folder that can be copied, in a folder of this
+        depth.
+        """
         for wrong, why in (
             (not is_folder, "not a regular file, folder or link"),
             (not self.recurse, "is a folder (recurse, -r, copies folders)"),
@@ -2900,8 +3883,11 @@ class _Copy:
             if wrong:
                 raise TransferError(why)
 
-    async def _spawn(self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+    async def _spawn(
+        self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
+    ) -> None:
         """Run this beside the others, as soon as there is room."""
+
         async def guarded() -> None:
             with self._failing(path):
                 await work(*args)
@@ -2917,7 +3903,9 @@ class _Copy:
 
     # push
 
-    async def push(self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool) -> None:
+    async def push(
+        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
+    ) -> None:
         """Local sources onto a remote file, or into a remote folder."""
         target = _remote(destination)
         with self._failing(destination):
@@ -2927,7 +3915,10 @@ class _Copy:
         folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
         into = many or folder or destination.endswith("/")
         if into and not folder:
-            raise TransferError(f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}", host=self.node.hostname)
+            raise TransferError(
+                f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}",
+                host=self.node.hostname,
+            )
         late: list[tuple[str, asyncssh.SFTPAttrs]] = []
         names = [os.path.basename(os.path.abspath(source)) for source in sources]
         async with self._files:
@@ -2936,38 +3927,63 @@ class _Copy:
                     if into and names.count(name) > 1:
                         raise TransferError(f"two sources are called {escape(name)}")
                     path = posixpath.join(target, name) if into else target
-                    await self._push_entry(sftp, source, path, await self._remote_stat(sftp, path), late, 0)
+                    await self._push_entry(
+                        sftp, source, path, await self._remote_stat(sftp, path), late, 0
+                    )
         for path, attrs in reversed(late):
             with self._failing(path):
                 await sftp.setstat(path, attrs)
 
     @staticmethod
-    async def _remote_stat(sftp: asyncssh.SFTPClient, path: str, follow: bool = False) -> asyncssh.SFTPAttrs | None:
+    async def _remote_stat(
+        sftp: asyncssh.SFTPClient, path: str, follow: bool = False
+    ) -> asyncssh.SFTPAttrs | None:
         try:
             return await (sftp.stat(path) if follow else sftp.lstat(path))
         except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
             return None
 
-    async def _push_entry(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None,
-                          late: list[tuple[str, asyncssh.SFTPAttrs]], depth: int, within: tuple[tuple[int, int], ...] = ()) -> None:
+    async def _push_entry(
+        self,
+        sftp: asyncssh.SFTPClient,
+        source: str,
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        late: list[tuple[str, asyncssh.SFTPAttrs]],
+        depth: int,
+        within: tuple[tuple[int, int], ...] = (),
+    ) -> None:
         """One local entry, named (depth 0: a link is followed) or found in a tree."""
         self._counted(source)
         info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
         if stat.S_ISREG(info.st_mode):
-            if depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:  # the user named no link: it is replaced
+            if (
+                depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK
+            ):  # the user named no link: it is replaced
                 if self.inplace:
                     raise TransferError("a link has that name")
                 existing = None
-            await self._spawn(source, self._push_file, sftp, source, target, existing, self.follow or depth == 0)
+            await self._spawn(
+                source, self._push_file, sftp, source, target, existing, self.follow or depth == 0
+            )
         elif stat.S_ISLNK(info.st_mode):
             await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
         else:
-            self._check_folder(stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within)
+            self._check_folder(
+                stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within
+            )
             present: dict[str, asyncssh.SFTPAttrs] = {}
             if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
-                existing = await self._remote_stat(sftp, target, follow=True)  # what is named may be a link, over there too
-            if existing and existing.type in (asyncssh.FILEXFER_TYPE_SYMLINK, asyncssh.FILEXFER_TYPE_REGULAR):
-                raise TransferError(f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name")
+                existing = await self._remote_stat(
+                    sftp, target, follow=True
+                )  # what is named may be a link, over there too
+            if existing and existing.type in (
+                asyncssh.FILEXFER_TYPE_SYMLINK,
+                asyncssh.FILEXFER_TYPE_REGULAR,
+            ):
+                raise TransferError(
+                    f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name"
+                )
             within += ((info.st_dev, info.st_ino),)
             if existing is None:
                 await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
@@ -2982,8 +3998,15 @@ class _Copy:
             with os.scandir(source) as entries:
                 for entry in entries:
                     with self._failing(entry.path):
-                        await self._push_entry(sftp, entry.path, posixpath.join(target, entry.name), present.get(entry.name),
-                                               late, depth + 1, within)
+                        await self._push_entry(
+                            sftp,
+                            entry.path,
+                            posixpath.join(target, entry.name),
+                            present.get(entry.name),
+                            late,
+                            depth + 1,
+                            within,
+                        )
 
     def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
         """The mode bits to give; times with preserve."""
@@ -2991,52 +4014,96 @@ class _Copy:
         times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
         return asyncssh.SFTPAttrs(permissions=mode, **times)
 
-    async def _push_file(self, sftp: asyncssh.SFTPClient, source: str, target: str, existing: asyncssh.SFTPAttrs | None,
-                         follow: bool) -> None:
+    async def _push_file(
+        self,
+        sftp: asyncssh.SFTPClient,
+        source: str,
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        follow: bool,
+    ) -> None:
         """One file, under a temporary name until it is whole."""
-        fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))  # a FIFO put there meanwhile blocks nobody
+        fd = os.open(
+            source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        )  # a FIFO put there meanwhile blocks nobody
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise TransferError("not a regular file")
-            await self.push_content(sftp, lambda size, position: os.pread(fd, size, position), target, existing, self._attrs(info))
+            await self.push_content(
+                sftp,
+                lambda size, position: os.pread(fd, size, position),
+                target,
+                existing,
+                self._attrs(info),
+            )
         finally:
             os.close(fd)
 
-    async def push_content(self, sftp: asyncssh.SFTPClient, read: Callable[[int, int], bytes], target: str,
-                           existing: asyncssh.SFTPAttrs | None, attrs: asyncssh.SFTPAttrs) -> None:
+    async def push_content(
+        self,
+        sftp: asyncssh.SFTPClient,
+        read: Callable[[int, int], bytes],
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        attrs: asyncssh.SFTPAttrs,
+    ) -> None:
         """Content onto a remote file: whole, or not at all."""
         if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
             target = str(await sftp.realpath(target))
             existing = await self._remote_stat(sftp, target)
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError("a folder has that name")
-        if existing and existing.type not in (asyncssh.FILEXFER_TYPE_REGULAR, asyncssh.FILEXFER_TYPE_UNKNOWN):
+        if existing and existing.type not in (
+            asyncssh.FILEXFER_TYPE_REGULAR,
+            asyncssh.FILEXFER_TYPE_UNKNOWN,
+        ):
             raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
         folder = _brief(posixpath.dirname(target) or ".", 200)
-        flags = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
-        async with contextlib.nullcontext(target) if self.inplace else self._replacing(sftp, target) as path:
+        flags = (
+            asyncssh.FXF_WRITE
+            | asyncssh.FXF_CREAT
+            | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
+        )
+        async with (
+            contextlib.nullcontext(target)
+            if self.inplace
+            else self._replacing(sftp, target) as path
+        ):
             try:
-                opened = await sftp.open(path, flags, asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
-                                         encoding=None, block_size=0)
+                opened = await sftp.open(
+                    path,
+                    flags,
+                    asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
+                    encoding=None,
+                    block_size=0,
+                )
             except asyncssh.SFTPPermissionDenied as exc:
                 if self.inplace:
                     raise
-                raise TransferError(f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)") from exc
+                raise TransferError(
+                    f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)"
+                ) from exc
             except asyncssh.SFTPNoSuchFile:
                 raise TransferError(f"{folder}: no such folder") from None
             async with self._closing(opened) as file:
                 if existing and not self.inplace:
                     mine = await file.stat()
                     if (mine.uid, mine.gid) != (existing.uid, existing.gid):
-                        with contextlib.suppress(asyncssh.SFTPError):  # only root may: the file then becomes ours
-                            await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
+                        with contextlib.suppress(
+                            asyncssh.SFTPError
+                        ):  # only root may: the file then becomes ours
+                            await file.setstat(
+                                asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid)
+                            )
                 await self._push_bytes(sftp, file, read)
                 await file.setstat(attrs)
 
     @contextlib.asynccontextmanager
     async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
-        """A name beside the target that nobody guesses; what is made there becomes the target, or is removed."""
+        """A name beside the target that nobody guesses; what is made there becomes the target, or
+        is removed.
+        """
         folder, name = posixpath.split(target)
         temporary = posixpath.join(folder, _temporary_name(name))
         try:
@@ -3044,13 +4111,17 @@ class _Copy:
             try:
                 await self._replace(sftp, temporary, target)
             except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
-                raise TransferError(f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
-                                    "(inplace writes onto the file itself)") from exc
+                raise TransferError(
+                    f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
+                    "(inplace writes onto the file itself)"
+                ) from exc
         except BaseException as exc:
             full = False
             with contextlib.suppress(OSError, ValueError, asyncssh.Error):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
-                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(sftp, target)
+                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(
+                        sftp, target
+                    )
                     await sftp.remove(temporary)
             if full:
                 raise TransferError("no space left on the device") from exc
@@ -3059,7 +4130,9 @@ class _Copy:
     @staticmethod
     @contextlib.asynccontextmanager
     async def _closing(file: asyncssh.SFTPClientFile) -> AsyncIterator[asyncssh.SFTPClientFile]:
-        """Closed at the end; after a failure or a cancellation without waiting for ever for a host that answers no more."""
+        """Closed at the end; after a failure or a cancellation without waiting for ever for a host
+        that answers no more.
+        """
         try:
             yield file
         except BaseException:
@@ -3069,8 +4142,15 @@ class _Copy:
             raise
         await file.close()
 
-    async def _push_bytes(self, sftp: asyncssh.SFTPClient, file: asyncssh.SFTPClientFile, read: Callable[[int, int], bytes]) -> None:
-        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a loss or a cancellation."""
+    async def _push_bytes(
+        self,
+        sftp: asyncssh.SFTPClient,
+        file: asyncssh.SFTPClientFile,
+        read: Callable[[int, int], bytes],
+    ) -> None:
+        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a
+        loss or a cancellation.
+        """
         size = max(min(sftp.limits.max_write_len, CHUNK // 4), 1)
         position, under_way = 0, _UnderWay(2 * CHUNK // size)
         async with under_way:
@@ -3081,7 +4161,9 @@ class _Copy:
 
     @staticmethod
     async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
-        """Rename over the target (posix-rename@openssh.com); a server without that must remove it first."""
+        """Rename over the target (posix-rename@openssh.com); a server without that must remove it
+        first.
+        """
         try:
             await sftp.posix_rename(temporary, target)
         except asyncssh.SFTPOpUnsupported:
@@ -3099,7 +4181,9 @@ class _Copy:
             return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
-    async def _push_link(self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None) -> None:
+    async def _push_link(
+        self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None
+    ) -> None:
         if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
             raise TransferError("a folder has that name")
         async with self._replacing(sftp, target) as temporary:
@@ -3107,13 +4191,19 @@ class _Copy:
 
     # pull: the server is not trusted
 
-    async def pull(self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool) -> None:
+    async def pull(
+        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
+    ) -> None:
         """Remote sources (globs in them expanded) onto a local file, or into a local folder."""
         found: list[str] = []
         for source in sources:
             path = _remote(source)
             with self._failing(source):
-                matches = [each async for each in self._glob(sftp, path)] if re.search(r"[*?[]", path) else []
+                matches = (
+                    [each async for each in self._glob(sftp, path)]
+                    if re.search(r"[*?[]", path)
+                    else []
+                )
                 many = many or len(matches) > 1
                 found += matches or [path]
         folder, name = self._landing(destination, many)
@@ -3126,7 +4216,9 @@ class _Copy:
                         own = posixpath.basename(str(await sftp.realpath(path)))
                     attrs = await sftp.stat(path)
                     self._counted(path)
-                    await self._pull_entry(sftp, path, folder, self._unique(own, taken), attrs, followed=True)
+                    await self._pull_entry(
+                        sftp, path, folder, self._unique(own, taken), attrs, followed=True
+                    )
 
     def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
         """The local folder that sources arrive in, and the name there, if it is not their own."""
@@ -3134,7 +4226,9 @@ class _Copy:
         if into and not os.path.isdir(destination):
             what = "not a folder" if os.path.exists(destination.rstrip("/")) else "no such folder"
             raise TransferError(f"{escape(destination)}: {what}", host=self.node.hostname)
-        place = os.path.realpath(destination) if os.path.islink(destination) else destination  # a link that the user named is resolved
+        place = (
+            os.path.realpath(destination) if os.path.islink(destination) else destination
+        )  # a link that the user named is resolved
         path = place if into else os.path.dirname(place)
         folder = _Folder(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY), path)
         folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
@@ -3150,26 +4244,48 @@ class _Copy:
         return name
 
     async def _glob(self, sftp: asyncssh.SFTPClient, pattern: str) -> AsyncIterator[str]:
-        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no leading dot."""
+        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no
+        leading dot.
+        """
         head, _, last = pattern.rpartition("/")
         folders = [head or ("/" if pattern.startswith("/") else ".")]
         if re.search(r"[*?[]", head):
             folders = [each async for each in self._glob(sftp, head)]
         for folder in folders:
             names: list[str] = []
-            with contextlib.suppress(asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure):
+            with contextlib.suppress(
+                asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure
+            ):
                 async for entry in sftp.scandir(folder):
                     self._counted(pattern)
                     name = str(entry.filename)
-                    if fnmatch.fnmatchcase(name, last) and name not in (".", "..") and name.startswith(".") <= last.startswith("."):
+                    if (
+                        fnmatch.fnmatchcase(name, last)
+                        and name not in (".", "..")
+                        and name.startswith(".") <= last.startswith(".")
+                    ):
                         with self._failing(pattern):
                             names.append(_safe_name(name))
             for name in sorted(set(names)):
-                yield name if folder == "." and not pattern.startswith("./") else posixpath.join(folder, name)
+                yield (
+                    name
+                    if folder == "." and not pattern.startswith("./")
+                    else posixpath.join(folder, name)
+                )
 
-    async def _pull_entry(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs, *,
-                          followed: bool = False) -> None:
-        """One remote entry to a checked name in an open folder; ``followed``: the attributes are those that a link leads to."""
+    async def _pull_entry(
+        self,
+        sftp: asyncssh.SFTPClient,
+        path: str,
+        folder: _Folder,
+        name: str,
+        attrs: asyncssh.SFTPAttrs,
+        *,
+        followed: bool = False,
+    ) -> None:
+        """One remote entry to a checked name in an open folder; ``followed``: the attributes are
+        those that a link leads to.
+        """
         if attrs.type == asyncssh.FILEXFER_TYPE_UNKNOWN and not followed:
             attrs = await sftp.lstat(path)  # some servers list names only
         if linked := attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow and not followed:
@@ -3181,7 +4297,11 @@ class _Copy:
             self._make_link(folder, name, str(await sftp.readlink(path)))
         else:
             real = str(await sftp.realpath(path)) if self.follow else ""
-            self._check_folder(kind == asyncssh.FILEXFER_TYPE_DIRECTORY, folder.depth, linked and f"{folder.real}/".startswith(f"{real}/"))
+            self._check_folder(
+                kind == asyncssh.FILEXFER_TYPE_DIRECTORY,
+                folder.depth,
+                linked and f"{folder.real}/".startswith(f"{real}/"),
+            )
             inner = folder.enter(name, attrs, self.preserve)
             inner.real = real
             taken: set[str] = set()
@@ -3196,19 +4316,32 @@ class _Copy:
                     if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
                         links.append(child)
                     else:
-                        await self._pull_entry(sftp, posixpath.join(path, child), inner, child, entry.attrs)
+                        await self._pull_entry(
+                            sftp, posixpath.join(path, child), inner, child, entry.attrs
+                        )
             for child in links:
                 with self._failing(posixpath.join(path, child)):
-                    self._make_link(inner, child, str(await sftp.readlink(posixpath.join(path, child))))
+                    self._make_link(
+                        inner, child, str(await sftp.readlink(posixpath.join(path, child)))
+                    )
 
-    async def _pull_file(self, sftp: asyncssh.SFTPClient, path: str, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _pull_file(
+        self,
+        sftp: asyncssh.SFTPClient,
+        path: str,
+        folder: _Folder,
+        name: str,
+        attrs: asyncssh.SFTPAttrs,
+    ) -> None:
         """One file, read to its end, whatever size was announced."""
         with self._arriving(folder, name, attrs) as fd:
             await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
 
     @contextlib.contextmanager
     def _arriving(self, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> Iterator[int]:
-        """A local file to write, under a temporary name until it is whole; what is there and is no file is left alone."""
+        """A local file to write, under a temporary name until it is whole; what is there and is no
+        file is left alone.
+        """
         try:
             existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
         except FileNotFoundError:
@@ -3216,7 +4349,11 @@ class _Copy:
         place = escape(os.path.join(folder.path, name))
         if existing and stat.S_ISDIR(existing.st_mode):
             raise TransferError("a folder has that name")
-        if existing and not stat.S_ISREG(existing.st_mode) and (self.inplace or not stat.S_ISLNK(existing.st_mode)):
+        if (
+            existing
+            and not stat.S_ISREG(existing.st_mode)
+            and (self.inplace or not stat.S_ISLNK(existing.st_mode))
+        ):
             raise TransferError(f"{place} is there and not a regular file")
         inplace = self.inplace and existing
         temporary = name if inplace else _temporary_name(name)
@@ -3226,8 +4363,10 @@ class _Copy:
         except OSError as exc:
             if inplace or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            raise TransferError(f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
-                                "(inplace writes onto the file itself)") from exc
+            raise TransferError(
+                f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
+                "(inplace writes onto the file itself)"
+            ) from exc
         try:
             if inplace:
                 os.ftruncate(fd, 0)
@@ -3243,7 +4382,9 @@ class _Copy:
                 try:
                     os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
                 except OSError as exc:
-                    raise TransferError(f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)") from exc
+                    raise TransferError(
+                        f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)"
+                    ) from exc
         except BaseException:
             if not inplace:
                 with contextlib.suppress(OSError):
@@ -3253,15 +4394,22 @@ class _Copy:
             os.close(fd)
 
     async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
-        """The announced size in parallel, then on to the real end, unless asking for one byte more than announced has shown it."""
+        """The announced size in parallel, then on to the real end, unless asking for one byte more
+        than announced has shown it.
+        """
         end, ended = 0, False
         block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
         async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
+
             async def fetch(position: int, wanted: int) -> None:
                 nonlocal end, ended
                 while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
                     _write_all(fd, data, position)
-                    position, wanted, end = position + len(data), wanted - len(data), max(end, position + len(data))
+                    position, wanted, end = (
+                        position + len(data),
+                        wanted - len(data),
+                        max(end, position + len(data)),
+                    )
                     self.step.bytes_transferred += len(data)
                     if position == size and wanted == 1:
                         break
@@ -3280,10 +4428,19 @@ class _Copy:
                     raise TransferError("goes on far beyond its size: given up")
 
     def _make_link(self, folder: _Folder, name: str, target: str) -> None:
-        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no further than the top."""
+        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no
+        further than the top.
+        """
         steps = [step for step in target.split("/") if step not in ("", ".")]
         ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
-        if not target or len(target) > 4000 or target.startswith("/") or "\0" in target or ups > folder.depth or ".." in steps[ups:]:
+        if (
+            not target
+            or len(target) > 4000
+            or target.startswith("/")
+            or "\0" in target
+            or ups > folder.depth
+            or ".." in steps[ups:]
+        ):
             raise TransferError(f"refused a link that leads out, to {_brief(target) or repr('')}")
         folder.put_link(name, target)
 
@@ -3298,11 +4455,22 @@ class _Copy:
                 if names.count(own) > 1:
                     raise TransferError(f"two sources are called {escape(own)}")
                 target = Path(folder.path, own).resolve()
-                if Path(source).is_dir() and Path(source).resolve() in (target, *target.parents) and self.recurse:
+                if (
+                    Path(source).is_dir()
+                    and Path(source).resolve() in (target, *target.parents)
+                    and self.recurse
+                ):
                     raise TransferError("cannot be copied into itself")
                 await self._local_entry(source, folder, own, ())
 
-    async def _local_entry(self, source: str, folder: _Folder, name: str, within: tuple[tuple[int, int], ...], named: bool = True) -> None:
+    async def _local_entry(
+        self,
+        source: str,
+        folder: _Folder,
+        name: str,
+        within: tuple[tuple[int, int], ...],
+        named: bool = True,
+    ) -> None:
         self._counted(source)
         info = os.stat(source) if self.follow or named else os.lstat(source)
         if stat.S_ISREG(info.st_mode):
@@ -3310,23 +4478,30 @@ class _Copy:
         elif stat.S_ISLNK(info.st_mode):
             folder.put_link(name, os.readlink(source))
         else:
-            self._check_folder(stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within)
+            self._check_folder(
+                stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within
+            )
             inner = folder.enter(name, self._attrs(info), self.preserve)
             for child in os.listdir(source):
                 path = os.path.join(source, child)
                 with self._failing(path):
-                    await self._local_entry(path, inner, child, (*within, (info.st_dev, info.st_ino)), False)
+                    await self._local_entry(
+                        path, inner, child, (*within, (info.st_dev, info.st_ino)), False
+                    )
 
     def _local_file(self, source: str, folder: _Folder, name: str) -> None:
-        with open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file, \
-                self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd, open(fd, "wb", closefd=False) as copied:
+        with (
+            open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
+            self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd,
+            open(fd, "wb", closefd=False) as copied,
+        ):
             shutil.copyfileobj(file, copied, CHUNK)
             self.step.bytes_transferred += copied.tell()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # values: what one step finds and a later one uses
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Variables(dict[str, Any]):
@@ -3348,7 +4523,9 @@ class Variables(dict[str, Any]):
 
 
 class Capture:
-    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(..., capture=Capture("x", v))``."""
+    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(...,
+    capture=Capture("x", v))``.
+    """
 
     def __init__(self, varname: str, variables: dict[str, Any]) -> None:
         self.varname, self.variables = varname, variables
@@ -3359,9 +4536,11 @@ class Capture:
 
 
 class Deferred:
-    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions need Jinja2 (extra yaml).
+    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions
+    need Jinja2 (extra yaml).
 
-    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never read as templates.
+    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never
+    read as templates.
     """
 
     _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
@@ -3373,37 +4552,58 @@ class Deferred:
         return f"Deferred({self.template!r})"
 
     def __str__(self) -> str:
-        return re.sub(self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template)
+        return re.sub(
+            self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template
+        )
 
     def render(self) -> str:
-        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an expression that cannot be."""
+        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
+        expression that cannot be.
+        """
         if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
             return self._render_jinja()
-        if missing := [name for name in re.findall(self._PLAIN, self.template) if name not in self.variables]:
-            raise UndefinedVariableError(f"no value yet for {', '.join(missing)} in {escape(self.template)}")
+        if missing := [
+            name for name in re.findall(self._PLAIN, self.template) if name not in self.variables
+        ]:
+            raise UndefinedVariableError(
+                f"no value yet for {', '.join(missing)} in {escape(self.template)}"
+            )
         return str(self)
 
     def _render_jinja(self) -> str:
         jinja2 = _extra("jinja2")
         try:
-            environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+            environment = jinja2.Environment(
+                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+            )
             return cast("str", environment.from_string(self.template).render(self.variables))
         except jinja2.UndefinedError as exc:
-            raise UndefinedVariableError(f"no value yet in {escape(self.template)}: {exc}") from None
+            raise UndefinedVariableError(
+                f"no value yet in {escape(self.template)}: {exc}"
+            ) from None
         except Exception as exc:  # an expression may compute anything
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
 def _text_of(value: Any) -> str:
     """The text of what a job is given, when it runs."""
-    return value.render() if isinstance(value, Deferred) else os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    return (
+        value.render()
+        if isinstance(value, Deferred)
+        else os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else str(value)
+    )
 
 
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
     def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
-        super().__init__(inner.template if isinstance(inner, Deferred) else "", inner.variables if isinstance(inner, Deferred) else {})
+        super().__init__(
+            inner.template if isinstance(inner, Deferred) else "",
+            inner.variables if isinstance(inner, Deferred) else {},
+        )
         self._inner, self._make = inner, make
 
     def __str__(self) -> str:
@@ -3421,15 +4621,16 @@ def _extra(module: str) -> Any:
         raise UsageError(f"this needs {module}: pip install 'apssh[yaml]'") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # commands: the steps of a job; a step gets its node as an argument and keeps none
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
 class StepRecord:
-    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the epoch) and of a monotonic one;
-    ``kind`` None is a success."""
+    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the
+    epoch) and of a monotonic one; ``kind`` None is a success.
+    """
 
     label: str = ""
     command: str = ""
@@ -3457,32 +4658,47 @@ class StepRecord:
             raise
         except BaseException as exc:
             cancelled = isinstance(exc, asyncio.CancelledError)
-            self.kind, self.error = "cancelled" if cancelled else "local", "cancelled" if cancelled else repr(exc)
+            self.kind, self.error = (
+                "cancelled" if cancelled else "local",
+                "cancelled" if cancelled else repr(exc),
+            )
             raise
         finally:
             self.end_wall, self.end = time.time(), time.monotonic()
 
 
 class AbstractCommand:
-    """One step. A subclass defines ``co_run_remote(node)``, and ``co_run_local(node)`` for LocalNode, which return a status.
+    """One step. A subclass defines ``co_run_remote(node)``, and ``co_run_local(node)`` for
+    LocalNode, which return a status.
 
-    ``label``: the text in graphs and listings (None: made from the command; any other false value hides the step's line).
-    ``allowed_exits``: exit codes and signal names that are a success too, as ``["TERM", 4]``; never hides a lost
-    connection. ``timeout``: seconds for this step (None: no limit). ``verbose``: a word on stderr when it runs.
+    ``label``: the text in graphs and listings (None: made from the command; any other false value
+    hides the step's line). ``allowed_exits``: exit codes and signal names that are a success too,
+    as ``["TERM", 4]``; never hides a lost connection. ``timeout``: seconds for this step (None: no
+    limit). ``verbose``: a word on stderr when it runs.
     """
 
-    label: str | bool | None = None  # these are here for classes of users' whose constructor does not call ours
+    label: str | bool | None = (
+        None  # these are here for classes of users' whose constructor does not call ours
+    )
     timeout: float | None = None
     verbose = False
     allowed_exits: Collection[int | str] = ()
 
-    def __init__(self, *, label: str | bool | None = None, allowed_exits: Collection[int | str] | None = None,
-                 timeout: float | None = None, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool = False,
+    ) -> None:
         if timeout is not None and timeout <= 0:
             raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
         self.label, self.timeout, self.verbose = label, timeout, verbose
         exits = [allowed_exits] if isinstance(allowed_exits, int | str) else allowed_exits or ()
-        self.allowed_exits = {each.removeprefix("SIG") if isinstance(each, str) else each for each in exits}
+        self.allowed_exits = {
+            each.removeprefix("SIG") if isinstance(each, str) else each for each in exits
+        }
 
     async def co_run_remote(self, node: Any) -> int | str | None:
         """Run on a remote node; the exit status, or a signal's name without SIG."""
@@ -3493,7 +4709,9 @@ class AbstractCommand:
         return await self._act(node, StepRecord())
 
     async def _run(self, node: Any, step: StepRecord) -> int | str:
-        """What a job does of it: the public method where a user's class defines that, else our own way, which keeps a record."""
+        """What a job does of it: the public method where a user's class defines that, else our own
+        way, which keeps a record.
+        """
         if self.verbose:
             node._say(f"runs: {self._line() or self._text()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
@@ -3503,7 +4721,9 @@ class AbstractCommand:
             return await getattr(self, method)(node) or 0
 
     async def _act(self, node: Any, step: StepRecord) -> int | str:
-        raise UsageError(f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) to run on a LocalNode")
+        raise UsageError(
+            f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) to run on a LocalNode"
+        )
 
     @contextlib.asynccontextmanager
     async def _in_time(self, node: _Node, step: StepRecord) -> AsyncIterator[None]:
@@ -3512,7 +4732,9 @@ class AbstractCommand:
             async with asyncio.timeout(self.timeout):
                 yield
         except TimeoutError:
-            raise _timed_out(self.timeout, node, step.command or self._line() or self._text()) from None
+            raise _timed_out(
+                self.timeout, node, step.command or self._line() or self._text()
+            ) from None
 
     def _check(self) -> None:
         """What can be found wrong on this machine, before the first step of a job."""
@@ -3535,33 +4757,77 @@ class AbstractCommand:
 
     def _as_error(self, node: _Node, status: int | str, command: str) -> CommandFailedError:
         kind = "status" if isinstance(status, int) else "signal"
-        return CommandFailedError(f"ended with {kind} {status}: {escape(command or self._line() or '')}", host=node.hostname, kind=kind,
-                                  command=command, status=status)
+        return CommandFailedError(
+            f"ended with {kind} {status}: {escape(command or self._line() or '')}",
+            host=node.hostname,
+            kind=kind,
+            command=command,
+            status=status,
+        )
 
 
 class _ShellCommand(AbstractCommand):
-    """What Run, RunScript and RunString share: words read by the remote shell, and where the output goes."""
+    """What Run, RunScript and RunString share: words read by the remote shell, and where the output
+    goes.
+    """
 
-    def __init__(self, words: tuple[Any, ...], *, x11: bool = False, capture: Capture | None = None, env: Mapping[str, str] | None = None,
-                 pty: bool = False, stdin: AsyncIterator[bytes] | None = None, **common: Any) -> None:
+    def __init__(
+        self,
+        words: tuple[Any, ...],
+        *,
+        x11: bool = False,
+        capture: Capture | None = None,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: AsyncIterator[bytes] | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
-        self.words, self.x11, self.capture, self.env, self.pty, self.stdin = words, x11, capture, env, pty, stdin
+        self.words, self.x11, self.capture, self.env, self.pty, self.stdin = (
+            words,
+            x11,
+            capture,
+            env,
+            pty,
+            stdin,
+        )
         if capture is not None and not isinstance(capture, Capture):
-            raise UsageError(f"{type(self).__name__}: capture is a Capture(name, variables), not {capture!r}")
+            raise UsageError(
+                f"{type(self).__name__}: capture is a Capture(name, variables), not {capture!r}"
+            )
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
-                raise UsageError(f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}")
+                raise UsageError(
+                    f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}"
+                )
 
     def _words(self, text: Callable[[Any], str] = _text_of) -> str:
-        """The words joined by blanks, each as ``text`` has it: with ``str``, Deferred ones as far as is known."""
-        return " ".join(word._words(text) if isinstance(word, Run) else text(word) for word in self.words)
+        """The words joined by blanks, each as ``text`` has it: with ``str``, Deferred ones as far
+        as is known.
+        """
+        return " ".join(
+            word._words(text) if isinstance(word, Run) else text(word) for word in self.words
+        )
 
-    async def _execute(self, node: Any, command: str, step: StepRecord, timeout: float | None = None, **options: Any) -> int | str:
+    async def _execute(
+        self,
+        node: Any,
+        command: str,
+        step: StepRecord,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> int | str:
         await node._apply_config()  # it may tell the user and the port, by which outputs are named
-        options |= {name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))}
+        options |= {
+            name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))
+        }
         held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
-        status: int | str = await node._execute(command, step, sink=held, timeout=timeout, **options)
-        if held and self.capture:  # of a command that ended: half of an output, or none, is no value
+        status: int | str = await node._execute(
+            command, step, sink=held, timeout=timeout, **options
+        )
+        if (
+            held and self.capture
+        ):  # of a command that ended: half of an output, or none, is no value
             self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
 
@@ -3569,13 +4835,21 @@ class _ShellCommand(AbstractCommand):
 class Run(_ShellCommand):
     """Words that are joined by blanks and read by the user's login shell over there, as ssh does.
 
-    A word is a string, a number, a Deferred, or another Run (its command line); ``x11`` forwards the DISPLAY;
-    ``ignore_outputs`` binds both streams to /dev/null over there; ``capture`` stores stdout in a variable instead of showing it;
-    ``env``: variables for the command, whatever the server's AcceptEnv says; ``pty``: give it a terminal; ``stdin``: an asynchronous
-    iterator of bytes (None: end of file at once).
+    A word is a string, a number, a Deferred, or another Run (its command line); ``x11`` forwards
+    the DISPLAY; ``ignore_outputs`` binds both streams to /dev/null over there; ``capture`` stores
+    stdout in a variable instead of showing it; ``env``: variables for the command, whatever the
+    server's AcceptEnv says; ``pty``: give it a terminal; ``stdin``: an asynchronous iterator of
+    bytes (None: end of file at once).
     """
 
-    def __init__(self, *argv: Any, x11: bool = False, ignore_outputs: bool = False, capture: Capture | None = None, **common: Any) -> None:
+    def __init__(
+        self,
+        *argv: Any,
+        x11: bool = False,
+        ignore_outputs: bool = False,
+        capture: Capture | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(argv, x11=x11, capture=capture, **common)
         self.ignore_outputs = ignore_outputs
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
@@ -3585,7 +4859,9 @@ class Run(_ShellCommand):
         return self._words(str)
 
     async def _act(self, node: Any, step: StepRecord) -> int | str:
-        return await self._execute(node, self._words(), step, self.timeout, quiet=self.ignore_outputs)
+        return await self._execute(
+            node, self._words(), step, self.timeout, quiet=self.ignore_outputs
+        )
 
 
 class _Script(_ShellCommand):
@@ -3614,7 +4890,9 @@ class _Script(_ShellCommand):
     def _check(self) -> None:
         for path in self.includes:
             if not os.path.isfile(path):
-                raise UsageError(f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}")
+                raise UsageError(
+                    f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}"
+                )
 
     async def _act(self, node: Any, step: StepRecord) -> int | str:
         files = self._files()
@@ -3623,21 +4901,33 @@ class _Script(_ShellCommand):
         words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()
         async with self._in_time(node, step), node._script_folder(files) as path:
-            return await self._execute(node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step)
+            return await self._execute(
+                node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step
+            )
 
 
 class RunScript(_Script):
-    """Push a local script and run it with these arguments (joined by blanks, read by the remote shell).
+    """Push a local script and run it with these arguments (joined by blanks, read by the remote
+    shell).
 
-    ``includes``: local files that land beside it. The folder is private and removed afterwards. A missing script or include
-    raises UsageError when the job starts, before its first step.
+    ``includes``: local files that land beside it. The folder is private and removed afterwards. A
+    missing script or include raises UsageError when the job starts, before its first step.
     """
 
-    def __init__(self, local_script: str | os.PathLike[str] | Deferred, *args: Any,
-                 includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
-                 **common: Any) -> None:
+    def __init__(
+        self,
+        local_script: str | os.PathLike[str] | Deferred,
+        *args: Any,
+        includes: Collection[str | os.PathLike[str]] | None = (),
+        x11: bool = False,
+        capture: Capture | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
-        self.local_script, self.includes = local_script, tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
+        self.local_script, self.includes = (
+            local_script,
+            tuple(map(os.fspath, _paths(includes)[0])) if includes else (),
+        )
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
@@ -3645,8 +4935,12 @@ class RunScript(_Script):
         return Path(_text_of(self.local_script)).expanduser()
 
     def _check(self) -> None:
-        if not isinstance(self.local_script, Deferred) and not self._path().is_file():  # a Deferred may name what a step makes
-            raise UsageError(f"script {escape(str(self.local_script))}: {'not a file' if self._path().exists() else 'no such file'}")
+        if (
+            not isinstance(self.local_script, Deferred) and not self._path().is_file()
+        ):  # a Deferred may name what a step makes
+            raise UsageError(
+                f"script {escape(str(self.local_script))}: {'not a file' if self._path().exists() else 'no such file'}"
+            )
         super()._check()
 
     def _content(self) -> tuple[str, bytes]:
@@ -3660,8 +4954,14 @@ class RunScript(_Script):
         return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
 
     def _preview(self) -> str:
-        missing = "" if os.path.isfile(os.path.expanduser(str(self.local_script))) else " (no such file yet)"
-        return f"RunScript: {self.local_script} {self._words(str)}".rstrip() + missing + self._beside()
+        missing = (
+            ""
+            if os.path.isfile(os.path.expanduser(str(self.local_script)))
+            else " (no such file yet)"
+        )
+        return (
+            f"RunScript: {self.local_script} {self._words(str)}".rstrip() + missing + self._beside()
+        )
 
 
 class RunString(_Script):
@@ -3670,9 +4970,16 @@ class RunString(_Script):
     ``remote_name``: the file's name over there (default ``script``).
     """
 
-    def __init__(self, script_body: str | Deferred, *args: Any, remote_name: str | None = None,
-                 includes: Collection[str | os.PathLike[str]] | None = (), x11: bool = False, capture: Capture | None = None,
-                 **common: Any) -> None:
+    def __init__(
+        self,
+        script_body: str | Deferred,
+        *args: Any,
+        remote_name: str | None = None,
+        includes: Collection[str | os.PathLike[str]] | None = (),
+        x11: bool = False,
+        capture: Capture | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
         self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
         self.includes = tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
@@ -3700,42 +5007,81 @@ class _CopyCommand(AbstractCommand):
     pushing: ClassVar[bool]
     preposition: ClassVar[str]
 
-    def __init__(self, sources: Any, destination: Any, *, preserve: bool = False, recurse: bool = False, follow_symlinks: bool = False,
-                 inplace: bool = False, block_size: int | None = None, max_requests: int | None = None, **common: Any) -> None:
-        super().__init__(**common)  # the last two are asyncssh's, for published scripts: the engine chooses better itself
+    def __init__(
+        self,
+        sources: Any,
+        destination: Any,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+        block_size: int | None = None,
+        max_requests: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            **common
+        )  # the last two are asyncssh's, for published scripts: the engine chooses better itself
         self.sources, self.destination = sources, destination
-        self.options = {"preserve": preserve, "recurse": recurse, "follow_symlinks": follow_symlinks, "inplace": inplace}
+        self.options = {
+            "preserve": preserve,
+            "recurse": recurse,
+            "follow_symlinks": follow_symlinks,
+            "inplace": inplace,
+        }
         self._sources, self._many = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
-            raise UsageError(f"{type(self).__name__}: the destination is a path, not {destination!r}")
+            raise UsageError(
+                f"{type(self).__name__}: the destination is a path, not {destination!r}"
+            )
 
     def _text(self) -> str:
         more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
-        return f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
+        return (
+            f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
+        )
 
     def _preview(self) -> str:
         options = "".join(f", {name}" for name, value in self.options.items() if value)
         return f"{type(self).__name__}: {' '.join(map(str, self._sources))} {self.preposition} {self.destination}{options}"
 
     async def _act(self, node: Any, step: StepRecord) -> int | str:
-        sources, destination = [_text_of(path) for path in self._sources], _text_of(self.destination)
+        sources, destination = (
+            [_text_of(path) for path in self._sources],
+            _text_of(self.destination),
+        )
         step.command = step.command or self._text()
         try:
             await node.sftp_connect_lazy()
             async with self._in_time(node, step):
-                await node._copy(_Copy(node, step, **self.options), self.pushing, sources, destination, self._many)
+                await node._copy(
+                    _Copy(node, step, **self.options),
+                    self.pushing,
+                    sources,
+                    destination,
+                    self._many,
+                )
         except _LOST as exc:
-            raise ConnectionFailedError(f"connection lost during {escape(self._text())}", host=node.hostname, command=self._text()) from exc
+            raise ConnectionFailedError(
+                f"connection lost during {escape(self._text())}",
+                host=node.hostname,
+                command=self._text(),
+            ) from exc
         except (asyncssh.SFTPError, OSError) as exc:
-            raise TransferError(f"{escape(destination)}: {_reason(exc)}", host=node.hostname) from None
+            raise TransferError(
+                f"{escape(destination)}: {_reason(exc)}", host=node.hostname
+            ) from None
         return 0
 
 
 class Push(_CopyCommand):
-    """Copy local files onto a remote path: into it when it is a folder, ends in ``/``, or there is a list of them.
+    """Copy local files onto a remote path: into it when it is a folder, ends in ``/``, or there is
+    a list of them.
 
-    ``recurse`` copies folders; ``preserve`` keeps times; ``follow_symlinks`` copies what links in a tree point to;
-    ``inplace`` writes onto existing files themselves instead of replacing them at once. Raises TransferError.
+    ``recurse`` copies folders; ``preserve`` keeps times; ``follow_symlinks`` copies what links in a
+    tree point to; ``inplace`` writes onto existing files themselves instead of replacing them at
+    once. Raises TransferError.
     """
 
     pushing, preposition = True, "onto"
@@ -3745,7 +5091,9 @@ class Push(_CopyCommand):
 
 
 class Pull(_CopyCommand):
-    """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written outside of it. Raises TransferError."""
+    """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written
+    outside of it. Raises TransferError.
+    """
 
     pushing, preposition = False, "into"
 
@@ -3753,48 +5101,72 @@ class Pull(_CopyCommand):
         super().__init__(remotepaths, localpath, **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # jobs: SshJob; closing a scheduler's nodes; topology; the record of a run, and its picture
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _steps(given: Any) -> list[AbstractCommand]:
-    """What the user gave SshJob, as a list of commands; anything that is not clear raises UsageError."""
+    """What the user gave SshJob, as a list of commands; anything that is not clear raises
+    UsageError.
+    """
     if isinstance(given, AbstractCommand):
         return [given]
     if isinstance(given, str | Deferred):
         return [Run(given)]
     if not isinstance(given, list | tuple):
-        raise UsageError(f"SshJob: a string, a Deferred, a command, or a list of commands or of words, not {given!r}")
+        raise UsageError(
+            f"SshJob: a string, a Deferred, a command, or a list of commands or of words, not {given!r}"
+        )
     items = [item for item in given if item is not None]
     if not items:
         raise UsageError("SshJob: an empty list of commands: give it one, or leave the job out")
     if all(isinstance(item, AbstractCommand) for item in items):
         return items
     if any(isinstance(item, AbstractCommand) for item in items):
-        raise UsageError("SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ...")
+        raise UsageError(
+            "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ..."
+        )
     return [Run(*items)]
 
 
 class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has no annotations
     """A list of steps on one node, run in order by an asynciojobs Scheduler.
 
-    Exactly one of ``command`` and ``commands``; each takes a string, a Deferred, a command, a list of commands (None items
-    dropped), or a list of words (one Run). A critical job stops at its first failure with CommandFailedError, and the
-    scheduler with it. A non-critical one runs all its steps; ``result()`` is the last failing status, or 0; a host that
-    cannot be reached, is lost, or a step that cannot run is an ApsshError, returned and not raised (asynciojobs never
-    gives back the window slot of a job that raises). ``keep_connection`` is accepted and changes nothing. The other
-    arguments are asynciojobs': label, required, scheduler.
-    Cancelling it ends its remote command.
+    Exactly one of ``command`` and ``commands``; each takes a string, a Deferred, a command, a list
+    of commands (None items dropped), or a list of words (one Run). A critical job stops at its
+    first failure with CommandFailedError, and the scheduler with it. A non-critical one runs all
+    its steps; ``result()`` is the last failing status, or 0; a host that cannot be reached, is
+    lost, or a step that cannot run is an ApsshError, returned and not raised (asynciojobs never
+    gives back the window slot of a job that raises). ``keep_connection`` is accepted and changes
+    nothing. The other arguments are asynciojobs': label, required, scheduler. Cancelling it ends
+    its remote command.
     """
 
-    def __init__(self, node: SshNode | LocalNode, *, command: Any = None, commands: Any = None, keep_connection: bool = False,
-                 verbose: bool | None = None, forever: bool = False, critical: bool = True, **asynciojobs_arguments: Any) -> None:
+    def __init__(
+        self,
+        node: SshNode | LocalNode,
+        *,
+        command: Any = None,
+        commands: Any = None,
+        keep_connection: bool = False,
+        verbose: bool | None = None,
+        forever: bool = False,
+        critical: bool = True,
+        **asynciojobs_arguments: Any,
+    ) -> None:
         if not isinstance(node, _Node):
             raise UsageError(f"SshJob: the node is an SshNode or a LocalNode, not {node!r}")
         if (command is None) == (commands is None):
-            raise UsageError("SshJob: give one of command= and commands=, " + ("not both" if commands is not None else "there is neither"))
-        self.node, self.commands, self.verbose = node, _steps(commands if command is None else command), verbose
+            raise UsageError(
+                "SshJob: give one of command= and commands=, "
+                + ("not both" if commands is not None else "there is neither")
+            )
+        self.node, self.commands, self.verbose = (
+            node,
+            _steps(commands if command is None else command),
+            verbose,
+        )
         self.records: list[StepRecord] = []
         super().__init__(forever=forever, critical=critical, **asynciojobs_arguments)
 
@@ -3820,7 +5192,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return result
 
     def _failed(self, exc: Exception) -> ApsshError | int | str:
-        """Raise it (critical), or tell what it is as a result: a command's status, else an ApsshError."""
+        """Raise it (critical), or tell what it is as a result: a command's status, else an
+        ApsshError.
+        """
         if self.critical:
             raise exc
         if not isinstance(exc, ApsshError):
@@ -3849,18 +5223,30 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
     def text_label(self) -> str:
         """One line: the first step, and how many more."""
         lines = [line for command in self.commands if (line := command._line())]
-        return f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "") if lines else self._where()
+        return (
+            f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "")
+            if lines
+            else self._where()
+        )
 
     def graph_label(self) -> str:
         """Id and user@host, the job's label if it has one, then one line for each step."""
         lines = [line for command in self.commands if (line := command._line())]
-        return "\n".join([f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines])
+        return "\n".join(
+            [f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines]
+        )
 
     def details(self) -> str:
         """The steps, one a line, with what came of them."""
         lines = []
         for command, step in itertools.zip_longest(self.commands, self.records):
-            outcome = "" if step is None else f" -> {step.error or step.status}" if step.end else " -> running"
+            outcome = (
+                ""
+                if step is None
+                else f" -> {step.error or step.status}"
+                if step.end
+                else " -> running"
+            )
             lines.append(f"  {self._where()}: {command._line() or '(hidden)'}{outcome}")
         return "\n".join(lines)
 
@@ -3878,55 +5264,97 @@ def _ssh_jobs(scheduler: Any) -> list[SshJob]:
 
 
 async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first, then their gateways."""
-    nodes = {node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode)
-             for node in (job.node._hops() if manage_gateways else [job.node])}
-    for _, group in itertools.groupby(sorted(nodes, key=SshNode.distance, reverse=True), key=SshNode.distance):
+    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first,
+    then their gateways.
+    """
+    nodes = {
+        node
+        for job in _ssh_jobs(scheduler)
+        if isinstance(job.node, SshNode)
+        for node in (job.node._hops() if manage_gateways else [job.node])
+    }
+    for _, group in itertools.groupby(
+        sorted(nodes, key=SshNode.distance, reverse=True), key=SshNode.distance
+    ):
         await asyncio.gather(*(node.close() for node in group))
 
 
 def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """The same from code that is not a coroutine, once the scheduler has run. Raises UsageError inside of a running loop."""
+    """The same from code that is not a coroutine, once the scheduler has run. Raises UsageError
+    inside of a running loop.
+    """
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
-        raise UsageError("close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there")
+        raise UsageError(
+            "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+        )
     asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
 
 
 def _node_label(node: SshNode | LocalNode) -> str:
     port = None if node.port == 22 else node.port
-    return "Local Node" if isinstance(node, LocalNode) else _endpoint_text(node.hostname, node.username, port)
+    return (
+        "Local Node"
+        if isinstance(node, LocalNode)
+        else _endpoint_text(node.hostname, node.username, port)
+    )
 
 
 def _natural(text: str) -> list[str | int]:
     """A key that sorts node2 before node10."""
-    return [int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", text))]
+    return [
+        int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", text))
+    ]
 
 
 def _numbered_nodes(scheduler: Any) -> list[SshNode | LocalNode]:
-    """The nodes of a scheduler's jobs, gateways included, sorted by name; this machine comes once, first."""
-    nodes = dict.fromkeys(node for job in _ssh_jobs(scheduler) if isinstance(job.node, SshNode) for node in job.node._hops())
+    """The nodes of a scheduler's jobs, gateways included, sorted by name; this machine comes once,
+    first.
+    """
+    nodes = dict.fromkeys(
+        node
+        for job in _ssh_jobs(scheduler)
+        if isinstance(job.node, SshNode)
+        for node in job.node._hops()
+    )
     local = [job.node for job in _ssh_jobs(scheduler) if isinstance(job.node, LocalNode)]
-    return [*local[:1], *sorted(nodes, key=lambda node: (_natural(_node_label(node)), node.distance()))]
+    return [
+        *local[:1],
+        *sorted(nodes, key=lambda node: (_natural(_node_label(node)), node.distance())),
+    ]
 
 
 def topology_dot(scheduler: Any) -> str:
-    """Graphviz source of which node is the gateway of which, from this machine (``Local Node``) outwards."""
+    """Graphviz source of which node is the gateway of which, from this machine (``Local Node``)
+    outwards.
+    """
     nodes = [node for node in _numbered_nodes(scheduler) if isinstance(node, SshNode)]
     names = {None: "local"} | {node: f"n{number}" for number, node in enumerate(nodes, 1)}
     lines = ["digraph topology {", "  rankdir=LR;", '  local [label="Local Node" shape=box];']
     for node in nodes:
-        label = _clean(_node_label(node)).replace("\\", "\\\\").replace('"', '\\"').replace("&", "&amp;")
-        lines += [f'  {names[node]} [label="{label}"];', f"  {names[node.gateway]} -> {names[node]};"]
+        label = (
+            _clean(_node_label(node))
+            .replace("\\", "\\\\")
+            .replace('"', '\\"')
+            .replace("&", "&amp;")
+        )
+        lines += [
+            f'  {names[node]} [label="{label}"];',
+            f"  {names[node.gateway]} -> {names[node]};",
+        ]
     return "\n".join([*lines, "}", ""])
 
 
 def topology_graph(scheduler: Any) -> Any:
-    """The same as a ``graphviz.Source``, that notebooks show. Raises UsageError without the Python package graphviz."""
+    """The same as a ``graphviz.Source``, that notebooks show. Raises UsageError without the Python
+    package graphviz.
+    """
     try:
         return importlib.import_module("graphviz").Source(topology_dot(scheduler))
     except ImportError:
-        raise UsageError("topology_graph needs the Python package graphviz: pip install graphviz") from None
+        raise UsageError(
+            "topology_graph needs the Python package graphviz: pip install graphviz"
+        ) from None
 
 
 def topology_as_dotfile(scheduler: Any, filename: str | os.PathLike[str]) -> None:
@@ -3935,15 +5363,23 @@ def topology_as_dotfile(scheduler: Any, filename: str | os.PathLike[str]) -> Non
 
 
 def topology_as_pngfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
-    """Write ``filename.dot`` and ``filename.png``; the name of the second. Raises UsageError where there is no ``dot`` program."""
+    """Write ``filename.dot`` and ``filename.png``; the name of the second. Raises UsageError where
+    there is no ``dot`` program.
+    """
     source, png = (f"{os.fspath(filename)}.{suffix}" for suffix in ("dot", "png"))
     topology_as_dotfile(scheduler, source)
     try:
-        subprocess.run(["dot", "-Tpng", "-o", os.path.abspath(png), os.path.abspath(source)], check=True, capture_output=True)
+        subprocess.run(
+            ["dot", "-Tpng", "-o", os.path.abspath(png), os.path.abspath(source)],
+            check=True,
+            capture_output=True,
+        )
     except FileNotFoundError:
         raise UsageError(f"no dot program to draw {_brief(png)} with: install graphviz") from None
     except subprocess.CalledProcessError as exc:
-        raise ApsshError(f"dot cannot draw {_brief(png)}: {_brief(exc.stderr.decode(errors='replace').strip())}") from None
+        raise ApsshError(
+            f"dot cannot draw {_brief(png)}: {_brief(exc.stderr.decode(errors='replace').strip())}"
+        ) from None
     return png
 
 
@@ -3959,28 +5395,39 @@ def _job_state(job: Any) -> tuple[str, str | None]:
     """idle, waiting (for a slot of the window), running, ok, failed or cancelled; and why."""
     steps = job.records if isinstance(job, SshJob) else []
     if not job.is_done():
-        if steps[-1].kind == "cancelled" if steps else job.is_running() and asyncio._get_running_loop() is None:
+        if (
+            steps[-1].kind == "cancelled"
+            if steps
+            else job.is_running() and asyncio._get_running_loop() is None
+        ):
             return "cancelled", None
         return "running" if job.is_running() else "waiting" if job.is_scheduled() else "idle", None
     if exc := job.raised_exception():
         return "failed", str(exc) if isinstance(exc, ApsshError) else f"{type(exc).__name__}: {exc}"
     if isinstance(job, SshJob) and (result := job.result()):
-        return "failed", str(result) if isinstance(result, ApsshError) else next((step.error for step in steps[::-1] if step.error), None)
+        return "failed", str(result) if isinstance(result, ApsshError) else next(
+            (step.error for step in steps[::-1] if step.error), None
+        )
     if isinstance(job, asynciojobs.PureScheduler) and not job.result():
         return "failed", str(job.why())
     return "ok", None
 
 
 def _wall(epoch: float | None) -> str | None:
-    return None if epoch is None else datetime.datetime.fromtimestamp(epoch).astimezone().isoformat(timespec="milliseconds")
+    return (
+        None
+        if epoch is None
+        else datetime.datetime.fromtimestamp(epoch).astimezone().isoformat(timespec="milliseconds")
+    )
 
 
 def run_record(scheduler: Any) -> dict[str, Any]:
     """What is known of a run, at any moment of it, ready for JSON.
 
-    ``versions``; ``started`` and ``ended`` (ISO 8601; ``_epoch``: seconds; None when no step ran); ``nodes``; ``jobs`` in the
-    scheduler's order, those of nested schedulers (``parent``) included, with state, error, requirements and the StepRecords as
-    ``steps``, whose start and end are seconds of one monotonic clock. Jobs that are no SshJob have neither node nor steps.
+    ``versions``; ``started`` and ``ended`` (ISO 8601; ``_epoch``: seconds; None when no step ran);
+    ``nodes``; ``jobs`` in the scheduler's order, those of nested schedulers (``parent``) included,
+    with state, error, requirements and the StepRecords as ``steps``, whose start and end are
+    seconds of one monotonic clock. Jobs that are no SshJob have neither node nor steps.
     """
     nodes = _numbered_nodes(scheduler)
     places = {node: number for number, node in enumerate(nodes, 1)}
@@ -3990,35 +5437,71 @@ def run_record(scheduler: Any) -> dict[str, Any]:
     for job, parent in walk:
         state, error = _job_state(job)
         ssh = isinstance(job, SshJob)
-        label = job.label or (job.text_label().removeprefix(f"{job._where()}: ") if ssh else job.text_label()) or type(job).__name__
-        jobs.append({
-            "id": numbers[job], "parent": numbers.get(parent), "type": type(job).__name__, "label": str(label),
-            "node": (1 if isinstance(job.node, LocalNode) else places[job.node]) if ssh else None,
-            "critical": bool(job.critical), "forever": bool(job.forever), "state": state, "error": error,
-            "requirements": sorted(numbers[each] for each in job.required if each in numbers),
-            "steps": [dataclasses.asdict(step) for step in job.records] if ssh else []})
+        label = (
+            job.label
+            or (job.text_label().removeprefix(f"{job._where()}: ") if ssh else job.text_label())
+            or type(job).__name__
+        )
+        jobs.append(
+            {
+                "id": numbers[job],
+                "parent": numbers.get(parent),
+                "type": type(job).__name__,
+                "label": str(label),
+                "node": (1 if isinstance(job.node, LocalNode) else places[job.node])
+                if ssh
+                else None,
+                "critical": bool(job.critical),
+                "forever": bool(job.forever),
+                "state": state,
+                "error": error,
+                "requirements": sorted(numbers[each] for each in job.required if each in numbers),
+                "steps": [dataclasses.asdict(step) for step in job.records] if ssh else [],
+            }
+        )
     steps = [step for job in jobs for step in job["steps"] if step["start"] is not None]
     started = min((step["start_wall"] for step in steps), default=None)
     ended = max((step["end_wall"] or time.time() for step in steps), default=None)
     return {
-        "versions": {"apssh": __version__, "asyncssh": asyncssh.__version__, "asynciojobs": asynciojobs.__version__,
-                     "python": sys.version.split()[0]},
-        "started": _wall(started), "started_epoch": started, "ended": _wall(ended), "ended_epoch": ended,
-        "nodes": [{"id": places[node], "label": _node_label(node), "hostname": node.hostname, "username": node.username,
-                   "port": node.port, "gateway": places[node.gateway] if node.gateway else None, "host_key": node._host_key_shown}
-                  for node in nodes],
-        "jobs": jobs}
+        "versions": {
+            "apssh": __version__,
+            "asyncssh": asyncssh.__version__,
+            "asynciojobs": asynciojobs.__version__,
+            "python": sys.version.split()[0],
+        },
+        "started": _wall(started),
+        "started_epoch": started,
+        "ended": _wall(ended),
+        "ended_epoch": ended,
+        "nodes": [
+            {
+                "id": places[node],
+                "label": _node_label(node),
+                "hostname": node.hostname,
+                "username": node.username,
+                "port": node.port,
+                "gateway": places[node.gateway] if node.gateway else None,
+                "host_key": node._host_key_shown,
+            }
+            for node in nodes
+        ],
+        "jobs": jobs,
+    }
 
 
 def save_record(scheduler: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``run_record`` as JSON, for its owner's eyes only (commands may hold secrets); the file is whole at any time."""
+    """Write ``run_record`` as JSON, for its owner's eyes only (commands may hold secrets); the file
+    is whole at any time.
+    """
     _write_whole(path, json.dumps(run_record(scheduler), indent=1, default=str))
 
 
 @contextlib.contextmanager
 def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
-    """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an exception and Ctrl-C too.
-    A first one is there before anything runs: OSError tells at once of a place that cannot be written."""
+    """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an
+    exception and Ctrl-C too. A first one is there before anything runs: OSError tells at once of a
+    place that cannot be written.
+    """
     save_record(scheduler, path)
     try:
         yield
@@ -4032,25 +5515,30 @@ def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
 def _clean(text: Any, most: int = 10_000) -> str:
     """A text on one line, without characters that a picture or a terminal cannot show."""
     line = re.sub(f"[{_CONTROLS}\t\ufffe\uffff]+", " ", str(text)).strip()
-    return line if len(line) <= most else line[:most - 1] + "…"
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def _ends(text: str, most: int) -> str:
-    """The same, so long at the most; what is cut out is its middle, for names often differ at their end."""
+    """The same, so long at the most; what is cut out is its middle, for names often differ at their
+    end.
+    """
     text = _clean(text)
-    return text if len(text) <= most else text[:(most - 1) // 2] + "…" + text[-(most // 2):]
+    return text if len(text) <= most else text[: (most - 1) // 2] + "…" + text[-(most // 2) :]
 
 
 def _cells(text: str) -> int:
     """The columns it takes on a terminal."""
-    return sum((unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char)) for char in text)
+    return sum(
+        (unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char))
+        for char in text
+    )
 
 
 def _fit(text: str, cells: int) -> str:
     """The text in exactly so many columns."""
     if _cells(text) > cells:
         widths = itertools.accumulate(map(_cells, text))
-        text = text[:sum(width < cells for width in widths)] + "…" * (cells > 0)
+        text = text[: sum(width < cells for width in widths)] + "…" * (cells > 0)
     return text + " " * (cells - _cells(text))
 
 
@@ -4082,9 +5570,11 @@ class _Bar:
 
 
 class _Timeline:
-    """When and where things happened in a run, given as its scheduler or its record: what its pictures show.
-    ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs that do not overlap; ``before``: job to the jobs it waited
-    for, seen through nested schedulers and jobs without times; ``ready``: job to the time when it had all that it requires."""
+    """When and where things happened in a run, given as its scheduler or its record: what its
+    pictures show. ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs
+    that do not overlap; ``before``: job to the jobs it waited for, seen through nested schedulers
+    and jobs without times; ``ready``: job to the time when it had all that it requires.
+    """
 
     def __init__(self, scheduler: Any) -> None:
         record = scheduler if isinstance(scheduler, Mapping) else run_record(scheduler)
@@ -4092,44 +5582,96 @@ class _Timeline:
         self.nodes: dict[int, dict[str, Any]] = {node["id"]: node for node in record["nodes"]}
         steps = [step for job in record["jobs"] for step in job["steps"]]
         zero = min((step["start"] for step in steps), default=0.0)
-        self.span: float = max([0.001, *(step["end"] - zero for step in steps if step["end"] is not None)])
+        self.span: float = max(
+            [0.001, *(step["end"] - zero for step in steps if step["end"] is not None)]
+        )
         if any(step["end"] is None for step in steps):
             self.span = max(self.span, record["ended_epoch"] - record["started_epoch"])
-        self.bars = {number: [self.bar(job, step, zero) for step in job["steps"]] for number, job in self.jobs.items() if job["steps"]}
+        self.bars = {
+            number: [self.bar(job, step, zero) for step in job["steps"]]
+            for number, job in self.jobs.items()
+            if job["steps"]
+        }
         self.times = {number: (bars[0].start, bars[-1].end) for number, bars in self.bars.items()}
-        self.rows: dict[int, list[list[int]]] = {node: [] for node in sorted(
-            {job["node"] for job in record["jobs"] if job["node"]}, key=lambda node: (self.way(node), node))}
+        self.rows: dict[int, list[list[int]]] = {
+            node: []
+            for node in sorted(
+                {job["node"] for job in record["jobs"] if job["node"]},
+                key=lambda node: (self.way(node), node),
+            )
+        }
         for number in sorted(self.times, key=lambda number: self.times[number]):
             rows = self.rows[self.jobs[number]["node"]]
-            row = next((row for row in rows if self.times[row[-1]][1] <= self.times[number][0]), None)
+            row = next(
+                (row for row in rows if self.times[row[-1]][1] <= self.times[number][0]), None
+            )
             rows.append([number]) if row is None else row.append(number)
         self.nested: dict[int, list[int]] = {}
         for number, job in self.jobs.items():
             self.nested.setdefault(job["parent"], []).append(number)
         self.before: dict[int, set[int]] = {}
-        for number, job in sorted(self.jobs.items()):  # what a job requires, and what it is in, come before it
-            self.before[number] = (set().union(*map(self.last, job["requirements"])) if job["requirements"]
-                                   else self.before.get(job["parent"], set()))
-        self.ready = {number: max(self.times[each][1] for each in self.before[number]) for number in self.times if self.before[number]
-                      and all(each in self.times or each in self.nested for each in self.jobs[number]["requirements"])}
+        for number, job in sorted(
+            self.jobs.items()
+        ):  # what a job requires, and what it is in, come before it
+            self.before[number] = (
+                set().union(*map(self.last, job["requirements"]))
+                if job["requirements"]
+                else self.before.get(job["parent"], set())
+            )
+        self.ready = {
+            number: max(self.times[each][1] for each in self.before[number])
+            for number in self.times
+            if self.before[number]
+            and all(
+                each in self.times or each in self.nested
+                for each in self.jobs[number]["requirements"]
+            )
+        }
         states = [job["state"] for job in record["jobs"]]
-        counts = [f"{states.count(state)} {state}".replace("idle", "never ran")
-                  for state in ("ok", "failed", "cancelled", "running", "waiting", "idle") if state in states]
-        when = [record["started"][:19].replace("T", " "), _duration(self.span)] if self.times else []
-        sizes = (f"{size} {noun}{'s' * (size != 1)}" for size, noun in ((len(states), "job"), (len(self.rows), "node")))
+        counts = [
+            f"{states.count(state)} {state}".replace("idle", "never ran")
+            for state in ("ok", "failed", "cancelled", "running", "waiting", "idle")
+            if state in states
+        ]
+        when = (
+            [record["started"][:19].replace("T", " "), _duration(self.span)] if self.times else []
+        )
+        sizes = (
+            f"{size} {noun}{'s' * (size != 1)}"
+            for size, noun in ((len(states), "job"), (len(self.rows), "node"))
+        )
         self.heading = ": ".join(filter(None, [" on ".join(sizes), ", ".join(counts + when)]))
 
     def bar(self, job: Mapping[str, Any], step: Mapping[str, Any], zero: float) -> _Bar:
         start, end = step["start"] - zero, self.span if step["end"] is None else step["end"] - zero
         kind, status = step["kind"], step["status"]
-        outcome = "running" if step["end"] is None else {None: "ok", "status": f"status {status}", "signal": str(status)}.get(kind, kind)
+        outcome = (
+            "running"
+            if step["end"] is None
+            else {None: "ok", "status": f"status {status}", "signal": str(status)}.get(kind, kind)
+        )
         state = outcome if outcome in ("running", "ok", "cancelled") else "failed"
         why = step["error"] if state == "failed" else f"status {status}" if state == "ok" else ""
-        sizes = (f"{step[f'bytes_{name}']:,} bytes {name}" for name in ("out", "err", "transferred") if step[f"bytes_{name}"])
+        sizes = (
+            f"{step[f'bytes_{name}']:,} bytes {name}"
+            for name in ("out", "err", "transferred")
+            if step[f"bytes_{name}"]
+        )
         label = job["label"] if len(job["steps"]) == 1 else step["label"]
-        return _Bar(start, end, state, outcome, _clean(label), [
-            self.name(job), *dict.fromkeys((step["label"], step["command"])), f"{state}: {why}".rstrip(": "),
-            f"{_duration(end - start)}, from {_duration(start)}", ", ".join(sizes)])
+        return _Bar(
+            start,
+            end,
+            state,
+            outcome,
+            _clean(label),
+            [
+                self.name(job),
+                *dict.fromkeys((step["label"], step["command"])),
+                f"{state}: {why}".rstrip(": "),
+                f"{_duration(end - start)}, from {_duration(start)}",
+                ", ".join(sizes),
+            ],
+        )
 
     def last(self, number: int) -> set[int]:
         """The jobs that end when this one does."""
@@ -4144,12 +5686,18 @@ class _Timeline:
         return _ends(self.nodes[gateway]["label"], 26) if gateway else ""
 
     def way(self, node: int) -> list[list[str | int]]:
-        """The gateways before it, the farthest first: lanes are sorted so, each group followed by those behind it."""
+        """The gateways before it, the farthest first: lanes are sorted so, each group followed by
+        those behind it.
+        """
         gateway = self.nodes[node]["gateway"]
         return [*self.way(gateway), _natural(self.nodes[gateway]["label"])] if gateway else []
 
     def name(self, job: Mapping[str, Any]) -> str:
-        return f"{job['label']} ({self.nodes[job['node']]['label']})" if job["node"] else str(job["label"])
+        return (
+            f"{job['label']} ({self.nodes[job['node']]['label']})"
+            if job["node"]
+            else str(job["label"])
+        )
 
 
 _SVG_WIDTH = 1200
@@ -4182,7 +5730,9 @@ text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold
 
 def _title(lines: Iterable[str]) -> str:
     """A text that shows when the pointer is on its element."""
-    return "<title>" + "\n".join(html.escape(_clean(line, 500)) for line in lines if line) + "</title>"
+    return (
+        "<title>" + "\n".join(html.escape(_clean(line, 500)) for line in lines if line) + "</title>"
+    )
 
 
 class _Picture:
@@ -4190,12 +5740,20 @@ class _Picture:
 
     def __init__(self, line: _Timeline) -> None:
         self.line = line
-        self.height, self.font = (22, 11) if sum(max(1, len(rows)) for rows in line.rows.values()) <= 40 else (14, 9)
+        self.height, self.font = (
+            (22, 11) if sum(max(1, len(rows)) for rows in line.rows.values()) <= 40 else (14, 9)
+        )
         self.glyph = self.font * 0.6  # the width of a character, rather more than less
-        labels = [text for node in line.rows for text in (_ends(line.nodes[node]["label"], 34), f"behind {line.gateway(node)}")]
+        labels = [
+            text
+            for node in line.rows
+            for text in (_ends(line.nodes[node]["label"], 34), f"behind {line.gateway(node)}")
+        ]
         self.left = max(map(len, labels), default=0) * self.glyph + 22
         self.scale = (_SVG_WIDTH - self.left - 24) / line.span
-        self.layers: dict[str, list[str]] = {name: [] for name in ("back", "arrows", "bars", "front")}
+        self.layers: dict[str, list[str]] = {
+            name: [] for name in ("back", "arrows", "bars", "front")
+        }
         self.middle: dict[int, float] = {}  # of a job's row
         self.y = 92.0
 
@@ -4203,13 +5761,26 @@ class _Picture:
         return self.left + seconds * self.scale
 
     def add(self, layer: str, name: str, class_: str, content: str = "", **attributes: Any) -> None:
-        texts = {key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0") for key, value in attributes.items()}
+        texts = {
+            key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
+            for key, value in attributes.items()
+        }
         shown = "".join(f' {key}="{text}"' for key, text in texts.items())
         self.layers[layer].append(f'<{name} class="{class_}"{shown}>{content}</{name}>')
 
-    def text(self, x: float, text: str, class_: str = "row", y: float | None = None, **attributes: Any) -> None:
+    def text(
+        self, x: float, text: str, class_: str = "row", y: float | None = None, **attributes: Any
+    ) -> None:
         middle = self.y + self.height / 2 + self.font * 0.36
-        self.add("front", "text", class_, html.escape(_clean(text)), x=x, y=middle if y is None else y, **attributes)
+        self.add(
+            "front",
+            "text",
+            class_,
+            html.escape(_clean(text)),
+            x=x,
+            y=middle if y is None else y,
+            **attributes,
+        )
 
     def draw(self) -> str:
         top, group = self.y, ""
@@ -4227,22 +5798,52 @@ class _Picture:
 
     def lane(self, node: int, class_: str) -> None:
         rows, label = self.line.rows[node] or [[]], self.line.nodes[node]["label"]
-        self.add("back", "rect", class_, _title([label]), x=4, y=self.y, width=_SVG_WIDTH - 8, height=self.height * len(rows))
+        self.add(
+            "back",
+            "rect",
+            class_,
+            _title([label]),
+            x=4,
+            y=self.y,
+            width=_SVG_WIDTH - 8,
+            height=self.height * len(rows),
+        )
         self.text(10, _ends(label, 34))
         for row in rows:
             edge = self.left
             for number, after in itertools.zip_longest(row, row[1:]):
-                edge = self.job(number, edge, self.x(self.line.times[after][0]) if after else _SVG_WIDTH - 6.0)
+                edge = self.job(
+                    number, edge, self.x(self.line.times[after][0]) if after else _SVG_WIDTH - 6.0
+                )
             self.y += self.height
 
     def job(self, number: int, before: float, after: float) -> float:
         """Its wait and its bars, in the room from before to after; where the last bar ends."""
         self.middle[number] = self.y + self.height / 2
         start, ready = self.line.times[number][0], self.line.ready.get(number)
-        if ready is not None and (waited := self.x(start) - (since := max(self.x(ready), before))) > 2:
-            title = _title([self.line.name(self.line.jobs[number]), f"waited {_duration(start - ready)} after its last requirement"])
-            self.add("back", "rect", "wait", title, x=since, y=self.middle[number] - 2, width=waited, height=4)
-        for bar, following in itertools.zip_longest(self.line.bars[number], self.line.bars[number][1:]):
+        if (
+            ready is not None
+            and (waited := self.x(start) - (since := max(self.x(ready), before))) > 2
+        ):
+            title = _title(
+                [
+                    self.line.name(self.line.jobs[number]),
+                    f"waited {_duration(start - ready)} after its last requirement",
+                ]
+            )
+            self.add(
+                "back",
+                "rect",
+                "wait",
+                title,
+                x=since,
+                y=self.middle[number] - 2,
+                width=waited,
+                height=4,
+            )
+        for bar, following in itertools.zip_longest(
+            self.line.bars[number], self.line.bars[number][1:]
+        ):
             before = self.bar(bar, self.x(following.start) if following else after)
         return before
 
@@ -4256,25 +5857,44 @@ class _Picture:
             left, top = x + min(7, width / 2) - 3, self.y + self.height / 2 - 3
             for class_ in ["halo"] * (width <= 14) + ["mark"]:
                 self.add("front", "path", class_, d=f"M{left:.1f} {top:.1f}l6 6m-6 0l6 -6")
-        within, outside = (int((room - 3) / self.glyph) for room in (width - inside, after - x - width - beside))  # characters
+        within, outside = (
+            int((room - 3) / self.glyph) for room in (width - inside, after - x - width - beside)
+        )  # characters
         room = within if _cells(label) <= within or within >= outside else outside
         if room >= min(4, _cells(label)):
             label = _fit(label, room).rstrip()
             if room == outside:
-                self.add("bars", "rect", "plate", x=x + width + 1, width=beside + _cells(label) * self.glyph + 3, **size)
+                self.add(
+                    "bars",
+                    "rect",
+                    "plate",
+                    x=x + width + 1,
+                    width=beside + _cells(label) * self.glyph + 3,
+                    **size,
+                )
             self.text(x + (inside if room == within else width + beside), label)
         return x + width
 
     def arrows(self) -> None:
-        """From what a job required: pale but for the last one to end; with many jobs, that one only."""
+        """From what a job required: pale but for the last one to end; with many jobs, that one
+        only.
+        """
         many = len(self.middle) > 60
         for number, y2 in self.middle.items():
             before = sorted(self.line.before[number], key=lambda job: self.line.times[job][1])
             for each in before[-1:] if many else before:
-                x1, x2, y1 = self.x(self.line.times[each][1]), self.x(self.line.times[number][0]), self.middle[each]
+                x1, x2, y1 = (
+                    self.x(self.line.times[each][1]),
+                    self.x(self.line.times[number][0]),
+                    self.middle[each],
+                )
                 bend = max(10.0, (x2 - x1) / 2)
-                self.add("arrows", "path", "arrow pale" if many or each != before[-1] else "arrow",
-                         d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}")
+                self.add(
+                    "arrows",
+                    "path",
+                    "arrow pale" if many or each != before[-1] else "arrow",
+                    d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}",
+                )
 
     def frame(self, top: float) -> None:
         """The time axis, and at the bottom what failed, and what has no bar."""
@@ -4286,22 +5906,39 @@ class _Picture:
                 self.text(x, _duration(number * step), "small", y, style="text-anchor: middle")
         self.text(10, self.line.heading, "head", 24)
         self.y += 20 if bottom else 6
-        others = [job for number, job in self.line.jobs.items() if number not in self.line.times and number not in self.line.nested]
-        texts = [f"Failed: {_clean(job['label'], 60)}: {_clean(job['error'] or '', 200)}" for job in self.line.jobs.values()
-                 if job["state"] == "failed" and job["node"]]
+        others = [
+            job
+            for number, job in self.line.jobs.items()
+            if number not in self.line.times and number not in self.line.nested
+        ]
+        texts = [
+            f"Failed: {_clean(job['label'], 60)}: {_clean(job['error'] or '', 200)}"
+            for job in self.line.jobs.values()
+            if job["state"] == "failed" and job["node"]
+        ]
         texts[40:] = [f"and {len(texts) - 40} more"] * (len(texts) > 40)
-        for heading, states in (("Never ran", {"idle", "waiting"}), ("Times not known", {"ok", "failed", "cancelled", "running"})):
-            if names := sorted((_clean(self.line.name(job), 60) for job in others if job["state"] in states), key=_natural):
+        for heading, states in (
+            ("Never ran", {"idle", "waiting"}),
+            ("Times not known", {"ok", "failed", "cancelled", "running"}),
+        ):
+            if names := sorted(
+                (_clean(self.line.name(job), 60) for job in others if job["state"] in states),
+                key=_natural,
+            ):
                 texts.append(f"{heading}: {', '.join(names)}")
-        for text in itertools.chain.from_iterable(textwrap.wrap(text, int(_SVG_WIDTH / 6.8), max_lines=40) for text in texts):
+        for text in itertools.chain.from_iterable(
+            textwrap.wrap(text, int(_SVG_WIDTH / 6.8), max_lines=40) for text in texts
+        ):
             self.y += 15
             self.text(10, text, "small", self.y)
 
 
 def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
-    """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is added unless it is there).
+    """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
+    added unless it is there).
 
-    ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob has no times, hence no bar.
+    ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob
+    has no times, hence no bar.
     """
     name = os.fspath(filename).removesuffix(".svg") + ".svg"
     Path(name).write_text(_Picture(_Timeline(scheduler)).draw(), "utf-8")
@@ -4309,52 +5946,95 @@ def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str
 
 
 def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
-    """The same for a terminal: a line for each step, by node and start, none longer than ``columns``."""
+    """The same for a terminal: a line for each step, by node and start, none longer than
+    ``columns``.
+    """
     line = _Timeline(scheduler)
     table: list[tuple[str, _Bar]] = []
     for node, rows in line.rows.items():
         numbers = sorted(itertools.chain(*rows), key=lambda number: line.times[number])
-        idle = [_Bar(0, 0, "", "never ran", label, []) for label in sorted(
-            (_clean(job["label"]) for number, job in line.jobs.items() if job["node"] == node and number not in line.times), key=_natural)]
-        table += [(_clean(line.nodes[node]["label"]), bar) for bar in [*itertools.chain(*(line.bars[number] for number in numbers)), *idle]]
+        idle = [
+            _Bar(0, 0, "", "never ran", label, [])
+            for label in sorted(
+                (
+                    _clean(job["label"])
+                    for number, job in line.jobs.items()
+                    if job["node"] == node and number not in line.times
+                ),
+                key=_natural,
+            )
+        ]
+        table += [
+            (_clean(line.nodes[node]["label"]), bar)
+            for bar in [*itertools.chain(*(line.bars[number] for number in numbers)), *idle]
+        ]
     hosts = min(max((_cells(host) for host, _ in table), default=0), columns // 5)
     labels = min(max((_cells(bar.label) for _, bar in table), default=0), columns // 4)
     width = max(columns - hosts - labels - 25, 1)
-    lines = [line.heading, " " * hosts + " " + _fit(f"|{_duration(line.span).rjust(width - 2)}|", width)]
+    lines = [
+        line.heading,
+        " " * hosts + " " + _fit(f"|{_duration(line.span).rjust(width - 2)}|", width),
+    ]
     for host, bar in table:
         first = min(int(bar.start / line.span * width), width - 1)
-        full, rest = divmod(max(1, min(round((bar.end - bar.start) / line.span * width * 8), (width - first) * 8)), 8)
+        full, rest = divmod(
+            max(1, min(round((bar.end - bar.start) / line.span * width * 8), (width - first) * 8)),
+            8,
+        )
         shown = " " * first + "█" * full + ("", *"▏▎▍▌▋▊▉")[rest] if bar.state else ""
         seconds = _duration(bar.end - bar.start) if bar.state else ""
-        cells = (_ends(host, hosts), hosts), (shown, width), (seconds, 11), (bar.outcome, 10), (bar.label, labels)
+        cells = (
+            (_ends(host, hosts), hosts),
+            (shown, width),
+            (seconds, 11),
+            (bar.outcome, 10),
+            (bar.label, labels),
+        )
         lines.append(" ".join(itertools.starmap(_fit, cells)))
     return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # services: units of the remote systemd
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Service:
-    """A command that runs as a transient systemd unit, beyond the connection that starts it (systemd-run(1)).
+    """A command that runs as a transient systemd unit, beyond the connection that starts it
+    (systemd-run(1)).
 
-    ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name. ``tty``: give it a terminal, by script(1).
-    ``systemd_type``: simple, exec, forking, oneshot... ``environ``: variables of the unit (values may be Deferred).
-    ``stop_if_running``: starting first stops and resets an older unit of that name.
-    The commands are Runs for a root login. Raises UsageError for a command, a name or a type that cannot be.
+    ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name.
+    ``tty``: give it a terminal, by script(1). ``systemd_type``: simple, exec, forking, oneshot...
+    ``environ``: variables of the unit (values may be Deferred). ``stop_if_running``: starting first
+    stops and resets an older unit of that name. The commands are Runs for a root login. Raises
+    UsageError for a command, a name or a type that cannot be.
     """
 
-    def __init__(self, command: str | Deferred, *, service_id: str, tty: bool = False, systemd_type: str = "simple",
-                 environ: Mapping[str, Any] | None = None, stop_if_running: bool = True, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        command: str | Deferred,
+        *,
+        service_id: str,
+        tty: bool = False,
+        systemd_type: str = "simple",
+        environ: Mapping[str, Any] | None = None,
+        stop_if_running: bool = True,
+        verbose: bool = False,
+    ) -> None:
         if not isinstance(command, str | Deferred) or not str(command).strip():
             raise UsageError(f"Service: the command is a shell line or a Deferred, not {command!r}")
-        if not isinstance(service_id, str) or not re.fullmatch(r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id):
+        if not isinstance(service_id, str) or not re.fullmatch(
+            r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id
+        ):
             raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
         if not re.fullmatch(r"[a-z-]+", systemd_type):
-            raise UsageError(f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot...")
+            raise UsageError(
+                f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot..."
+            )
         if tty and systemd_type == "forking":
-            raise UsageError("tty: script(1), which gives the terminal, does not fork: leave systemd_type out")
+            raise UsageError(
+                "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"
+            )
         for name, value in (environ or {}).items():
             if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
                 raise UsageError(f"environ: {name!r} is not the name of a variable")
@@ -4365,7 +6045,11 @@ class Service:
         self.stop_if_running, self.verbose = stop_if_running, verbose
 
     def _run(self, label: str | None, what: str, words: list[Any], keywords: dict[str, Any]) -> Run:
-        return Run(*words, label=f"Service {self.service_id}: {what}" if label is None else label, **{"verbose": self.verbose} | keywords)
+        return Run(
+            *words,
+            label=f"Service {self.service_id}: {what}" if label is None else label,
+            **{"verbose": self.verbose} | keywords,
+        )
 
     def start_command(self, *, label: str | None = None, **keywords: Any) -> Run:
         """Start the unit; fails if it cannot be started."""
@@ -4373,50 +6057,111 @@ class Service:
         before = f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
         words: list[Any] = [before] if self.stop_if_running else []
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
-        words += [_Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()]
-        shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))  # systemd.service(5): it expands $ in words by itself
+        words += [
+            _Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()
+        ]
+        shell = _Quoted(
+            self.command, lambda text: text.replace("$", "$$")
+        )  # systemd.service(5): it expands $ in words by itself
         # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
-        words += ["/usr/bin/script -qefc", shell, "/dev/null"] if self.tty else ["/bin/sh -c", shell]
+        words += (
+            ["/usr/bin/script -qefc", shell, "/dev/null"] if self.tty else ["/bin/sh -c", shell]
+        )
         return self._run(label, "start", words, keywords)
 
     def stop_command(self, *, label: str | None = None, **keywords: Any) -> Run:
         """Stop the unit; one that has gone is fine (status 5)."""
-        return self._run(label, "stop", [f"systemctl stop {self.service_id}.service"], {"allowed_exits": [5]} | keywords)
+        return self._run(
+            label,
+            "stop",
+            [f"systemctl stop {self.service_id}.service"],
+            {"allowed_exits": [5]} | keywords,
+        )
 
-    def status_command(self, output: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
-        """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or has gone (4) is fine."""
-        words = [f"systemctl status --no-pager {self.service_id}.service"] + ([f"--output={shlex.quote(output)}"] if output else [])
+    def status_command(
+        self, output: str | None = None, *, label: str | None = None, **keywords: Any
+    ) -> Run:
+        """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or
+        has gone (4) is fine.
+        """
+        words = [f"systemctl status --no-pager {self.service_id}.service"] + (
+            [f"--output={shlex.quote(output)}"] if output else []
+        )
         return self._run(label, "status", words, {"allowed_exits": [3, 4]} | keywords)
 
-    def journal_command(self, since: str | None = None, *, label: str | None = None, **keywords: Any) -> Run:
+    def journal_command(
+        self, since: str | None = None, *, label: str | None = None, **keywords: Any
+    ) -> Run:
         """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
-        words = [f"journalctl --no-pager --unit={self.service_id}.service"] + ([f"--since={shlex.quote(since)}"] if since else [])
+        words = [f"journalctl --no-pager --unit={self.service_id}.service"] + (
+            [f"--since={shlex.quote(since)}"] if since else []
+        )
         return self._run(label, "journal", words, keywords)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scenarios: nodes and jobs from a YAML file; a mistake is told with its place
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _STEP_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (Run, RunScript, RunString, Push, Pull)}
-_FORMATTER_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (
-    TerminalFormatter, RawFormatter, HostFormatter, TimeHostFormatter, SubdirFormatter, CaptureFormatter)}
+_FORMATTER_TYPES: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        TerminalFormatter,
+        RawFormatter,
+        HostFormatter,
+        TimeHostFormatter,
+        SubdirFormatter,
+        CaptureFormatter,
+    )
+}
 _Save = bool | str | os.PathLike[str] | None
 _Maps = tuple[dict[str, Any], dict[str, SshJob], Any]
 _WORDS, _PATHS = "Collection[Deferred]", "Deferred | Collection[Deferred]"
-# what a key holds, in the notation of annotations, where the constructor does not say it or the file has its own way
+# what a key holds, in the notation of annotations, where the constructor does not say it or the
+# file has its own way
 _FILE_KEYS: dict[Any, dict[str, str]] = {
-    SshNode: {"id": "str", "localnode": "bool", "gateway": "str | None", "known_hosts": "str | None"},
+    SshNode: {
+        "id": "str",
+        "localnode": "bool",
+        "gateway": "str | None",
+        "known_hosts": "str | None",
+    },
     LocalNode: {"id": "str", "localnode": "bool"},
-    SshJob: {"id": "str", "node": "str", "command": "Step", "commands": "Step", "required": "str | Collection[str | None] | None",
-             "label": "str | None"},
-    Run: {"command": "Deferred", "argv": _WORDS}, RunScript: {"command": "str", "args": _WORDS}, RunString: {"args": _WORDS},
-    Push: {"localpaths": _PATHS, "remotepath": "Deferred"}, Pull: {"remotepaths": _PATHS, "localpath": "Deferred"}}
-_EITHER = {SshJob: ("command", "commands"), Run: ("command", "argv"), RunScript: ("command", "local_script")}  # exactly one of them
-_WANTED = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "Deferred": "text", "Capture": "a name",
-           "Collection": "a list", "Mapping": "a mapping", "Formatter": "the name of a formatter", "Step": "a list of commands"}
+    SshJob: {
+        "id": "str",
+        "node": "str",
+        "command": "Step",
+        "commands": "Step",
+        "required": "str | Collection[str | None] | None",
+        "label": "str | None",
+    },
+    Run: {"command": "Deferred", "argv": _WORDS},
+    RunScript: {"command": "str", "args": _WORDS},
+    RunString: {"args": _WORDS},
+    Push: {"localpaths": _PATHS, "remotepath": "Deferred"},
+    Pull: {"remotepaths": _PATHS, "localpath": "Deferred"},
+}
+_EITHER = {
+    SshJob: ("command", "commands"),
+    Run: ("command", "argv"),
+    RunScript: ("command", "local_script"),
+}  # exactly one of them
+_WANTED = {
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "Deferred": "text",
+    "Capture": "a name",
+    "Collection": "a list",
+    "Mapping": "a mapping",
+    "Formatter": "the name of a formatter",
+    "Step": "a list of commands",
+}
 _TAGS = {"map": "a mapping", "seq": "a list", "null": "nothing", "str": "the text"} | dict.fromkeys(
-    ("bool", "int", "float", "timestamp", "value", "merge"), "")
+    ("bool", "int", "float", "timestamp", "value", "merge"), ""
+)
 
 
 def _kinds(annotation: str) -> set[str]:
@@ -4424,14 +6169,22 @@ def _kinds(annotation: str) -> set[str]:
 
 
 def _keys_of(cls: Any) -> tuple[dict[str, str], list[str]]:
-    """The keys of a mapping that stands for this class, by its constructor and those that it hands on to; the positional ones."""
+    """The keys of a mapping that stands for this class, by its constructor and those that it hands
+    on to; the positional ones.
+    """
     keys, positional = dict(_FILE_KEYS.get(cls, {})), []
     for base in cls.__mro__:
         parameters = [*inspect.signature(base.__init__).parameters.values()][1:]
         for each in parameters:
-            if base is cls and each.kind is each.POSITIONAL_OR_KEYWORD and each.default is each.empty:
+            if (
+                base is cls
+                and each.kind is each.POSITIONAL_OR_KEYWORD
+                and each.default is each.empty
+            ):
                 positional.append(each.name)
-            if (base is cls or each.kind is each.KEYWORD_ONLY) and _kinds(str(each.annotation)) & _WANTED.keys():
+            if (base is cls or each.kind is each.KEYWORD_ONLY) and _kinds(
+                str(each.annotation)
+            ) & _WANTED.keys():
                 keys.setdefault(each.name, str(each.annotation))
         if not any(each.kind is each.VAR_KEYWORD for each in parameters):
             break
@@ -4439,7 +6192,9 @@ def _keys_of(cls: Any) -> tuple[dict[str, str], list[str]]:
 
 
 class _Entry:
-    """One mapping of the file: its place, its YAML nodes by key (each with the key's own); once read, its class and values."""
+    """One mapping of the file: its place, its YAML nodes by key (each with the key's own); once
+    read, its class and values.
+    """
 
     def __init__(self, where: str, node: Any, pairs: dict[str, tuple[Any, Any]]) -> None:
         self.where, self.node, self.pairs = where, node, pairs
@@ -4458,7 +6213,9 @@ class _Scenario:
         line = node.start_mark.line + 1 if node else 1
         return ScenarioError(escape(f"{self.name}:{line}: {where}{': ' if where else ''}{text}"))
 
-    def unknown(self, where: str, node: Any, what: str, name: str, known: Iterable[str]) -> ScenarioError:
+    def unknown(
+        self, where: str, node: Any, what: str, name: str, known: Iterable[str]
+    ) -> ScenarioError:
         close = difflib.get_close_matches(name, known := list(known), 1)
         remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known[:24])}"
         return self.error(where, node, f"unknown {what} '{_brief(name)}': {remedy}")
@@ -4468,7 +6225,9 @@ class _Scenario:
         try:
             self.loader = self.yaml.SafeLoader(self.text)
             if (root := self.loader.get_single_node()) is None:
-                raise self.error("", None, "nothing in it: a scenario has the sections 'nodes' and 'jobs'")
+                raise self.error(
+                    "", None, "nothing in it: a scenario has the sections 'nodes' and 'jobs'"
+                )
             sections = self.entry("", root)
             for name, (key, _) in sections.pairs.items():
                 if name not in ("nodes", "jobs"):
@@ -4487,10 +6246,18 @@ class _Scenario:
             line = mark.line if mark else self.text.count("\n", 0, getattr(exc, "position", 0))
             context = f"{exc.context} (line {start.line + 1}): " if start else ""
             problem = getattr(exc, "problem", None) or getattr(exc, "reason", exc)
-            hint = " (a template? give load() an env, or --set NAME=value)" if "{%" in self.text else ""
-            raise ScenarioError(escape(f"{self.name}:{line + 1}: wrong YAML: {context}{problem}{hint}")) from None
+            hint = (
+                " (a template? give load() an env, or --set NAME=value)"
+                if "{%" in self.text
+                else ""
+            )
+            raise ScenarioError(
+                escape(f"{self.name}:{line + 1}: wrong YAML: {context}{problem}{hint}")
+            ) from None
         except RecursionError:
-            raise self.error("", None, "wrong YAML: nested too deeply, or merged into itself") from None
+            raise self.error(
+                "", None, "wrong YAML: nested too deeply, or merged into itself"
+            ) from None
 
     def tag(self, where: str, node: Any) -> str:
         """The YAML type of a value, which must be plain data."""
@@ -4518,11 +6285,17 @@ class _Scenario:
                 for source in value.value if value.id == "sequence" else [value]:
                     merged = self.entry(where, source).pairs | merged
             elif key.id != "scalar":
-                deferred = key.id == "mapping" and all(each.tag.endswith(":null") for _, each in key.value)  # {{name}}
-                raise self.mismatch(where, key, "put {{...}} in quotes: " * deferred + "a key must be text")
+                deferred = key.id == "mapping" and all(
+                    each.tag.endswith(":null") for _, each in key.value
+                )  # {{name}}
+                raise self.mismatch(
+                    where, key, "put {{...}} in quotes: " * deferred + "a key must be text"
+                )
             elif key.value in own:
                 line = own[key.value][0].start_mark.line + 1
-                raise self.error(where, key, f"duplicate key '{_brief(key.value)}': line {line} has it too")
+                raise self.error(
+                    where, key, f"duplicate key '{_brief(key.value)}': line {line} has it too"
+                )
             else:
                 own[key.value] = key, value
         return _Entry(where, node, merged | own)
@@ -4536,7 +6309,11 @@ class _Scenario:
             entry.values[name] = self.value(entry.where, name, node, keys[name])
         given = [name for name in either if name in entry.values]
         if either and len(given) != 1:
-            what = "both '{}' and '{}': leave one out" if given else "no '{}' and no '{}': add one of them"
+            what = (
+                "both '{}' and '{}': leave one out"
+                if given
+                else "no '{}' and no '{}': add one of them"
+            )
             raise self.error(entry.where, entry.node, what.format(*either))
         for name in ["id"] * ("id" in keys) + needed:
             if not entry.values.get(name) and name not in either:
@@ -4552,28 +6329,44 @@ class _Scenario:
         self.read(entry, types[name])
 
     def value(self, where: str, key: str, node: Any, annotation: str) -> Any:
-        """What a YAML value means for a parameter with this annotation; where text is due, ``010`` and ``yes`` stay as written."""
+        """What a YAML value means for a parameter with this annotation; where text is due, ``010``
+        and ``yes`` stay as written.
+        """
         kinds, tag = _kinds(annotation), self.tag(where, node)
         text = node.value.removesuffix("\n") if node.id == "scalar" and tag != "null" else None
         if tag == "null" and "None" in kinds:
             return None
         if "Step" in kinds and tag != "null":
-            return self.steps(where, node) if text is None else self.deferred(text)  # one line for Run
+            return (
+                self.steps(where, node) if text is None else self.deferred(text)
+            )  # one line for Run
         if "Formatter" in kinds and (text or tag == "map"):
             return self.formatter(f"{where}, formatter", node)
         if "Capture" in kinds and text and text.isidentifier():
             return Capture(text, self.variables)
-        if "Collection" in kinds and (tag == "seq" or (text is not None and not kinds & {"str", "Deferred"})):
-            inner = annotation[annotation.index("[") + 1:annotation.rindex("]")]
-            return [self.value(where, key, item, inner) for item in (node.value if tag == "seq" else [node])]
+        if "Collection" in kinds and (
+            tag == "seq" or (text is not None and not kinds & {"str", "Deferred"})
+        ):
+            inner = annotation[annotation.index("[") + 1 : annotation.rindex("]")]
+            return [
+                self.value(where, key, item, inner)
+                for item in (node.value if tag == "seq" else [node])
+            ]
         if "Mapping" in kinds and tag == "map":
-            return {name: self.value(where, f"{key}.{name}", item, "str") for name, (_, item) in self.entry(where, node).pairs.items()}
+            return {
+                name: self.value(where, f"{key}.{name}", item, "str")
+                for name, (_, item) in self.entry(where, node).pairs.items()
+            }
         if tag in kinds & {"bool", "int", "float"} or (tag == "int" and "float" in kinds):
-            with contextlib.suppress(ValueError, KeyError):  # !!int and the like before some other text
+            with contextlib.suppress(
+                ValueError, KeyError
+            ):  # !!int and the like before some other text
                 return self.loader.construct_object(node)
         if text is not None and kinds & {"str", "Deferred"}:
             return self.deferred(text) if "Deferred" in kinds else text
-        wanted = " or ".join(dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds))
+        wanted = " or ".join(
+            dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds)
+        )
         raise self.mismatch(where, node, f"'{_brief(key)}' must be {wanted}")
 
     def deferred(self, text: str) -> str | Deferred:
@@ -4587,10 +6380,16 @@ class _Scenario:
             raise self.error(entry.where, entry.node, str(exc)) from None
 
     def formatter(self, where: str, node: Any) -> Any:
-        """A name, or a mapping with ``type`` and arguments; the same words mean the same formatter, so that columns align."""
+        """A name, or a mapping with ``type`` and arguments; the same words mean the same formatter,
+        so that columns align.
+        """
         words = self.yaml.serialize(node)
         if words not in self.formatters or "CaptureFormatter" in words:
-            entry = self.entry(where, node) if node.id == "mapping" else _Entry(where, node, {"type": (node, node)})
+            entry = (
+                self.entry(where, node)
+                if node.id == "mapping"
+                else _Entry(where, node, {"type": (node, node)})
+            )
             self.read_type(entry, "formatter", _FORMATTER_TYPES)
             self.formatters[words] = self.make(entry)
         return self.formatters[words]
@@ -4605,28 +6404,58 @@ class _Scenario:
             self.read_type(entry, "command", _STEP_TYPES)
             words = [*entry.values.pop("argv", []), *entry.values.pop("args", [])]
             line = entry.values.pop("command", "")
-            if line and entry.cls is RunScript:  # a blank inside of {{ }} does not end the script's name
+            if (
+                line and entry.cls is RunScript
+            ):  # a blank inside of {{ }} does not end the script's name
                 script, line = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", line, re.DOTALL)[0]
                 entry.values["local_script"], line = self.deferred(script), self.deferred(line)
-            made.append(self.make(entry, *(entry.values.pop(name) for name in _keys_of(entry.cls)[1]), *[line] * bool(line), *words))
+            made.append(
+                self.make(
+                    entry,
+                    *(entry.values.pop(name) for name in _keys_of(entry.cls)[1]),
+                    *[line] * bool(line),
+                    *words,
+                )
+            )
         return made
 
     def section(self, name: str, sections: _Entry) -> dict[str, _Entry]:
         """The entries of a section by id."""
         if name not in sections.pairs:
-            raise self.error("", sections.node, f"no section '{name}': add '{name}:' and a list below it")
+            raise self.error(
+                "", sections.node, f"no section '{name}': add '{name}:' and a list below it"
+            )
         listed = sections.pairs[name][1]
         if self.tag(f"section {name}", listed) != "seq" or not listed.value:
-            raise self.mismatch(f"section {name}", listed, "it must be a list with at least one item ('- id: ...')")
+            raise self.mismatch(
+                f"section {name}", listed, "it must be a list with at least one item ('- id: ...')"
+            )
         entries: dict[str, _Entry] = {}
         for number, node in enumerate(listed.value, 1):
-            ids = [value.value for key, value in node.value if (key.value, value.id) == ("id", "scalar")] if node.id == "mapping" else []
-            entry = self.entry(f"section {name}, " + (f"id {_brief(ids[0])}" if any(ids) else f"item {number}"), node)
-            local = "localnode" in entry.pairs and self.value(entry.where, "localnode", entry.pairs["localnode"][1], "bool")
+            ids = (
+                [
+                    value.value
+                    for key, value in node.value
+                    if (key.value, value.id) == ("id", "scalar")
+                ]
+                if node.id == "mapping"
+                else []
+            )
+            entry = self.entry(
+                f"section {name}, " + (f"id {_brief(ids[0])}" if any(ids) else f"item {number}"),
+                node,
+            )
+            local = "localnode" in entry.pairs and self.value(
+                entry.where, "localnode", entry.pairs["localnode"][1], "bool"
+            )
             self.read(entry, SshJob if name == "jobs" else LocalNode if local else SshNode)
             entry.values.pop("localnode", None)
             if (other := entries.setdefault(entry.values.pop("id"), entry)) is not entry:
-                raise self.error(entry.where, node, f"duplicate id: line {other.node.start_mark.line + 1} has it too")
+                raise self.error(
+                    entry.where,
+                    node,
+                    f"duplicate id: line {other.node.start_mark.line + 1} has it too",
+                )
         return entries
 
     def ids(self, entry: _Entry, key: str, what: str, known: Mapping[str, Any]) -> list[str]:
@@ -4638,7 +6467,9 @@ class _Scenario:
                 raise self.unknown(entry.where, entry.pairs[key][1], what, name, known)
         return ids
 
-    def order(self, entries: Mapping[str, _Entry], key: str, what: str) -> Iterator[tuple[str, _Entry, list[str]]]:
+    def order(
+        self, entries: Mapping[str, _Entry], key: str, what: str
+    ) -> Iterator[tuple[str, _Entry, list[str]]]:
         """Ids and entries, each after those that its key names, and these."""
         links = {name: self.ids(entry, key, what, entries) for name, entry in entries.items()}
         try:
@@ -4646,16 +6477,22 @@ class _Scenario:
                 yield name, entries[name], links[name]
         except graphlib.CycleError as exc:
             entry, circle = entries[exc.args[1][-1]], " -> ".join(map(_brief, exc.args[1][::-1]))
-            raise self.error(entry.where, entry.pairs[key][0], f"'{key}' goes in a circle: {circle}: take one out") from None
+            raise self.error(
+                entry.where,
+                entry.pairs[key][0],
+                f"'{key}' goes in a circle: {circle}: take one out",
+            ) from None
 
 
 class YamlLoader:
-    """A scenario of nodes and jobs in a YAML file (README.md has the keys); needs ``pip install 'apssh[yaml]'``.
+    """A scenario of nodes and jobs in a YAML file (README.md has the keys); needs ``pip install
+    'apssh[yaml]'``.
 
-    With a non-empty ``env`` the text is a Jinja2 template; ``save_intermediate`` writes what comes of it: True beside the input
-    (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a path there. What is left of ``{{name}}`` in commands, paths,
-    arguments and scripts is a Deferred over ``variables`` (new at each load), where ``capture: name`` stores.
-    Loading connects to nothing. Every mistake raises ScenarioError, with file, line, section, id and the remedy.
+    With a non-empty ``env`` the text is a Jinja2 template; ``save_intermediate`` writes what comes
+    of it: True beside the input (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a
+    path there. What is left of ``{{name}}`` in commands, paths, arguments and scripts is a Deferred
+    over ``variables`` (new at each load), where ``capture: name`` stores. Loading connects to
+    nothing. Every mistake raises ScenarioError, with file, line, section, id and the remedy.
     """
 
     def __init__(self, filename: str | os.PathLike[str]) -> None:
@@ -4665,7 +6502,9 @@ class YamlLoader:
         """The asynciojobs Scheduler, ready to run."""
         return self.load_with_maps(env, save_intermediate=save_intermediate)[2]
 
-    def load_with_maps(self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None) -> _Maps:
+    def load_with_maps(
+        self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None
+    ) -> _Maps:
         """Nodes by id, jobs by id, and the Scheduler."""
         name, path = os.fspath(self.filename), Path(self.filename)
         try:
@@ -4673,10 +6512,16 @@ class YamlLoader:
             if env:
                 text, name = self._rendered(text, env), f"{name} (rendered)"
             if env and save_intermediate:
-                beside = path.with_suffix("") if path.suffix == ".j2" else path.with_name(f"{path.name}.tmp")
+                beside = (
+                    path.with_suffix("")
+                    if path.suffix == ".j2"
+                    else path.with_name(f"{path.name}.tmp")
+                )
                 path = beside if save_intermediate is True else Path(save_intermediate)
                 if path.exists() and path.samefile(self.filename):
-                    raise ScenarioError(f"{escape(str(path))}: save_intermediate would overwrite the template: give another path")
+                    raise ScenarioError(
+                        f"{escape(str(path))}: save_intermediate would overwrite the template: give another path"
+                    )
                 path.write_text(text, "utf-8")
                 name = str(path)
         except OSError as exc:
@@ -4689,21 +6534,38 @@ class YamlLoader:
     def _rendered(self, text: str, env: Mapping[str, Any]) -> str:
         jinja2 = _extra("jinja2")
         try:
-            return str(jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(text).render(env))
+            return str(
+                jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+                .from_string(text)
+                .render(env)
+            )
         except Exception as exc:  # a template may compute anything
-            lines = [frame.lineno for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == "<template>"]
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(exc.__traceback__)
+                if frame.filename == "<template>"
+            ]
             line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
-            remedy = ": add it to env (--set NAME=value)" if isinstance(exc, jinja2.UndefinedError) else ""
-            raise ScenarioError(escape(f"{os.fspath(self.filename)}:{line}: template: {exc}{remedy}")) from None
+            remedy = (
+                ": add it to env (--set NAME=value)"
+                if isinstance(exc, jinja2.UndefinedError)
+                else ""
+            )
+            raise ScenarioError(
+                escape(f"{os.fspath(self.filename)}:{line}: template: {exc}{remedy}")
+            ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # targets: from what the command line names to frozen values
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """A host after the gateways that lead to it, nearest to us first; ``direct`` if ``None->`` forbids default ones."""
+    """A host after the gateways that lead to it, nearest to us first; ``direct`` if ``None->``
+    forbids default ones.
+    """
 
     chain: tuple[Hop, ...]
     direct: bool = dataclasses.field(default=False, compare=False)
@@ -4713,16 +6575,30 @@ class Target:
 
 
 def _parse_targets(
-    texts: Iterable[str], *, exclude: Iterable[str] = (), login: str | None = None, gateway: str | None = None,
-    port: int | None = None, stdin: Callable[[], str] | None = None, last: Callable[[str], list[str]] | None = None,
+    texts: Iterable[str],
+    *,
+    exclude: Iterable[str] = (),
+    login: str | None = None,
+    gateway: str | None = None,
+    port: int | None = None,
+    stdin: Callable[[], str] | None = None,
+    last: Callable[[str], list[str]] | None = None,
 ) -> list[Target]:
-    """The targets that texts name (see the usage page), each once, in order, less the excluded ones.
-    ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway`` for targets that name no way;
-    ``stdin`` answers ``-``, and ``last`` the selector of ``@last:selector``. UsageError names the text, its file and line."""
-    ways = [_parse_target(name, login) for word in _words("" if gateway == "None" else gateway or "") for name in _expand_ranges(word)]
+    """The targets that texts name (see the usage page), each once, in order, less the excluded
+    ones. ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway``
+    for targets that name no way; ``stdin`` answers ``-``, and ``last`` the selector of
+    ``@last:selector``. UsageError names the text, its file and line.
+    """
+    ways = [
+        _parse_target(name, login)
+        for word in _words("" if gateway == "None" else gateway or "")
+        for name in _expand_ranges(word)
+    ]
     if len(ways) > 1:
         raise UsageError(f"-g {_brief(gateway or '')}: gateways make one chain, as in gw1->gw2")
-    parse = functools.partial(_parse_target, login=login, port=port, gateways=ways[0].chain if ways else ())
+    parse = functools.partial(
+        _parse_target, login=login, port=port, gateways=ways[0].chain if ways else ()
+    )
     found = dict.fromkeys(_read_targets(texts, stdin, last, parse))
     if not found:
         given = " ".join([texts] if isinstance(texts, str) else texts).strip(" ,")
@@ -4730,23 +6606,36 @@ def _parse_targets(
     refused: dict[str, list[Target]] = {}
     for pattern in _read_targets(exclude, stdin, last, _parse_target):
         refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
-    kept = [target for target in found
-            if not any(_matches(pattern, target) for pattern in refused.get(target.chain[-1].host.lower(), ()))]
+    kept = [
+        target
+        for target in found
+        if not any(
+            _matches(pattern, target) for pattern in refused.get(target.chain[-1].host.lower(), ())
+        )
+    ]
     if not kept:
         raise UsageError("no target: -x excludes them all")
     return kept
 
 
 def _matches(pattern: Target, target: Target) -> bool:
-    """Whether an exclusion names this target, in all the parts that it says; the way there only if it says one."""
+    """Whether an exclusion names this target, in all the parts that it says; the way there only if
+    it says one.
+    """
     chain = target.chain if pattern.direct or len(pattern.chain) > 1 else target.chain[-1:]
     return len(chain) == len(pattern.chain) and all(
-        named.host.lower() == hop.host.lower() and (named.user or hop.user, named.port or hop.port) == (hop.user, hop.port)
-        for named, hop in zip(pattern.chain, chain, strict=True))
+        named.host.lower() == hop.host.lower()
+        and (named.user or hop.user, named.port or hop.port) == (hop.user, hop.port)
+        for named, hop in zip(pattern.chain, chain, strict=True)
+    )
 
 
-def _read_targets(texts: Iterable[str], stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None,
-                  parse: Callable[[str], Target]) -> Iterator[Target]:
+def _read_targets(
+    texts: Iterable[str],
+    stdin: Callable[[], str] | None,
+    last: Callable[[str], list[str]] | None,
+    parse: Callable[[str], Target],
+) -> Iterator[Target]:
     count = 0
     for text in [texts] if isinstance(texts, str) else texts:
         for word in [text] if _find(text) else _words(text):
@@ -4761,9 +6650,12 @@ def _read_targets(texts: Iterable[str], stdin: Callable[[], str] | None, last: C
                     raise UsageError(place + exc.message) from None
 
 
-def _read_source(word: str, stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None
-                 ) -> Iterable[tuple[str, str]]:
-    """What a file, a folder or a stream holds, or else the word itself: lines, and the place of each."""
+def _read_source(
+    word: str, stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None
+) -> Iterable[tuple[str, str]]:
+    """What a file, a folder or a stream holds, or else the word itself: lines, and the place of
+    each.
+    """
     found, shown, (origin, _, selector) = _find(word), _brief(word), word.partition(":")
     lines = None
     try:
@@ -4772,8 +6664,11 @@ def _read_source(word: str, stdin: Callable[[], str] | None, last: Callable[[str
         elif origin == "@last":
             lines = last and last(selector)
         elif os.path.isdir(found):
-            lines = sorted(path.name for path in Path(found).iterdir()
-                           if path.name[0] != "." and path.suffix != ".err" and path.is_file())  # -o writes <host>.err
+            lines = sorted(
+                path.name
+                for path in Path(found).iterdir()
+                if path.name[0] != "." and path.suffix != ".err" and path.is_file()
+            )  # -o writes <host>.err
         elif found:
             with open(found, encoding="utf-8-sig", errors="replace") as file:
                 content = file.read(MAX_TARGET_FILE + 1)
@@ -4797,11 +6692,17 @@ def _find(name: str) -> str:
 
 def _words(text: str) -> list[str]:
     """What blanks and commas separate, but for commas in brackets and blanks around arrows."""
-    text = re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->")).replace(" ->", "->").replace("-> ", "->")
+    text = (
+        re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->"))
+        .replace(" ->", "->")
+        .replace("-> ", "->")
+    )
     return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", text)
 
 
-def _parse_target(text: str, login: str | None = None, port: int | None = None, gateways: Sequence[Hop] = ()) -> Target:
+def _parse_target(
+    text: str, login: str | None = None, port: int | None = None, gateways: Sequence[Hop] = ()
+) -> Target:
     """One target, its ranges expanded already; the arguments are for what it does not say."""
     hops = text.split("->")
     direct = len(hops) > 1 and hops[0] == "None"
@@ -4809,21 +6710,25 @@ def _parse_target(text: str, login: str | None = None, port: int | None = None, 
     before = [_parse_hop(hop, text, login) for hop in way] or ([] if direct else gateways)
     chain = (*before, _parse_hop(host, text, login, port))
     if len({(hop.host.lower(), hop.port or 22) for hop in chain}) < len(chain):
-        raise UsageError(f"{_brief(text)}: {'->'.join(map(str, chain))} passes a host twice; None->HOST has no gateway")
+        raise UsageError(
+            f"{_brief(text)}: {'->'.join(map(str, chain))} passes a host twice; None->HOST has no gateway"
+        )
     return Target(chain, direct)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fan-out: steps on many nodes, within limits; run, push, pull and the programs stand on it
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Result:
-    """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and ``error`` and ``kind`` (see ApsshError).
+    """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and
+    ``error`` and ``kind`` (see ApsshError).
 
-    ``name`` is the shortest text that tells this host from the others of the run; ``seconds`` counts from the first attempt to
-    connect; ``reached``: whether there was a connection to the end; ``may_run``: the command may still be running over there.
+    ``name`` is the shortest text that tells this host from the others of the run; ``seconds``
+    counts from the first attempt to connect; ``reached``: whether there was a connection to the
+    end; ``may_run``: the command may still be running over there.
     """
 
     host: str
@@ -4866,7 +6771,13 @@ class Result:
         """In a word or two: ok, status 3, signal TERM, interrupted, or the kind of the failure."""
         if self.ok or self.error == "interrupted":
             return self.error or "ok"
-        return f"status {self.status}" if self.status is not None else f"signal {self.signal}" if self.signal else self.kind or "local"
+        return (
+            f"status {self.status}"
+            if self.status is not None
+            else f"signal {self.signal}"
+            if self.signal
+            else self.kind or "local"
+        )
 
 
 class _HoldingFormatter(Formatter):
@@ -4888,16 +6799,34 @@ class _HoldingFormatter(Formatter):
 _Steps = Callable[[SshNode], list[AbstractCommand]]
 
 
-async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, retries: int = 0,
-                   started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
-                   done: Callable[[Result], None] = lambda result: None) -> list[Result]:
-    """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be open); close the nodes.
-    ``done`` gets each result as it comes. Cancelling it ends the remote commands; the other hosts are then done as interrupted."""
+async def _fan_out(
+    nodes: Sequence[SshNode],
+    steps: _Steps,
+    *,
+    window: int = 0,
+    retries: int = 0,
+    started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
+    done: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be
+    open); close the nodes. ``done`` gets each result as it comes. Cancelling it ends the remote
+    commands; the other hosts are then done as interrupted.
+    """
     if window < 0 or retries < 0:
         raise UsageError("window and retries are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
-    results = [Result(node.hostname, node.username, node.port, node.formatter._name(node._endpoint), node._target,
-                      error="interrupted", kind="local") for node in nodes]
+    results = [
+        Result(
+            node.hostname,
+            node.username,
+            node.port,
+            node.formatter._name(node._endpoint),
+            node._target,
+            error="interrupted",
+            kind="local",
+        )
+        for node in nodes
+    ]
     waiting = iter(zip(nodes, results, strict=True))
 
     async def worker() -> None:
@@ -4923,25 +6852,41 @@ async def _fan_out(nodes: Sequence[SshNode], steps: _Steps, *, window: int = 0, 
     finally:
         for _, result in waiting:  # interrupted before their turn
             done(result)
-        await asyncio.gather(*(gateway.close() for gateway in {hop for node in nodes for hop in node._hops()[:-1]}))
+        await asyncio.gather(
+            *(gateway.close() for gateway in {hop for node in nodes for hop in node._hops()[:-1]})
+        )
     return results
 
 
-async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Result, retries: int) -> None:
-    """The steps on one node, in order, up to the first failure; again when the host could not be reached."""
+async def _attempts(
+    node: SshNode, steps: _Steps, step: StepRecord, result: Result, retries: int
+) -> None:
+    """The steps on one node, in order, up to the first failure; again when the host could not be
+    reached.
+    """
     for attempt in itertools.count():
         try:
             for command in steps(node):
                 status = await command._run(node, step)
-                result.status, result.signal = (status, None) if isinstance(status, int) else (None, status)
+                result.status, result.signal = (
+                    (status, None) if isinstance(status, int) else (None, status)
+                )
                 if not command._succeeded(status):
                     raise command._as_error(node, status, step.command)
         except ApsshError as exc:
-            if isinstance(exc, ConnectionFailedError) and not exc.command and attempt < retries \
-                    and exc.kind not in ("hostkey", "auth"):
-                await asyncio.sleep(random.uniform(0.5, 1) * min(2 ** attempt, 30))
+            if (
+                isinstance(exc, ConnectionFailedError)
+                and not exc.command
+                and attempt < retries
+                and exc.kind not in ("hostkey", "auth")
+            ):
+                await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
                 continue
-            result.error, result.kind, result.reached = exc.message, exc.kind, not isinstance(exc, ConnectionFailedError)
+            result.error, result.kind, result.reached = (
+                exc.message,
+                exc.kind,
+                not isinstance(exc, ConnectionFailedError),
+            )
             if exc.status is None:
                 result.status = result.signal = None
         else:
@@ -4949,9 +6894,17 @@ async def _attempts(node: SshNode, steps: _Steps, step: StepRecord, result: Resu
         return
 
 
-def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str | None = None, connect_timeout: float | None = None,
-                 **options: Any) -> list[SshNode]:
-    """A node for each target, gateways shared, completed from the config. Raises UsageError, ApsshError (a config that ssh refuses)."""
+def _build_nodes(
+    targets: Sequence[Target],
+    *,
+    formatter: Formatter,
+    config: str | None = None,
+    connect_timeout: float | None = None,
+    **options: Any,
+) -> list[SshNode]:
+    """A node for each target, gateways shared, completed from the config. Raises UsageError,
+    ApsshError (a config that ssh refuses).
+    """
     ssh_config = _SshConfig(config)
     answers: dict[Hop, _HostConfig] = {}
     missing = {hop for target in targets for hop in target.chain}
@@ -4962,7 +6915,9 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
         _screen.say(f"apssh: {ssh_config.trouble}")
     gateways: dict[Any, SshNode] = {}
 
-    def build(chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()) -> SshNode:
+    def build(
+        chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
+    ) -> SshNode:
         hop = chain[-1]
         answer = answers[hop]
         before = chain[:-1] or (() if direct else _jumps(answer))
@@ -4973,9 +6928,17 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
             if (before, direct) not in gateways:
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
-        node = SshNode(hop.host, username=hop.user or answer.user or getpass.getuser(), port=hop.port or answer.port or 22, gateway=gateway,
-                       formatter=shown, **options,
-                       timeout=(answer.connect_timeout or CONNECT_TIMEOUT) if connect_timeout is None else connect_timeout)
+        node = SshNode(
+            hop.host,
+            username=hop.user or answer.user or getpass.getuser(),
+            port=hop.port or answer.port or 22,
+            gateway=gateway,
+            formatter=shown,
+            **options,
+            timeout=(answer.connect_timeout or CONNECT_TIMEOUT)
+            if connect_timeout is None
+            else connect_timeout,
+        )
         _configure(node, answer)
         return node
 
@@ -4983,12 +6946,18 @@ def _build_nodes(targets: Sequence[Target], *, formatter: Formatter, config: str
     for target in targets:
         node = build(target.chain, target.direct, formatter)
         node._target = str(target)
-        nodes.setdefault(tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()), node)  # `a a:22 A` runs once
+        nodes.setdefault(
+            tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()), node
+        )  # `a a:22 A` runs once
     return list(nodes.values())
 
 
-async def _co_quick(targets: str | Iterable[str], options: dict[str, Any], steps: _Steps,
-                    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> list[Result]:
+async def _co_quick(
+    targets: str | Iterable[str],
+    options: dict[str, Any],
+    steps: _Steps,
+    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None,
+) -> list[Result]:
     """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
     if not texts:  # whatever is to be done to the hosts of an empty list is done
@@ -4998,8 +6967,14 @@ async def _co_quick(targets: str | Iterable[str], options: dict[str, Any], steps
     parsed = _parse_targets(texts, exclude=options.pop("exclude", ()), **parsing)
     config = options.pop("config", None)
     formatter = options.pop("formatter", None) or _HoldingFormatter()
-    nodes = await asyncio.to_thread(lambda: _build_nodes(parsed, formatter=formatter, config="none" if config is None else
-                                                         None if config is True else config, **options))
+    nodes = await asyncio.to_thread(
+        lambda: _build_nodes(
+            parsed,
+            formatter=formatter,
+            config="none" if config is None else None if config is True else config,
+            **options,
+        )
+    )
     check(nodes)
     return await _fan_out(nodes, steps, **limits)
 
@@ -5007,28 +6982,42 @@ async def _co_quick(targets: str | Iterable[str], options: dict[str, Any], steps
 _COMMAND_OPTIONS = ("timeout", "x11", "env", "pty", "allowed_exits")
 
 
-async def co_run(targets: str | Iterable[str], command: str | AbstractCommand, **options: Any) -> list[Result]:
-    """Run a command (a line, or a step such as RunScript) on targets (as on the command line); a Result each, in their order.
+async def co_run(
+    targets: str | Iterable[str], command: str | AbstractCommand, **options: Any
+) -> list[Result]:
+    """Run a command (a line, or a step such as RunScript) on targets (as on the command line); a
+    Result each, in their order.
 
-    Options: ``timeout`` (seconds for the command), ``env``, ``pty``; ``login``, ``gateway``, ``port``, ``exclude``, ``window`` and
-    ``retries`` as the options of that name; ``connect_timeout`` (30 s); ``config``: None reads no ssh_config, True the user's, or a path;
-    any other keyword of SshNode (keys, password, host_keys, known_hosts, guard...). Raises UsageError before any connection.
+    Options: ``timeout`` (seconds for the command), ``env``, ``pty``; ``login``, ``gateway``,
+    ``port``, ``exclude``, ``window`` and ``retries`` as the options of that name;
+    ``connect_timeout`` (30 s); ``config``: None reads no ssh_config, True the user's, or a path;
+    any other keyword of SshNode (keys, password, host_keys, known_hosts, guard...). Raises
+    UsageError before any connection.
     """
     for_command = {name: options.pop(name) for name in _COMMAND_OPTIONS if name in options}
     if for_command and isinstance(command, AbstractCommand):
-        raise UsageError(f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself")
+        raise UsageError(
+            f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself"
+        )
     step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
     step._check()
     return await _co_quick(targets, options, lambda node: [step])
 
 
-async def co_push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
-    """Copy local files to targets; ``{host}``, ``{fqdn}`` and ``{user}`` may stand in paths; options of Push and of co_run."""
+async def co_push(
+    targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any
+) -> list[Result]:
+    """Copy local files to targets; ``{host}``, ``{fqdn}`` and ``{user}`` may stand in paths;
+    options of Push and of co_run.
+    """
     return await _co_quick(targets, options, *_copies(Push, localpaths, remotepath, options))
 
 
-async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
-    """Copy files of targets here; ``{host}``, ``{fqdn}`` and ``{user}`` in ``localpath`` keep hosts apart; options of Pull and of co_run.
+async def co_pull(
+    targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any
+) -> list[Result]:
+    """Copy files of targets here; ``{host}``, ``{fqdn}`` and ``{user}`` in ``localpath`` keep hosts
+    apart; options of Pull and of co_run.
 
     Raises UsageError when two hosts would write to the same place.
     """
@@ -5037,33 +7026,58 @@ async def co_pull(targets: str | Iterable[str], remotepaths: Any, localpath: str
 
 def _expand_path(path: str, node: SshNode) -> str:
     """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else."""
-    values = {"host": node.formatter._name(node._endpoint), "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
-              "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username)}
+    values = {
+        "host": node.formatter._name(node._endpoint),
+        "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
+        "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
+    }
     return re.sub(_FIELD, lambda match: values.get(match[1], match[0]), path)
 
 
-def _copies(command: type[Push | Pull], sources: Any, destination: str, options: dict[str, Any], dry: bool = False
-            ) -> tuple[_Steps, Callable[[Sequence[SshNode]], None]]:
-    """The copy of each node, and what raises UsageError before anything is copied; takes the copy's options out of ``options``."""
+def _copies(
+    command: type[Push | Pull],
+    sources: Any,
+    destination: str,
+    options: dict[str, Any],
+    dry: bool = False,
+) -> tuple[_Steps, Callable[[Sequence[SshNode]], None]]:
+    """The copy of each node, and what raises UsageError before anything is copied; takes the copy's
+    options out of ``options``.
+    """
     texts, many = _paths(sources)
-    copying = {name: options.pop(name) for name in ("preserve", "recurse", "follow_symlinks", "inplace", "timeout") if name in options}
+    copying = {
+        name: options.pop(name)
+        for name in ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
+        if name in options
+    }
 
     def steps(node: SshNode) -> list[AbstractCommand]:
-        paths, place = [_expand_path(str(path), node) for path in texts], _expand_path(destination, node)
+        paths, place = (
+            [_expand_path(str(path), node) for path in texts],
+            _expand_path(destination, node),
+        )
         if command is Pull and place != destination and not dry:
             try:
                 os.makedirs(place if many else os.path.dirname(place) or ".", exist_ok=True)
             except OSError as exc:  # this host's failure: the others go on
-                raise TransferError(f"{escape(place)}: {_reason(exc)}", host=node.hostname) from None
+                raise TransferError(
+                    f"{escape(place)}: {_reason(exc)}", host=node.hostname
+                ) from None
         return [command(paths if many else paths[0], place, **copying)]
 
     def check(nodes: Sequence[SshNode]) -> None:
         if command is Pull:
             _check_places(destination, nodes)
             return
-        for path in dict.fromkeys(_expand_path(str(text), node) for node in nodes for text in texts):
+        for path in dict.fromkeys(
+            _expand_path(str(text), node) for node in nodes for text in texts
+        ):
             if not os.path.lexists(path) or (os.path.isdir(path) and not copying.get("recurse")):
-                reason = "is a folder (recurse, -r, copies folders)" if os.path.lexists(path) else "no such file"
+                reason = (
+                    "is a folder (recurse, -r, copies folders)"
+                    if os.path.lexists(path)
+                    else "no such file"
+                )
                 raise UsageError(f"{escape(path)}: {reason}")
 
     return steps, check
@@ -5081,27 +7095,37 @@ def _check_places(localpath: str, nodes: Sequence[SshNode]) -> None:
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{escape(folder)}: permission denied")
         if place in places:
-            raise UsageError(f"{places[place].hostname} and {node.hostname} would both write to {localpath}: put {{host}} in the path")
+            raise UsageError(
+                f"{places[place].hostname} and {node.hostname} would both write to {localpath}: put {{host}} in the path"
+            )
         places[place] = node
 
 
-def run(targets: str | Iterable[str], command: str | AbstractCommand, **options: Any) -> list[Result]:
+def run(
+    targets: str | Iterable[str], command: str | AbstractCommand, **options: Any
+) -> list[Result]:
     """co_run, from code that is not a coroutine (in a notebook too)."""
     return _synchronously(co_run(targets, command, **options))
 
 
-def push(targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any) -> list[Result]:
+def push(
+    targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any
+) -> list[Result]:
     """co_push, from code that is not a coroutine (in a notebook too)."""
     return _synchronously(co_push(targets, localpaths, remotepath, **options))
 
 
-def pull(targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any) -> list[Result]:
+def pull(
+    targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any
+) -> list[Result]:
     """co_pull, from code that is not a coroutine (in a notebook too)."""
     return _synchronously(co_pull(targets, remotepaths, localpath, **options))
 
 
 def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, in a thread of its own when a loop runs here already. Ctrl-C ends it in either case."""
+    """Run a coroutine to its end, in a thread of its own when a loop runs here already. Ctrl-C ends
+    it in either case.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -5110,7 +7134,10 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
 
     async def main() -> _T:
         nonlocal interrupt
-        interrupt = functools.partial(asyncio.get_running_loop().call_soon_threadsafe, cast("Any", asyncio.current_task()).cancel)
+        interrupt = functools.partial(
+            asyncio.get_running_loop().call_soon_threadsafe,
+            cast("Any", asyncio.current_task()).cancel,
+        )
         return await work
 
     with ThreadPoolExecutor(1) as thread:
@@ -5123,9 +7150,9 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
             raise
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # views: what the programs show of a fan-out; each sees every result
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _count(number: int, noun: str) -> str:
@@ -5133,29 +7160,52 @@ def _count(number: int, noun: str) -> str:
 
 
 class _Marks:
-    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be targets of a next run."""
+    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be
+    targets of a next run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def done(self, result: Result) -> None:
-        folder, other = (self._folder / name for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok")))
+        folder, other = (
+            self._folder / name
+            for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok"))
+        )
         folder.mkdir(parents=True, exist_ok=True)
         (other / result.name).unlink(missing_ok=True)  # of another run
-        (folder / result.name).write_text(f"{result.status if result.status is not None else result.signal}\n")
+        (folder / result.name).write_text(
+            f"{result.status if result.status is not None else result.signal}\n"
+        )
 
 
 class _JsonLines:
     """-j: one JSON object a host, a line each, as hosts finish."""
 
     def done(self, result: Result) -> None:
-        fields = {name: getattr(result, name) for name in
-                  ("host", "user", "port", "name", "status", "signal", "error", "kind", "seconds", "stdout", "stderr")}
+        fields = {
+            name: getattr(result, name)
+            for name in (
+                "host",
+                "user",
+                "port",
+                "name",
+                "status",
+                "signal",
+                "error",
+                "kind",
+                "seconds",
+                "stdout",
+                "stderr",
+            )
+        }
         _screen.write(json.dumps(fields).encode("ascii") + b"\n", raw=True)
 
 
 class _Gather:
-    """-b: hosts with the same output are shown once, under their folded names, the largest group first."""
+    """-b: hosts with the same output are shown once, under their folded names, the largest group
+    first.
+    """
 
     def __init__(self, diff: bool) -> None:
         self._diff = diff
@@ -5163,14 +7213,18 @@ class _Gather:
 
     def done(self, result: Result) -> None:
         if result.status is not None or result.signal or result.stdout_bytes or result.stderr_bytes:
-            self._groups.setdefault((result.outcome, result.stdout_bytes, result.stderr_bytes), []).append(result.name)
+            self._groups.setdefault(
+                (result.outcome, result.stdout_bytes, result.stderr_bytes), []
+            ).append(result.name)
 
     def finish(self) -> None:
         """Show the groups."""
         groups = sorted(self._groups.items(), key=lambda group: (-len(group[1]), group[1]))
         largest = groups[0][0][1] if groups else b""
         for index, ((outcome, stdout, stderr), names) in enumerate(groups):
-            header = f"{fold_names(names)} ({len(names)})" + ("" if outcome == "ok" else f" {outcome}")
+            header = f"{fold_names(names)} ({len(names)})" + (
+                "" if outcome == "ok" else f" {outcome}"
+            )
             if self._diff and index and stdout != largest:
                 header += " differs"
                 stdout = self._difference(largest, stdout)
@@ -5183,17 +7237,26 @@ class _Gather:
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
         ending = b"" if text.endswith(b"\n") or not text else b"\n"
-        _screen.write(_paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending, err=err)
+        _screen.write(
+            _paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending, err=err
+        )
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
         before, after = ([os.fsdecode(line) for line in io.BytesIO(text)] for text in (old, new))
         lines = itertools.islice(difflib.unified_diff(before, after), 2, None)
-        return os.fsencode("".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines))
+        return os.fsencode(
+            "".join(
+                line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+                for line in lines
+            )
+        )
 
 
 class _Progress:
-    """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no terminal."""
+    """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no
+    terminal.
+    """
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._finished, self._failed = total, 0, 0
@@ -5236,7 +7299,9 @@ class _Progress:
 def _paint(text: str, code: str, *, err: bool = True) -> str:
     """Colour, where a person looks and has not said no (NO_COLOR, --color)."""
     stream = sys.stderr if err else sys.stdout
-    wanted = {"always": True, "never": False}.get(_colour[0], stream.isatty() and not os.environ.get("NO_COLOR"))
+    wanted = {"always": True, "never": False}.get(
+        _colour[0], stream.isatty() and not os.environ.get("NO_COLOR")
+    )
     return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
 
 
@@ -5244,40 +7309,72 @@ _colour = ["auto"]
 
 
 def _summary(results: Sequence[Result]) -> list[str]:
-    """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with folded names."""
+    """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with
+    folded names.
+    """
     groups: dict[str, list[str]] = {}
     for result in results:
         groups.setdefault(result.outcome, []).append(result.name)
     ok, interrupted = len(groups.pop("ok", ())), len(groups.get("interrupted", ()))
     unreached = sum(not result.reached for result in results)
-    counts = {"failed": len(results) - ok - unreached - interrupted, "not reached or lost": unreached, "interrupted": interrupted}
+    counts = {
+        "failed": len(results) - ok - unreached - interrupted,
+        "not reached or lost": unreached,
+        "interrupted": interrupted,
+    }
     parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [_paint(", ".join(parts), "32" if ok == len(results) else "31")]
-    lines += [f"  {outcome}: {fold_names(names)} ({len(names)})" for outcome, names in sorted(groups.items())]
+    lines += [
+        f"  {outcome}: {fold_names(names)} ({len(names)})"
+        for outcome, names in sorted(groups.items())
+    ]
     if lost := [result.name for result in results if result.may_run]:
         lines.append(f"  the command may still be running on: {fold_names(lost)}")
     return lines
 
 
 _LAST_RUN = "~/.apssh/last"
-_LAST = ("ok", "failed", "all", "interrupted", "dns", "refused", "timeout", "hostkey", "auth", "lost", "local")
+_LAST = (
+    "ok",
+    "failed",
+    "all",
+    "interrupted",
+    "dns",
+    "refused",
+    "timeout",
+    "hostkey",
+    "auth",
+    "lost",
+    "local",
+)
 
 
 def _save_last(results: Sequence[Result]) -> None:
-    """~/.apssh/last: names and outcomes of this run, for ``-t @last:failed``; private, replaced at once."""
+    """~/.apssh/last: names and outcomes of this run, for ``-t @last:failed``; private, replaced at
+    once.
+    """
     path = Path(_LAST_RUN).expanduser()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        _write_whole(path, json.dumps([{"target": result.target, "outcome": result.outcome} for result in results]))
+        _write_whole(
+            path,
+            json.dumps(
+                [{"target": result.target, "outcome": result.outcome} for result in results]
+            ),
+        )
     except OSError as exc:
         _screen.say(f"apssh: {path}: {_reason(exc)}")
 
 
 def _load_last(selector: str) -> list[str]:
-    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N, or signal=NAME. Raises UsageError."""
+    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N,
+    or signal=NAME. Raises UsageError.
+    """
     name, equals, value = selector.partition("=")
     if name not in (_LAST if not equals else ("rc", "signal")) or (equals and not value):
-        raise UsageError(f"@last{':' * bool(selector)}{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME")
+        raise UsageError(
+            f"@last{':' * bool(selector)}{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME"
+        )
     path = Path(_LAST_RUN).expanduser()
     try:
         entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
@@ -5285,16 +7382,26 @@ def _load_last(selector: str) -> list[str]:
         raise UsageError(f"@last: there is no {path} yet") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"@last: {path} is not readable") from None
-    wanted = f"status {value}" if name == "rc" else f"signal {value.removeprefix('SIG')}" if name == "signal" else selector
-    found = [target for target, outcome in entries if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")]
+    wanted = (
+        f"status {value}"
+        if name == "rc"
+        else f"signal {value.removeprefix('SIG')}"
+        if name == "signal"
+        else selector
+    )
+    found = [
+        target
+        for target, outcome in entries
+        if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")
+    ]
     if not found:
         raise UsageError(f"@last:{_brief(selector)}: no host of the last run")
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # demo: a fleet of throw-away hosts in this process, to try anything with no machine at hand
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _DemoSftp(asyncssh.SFTPServer):
@@ -5309,21 +7416,40 @@ class _DemoSftp(asyncssh.SFTPServer):
 
 
 class _DemoServer(asyncssh.SSHServer):
-    """Lets the one key in, and forwards to other demo hosts (so that one can be the gateway of another)."""
+    """Lets the one key in, and forwards to other demo hosts (so that one can be the gateway of
+    another).
+    """
 
     ports: ClassVar[set[int]] = set()
 
-    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> bool:
         return dest_host == "127.0.0.1" and dest_port in self.ports
 
 
-async def _demo_session(home: str, children: set[asyncio.subprocess.Process], process: asyncssh.SSHServerProcess[bytes]) -> None:
+async def _demo_session(
+    home: str, children: set[asyncio.subprocess.Process], process: asyncssh.SSHServerProcess[bytes]
+) -> None:
     """One command, by the shell of whoever runs the demo, in the home of the demo host."""
     shell = os.environ.get("SHELL") or "/bin/sh"
-    keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")}
+    keep = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
+    }
     child = await asyncio.create_subprocess_exec(
-        shell, "-c", process.command or shell, cwd=home, start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=keep | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()})
+        shell,
+        "-c",
+        process.command or shell,
+        cwd=home,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=keep
+        | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()},
+    )
     assert child.stdin and child.stdout and child.stderr
     children.add(child)
 
@@ -5348,10 +7474,14 @@ async def _demo_session(home: str, children: set[asyncio.subprocess.Process], pr
 
 
 @contextlib.asynccontextmanager
-async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> AsyncIterator[list[SshNode]]:
-    """``count`` hosts inside this process: real ssh servers on the loopback, each with a temporary home, gone at the end.
+async def demo_fleet(
+    count: int = 3, *, formatter: Formatter | None = None
+) -> AsyncIterator[list[SshNode]]:
+    """``count`` hosts inside this process: real ssh servers on the loopback, each with a temporary
+    home, gone at the end.
 
-    They accept one key, made for this fleet, and nobody else's. Gives their SshNodes, ``demo1`` and on.
+    They accept one key, made for this fleet, and nobody else's. Gives their SshNodes, ``demo1`` and
+    on.
     """
     if not 0 < count <= 1000:
         raise UsageError(f"a demo has from 1 to 1000 hosts, not {count}")
@@ -5367,12 +7497,28 @@ async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> A
                 home = os.path.join(homes, f"demo{number}")
                 os.mkdir(home, 0o700)
                 server = await asyncssh.create_server(
-                    _DemoServer, "127.0.0.1", 0, server_host_keys=[host_key], authorized_client_keys=allowed, encoding=None,
-                    process_factory=functools.partial(_demo_session, home, children), sftp_factory=functools.partial(_DemoSftp, home))
+                    _DemoServer,
+                    "127.0.0.1",
+                    0,
+                    server_host_keys=[host_key],
+                    authorized_client_keys=allowed,
+                    encoding=None,
+                    process_factory=functools.partial(_demo_session, home, children),
+                    sftp_factory=functools.partial(_DemoSftp, home),
+                )
                 servers.append(server)
                 _DemoServer.ports.add(server.get_port())
-                nodes.append(SshNode(f"demo{number}", username=getpass.getuser(), keys=[key], known_hosts=[host_key], address="127.0.0.1",
-                                     port=server.get_port(), formatter=formatter))
+                nodes.append(
+                    SshNode(
+                        f"demo{number}",
+                        username=getpass.getuser(),
+                        keys=[key],
+                        known_hosts=[host_key],
+                        address="127.0.0.1",
+                        port=server.get_port(),
+                        formatter=formatter,
+                    )
+                )
             yield nodes
         finally:
             for node in nodes:
@@ -5386,13 +7532,15 @@ async def demo_fleet(count: int = 3, *, formatter: Formatter | None = None) -> A
             await asyncio.gather(*(server.wait_closed() for server in servers))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # programs: apssh, appush and appull
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _ScreenHandler(logging.Handler):
-    """The ssh library's log as lines of ours: it quotes hosts, and must not run into the line of progress."""
+    """The ssh library's log as lines of ours: it quotes hosts, and must not run into the line of
+    progress.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         _screen.say(escape(self.format(record)))
@@ -5402,8 +7550,14 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with what the three programs share, and hints in place of guesses."""
 
     def __init__(self, usage: str, description: str, *examples: str) -> None:
-        super().__init__(usage.split()[0], usage=usage, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n  ".join(["examples:", *examples]))
+        super().__init__(
+            usage.split()[0],
+            usage=usage,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n  ".join(["examples:", *examples]),
+        )
         _add_target_options(self)
 
     def error(self, message: str) -> Any:
@@ -5411,24 +7565,45 @@ class _Parser(argparse.ArgumentParser):
 
     def unknown(self, word: str) -> UsageError:
         """What to say of an option that does not exist."""
-        options, name = [option for option in self._option_string_actions if option.startswith("--")], word.split("=")[0]
-        near = [_OTHER_TOOLS[name]] if name in _OTHER_TOOLS else difflib.get_close_matches(name, options, 1)
-        return UsageError(f"unknown option {escape(word)}" + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)"))
+        options, name = (
+            [option for option in self._option_string_actions if option.startswith("--")],
+            word.split("=")[0],
+        )
+        near = (
+            [_OTHER_TOOLS[name]]
+            if name in _OTHER_TOOLS
+            else difflib.get_close_matches(name, options, 1)
+        )
+        return UsageError(
+            f"unknown option {escape(word)}"
+            + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
+        )
 
 
 _OTHER_TOOLS = {  # what pssh, pdsh, clush and ssh call it
-    "--user": "--login", "--username": "--login", "--host": "--target", "--hosts": "--target", "--hostfile": "--target",
-    "--par": "--window", "--parallel": "--window", "--fanout": "--window", "--timeout": "--command-timeout", "--outdir": "--out-dir",
-    "--identity": "--key"}
+    "--user": "--login",
+    "--username": "--login",
+    "--host": "--target",
+    "--hosts": "--target",
+    "--hostfile": "--target",
+    "--par": "--window",
+    "--parallel": "--window",
+    "--fanout": "--window",
+    "--timeout": "--command-timeout",
+    "--outdir": "--out-dir",
+    "--identity": "--key",
+}
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
     """An option's number, with a message that says which it must be."""
+
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
             if least <= (value := kind(text)) < 1e9:
                 return value
         raise argparse.ArgumentTypeError(f"{text!r}: {what}")
+
     return parse
 
 
@@ -5440,7 +7615,9 @@ def _window(text: str) -> int:
 
 def _format(text: str) -> str:
     if text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no format; use -w for the number of hosts at once")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no format; use -w for the number of hosts at once"
+        )
     try:
         Formatter(text)
     except UsageError as exc:
@@ -5452,70 +7629,222 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     """What the three programs share: targets, login, limits."""
     seconds = _number(float, 0.001, "seconds, more than 0")
     add = parser.add_argument_group("targets").add_argument
-    add("-t", "--target", action="append", default=[], metavar="T",
+    add(
+        "-t",
+        "--target",
+        action="append",
+        default=[],
+        metavar="T",
         help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; blanks and commas separate; an existing "
-        "file holds targets, a folder's file names are targets; - is standard input; @last:failed is from the last run")
-    add("-x", "--exclude", action="append", default=[], metavar="T", help="leave these out; same syntax, matching on the parts it names")
-    add("-l", "--login", metavar="USER", help="user for hops that do not say (default: the ssh config's, else yours)")
-    add("-g", "--gateway", metavar="T", help="go through this host, or chain of hosts; None->host goes direct in spite of it")
-    add("-p", "--port", type=_number(int, 1, "a port from 1 to 65535"), metavar="N", help="port of final hosts that do not say")
+        "file holds targets, a folder's file names are targets; - is standard input; @last:failed is from the last run",
+    )
+    add(
+        "-x",
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="T",
+        help="leave these out; same syntax, matching on the parts it names",
+    )
+    add(
+        "-l",
+        "--login",
+        metavar="USER",
+        help="user for hops that do not say (default: the ssh config's, else yours)",
+    )
+    add(
+        "-g",
+        "--gateway",
+        metavar="T",
+        help="go through this host, or chain of hosts; None->host goes direct in spite of it",
+    )
+    add(
+        "-p",
+        "--port",
+        type=_number(int, 1, "a port from 1 to 65535"),
+        metavar="N",
+        help="port of final hosts that do not say",
+    )
     add("-L", "--list-targets", action="store_true", help="show the targets and stop")
-    add("-n", "--dry-run", action="store_true", help="show what would be done, connect to nothing, and stop")
-    add("--demo", type=_number(int, 1, "a number of hosts"), metavar="N",
-        help="N throw-away hosts inside this process, in place of targets (or of a scenario's hosts)")
+    add(
+        "-n",
+        "--dry-run",
+        action="store_true",
+        help="show what would be done, connect to nothing, and stop",
+    )
+    add(
+        "--demo",
+        type=_number(int, 1, "a number of hosts"),
+        metavar="N",
+        help="N throw-away hosts inside this process, in place of targets (or of a scenario's hosts)",
+    )
     add = parser.add_argument_group("connecting").add_argument
-    add("-w", "--window", type=_window, default=0, metavar="N", help="at most N hosts at once (default 0: no limit)")
-    add("-c", "--connect-timeout", type=seconds, metavar="S", help="seconds to be logged in, all hops included (default 30)")
-    add("-u", "--command-timeout", type=seconds, metavar="S", help="seconds for the command, or the copy, on one host (default: no limit)")
-    add("--retries", type=_number(int, 0, "a number, 0 or more"), default=0, metavar="N", help="try unreachable hosts N times more")
-    add("-k", "--key", action="append", default=[], metavar="F",
-        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)")
+    add(
+        "-w",
+        "--window",
+        type=_window,
+        default=0,
+        metavar="N",
+        help="at most N hosts at once (default 0: no limit)",
+    )
+    add(
+        "-c",
+        "--connect-timeout",
+        type=seconds,
+        metavar="S",
+        help="seconds to be logged in, all hops included (default 30)",
+    )
+    add(
+        "-u",
+        "--command-timeout",
+        type=seconds,
+        metavar="S",
+        help="seconds for the command, or the copy, on one host (default: no limit)",
+    )
+    add(
+        "--retries",
+        type=_number(int, 0, "a number, 0 or more"),
+        default=0,
+        metavar="N",
+        help="try unreachable hosts N times more",
+    )
+    add(
+        "-k",
+        "--key",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
+    )
     add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
     add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
-    add("-F", "--ssh-config", metavar="F", help="another ssh config than ~/.ssh/config; none: no config")
-    add("--host-keys", choices=("accept-new", "yes", "no"), metavar="P",
-        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse unknown hosts), no (check nothing)")
+    add(
+        "-F",
+        "--ssh-config",
+        metavar="F",
+        help="another ssh config than ~/.ssh/config; none: no config",
+    )
+    add(
+        "--host-keys",
+        choices=("accept-new", "yes", "no"),
+        metavar="P",
+        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse unknown hosts), no (check nothing)",
+    )
     add("--forward-agent", action="store_true", help="let hosts use your agent, as ssh -A does")
-    add("--no-guard", action="store_true", help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions")
+    add(
+        "--no-guard",
+        action="store_true",
+        help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
+    )
     add = parser.add_argument_group("showing").add_argument
     add("-q", "--quiet", action="store_true", help="no progress and no summary")
     add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
     add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
-    add("--color", choices=("auto", "always", "never"), default="auto", help="colour of messages (default auto; NO_COLOR is obeyed)")
+    add(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colour of messages (default auto; NO_COLOR is obeyed)",
+    )
     add("--no-last", action="store_true", help="do not note the outcomes in ~/.apssh/last")
     add("-V", "--version", action="version", version=f"apssh {__version__}")
 
 
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line of apssh."""
-    parser = _Parser("apssh [options] command ...", "Run a command, or a local script, on many hosts at once.",
-                     "apssh -t node[01-20] uptime", "apssh -t 'gw->node1' -s check.sh --all", "apssh -t hosts.txt -b uname -r",
-                     "apssh -t @last:failed -l root -o out systemctl restart web", "apssh --demo 3 'echo hello; id -un'")
+    parser = _Parser(
+        "apssh [options] command ...",
+        "Run a command, or a local script, on many hosts at once.",
+        "apssh -t node[01-20] uptime",
+        "apssh -t 'gw->node1' -s check.sh --all",
+        "apssh -t hosts.txt -b uname -r",
+        "apssh -t @last:failed -l root -o out systemctl restart web",
+        "apssh --demo 3 'echo hello; id -un'",
+    )
     add = parser.add_argument_group("what runs").add_argument
-    add("-s", "--script", action="store_true",
-        help="the first word is a local script; or the text of one, if there is no such file and it holds a blank")
-    add("-i", "--includes", action="append", default=[], metavar="F",
-        help="with -s: a local file that lands beside the script, as $(dirname $0)/F")
-    add("-I", "--stdin", action="store_true", help="give standard input to every host (without it they get end of file)")
+    add(
+        "-s",
+        "--script",
+        action="store_true",
+        help="the first word is a local script; or the text of one, if there is no such file and it holds a blank",
+    )
+    add(
+        "-i",
+        "--includes",
+        action="append",
+        default=[],
+        metavar="F",
+        help="with -s: a local file that lands beside the script, as $(dirname $0)/F",
+    )
+    add(
+        "-I",
+        "--stdin",
+        action="store_true",
+        help="give standard input to every host (without it they get end of file)",
+    )
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
-    add("--env", action="append", default=[], metavar="K=V", help="a variable for the command, whatever the server accepts")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="a variable for the command, whatever the server accepts",
+    )
     add("-X", "--x11", action="store_true", help="forward the DISPLAY")
-    add("--scenario", metavar="F", help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and command")
-    add("--set", action="append", default=[], metavar="K=V", help="with --scenario: a variable of its Jinja2 template")
+    add(
+        "--scenario",
+        metavar="F",
+        help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and command",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="with --scenario: a variable of its Jinja2 template",
+    )
     group = parser.add_argument_group("output")
     add = group.add_mutually_exclusive_group().add_argument
     add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
-    add("-tc", "--time-colon-format", action="store_true", help="each line after the time and the host")
-    add("-f", "--format", type=_format, metavar="FMT",
-        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...")
+    add(
+        "-tc",
+        "--time-colon-format",
+        action="store_true",
+        help="each line after the time and the host",
+    )
+    add(
+        "-f",
+        "--format",
+        type=_format,
+        metavar="FMT",
+        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...",
+    )
     add("-o", "--out-dir", metavar="D", help="files D/<host> and D/<host>.err; prints D")
-    add("-d", "--date-time", action="store_true", help="the same in a folder named after date and time; prints its name")
-    add("-b", "--gather", action="store_true", help="hosts with the same output once, under folded names")
+    add(
+        "-d",
+        "--date-time",
+        action="store_true",
+        help="the same in a folder named after date and time; prints its name",
+    )
+    add(
+        "-b",
+        "--gather",
+        action="store_true",
+        help="hosts with the same output once, under folded names",
+    )
     add("-j", "--json", action="store_true", help="one JSON object a host, a line each")
     add = group.add_argument
-    add("--diff", action="store_true", help="with -b: smaller groups as differences from the largest")
-    add("-m", "--mark", action="store_true", help="with -o or -d: files 0ok/<host> or 1failed/<host> holding the status")
+    add(
+        "--diff",
+        action="store_true",
+        help="with -b: smaller groups as differences from the largest",
+    )
+    add(
+        "-m",
+        "--mark",
+        action="store_true",
+        help="with -o or -d: files 0ok/<host> or 1failed/<host> holding the status",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
@@ -5525,29 +7854,41 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> argparse
     add = parser.add_argument_group("copying").add_argument
     add("-r", "--recurse", action="store_true", help="copy folders too")
     add("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
-    add("--inplace", action="store_true", help="write onto existing files themselves, where a rename cannot be")
+    add(
+        "--inplace",
+        action="store_true",
+        help="write onto existing files themselves, where a rename cannot be",
+    )
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     return parser
 
 
 def build_push_parser() -> argparse.ArgumentParser:
     """The command line of appush."""
-    return _build_copy_parser("appush [options] local ... @:remote",
-                              "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
-                              "appush -t node[1-3] hosts @:/etc/hosts", "appush -t node[1-3] -r site @:",
-                              "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519")
+    return _build_copy_parser(
+        "appush [options] local ... @:remote",
+        "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
+        "appush -t node[1-3] hosts @:/etc/hosts",
+        "appush -t node[1-3] -r site @:",
+        "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519",
+    )
 
 
 def build_pull_parser() -> argparse.ArgumentParser:
     """The command line of appull."""
-    return _build_copy_parser("appull [options] @:remote ... local",
-                              "Copy files from many hosts; {host} in the local path keeps them apart.",
-                              "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'", "appull -t node[1-3] -r @:results 'results/{host}/'")
+    return _build_copy_parser(
+        "appull [options] @:remote ... local",
+        "Copy files from many hosts; {host} in the local path keeps them apart.",
+        "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'",
+        "appull -t node[1-3] -r @:results 'results/{host}/'",
+    )
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked against one another; raises UsageError."""
-    plain = parser.prog == "apssh" or "--" in (sys.argv[1:] if argv is None else argv)  # the other way loses the --
+    plain = parser.prog == "apssh" or "--" in (
+        sys.argv[1:] if argv is None else argv
+    )  # the other way loses the --
     options, rest = (parser.parse_known_args if plain else parser.parse_known_intermixed_args)(argv)
     if rest:
         raise cast("_Parser", parser).unknown(rest[0])
@@ -5557,11 +7898,30 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         command.pop(0)
     elif command and command[0].startswith("-"):
         raise cast("_Parser", parser).unknown(command[0])
-    if options.demo and (given := [name for name in ("target", "exclude", "login", "gateway", "port", "key", "askpass", "forward_agent",
-                                                             "pty") if getattr(options, name, False)]):
-        raise UsageError(f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}")
+    if options.demo and (
+        given := [
+            name
+            for name in (
+                "target",
+                "exclude",
+                "login",
+                "gateway",
+                "port",
+                "key",
+                "askpass",
+                "forward_agent",
+                "pty",
+            )
+            if getattr(options, name, False)
+        ]
+    ):
+        raise UsageError(
+            f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}"
+        )
     # now, when Ctrl-C still works while somebody types
-    if not getattr(options, "scenario", None) and any("-" in _words(text) for text in options.target + options.exclude):
+    if not getattr(options, "scenario", None) and any(
+        "-" in _words(text) for text in options.target + options.exclude
+    ):
         if getattr(options, "stdin", False):
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
         options.piped = sys.stdin.read()
@@ -5569,11 +7929,22 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
-    for word in itertools.chain.from_iterable(map(_words, options.target if options.verbose else ())):
+    for word in itertools.chain.from_iterable(
+        map(_words, options.target if options.verbose else ())
+    ):
         if found := _find(word):
-            _screen.say(f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets")
-    parse = functools.partial(_parse_targets, options.target, login=options.login, gateway=options.gateway, port=options.port,
-                              stdin=lambda: str(options.piped), last=_load_last)
+            _screen.say(
+                f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets"
+            )
+    parse = functools.partial(
+        _parse_targets,
+        options.target,
+        login=options.login,
+        gateway=options.gateway,
+        port=options.port,
+        stdin=lambda: str(options.piped),
+        last=_load_last,
+    )
     targets = parse(exclude=options.exclude)
     everything = len(parse()) if options.exclude else 0
     for text in options.exclude:  # a slip there would run where it must not
@@ -5583,19 +7954,32 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     return targets
 
 
-def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
-             body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]]) -> int:
+def _program(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
+) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
-    if argv is None:  # a process of our own: to look for garbage in all that was imported, at the end too, takes as long as to start
+    if (
+        argv is None
+        # a process of our own: to look for garbage in all that was imported, at the end too, takes
+        # as long as to start
+    ):
         gc.freeze()
         atexit.register(gc.freeze)
-    for name in ("stdin", "stdout", "stderr"):  # one that was closed when we were started is /dev/null, as for ssh
+    for name in (
+        "stdin",
+        "stdout",
+        "stderr",
+    ):  # one that was closed when we were started is /dev/null, as for ssh
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     try:
         with asyncio.Runner(loop_factory=_Loop) as runner:
             options = _parse(parser, argv)
-            logging.getLogger("asyncio").setLevel(logging.NOTSET if options.debug else logging.ERROR)  # it warns of what is lost, as we do
+            logging.getLogger("asyncio").setLevel(
+                logging.NOTSET if options.debug else logging.ERROR
+            )  # it warns of what is lost, as we do
             if options.debug:
                 logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
                 logging.getLogger("asyncssh").setLevel(logging.DEBUG)
@@ -5612,7 +7996,9 @@ def _program(parser: argparse.ArgumentParser, argv: Sequence[str] | None,
             place = f"{escape(os.fsdecode(exc.filename))}: " if exc.filename else ""
             _screen.say(f"{parser.prog}: {place}{_reason(exc)}")
         with contextlib.suppress(OSError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # what is buffered goes nowhere
         return 1
 
 
@@ -5621,7 +8007,11 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
     task, loop = cast("asyncio.Task[int]", asyncio.current_task()), asyncio.get_running_loop()
     interrupted = False
 
-    def interrupt(*_: object) -> None:  # no handler of the loop's: that would wait for a terminal or a pipe that takes no more output
+    def interrupt(
+        *_: object,
+        # no handler of the loop's: that would wait for a terminal or a pipe that takes no more
+        # output
+    ) -> None:
         nonlocal interrupted
         if interrupted or task.done():
             os._exit(130)
@@ -5629,7 +8019,11 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
         loop.call_soon_threadsafe(task.cancel)
 
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if main}
+    before = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if main
+    }
     try:
         return await work
     except asyncio.CancelledError:
@@ -5641,37 +8035,79 @@ async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps, views: Sequence[Any] = (),
-                check: Callable[[Sequence[SshNode]], None] = lambda nodes: None) -> int:
-    """Nodes, fan-out, views, summary: the common body of the programs; or, with -n, what they would do."""
+async def _work(
+    options: argparse.Namespace,
+    formatter: Formatter,
+    steps: _Steps,
+    views: Sequence[Any] = (),
+    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None,
+) -> int:
+    """Nodes, fan-out, views, summary: the common body of the programs; or, with -n, what they would
+    do.
+    """
     async with contextlib.AsyncExitStack() as stack:
         if options.demo and options.dry_run:
-            nodes = [SshNode(f"demo{number}", username=getpass.getuser(), formatter=formatter) for number in range(1, options.demo + 1)]
+            nodes = [
+                SshNode(f"demo{number}", username=getpass.getuser(), formatter=formatter)
+                for number in range(1, options.demo + 1)
+            ]
         elif options.demo:
             nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
         else:
             targets = _targets(options)
-            _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
-            keys = load_private_keys(options.key, options.verbose) if options.key and not options.dry_run else []  # Ctrl-C reaches a prompt
+            _host_key_policy(
+                "", options.host_keys, None
+            )  # raises for a variable that means nothing
+            keys = (
+                load_private_keys(options.key, options.verbose)
+                if options.key and not options.dry_run
+                else []
+            )  # Ctrl-C reaches a prompt
             nodes = await asyncio.to_thread(  # a Match exec may take its time
-                _build_nodes, targets, formatter=formatter, config=options.ssh_config, connect_timeout=options.connect_timeout,
-                keys=keys, password=_ask_secret("password") if options.askpass and not options.dry_run else None,
-                host_keys=options.host_keys, guard=not options.no_guard, forward_agent=options.forward_agent, verbose=options.verbose)
+                _build_nodes,
+                targets,
+                formatter=formatter,
+                config=options.ssh_config,
+                connect_timeout=options.connect_timeout,
+                keys=keys,
+                password=_ask_secret("password")
+                if options.askpass and not options.dry_run
+                else None,
+                host_keys=options.host_keys,
+                guard=not options.no_guard,
+                forward_agent=options.forward_agent,
+                verbose=options.verbose,
+            )
             configured = any(node._host_config.names_keys for node in nodes)
-            if not (keys or options.ok_if_no_key or options.askpass or options.dry_run or configured or load_private_keys()):
-                raise UsageError("no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)")
+            if not (
+                keys
+                or options.ok_if_no_key
+                or options.askpass
+                or options.dry_run
+                or configured
+                or load_private_keys()
+            ):
+                raise UsageError(
+                    "no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)"
+                )
         check(nodes)
         if options.dry_run:
             for node in nodes:
                 for command in steps(node):
-                    _screen.write(f"{_way(node)}: {escape(command._preview())}\n".encode("utf-8", "surrogateescape"))
+                    _screen.write(
+                        f"{_way(node)}: {escape(command._preview())}\n".encode(
+                            "utf-8", "surrogateescape"
+                        )
+                    )
             return 0
         if isinstance(formatter, SubdirFormatter):  # now that all the rest is known to be right
             try:
                 os.makedirs(formatter.run_name, exist_ok=True)
             except OSError as exc:
                 raise UsageError(f"{escape(str(formatter.run_name))}: {_reason(exc)}") from None
-        progress = _Progress(len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty()))
+        progress = _Progress(
+            len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty())
+        )
         results: list[Result] = []
 
         def done(result: Result) -> None:
@@ -5679,16 +8115,31 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
             for view in (progress, *views):
                 view.done(result)
             result.stdout_bytes = result.stderr_bytes = b""  # the views have what they need of it
-            if result.kind not in (None, "status", "signal") and result.error != "interrupted" and not getattr(options, "json", False):
+            if (
+                result.kind not in (None, "status", "signal")
+                and result.error != "interrupted"
+                and not getattr(options, "json", False)
+            ):
                 _screen.say(_paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31"))
 
         try:
-            await _fan_out(nodes, steps, window=options.window, retries=options.retries, started=progress.started, done=done)
+            await _fan_out(
+                nodes,
+                steps,
+                window=options.window,
+                retries=options.retries,
+                started=progress.started,
+                done=done,
+            )
         finally:
             progress.finish()
             for view in views if not _screen.closed else ():
                 getattr(view, "finish", lambda: None)()
-            if not options.quiet and not _screen.closed and (len(nodes) > 1 or any(not result.ok for result in results)):
+            if (
+                not options.quiet
+                and not _screen.closed
+                and (len(nodes) > 1 or any(not result.ok for result in results))
+            ):
                 for line in _summary(results):
                     _screen.say(line)
             if not options.no_last and not options.demo and not _screen.closed:
@@ -5701,12 +8152,19 @@ async def _work(options: argparse.Namespace, formatter: Formatter, steps: _Steps
 def _way(node: _Node) -> str:
     """A node in the syntax of targets."""
     hops = node._hops() if isinstance(node, SshNode) else [node]
-    return "->".join(_endpoint_text(hop.hostname, hop.username, None if hop.port == 22 else hop.port) for hop in hops)
+    return "->".join(
+        _endpoint_text(hop.hostname, hop.username, None if hop.port == 22 else hop.port)
+        for hop in hops
+    )
 
 
 def _show_targets(options: argparse.Namespace) -> int:
     """-L: the targets, one a line."""
-    targets = [f"demo{number}" for number in range(1, options.demo + 1)] if options.demo else _targets(options)
+    targets = (
+        [f"demo{number}" for number in range(1, options.demo + 1)]
+        if options.demo
+        else _targets(options)
+    )
     _screen.write("".join(f"{target}\n" for target in targets).encode("utf-8", "surrogateescape"))
     return 0
 
@@ -5725,7 +8183,11 @@ async def _run_program(options: argparse.Namespace) -> int:
         return _show_targets(options)
     command = _command(options)
     formatter, views = _views(options)
-    with contextlib.closing(_Spool()) if options.stdin and not options.dry_run else contextlib.nullcontext() as spool:
+    with (
+        contextlib.closing(_Spool())
+        if options.stdin and not options.dry_run
+        else contextlib.nullcontext() as spool
+    ):
         return await _work(options, formatter, lambda node: [command(spool)], views)
 
 
@@ -5741,12 +8203,22 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 
 async def _run_scenario(options: argparse.Namespace) -> int:
-    """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end with the loop."""
+    """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end
+    with the loop.
+    """
     unset = vars(build_parser().parse_args([]))
-    if others := [name for name, value in unset.items() if getattr(options, name) != value and name not in _WITH_SCENARIO]:
-        named = " ".join("the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others)
+    if others := [
+        name
+        for name, value in unset.items()
+        if getattr(options, name) != value and name not in _WITH_SCENARIO
+    ]:
+        named = " ".join(
+            "the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others
+        )
         raise UsageError(f"--scenario brings its own hosts and commands: leave out {named}")
-    env = _assignments("--set", options.set) or ({"": ""} if options.scenario.endswith(".j2") else {})  # a .j2 is a template even so
+    env = _assignments("--set", options.set) or (
+        {"": ""} if options.scenario.endswith(".j2") else {}
+    )  # a .j2 is a template even so
     nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(env)
     if options.list_targets or options.dry_run:
         _show_scenario(nodes, jobs, scheduler, options.dry_run)
@@ -5758,15 +8230,22 @@ async def _run_scenario(options: argparse.Namespace) -> int:
     async with contextlib.AsyncExitStack() as stack:
         if options.demo:
             if options.demo < len(hosts):
-                raise UsageError(f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}")
-            for node, other in zip(hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False):
+                raise UsageError(
+                    f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}"
+                )
+            for node, other in zip(
+                hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False
+            ):
                 before = node._endpoint
                 node._address, node.port, node.username = other._address, other.port, other.username
                 node.keys, node.known_hosts = other.keys, other.known_hosts
                 node.formatter._node_added(node._endpoint, False, before)
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
         try:
-            with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr if options.verbose else io.StringIO()):
+            with (
+                contextlib.suppress(Exception),
+                contextlib.redirect_stdout(sys.stderr if options.verbose else io.StringIO()),
+            ):
                 await scheduler.co_run()
             await co_close_ssh_in_scheduler(scheduler)  # a critical job's failure is told below
         except asyncio.CancelledError:
@@ -5777,28 +8256,63 @@ async def _run_scenario(options: argparse.Namespace) -> int:
     return 1 if _screen.closed else _conclude_scenario(options, jobs)
 
 
-_WITH_SCENARIO = ("scenario", "set", "demo", "list_targets", "dry_run", "host_keys", "quiet", "verbose", "debug", "color", "no_last")
+_WITH_SCENARIO = (
+    "scenario",
+    "set",
+    "demo",
+    "list_targets",
+    "dry_run",
+    "host_keys",
+    "quiet",
+    "verbose",
+    "debug",
+    "color",
+    "no_last",
+)
 
 
-def _show_scenario(nodes: Mapping[str, Any], jobs: Mapping[str, SshJob], scheduler: Any, steps: bool) -> None:
+def _show_scenario(
+    nodes: Mapping[str, Any], jobs: Mapping[str, SshJob], scheduler: Any, steps: bool
+) -> None:
     """-L: the hosts; -n: every step, where it would run, and who captures what has no value yet."""
     lines = [] if steps else [_way(node) for node in nodes.values()]
     names = {id(job): name for name, job in jobs.items()}
-    captured = {command.capture.varname: name for name, job in jobs.items() for command in job.commands
-                if isinstance(command, _ShellCommand) and command.capture}
+    captured = {
+        command.capture.varname: name
+        for name, job in jobs.items()
+        for command in job.commands
+        if isinstance(command, _ShellCommand) and command.capture
+    }
     for job in scheduler.topological_order() if steps else ():
         after = ", ".join(names[id(each)] for each in job.required)
-        notes = [f"after {after}"] * bool(after) + ["not critical"] * (not job.critical) + ["forever"] * bool(job.forever)
-        lines.append(f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else ""))
+        notes = (
+            [f"after {after}"] * bool(after)
+            + ["not critical"] * (not job.critical)
+            + ["forever"] * bool(job.forever)
+        )
+        lines.append(
+            f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
+        )
         for command in job.commands:
             text = command._preview()
-            lines += [f"    [{command.label}]"] * bool(command.label) + [f"    {line}" for line in text.splitlines()]
+            lines += [f"    [{command.label}]"] * bool(command.label) + [
+                f"    {line}" for line in text.splitlines()
+            ]
             for name in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
-                lines.append(f"      {{{{{name}}}}}: " + (f"captured by {captured[name]}" if name in captured else "NO STEP CAPTURES IT"))
+                lines.append(
+                    f"      {{{{{name}}}}}: "
+                    + (
+                        f"captured by {captured[name]}"
+                        if name in captured
+                        else "NO STEP CAPTURES IT"
+                    )
+                )
     _screen.write("".join(f"{escape(line)}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
 
-def _conclude_scenario(options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False) -> int:
+def _conclude_scenario(
+    options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False
+) -> int:
     """What became of the jobs; the exit code."""
     states: dict[str, list[str]] = {}
     renamed = {"idle": "never ran", "waiting": "never ran"}
@@ -5808,18 +8322,32 @@ def _conclude_scenario(options: argparse.Namespace, jobs: Mapping[str, SshJob], 
         states.setdefault(renamed.get(state, state), []).append(name)
         if state == "failed":
             _screen.say(_paint(f"{escape(name)}: {escape(error or state)}", "31"))
-    ok = all(jobs[name].forever for state, members in states.items() if state != "ok" for name in members)
+    ok = all(
+        jobs[name].forever for state, members in states.items() if state != "ok" for name in members
+    )
     if not options.quiet:
-        _screen.say(_paint(", ".join(f"{len(members)} {state}" for state, members in states.items()), "32" if ok else "31"))
+        _screen.say(
+            _paint(
+                ", ".join(f"{len(members)} {state}" for state, members in states.items()),
+                "32" if ok else "31",
+            )
+        )
     return 0 if ok else 1
 
 
 def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
-    """What the command line asks to run, as a function of each host's standard input; checked on this machine."""
+    """What the command line asks to run, as a function of each host's standard input; checked on
+    this machine.
+    """
     words = options.command
     if not words or not any(word.strip() for word in words):
         raise UsageError("no command: apssh [options] command ...")
-    common = {"timeout": options.command_timeout, "env": _assignments("--env", options.env), "pty": options.pty, "x11": options.x11}
+    common = {
+        "timeout": options.command_timeout,
+        "env": _assignments("--env", options.env),
+        "pty": options.pty,
+        "x11": options.x11,
+    }
     if options.includes and not options.script:
         raise UsageError("-i goes with -s")
     if options.pty and options.stdin:
@@ -5828,14 +8356,18 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
         raise UsageError("-X: no DISPLAY here to forward to")
     make: Callable[..., _ShellCommand] = Run
     if options.script:
-        make = RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
+        make = (
+            RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
+        )
         common["includes"] = options.includes
         make(*words, **common)._check()
     return lambda spool: make(*words, stdin=spool.read() if spool else None, **common)
 
 
 class _Spool:
-    """Standard input for many hosts, each at its own pace: read once, as fast as the fastest host wants it, kept in a temporary file."""
+    """Standard input for many hosts, each at its own pace: read once, as fast as the fastest host
+    wants it, kept in a temporary file.
+    """
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the run
@@ -5872,7 +8404,9 @@ class _Spool:
 
 def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     """The formatter that the nodes print to, and the other views."""
-    folder = options.out_dir or (datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S") if options.date_time else None)
+    folder = options.out_dir or (
+        datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S") if options.date_time else None
+    )
     if options.mark and not folder:
         raise UsageError("-m goes with -o or -d")
     if options.diff and not options.gather:
@@ -5880,10 +8414,18 @@ def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
     if folder:
         return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
     if options.gather or options.json:
-        return _HoldingFormatter(options.verbose), [_Gather(options.diff) if options.gather else _JsonLines()]
+        return _HoldingFormatter(options.verbose), [
+            _Gather(options.diff) if options.gather else _JsonLines()
+        ]
     if options.format is not None:
         return TerminalFormatter(options.format, options.verbose), []
-    kind = RawFormatter if options.raw_format else TimeHostFormatter if options.time_colon_format else HostFormatter
+    kind = (
+        RawFormatter
+        if options.raw_format
+        else TimeHostFormatter
+        if options.time_colon_format
+        else HostFormatter
+    )
     return kind(verbose=options.verbose), []
 
 
@@ -5901,31 +8443,59 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
     if options.list_targets:
         return _show_targets(options)
     *sources, destination = _copy_paths(pushing, options.paths)
-    copying = {"recurse": options.recurse, "preserve": options.preserve, "inplace": options.inplace, "timeout": options.command_timeout}
-    steps, check = _copies(Push if pushing else Pull, sources if len(sources) > 1 else sources[0], destination, copying, options.dry_run)
+    copying = {
+        "recurse": options.recurse,
+        "preserve": options.preserve,
+        "inplace": options.inplace,
+        "timeout": options.command_timeout,
+    }
+    steps, check = _copies(
+        Push if pushing else Pull,
+        sources if len(sources) > 1 else sources[0],
+        destination,
+        copying,
+        options.dry_run,
+    )
     return await _work(options, HostFormatter(verbose=options.verbose), steps, check=check)
 
 
 def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
-    """The sources, then the destination, ``@:`` taken off the remote ones; which must all be on their side."""
-    usage = "appush [options] local ... @:remote" if pushing else "appull [options] @:remote ... local"
+    """The sources, then the destination, ``@:`` taken off the remote ones; which must all be on
+    their side.
+    """
+    usage = (
+        "appush [options] local ... @:remote" if pushing else "appull [options] @:remote ... local"
+    )
     if len(paths) < 2:
         raise UsageError(f"from what to what? {usage}")
     for index, path in enumerate(paths):
         remote = (index == len(paths) - 1) == pushing
         if path.startswith("@:") != remote:
-            raise UsageError(f"{escape(path)}: a {'remote path is written @:path' if remote else 'local path has no @: in front'}: {usage}")
+            raise UsageError(
+                f"{escape(path)}: a {'remote path is written @:path' if remote else 'local path has no @: in front'}: {usage}"
+            )
         if not path:
             raise UsageError(f"an empty path: {usage}")
     return [path.removeprefix("@:") or "." for path in paths]
 
 
-# Published scripts import from submodules of the older package (``from apssh.formatters import TimeHostFormatter``): answered as
-# the standard library's os answers os.path, by names for this module.
+# Published scripts import from submodules of the older package (``from apssh.formatters import
+# TimeHostFormatter``): answered as the standard library's os answers os.path, by names for this
+# module.
 SshProxy = SshNode
 if __name__ != "__main__":
     for _name in (
-            "formatters", "nodes", "sshproxy", "commands", "sshjob", "service", "deferred", "topology", "keys", "yaml_loader"):
+        "formatters",
+        "nodes",
+        "sshproxy",
+        "commands",
+        "sshjob",
+        "service",
+        "deferred",
+        "topology",
+        "keys",
+        "yaml_loader",
+    ):
         sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]
 
 

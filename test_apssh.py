@@ -1,8 +1,9 @@
 """Tests of apssh, in the order of the module, against real servers.
 
-First the rig: keys, an OpenSSH sshd on a free loopback port, faulty servers, a HOME of its own. Then pure tests, then the rest.
-``pytest`` runs the default tier; ``pytest -m ''`` adds the slow one. With TESTBED_HOSTS (addresses separated by commas) and TESTBED_KEY set, the tests
-that need several real hosts run too.
+First the rig: keys, an OpenSSH sshd on a free loopback port, faulty servers, a HOME of its own.
+Then pure tests, then the rest. ``pytest`` runs the default tier; ``pytest -m ''`` adds the slow
+one. With TESTBED_HOSTS (addresses separated by commas) and TESTBED_KEY set, the tests that need
+several real hosts run too.
 """
 
 from __future__ import annotations
@@ -87,13 +88,15 @@ from apssh import (
 MODULE = Path(apssh.__file__).resolve()
 ME = getpass.getuser()
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the rig
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 TESTBED = [host for host in os.environ.get("TESTBED_HOSTS", "").split(",") if host]
-on_testbed = pytest.mark.skipif(not TESTBED, reason="needs several real hosts: set TESTBED_HOSTS and TESTBED_KEY")
+on_testbed = pytest.mark.skipif(
+    not TESTBED, reason="needs several real hosts: set TESTBED_HOSTS and TESTBED_KEY"
+)
 _open_ports: set[int] = set()
 _connect = socket.socket.connect
 
@@ -105,7 +108,8 @@ def _only_rig(sock: socket.socket, address: Any) -> None:
     _connect(sock, address)
 
 
-socket.socket.connect = _only_rig  # type: ignore[method-assign]  # an audit hook would disturb how coverage follows threads
+# an audit hook would disturb how coverage follows threads
+socket.socket.connect = _only_rig  # type: ignore[method-assign]
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -118,7 +122,10 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def run(work: Coroutine[Any, Any, Any], timeout: float = 60) -> Any:
-    """Run a coroutine in a loop of its own, and see that it leaves no task and no open connection behind."""
+    """Run a coroutine in a loop of its own, and see that it leaves no task and no open connection
+    behind.
+    """
+
     async def main() -> Any:
         result = await asyncio.wait_for(work, timeout)
         for _ in range(100):  # what was cancelled may need a turn of the loop
@@ -162,9 +169,16 @@ def processes(token: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of keys made once: id_ed25519 (authorised), other, ecdsa, rsa, encrypted (passphrase ``secret``)."""
+    """A folder of keys made once: id_ed25519 (authorised), other, ecdsa, rsa, encrypted (passphrase
+    ``secret``).
+    """
     folder = tmp_path_factory.mktemp("keys")
-    for name, algorithm in (("id_ed25519", "ssh-ed25519"), ("other", "ssh-ed25519"), ("ecdsa", "ecdsa-sha2-nistp256"), ("rsa", "ssh-rsa")):
+    for name, algorithm in (
+        ("id_ed25519", "ssh-ed25519"),
+        ("other", "ssh-ed25519"),
+        ("ecdsa", "ecdsa-sha2-nistp256"),
+        ("rsa", "ssh-rsa"),
+    ):
         key = asyncssh.generate_private_key(algorithm)
         key.write_private_key(folder / name)
         key.write_public_key(folder / f"{name}.pub")
@@ -178,7 +192,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty HOME with the one key, and none of what the environment of whoever runs this would add."""
+    """An empty HOME with the one key, and none of what the environment of whoever runs this would
+    add.
+    """
     folder = tmp_path / "home"
     (folder / ".ssh").mkdir(parents=True, mode=0o700)
     for name in ("id_ed25519", "id_ed25519.pub"):
@@ -191,9 +207,19 @@ def home(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Sshd:
-    """A real OpenSSH server on a free loopback port, with its own configuration, keys, log and remote home."""
+    """A real OpenSSH server on a free loopback port, with its own configuration, keys, log and
+    remote home.
+    """
 
-    def __init__(self, folder: Path, keys: Path, *, port: int | None = None, host_key: str = "ssh-ed25519", **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keys: Path,
+        *,
+        port: int | None = None,
+        host_key: str = "ssh-ed25519",
+        **options: Any,
+    ) -> None:
         program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
         if not program:
             pytest.skip("no OpenSSH server (sshd) is installed here")
@@ -205,22 +231,60 @@ class Sshd:
         key.write_private_key(folder / "host_key")
         (folder / "host_key").chmod(0o600)
         self.key = key
-        (folder / "authorized_keys").write_text("".join((keys / f"{name}.pub").read_text() for name in ("id_ed25519", "ecdsa", "rsa", "encrypted")))
-        sftp = next((path for path in ("/usr/lib/openssh/sftp-server", "/usr/libexec/sftp-server", "/usr/libexec/openssh/sftp-server",
-                                       "/usr/lib/ssh/sftp-server") if os.path.exists(path)), "sftp-server")
-        # sshd takes the home from the passwd file: sessions are moved to ours, and are else as plain as can be
-        (folder / "session").write_text(f'#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n'
-                                        'exec "${SHELL##*/}" -c "$c"\n')
+        (folder / "authorized_keys").write_text(
+            "".join(
+                (keys / f"{name}.pub").read_text()
+                for name in ("id_ed25519", "ecdsa", "rsa", "encrypted")
+            )
+        )
+        sftp = next(
+            (
+                path
+                for path in (
+                    "/usr/lib/openssh/sftp-server",
+                    "/usr/libexec/sftp-server",
+                    "/usr/libexec/openssh/sftp-server",
+                    "/usr/lib/ssh/sftp-server",
+                )
+                if os.path.exists(path)
+            ),
+            "sftp-server",
+        )
+        # sshd takes the home from the passwd file: sessions are moved to ours, and are else as
+        # plain as can be
+        (folder / "session").write_text(
+            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
+            'exec "${SHELL##*/}" -c "$c"\n'
+        )
         (folder / "session").chmod(0o755)
-        settings = {"ListenAddress": f"127.0.0.1:{self.port}", "HostKey": folder / "host_key", "AuthorizedKeysFile": folder / "authorized_keys",
-                    "PidFile": "none", "StrictModes": "no", "UsePAM": "no", "PasswordAuthentication": "no", "LogLevel": "VERBOSE",
-                    "Subsystem": f"sftp {sftp}", "SetEnv": f"HOME={self.home}", "ForceCommand": folder / "session",
-                    "KbdInteractiveAuthentication": "no", "PermitRootLogin": "yes", "X11Forwarding": "yes"} | options
-        (folder / "config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+        settings = {
+            "ListenAddress": f"127.0.0.1:{self.port}",
+            "HostKey": folder / "host_key",
+            "AuthorizedKeysFile": folder / "authorized_keys",
+            "PidFile": "none",
+            "StrictModes": "no",
+            "UsePAM": "no",
+            "PasswordAuthentication": "no",
+            "LogLevel": "VERBOSE",
+            "Subsystem": f"sftp {sftp}",
+            "SetEnv": f"HOME={self.home}",
+            "ForceCommand": folder / "session",
+            "KbdInteractiveAuthentication": "no",
+            "PermitRootLogin": "yes",
+            "X11Forwarding": "yes",
+        } | options
+        (folder / "config").write_text(
+            "".join(f"{name} {value}\n" for name, value in settings.items())
+        )
         if os.getuid() == 0:
             os.makedirs("/run/sshd", exist_ok=True)  # sshd refuses to start as root without it
         with open(self._log, "ab") as log:
-            self._process = subprocess.Popen([program, "-D", "-e", "-f", str(folder / "config")], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [program, "-D", "-e", "-f", str(folder / "config")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         eventually(lambda: "Server listening" in self.log() or self._process.poll() is not None)
         assert self._process.poll() is None, self.log()
 
@@ -286,12 +350,18 @@ def make_sshd(tmp_path: Path, keys: Path) -> Iterator[Callable[..., Sshd]]:
 
 
 def box(number: int = 0, **options: Any) -> SshNode:
-    return SshNode(TESTBED[number], **{"keys": [os.environ["TESTBED_KEY"]], "formatter": apssh.RawFormatter()} | options)
+    return SshNode(
+        TESTBED[number],
+        **{"keys": [os.environ["TESTBED_KEY"]], "formatter": apssh.RawFormatter()} | options,
+    )
 
 
 @contextlib.asynccontextmanager
-async def raw_server(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]) -> AsyncIterator[int]:
+async def raw_server(
+    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any],
+) -> AsyncIterator[int]:
     """A TCP server that does what ``talk`` says, to stand for what OpenSSH will not do."""
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await talk(reader, writer)
@@ -310,8 +380,11 @@ async def raw_server(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter]
         await asyncio.sleep(0)
 
 
-def network(port: int, frozen: asyncio.Event) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
+def network(
+    port: int, frozen: asyncio.Event
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
     """What leads to this port, until it is frozen: packets then vanish."""
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", port)
 
@@ -330,15 +403,31 @@ def network(port: int, frozen: asyncio.Event) -> Callable[[asyncio.StreamReader,
 
 
 @contextlib.asynccontextmanager
-async def ssh_server(keys: Path, *, server: type[asyncssh.SSHServer] = asyncssh.SSHServer, host_key: asyncssh.SSHKey | None = None,
-                     process: Any = None, sftp: Any = None, port: int = 0, **options: Any) -> AsyncIterator[int]:
+async def ssh_server(
+    keys: Path,
+    *,
+    server: type[asyncssh.SSHServer] = asyncssh.SSHServer,
+    host_key: asyncssh.SSHKey | None = None,
+    process: Any = None,
+    sftp: Any = None,
+    port: int = 0,
+    **options: Any,
+) -> AsyncIterator[int]:
     """asyncssh's own server, for behaviour that OpenSSH does not have."""
+
     async def nothing(process: Any) -> None:
         process.exit(0)
 
     acceptor = await asyncssh.create_server(
-        server, "127.0.0.1", port, server_host_keys=[host_key or asyncssh.generate_private_key("ssh-ed25519")], encoding=None,
-        process_factory=process or nothing, sftp_factory=sftp, **{"authorized_client_keys": str(keys / "id_ed25519.pub")} | options)
+        server,
+        "127.0.0.1",
+        port,
+        server_host_keys=[host_key or asyncssh.generate_private_key("ssh-ed25519")],
+        encoding=None,
+        process_factory=process or nothing,
+        sftp_factory=sftp,
+        **{"authorized_client_keys": str(keys / "id_ed25519.pub")} | options,
+    )
     _open_ports.add(acceptor.get_port())
     try:
         yield acceptor.get_port()
@@ -354,7 +443,14 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         pytest.skip("no ssh-agent is installed here")
     path = f"/tmp/apssh-agent-{os.getpid()}-{os.urandom(3).hex()}"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
-    eventually(lambda: subprocess.run(["ssh-add", "-l"], env=os.environ | {"SSH_AUTH_SOCK": path}, capture_output=True).returncode == 1)  # it listens
+    eventually(
+        lambda: (
+            subprocess.run(
+                ["ssh-add", "-l"], env=os.environ | {"SSH_AUTH_SOCK": path}, capture_output=True
+            ).returncode
+            == 1
+        )
+    )  # it listens
     monkeypatch.setenv("SSH_AUTH_SOCK", path)
     yield lambda *files: subprocess.run(["ssh-add", "-q", *map(str, files)], check=True)
     process.terminate()
@@ -363,17 +459,28 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         os.unlink(path)
 
 
-def cli(*argv: str, program: str = "apssh", input: bytes = b"", timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def cli(
+    *argv: str, program: str = "apssh", input: bytes = b"", timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
     """Run a program as a person would, warnings being errors."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh, logging; logging.getLogger('asyncio').setLevel('ERROR'); sys.exit(apssh.{MAINS[program]}())"  # -X dev tells of slow callbacks
-    return subprocess.run([sys.executable, "-W", "error", "-X", "dev", "-c", code, *argv], input=input, capture_output=True,
-                          timeout=timeout, env=os.environ | environment, check=False)
+    # -X dev tells of slow callbacks
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh, logging; logging.getLogger('asyncio').setLevel('ERROR'); sys.exit(apssh.{MAINS[program]}())"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", "-c", code, *argv],
+        input=input,
+        capture_output=True,
+        timeout=timeout,
+        env=os.environ | environment,
+        check=False,
+    )
 
 
 MAINS = {"apssh": "main", "appush": "main_push", "appull": "main_pull"}
 
 
-def on_terminal(*argv: str, answer: bytes = b"", program: str = "apssh", columns: int = 80, timeout: float = 60) -> tuple[int, bytes]:
+def on_terminal(
+    *argv: str, answer: bytes = b"", program: str = "apssh", columns: int = 80, timeout: float = 60
+) -> tuple[int, bytes]:
     """Run a program on a terminal; its exit code and all that the terminal got."""
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
     pid, fd = pty.fork()
@@ -398,62 +505,113 @@ def messages(completed: subprocess.CompletedProcess[bytes]) -> list[str]:
     return completed.stderr.decode().splitlines()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "shown"), [
-    ("plain é 名", "plain é 名"), ("a\nb", r"a\nb"), ("\x1b[31mred", r"\x1b[31mred"), ("\u202eevil", r"\u202eevil"), ("a\tb", "a\tb"),
-    ("\udcff", r"\xff"), ("\x9b2J", r"\x9b2J"), ("\u2028", r"\u2028"),
-])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain é 名", "plain é 名"),
+        ("a\nb", r"a\nb"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("\u202eevil", r"\u202eevil"),
+        ("a\tb", "a\tb"),
+        ("\udcff", r"\xff"),
+        ("\x9b2J", r"\x9b2J"),
+        ("\u2028", r"\u2028"),
+    ],
+)
 def test_escape(text: str, shown: str) -> None:
     assert apssh.escape(text) == shown
 
 
-@pytest.mark.parametrize(("data", "shown"), [
-    (b"plain\ttext\n", b"plain\ttext\n"), (b"\x1b[1;31mcolour\x1b[0m\n", b"\x1b[1;31mcolour\x1b[0m\n"), (b"\x1b[2J\n", b"\\x1b[2J\n"),
-    (b"\x1b]0;title\x07\n", b"\\x1b]0;title\\x07\n"), (b"dos\r\n", b"dos\n"), (b"over\rwrite\n", b"over\\rwrite\n"),
-    ("é 名\n".encode(), "é 名\n".encode()), (b"\xff\n", b"\xff\n"), (b"\x9b2J\n", b"\\x9b2J\n"), (b"\xc2\x9b2J\n", b"\\x9b2J\n"),
-])
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"plain\ttext\n", b"plain\ttext\n"),
+        (b"\x1b[1;31mcolour\x1b[0m\n", b"\x1b[1;31mcolour\x1b[0m\n"),
+        (b"\x1b[2J\n", b"\\x1b[2J\n"),
+        (b"\x1b]0;title\x07\n", b"\\x1b]0;title\\x07\n"),
+        (b"dos\r\n", b"dos\n"),
+        (b"over\rwrite\n", b"over\\rwrite\n"),
+        ("é 名\n".encode(), "é 名\n".encode()),
+        (b"\xff\n", b"\xff\n"),
+        (b"\x9b2J\n", b"\\x9b2J\n"),
+        (b"\xc2\x9b2J\n", b"\\x9b2J\n"),
+    ],
+)
 def test_escape_bytes(data: bytes, shown: bytes) -> None:
     assert apssh._escape_bytes(data) == shown
 
 
-@pytest.mark.parametrize(("text", "names"), [
-    ("node", ["node"]), ("node[1-3]", ["node1", "node2", "node3"]), ("n[08-11]", ["n08", "n09", "n10", "n11"]), ("n[1,3]", ["n1", "n3"]),
-    ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]), ("10.0.0.[1-2]", ["10.0.0.1", "10.0.0.2"]), ("[::1]:22", ["[::1]:22"]),
-    ("h[1-2].x.org", ["h1.x.org", "h2.x.org"]), ("2001:db8::1", ["2001:db8::1"]),
-])
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node", ["node"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
+        ("n[1,3]", ["n1", "n3"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("10.0.0.[1-2]", ["10.0.0.1", "10.0.0.2"]),
+        ("[::1]:22", ["[::1]:22"]),
+        ("h[1-2].x.org", ["h1.x.org", "h2.x.org"]),
+        ("2001:db8::1", ["2001:db8::1"]),
+    ],
+)
 def test_ranges(text: str, names: list[str]) -> None:
     assert apssh._expand_ranges(text) == names
 
 
-@pytest.mark.parametrize(("names", "folded"), [
-    (["b"], "b"), (["n3", "n1", "n2"], "n[1-3]"), (["n01", "n02", "n03", "n07"], "n[01-03,07]"), (["n1", "n01"], "n[1,01]"),
-    (["r1n1", "r1n2", "r2n1", "r2n2"], "r[1-2]n[1-2]"), (["::1", "n1"], "::1,n1"), (["n9", "n10"], "n[9-10]"), (["a", "b", "a"], "a,b"),
-    (["n098", "n099", "n100"], "n[098-100]"), (["10.0.0.1", "10.0.0.2"], "10.0.0.[1-2]"), ([], ""),
-])
+@pytest.mark.parametrize(
+    ("names", "folded"),
+    [
+        (["b"], "b"),
+        (["n3", "n1", "n2"], "n[1-3]"),
+        (["n01", "n02", "n03", "n07"], "n[01-03,07]"),
+        (["n1", "n01"], "n[1,01]"),
+        (["r1n1", "r1n2", "r2n1", "r2n2"], "r[1-2]n[1-2]"),
+        (["::1", "n1"], "::1,n1"),
+        (["n9", "n10"], "n[9-10]"),
+        (["a", "b", "a"], "a,b"),
+        (["n098", "n099", "n100"], "n[098-100]"),
+        (["10.0.0.1", "10.0.0.2"], "10.0.0.[1-2]"),
+        ([], ""),
+    ],
+)
 def test_fold_names(names: list[str], folded: str) -> None:
     assert apssh.fold_names(names) == folded
 
 
-@given(st.sets(st.from_regex(r"[a-c]{1,2}[0-9]{0,3}(-[a-b][0-9]{1,3})?", fullmatch=True), min_size=1, max_size=40))
+@given(
+    st.sets(
+        st.from_regex(r"[a-c]{1,2}[0-9]{0,3}(-[a-b][0-9]{1,3})?", fullmatch=True),
+        min_size=1,
+        max_size=40,
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_folding_is_the_inverse_of_ranges(names: set[str]) -> None:
     assert {str(target) for target in apssh._parse_targets([apssh.fold_names(names)])} == names
 
 
-@pytest.mark.parametrize(("endpoints", "names"), [
-    ([("root", "box1", 22)], ["box1"]),
-    ([("root", "box1.a.org", 22), ("root", "box2.a.org", 22)], ["box1", "box2"]),
-    ([("root", "box1.a.org", 22), ("root", "box1.b.org", 22)], ["box1.a.org", "box1.b.org"]),
-    ([("root", "box1", 22), ("tester", "box1", 22)], ["root@box1", "tester@box1"]),
-    ([("root", "box1", 22), ("root", "box1", 2200)], ["box1:22", "box1:2200"]),
-    ([("root", "10.0.0.1", 22), ("root", "10.0.0.2", 22)], ["10.0.0.1", "10.0.0.2"]),
-    ([("root", "::1", 22)], ["::1"]), ([("root", "Box", 22), ("root", "box", 22)], ["root@Box:22~1", "root@box:22~2"]),
-    ([("root", "../../etc/x", 22)], ["_._.._etc_x"]), ([("root", "a/b", 22)], ["a_b"]), ([("root", "-rf", 22)], ["_rf"]),
-])
+@pytest.mark.parametrize(
+    ("endpoints", "names"),
+    [
+        ([("root", "box1", 22)], ["box1"]),
+        ([("root", "box1.a.org", 22), ("root", "box2.a.org", 22)], ["box1", "box2"]),
+        ([("root", "box1.a.org", 22), ("root", "box1.b.org", 22)], ["box1.a.org", "box1.b.org"]),
+        ([("root", "box1", 22), ("tester", "box1", 22)], ["root@box1", "tester@box1"]),
+        ([("root", "box1", 22), ("root", "box1", 2200)], ["box1:22", "box1:2200"]),
+        ([("root", "10.0.0.1", 22), ("root", "10.0.0.2", 22)], ["10.0.0.1", "10.0.0.2"]),
+        ([("root", "::1", 22)], ["::1"]),
+        ([("root", "Box", 22), ("root", "box", 22)], ["root@Box:22~1", "root@box:22~2"]),
+        ([("root", "../../etc/x", 22)], ["_._.._etc_x"]),
+        ([("root", "a/b", 22)], ["a_b"]),
+        ([("root", "-rf", 22)], ["_rf"]),
+    ],
+)
 def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> None:
     found = apssh._distinct_names(endpoints, {})
     assert [found[endpoint] for endpoint in endpoints] == names
@@ -466,12 +624,16 @@ def test_names_in_use_stay() -> None:
     assert formatter._name(first) == "box"
     formatter._node_added(second, verbose=False)
     formatter._node_added(third, verbose=False)
-    assert [formatter._name(each) for each in (first, second, third)] == ["box", "root@box", "box.b"]
+    assert [formatter._name(each) for each in (first, second, third)] == [
+        "box",
+        "root@box",
+        "box.b",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # formatters
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
@@ -482,26 +644,39 @@ def rendered(formatter: apssh.Formatter, lines: bytes, endpoint: apssh.Endpoint 
     return formatter._render(endpoint, lines)
 
 
-@pytest.mark.parametrize(("template", "lines", "shown"), [
-    ("{host}:{linenl}", b"a\nb\n", b"box1:a\nbox1:b\n"), ("{fqdn} {user}{line}{nl}", b"a\n", b"box1.a.org root@a\n"),
-    ("{line}", b"a\n", b"a\n"), ("{line} at {host}", b"x\ny\n", b"x at box1\ny at box1\n"), ("{linenl}", b"as it is\n", b"as it is\n"),
-    ("{host} {line} {line}", b"twice\n", b"box1 twice twice\n"), ("{host}:{linenl}", b"{host} %H {nl}\n", b"box1:{host} %H {nl}\n"),
-    ("{host}%%{linenl}", b"a\n", b"box1%a\n"), ("no line", b"a\nb\n", b"no line\nno line\n"), ("{host}:{linenl}", b"\xff\n", b"box1:\xff\n"),
-])
+@pytest.mark.parametrize(
+    ("template", "lines", "shown"),
+    [
+        ("{host}:{linenl}", b"a\nb\n", b"box1:a\nbox1:b\n"),
+        ("{fqdn} {user}{line}{nl}", b"a\n", b"box1.a.org root@a\n"),
+        ("{line}", b"a\n", b"a\n"),
+        ("{line} at {host}", b"x\ny\n", b"x at box1\ny at box1\n"),
+        ("{linenl}", b"as it is\n", b"as it is\n"),
+        ("{host} {line} {line}", b"twice\n", b"box1 twice twice\n"),
+        ("{host}:{linenl}", b"{host} %H {nl}\n", b"box1:{host} %H {nl}\n"),
+        ("{host}%%{linenl}", b"a\n", b"box1%a\n"),
+        ("no line", b"a\nb\n", b"no line\nno line\n"),
+        ("{host}:{linenl}", b"\xff\n", b"box1:\xff\n"),
+    ],
+)
 def test_templates(template: str, lines: bytes, shown: bytes) -> None:
     assert rendered(apssh.TerminalFormatter(template), lines) == shown
 
 
 def test_template_times() -> None:
     assert re.fullmatch(rb"\d\d-\d\d-\d\d:box1:x\n", rendered(apssh.TimeHostFormatter(), b"x\n"))
-    assert re.fullmatch(rb"\d\d:\d\d box1 x\n", rendered(apssh.TerminalFormatter("%H:%M {host} {linenl}"), b"x\n"))
+    assert re.fullmatch(
+        rb"\d\d:\d\d box1 x\n", rendered(apssh.TerminalFormatter("%H:%M {host} {linenl}"), b"x\n")
+    )
 
 
 def test_template_unknown_field() -> None:
     with pytest.raises(UsageError) as caught:
         apssh.TerminalFormatter("{hots}:{line}")
-    assert str(caught.value) == ("unknown field {hots} in format '{hots}:{line}': the fields are "
-                                 "{time} {host} {fqdn} {user} {line} {linenl} {nl}")
+    assert str(caught.value) == (
+        "unknown field {hots} in format '{hots}:{line}': the fields are "
+        "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
+    )
 
 
 def test_columns_align() -> None:
@@ -512,7 +687,9 @@ def test_columns_align() -> None:
     assert rendered(formatter, b"a\n", ("root", "longer-name", 22)) == b"longer-name:a\n"
 
 
-def sunk(formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]) -> tuple[bytes, bytes]:
+def sunk(
+    formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]
+) -> tuple[bytes, bytes]:
     """What a command's chunks become on stdout and stderr."""
     formatter._node_added(BOX, verbose=False)
     sink = formatter._sink(BOX)
@@ -525,12 +702,18 @@ def sunk(formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int
 
 def test_lines_are_whole(capfdbinary: Any) -> None:
     pieces = [(b"one\ntw", None), (b"err", 1), (b"o\nthree", None), (b"or\n", 1)]
-    assert sunk(apssh.HostFormatter(), capfdbinary, *pieces) == (b"box1:one\nbox1:two\nbox1:three\n", b"box1:error\n")
+    assert sunk(apssh.HostFormatter(), capfdbinary, *pieces) == (
+        b"box1:one\nbox1:two\nbox1:three\n",
+        b"box1:error\n",
+    )
 
 
 def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
     data = bytes(range(256)) * 10
-    assert sunk(apssh.RawFormatter(), capfdbinary, (data[:1000], None), (data[1000:], None)) == (data, b"")
+    assert sunk(apssh.RawFormatter(), capfdbinary, (data[:1000], None), (data[1000:], None)) == (
+        data,
+        b"",
+    )
 
 
 def test_long_line_is_cut(capfdbinary: Any) -> None:
@@ -549,7 +732,11 @@ def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
             seen.append((line, datatype, hostname))
 
     assert sunk(Mine(), capfdbinary, (b"a\nb\xff", None), (b"e\n", 1)) == (b"", b"")
-    assert seen == [("a\n", None, "box1.a.org"), ("e\n", apssh.EXTENDED_DATA_STDERR, "box1.a.org"), ("b\udcff\n", None, "box1.a.org")]
+    assert seen == [
+        ("a\n", None, "box1.a.org"),
+        ("e\n", apssh.EXTENDED_DATA_STDERR, "box1.a.org"),
+        ("b\udcff\n", None, "box1.a.org"),
+    ]
 
 
 def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
@@ -566,7 +753,10 @@ def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
     formatter._started(BOX)
     assert (tmp_path / "run" / "box1").read_bytes() == b""
     assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e", 1), (b"b", None)) == (b"", b"")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {"box1": b"a\nb\n", "box1.err": b"e\n"}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {
+        "box1": b"a\nb\n",
+        "box1.err": b"e\n",
+    }
 
 
 def test_subdir_formatter_begins_afresh_and_follows_no_link(tmp_path: Path) -> None:
@@ -609,10 +799,21 @@ def test_events_are_silent_unless_asked(capfd: Any) -> None:
         formatter.sftp_stop("box")
         formatter.connection_lost("box", None, "root")
         formatter.connection_lost("box", OSError("cut"), "root")
-        assert capfd.readouterr().err.splitlines() == ([
-            "box: connected as root", "box: connected as root, through a gateway", "box: logged in as root", r"box: starts: ls\x1b[2J",
-            "box: ended: ls", "box: SFTP session starts", "box: SFTP session ended", "box: connection closed",
-            "box: connection lost: cut"] if verbose else [])
+        assert capfd.readouterr().err.splitlines() == (
+            [
+                "box: connected as root",
+                "box: connected as root, through a gateway",
+                "box: logged in as root",
+                r"box: starts: ls\x1b[2J",
+                "box: ended: ls",
+                "box: SFTP session starts",
+                "box: SFTP session ended",
+                "box: connection closed",
+                "box: connection lost: cut",
+            ]
+            if verbose
+            else []
+        )
 
 
 def test_subclass_with_a_constructor_of_its_own() -> None:
@@ -641,8 +842,12 @@ def test_line_of_two_users_on_a_host(capfd: Any) -> None:
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
     script = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True,
-                          env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+    )
     assert done.stdout == "café".encode() + b"\xff\n"
 
 
@@ -653,6 +858,7 @@ def test_stderr_line(capfd: Any) -> None:
 
 def test_stream_that_takes_a_part_gets_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """As an unbuffered one does (python -u) after a signal."""
+
     class Parts(io.RawIOBase):
         taken = b""
 
@@ -675,12 +881,14 @@ def test_output_to_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "café\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # host keys and login
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-needs_ssh = pytest.mark.skipif(not shutil.which("ssh"), reason="no OpenSSH client (ssh) is installed here")
+needs_ssh = pytest.mark.skipif(
+    not shutil.which("ssh"), reason="no OpenSSH client (ssh) is installed here"
+)
 POLICIES = ["accept-new", "yes", "no"]
 
 
@@ -696,7 +904,9 @@ def fingerprint(key: asyncssh.SSHKey) -> str:
 
 def hashed(name: str) -> str:
     salt = os.urandom(20)
-    return "|1|" + "|".join(base64.b64encode(part).decode() for part in (salt, hmac.digest(salt, name.encode(), "sha1")))
+    return "|1|" + "|".join(
+        base64.b64encode(part).decode() for part in (salt, hmac.digest(salt, name.encode(), "sha1"))
+    )
 
 
 def blob(algorithm: str, data: bytes) -> str:
@@ -704,24 +914,42 @@ def blob(algorithm: str, data: bytes) -> str:
     return f"{algorithm} {base64.b64encode(len(algorithm).to_bytes(4, 'big') + algorithm.encode() + data).decode()}"
 
 
-def changed(file: Path, host: str, port: int, shown: asyncssh.SSHKey, known: asyncssh.SSHKey, line: int = 1) -> str:
+def changed(
+    file: Path, host: str, port: int, shown: asyncssh.SSHKey, known: asyncssh.SSHKey, line: int = 1
+) -> str:
     """The whole message about a changed key."""
-    return (f"{host}: hostkey: HOST KEY CHANGED: it presents {fingerprint(shown)}, known is {fingerprint(known)} in {file}:{line}; "
-            f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[{host}]:{port}' -f {file} "
-            "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)")
+    return (
+        f"{host}: hostkey: HOST KEY CHANGED: it presents {fingerprint(shown)}, known is {fingerprint(known)} in {file}:{line}; "
+        f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[{host}]:{port}' -f {file} "
+        "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
+    )
 
 
-def openssh(port: int, known_hosts: Path, policy: str, key: Path, *options: str, host: str = "127.0.0.1") -> bool:
+def openssh(
+    port: int, known_hosts: Path, policy: str, key: Path, *options: str, host: str = "127.0.0.1"
+) -> bool:
     """Whether OpenSSH's own client logs in."""
     words = ["ssh", "-F", "none", "-n", "-i", str(key), "-p", str(port), *options]
-    for option in ("IdentitiesOnly=yes", "BatchMode=yes", f"UserKnownHostsFile={known_hosts}", "GlobalKnownHostsFile=none",
-                   "UpdateHostKeys=no",
-                   f"StrictHostKeyChecking={policy}"):
+    for option in (
+        "IdentitiesOnly=yes",
+        "BatchMode=yes",
+        f"UserKnownHostsFile={known_hosts}",
+        "GlobalKnownHostsFile=none",
+        "UpdateHostKeys=no",
+        f"StrictHostKeyChecking={policy}",
+    ):
         words += ["-o", option]
-    return subprocess.run([*words, f"{ME}@{host}", "exit 3"], capture_output=True, check=False, timeout=30).returncode == 3
+    return (
+        subprocess.run(
+            [*words, f"{ME}@{host}", "exit 3"], capture_output=True, check=False, timeout=30
+        ).returncode
+        == 3
+    )
 
 
-OTHER = {name: asyncssh.generate_private_key(name) for name in ("ssh-ed25519", "ecdsa-sha2-nistp256")}
+OTHER = {
+    name: asyncssh.generate_private_key(name) for name in ("ssh-ed25519", "ecdsa-sha2-nistp256")
+}
 CA, OTHER_CA = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
 NOT_KNOWN = "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys accept-new records them)"
 REVOKED = "its key {shown} is revoked in {file}"
@@ -729,48 +957,84 @@ SHORT = blob("ssh-ed25519", (32).to_bytes(4, "big") + b"short")
 OFF_CURVE = blob("ecdsa-sha2-nistp256", b"\0\0\0\x08nistp256\0\0\0\x41\x04" + b"\1" * 64)
 NEGATIVE = blob("ssh-rsa", b"\0\0\0\1\x83\0\0\0\x40" + b"\xff" * 64)
 
-# the lines of known_hosts ({n}: the name with its port, {h}: without, |n| and |h|: hashed), the policy, what comes of it: "" it is
-# trusted, "recorded", or the message ("changed N": about the key in line N); and whether it is known that ssh is less careful
+# the lines of known_hosts ({n}: the name with its port, {h}: without, |n| and |h|: hashed), the
+# policy, what comes of it: "" it is trusted, "recorded", or the message ("changed N": about the key
+# in line N); and whether it is known that ssh is less careful
 HOST_KEYS = {
-    "unknown": ("", "accept-new", "recorded"), "unknown-yes": ("", "yes", NOT_KNOWN), "unknown-no": ("", "no", ""),
-    "known": ("{n} {key}", "accept-new", ""), "known-yes": ("{n} {key}", "yes", ""),
-    "known-among-others": ("# {n} {other}\n\n  \nelsewhere {other}\n  {n}\t{key} a comment of words\n", "yes", ""),
-    "known-in-a-list": ("elsewhere,{n},[elsewhere]:77 {key}", "yes", ""), "known-without-port": ("{h} {key}", "yes", ""),
+    "unknown": ("", "accept-new", "recorded"),
+    "unknown-yes": ("", "yes", NOT_KNOWN),
+    "unknown-no": ("", "no", ""),
+    "known": ("{n} {key}", "accept-new", ""),
+    "known-yes": ("{n} {key}", "yes", ""),
+    "known-among-others": (
+        "# {n} {other}\n\n  \nelsewhere {other}\n  {n}\t{key} a comment of words\n",
+        "yes",
+        "",
+    ),
+    "known-in-a-list": ("elsewhere,{n},[elsewhere]:77 {key}", "yes", ""),
+    "known-without-port": ("{h} {key}", "yes", ""),
     "known-on-another-port": ("[{h}]:1 {key}", "yes", NOT_KNOWN),
     "other-key-on-another-port": ("[{h}]:1 {other}", "accept-new", "recorded"),
     "other-key-without-port": ("{h} {other}", "accept-new", "recorded"),
-    "changed": ("{n} {other}", "accept-new", "changed 1"), "changed-yes": ("{n} {other}", "yes", "changed 1"),
+    "changed": ("{n} {other}", "accept-new", "changed 1"),
+    "changed-yes": ("{n} {other}", "yes", "changed 1"),
     "changed-no": ("{n} {other}", "no", ""),
     "changed-type": ("# one\n{n} {ecdsa}", "accept-new", "changed 2"),
     "changed-in-a-list": ("elsewhere,{n} {other}", "accept-new", "changed 1"),
-    "second-type-later": ("{n} {ecdsa}\n{n} {key}", "yes", ""), "second-key-later": ("{n} {other}\n{n} {key}", "yes", ""),
-    "revoked": ("@revoked {n} {key}", "accept-new", REVOKED), "revoked-yes": ("@revoked {n} {key}", "yes", REVOKED),
-    "revoked-without-port": ("@revoked {h} {key}", "accept-new", REVOKED, "ssh: new"), "revoked-no": ("@revoked {n} {key}", "no", ""),
-    "revoked-everywhere": ("@revoked * {key}", "accept-new", REVOKED), "revoked-hashed": ("@revoked |n| {key}", "accept-new", REVOKED),
+    "second-type-later": ("{n} {ecdsa}\n{n} {key}", "yes", ""),
+    "second-key-later": ("{n} {other}\n{n} {key}", "yes", ""),
+    "revoked": ("@revoked {n} {key}", "accept-new", REVOKED),
+    "revoked-yes": ("@revoked {n} {key}", "yes", REVOKED),
+    "revoked-without-port": ("@revoked {h} {key}", "accept-new", REVOKED, "ssh: new"),
+    "revoked-no": ("@revoked {n} {key}", "no", ""),
+    "revoked-everywhere": ("@revoked * {key}", "accept-new", REVOKED),
+    "revoked-hashed": ("@revoked |n| {key}", "accept-new", REVOKED),
     "revoked-and-known": ("{n} {key}\n@revoked {n} {key}", "yes", REVOKED),
     "revoked-other-key": ("@revoked {n} {other}", "accept-new", "recorded"),
     "revoked-other-then-known": ("@revoked * {other}\n{n} {key}", "yes", ""),
     "revoked-on-another-port": ("@revoked [{h}]:1 {key}", "accept-new", "recorded"),
-    "hashed": ("|n| {key}", "yes", ""), "hashed-without-port": ("|h| {key}", "yes", ""),
+    "hashed": ("|n| {key}", "yes", ""),
+    "hashed-without-port": ("|h| {key}", "yes", ""),
     "hashed-changed": ("|n| {other}", "accept-new", "changed 1"),
     "hashed-of-another": ("|other| {other}", "accept-new", "recorded"),
-    "wildcard": ("[127.*]:* {key}", "yes", ""), "wildcard-without-port": ("127.0.0.? {key}", "yes", ""),
+    "wildcard": ("[127.*]:* {key}", "yes", ""),
+    "wildcard-without-port": ("127.0.0.? {key}", "yes", ""),
     "wildcard-changed": ("[127.0.?.1]:* {other}", "accept-new", "changed 1"),
     "wildcard-of-others": ("*.example.org,10.* {other}", "accept-new", "recorded"),
-    "negated": ("[127.*]:*,!{n} {other}", "accept-new", "recorded"), "negated-first": ("!{n},[127.*]:* {other}", "accept-new", "recorded"),
-    "negated-other": ("[127.*]:*,![127.0.0.2]:* {key}", "yes", ""), "negated-alone": ("!{n} {key}", "yes", NOT_KNOWN),
+    "negated": ("[127.*]:*,!{n} {other}", "accept-new", "recorded"),
+    "negated-first": ("!{n},[127.*]:* {other}", "accept-new", "recorded"),
+    "negated-other": ("[127.*]:*,![127.0.0.2]:* {key}", "yes", ""),
+    "negated-alone": ("!{n} {key}", "yes", NOT_KNOWN),
     "brackets-are-no-pattern": ("[127.0.0.1]:[0-9]* {other}", "accept-new", "recorded"),
-    "authority-of-a-host-without-certificate": ("@cert-authority * {other}", "accept-new", "recorded"),
+    "authority-of-a-host-without-certificate": (
+        "@cert-authority * {other}",
+        "accept-new",
+        "recorded",
+    ),
     "authority-is-not-a-key": ("@cert-authority {n} {key}", "yes", NOT_KNOWN),
-    "malformed-words": ("garbage\n{n} ssh-ed25519\n@revoked\n@other {n} {other}\n{n} {key}", "yes", ""),
-    "malformed-data": ("{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} {key}", "yes", ""),
+    "malformed-words": (
+        "garbage\n{n} ssh-ed25519\n@revoked\n@other {n} {other}\n{n} {key}",
+        "yes",
+        "",
+    ),
+    "malformed-data": (
+        "{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} {key}",
+        "yes",
+        "",
+    ),
     "malformed-bytes": ("\udcff\udcfe {other}\n\0{n} {other}\n{n} {key}", "yes", ""),
-    "malformed-key": ("{n} {short}", "accept-new", "recorded"), "malformed-key-then-known": ("{n} {short}\n{n} {key}", "yes", ""),
+    "malformed-key": ("{n} {short}", "accept-new", "recorded"),
+    "malformed-key-then-known": ("{n} {short}\n{n} {key}", "yes", ""),
     "malformed-numbers": ("{n} {off_curve}\n{n} {negative}\n{n} {key}", "yes", ""),
-    "malformed-type": ("{n} {unheard}", "accept-new", "recorded"), "malformed-type-then-known": ("{n} {unheard}\n{n} {key}", "yes", ""),
+    "malformed-type": ("{n} {unheard}", "accept-new", "recorded"),
+    "malformed-type-then-known": ("{n} {unheard}\n{n} {key}", "yes", ""),
     "malformed-wrong-type": ("{n} ssh-rsa {data}", "accept-new", "recorded"),
     "malformed-revoked": ("@revoked * {short}\n@revoked * {unheard}\n{n} {key}", "yes", ""),
-    "malformed-authority": ("@cert-authority * {short}\n@cert-authority * {unheard}\n{n} {key}", "yes", ""),
+    "malformed-authority": (
+        "@cert-authority * {short}\n@cert-authority * {unheard}\n{n} {key}",
+        "yes",
+        "",
+    ),
 }
 
 
@@ -780,13 +1044,28 @@ async def log_in(node: SshNode) -> None:
 
 
 def known_hosts_text(text: str, port: int, key: asyncssh.SSHKey) -> bytes:
-    for mark, name in (("|n|", f"[127.0.0.1]:{port}"), ("|h|", "127.0.0.1"), ("|other|", "elsewhere")):
+    for mark, name in (
+        ("|n|", f"[127.0.0.1]:{port}"),
+        ("|h|", "127.0.0.1"),
+        ("|other|", "elsewhere"),
+    ):
         text = text.replace(mark, hashed(name))
-    return os.fsencode(text.format(n=f"[127.0.0.1]:{port}", h="127.0.0.1", key=public(key), other=public(OTHER["ssh-ed25519"]),
-                                   ca=public(CA),
-                                   ecdsa=public(OTHER["ecdsa-sha2-nistp256"]), other_ca=public(OTHER_CA), short=SHORT,
-                                   unheard=blob("ssh-foo", b"x" * 40), off_curve=OFF_CURVE, negative=NEGATIVE,
-                                   data=public(key).split()[1]))
+    return os.fsencode(
+        text.format(
+            n=f"[127.0.0.1]:{port}",
+            h="127.0.0.1",
+            key=public(key),
+            other=public(OTHER["ssh-ed25519"]),
+            ca=public(CA),
+            ecdsa=public(OTHER["ecdsa-sha2-nistp256"]),
+            other_ca=public(OTHER_CA),
+            short=SHORT,
+            unheard=blob("ssh-foo", b"x" * 40),
+            off_curve=OFF_CURVE,
+            negative=NEGATIVE,
+            data=public(key).split()[1],
+        )
+    )
 
 
 @pytest.mark.parametrize("case", HOST_KEYS)
@@ -803,12 +1082,21 @@ def test_host_keys(sshd: Sshd, home: Path, case: str) -> None:
         error = failure_of(sshd.node(host_keys=policy).run("true"))
         if outcome.startswith("changed"):
             old = OTHER["ecdsa-sha2-nistp256" if "ecdsa" in lines else "ssh-ed25519"]
-            assert str(error) == changed(file, "127.0.0.1", sshd.port, sshd.key, old, int(outcome.split()[1]))
+            assert str(error) == changed(
+                file, "127.0.0.1", sshd.port, sshd.key, old, int(outcome.split()[1])
+            )
         else:
-            assert str(error) == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(sshd.key), file=file)}"
+            assert (
+                str(error)
+                == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(sshd.key), file=file)}"
+            )
         assert isinstance(error, HostKeyError)
     newline = b"\n" if text and not text.endswith(b"\n") else b""
-    record = newline + f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n".encode() if outcome == "recorded" else b""
+    record = (
+        newline + f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n".encode()
+        if outcome == "recorded"
+        else b""
+    )
     assert (file.read_bytes() if file.exists() else b"") == text + record
 
 
@@ -819,13 +1107,18 @@ def test_ssh_decides_alike(sshd: Sshd, keys: Path, tmp_path: Path, case: str) ->
     lines, policy, outcome, *less_careful = HOST_KEYS[case]
     file = tmp_path / "known_hosts"
     file.write_bytes(text := known_hosts_text(lines, sshd.port, sshd.key))
-    assert openssh(sshd.port, file, policy, keys / "id_ed25519") == (outcome in ("", "recorded") or bool(less_careful))
-    assert (file.read_bytes() != text) == (outcome == "recorded" or bool(less_careful) or case == "unknown-no")
+    assert openssh(sshd.port, file, policy, keys / "id_ed25519") == (
+        outcome in ("", "recorded") or bool(less_careful)
+    )
+    assert (file.read_bytes() != text) == (
+        outcome == "recorded" or bool(less_careful) or case == "unknown-no"
+    )
 
 
 # the host's certificate, the lines, the policy, what comes of it
 CERTIFICATES = {
-    "by-name": ("good", "@cert-authority {h} {ca}", "yes", ""), "by-name-and-port": ("good", "@cert-authority {n} {ca}", "yes", ""),
+    "by-name": ("good", "@cert-authority {h} {ca}", "yes", ""),
+    "by-name-and-port": ("good", "@cert-authority {n} {ca}", "yes", ""),
     "by-pattern": ("good", "@cert-authority 127.* {ca}", "yes", ""),
     "everywhere": ("good", "@cert-authority * {other_ca}\n@cert-authority * {ca}", "yes", ""),
     "not-recorded": ("good", "@cert-authority * {ca}", "accept-new", ""),
@@ -837,36 +1130,58 @@ CERTIFICATES = {
     "unknown-authority": ("good", "@cert-authority * {other_ca}", "yes", NOT_KNOWN),
     "unknown-authority-new": ("good", "@cert-authority * {other_ca}", "accept-new", "recorded"),
     "unknown-authority-known-key": ("good", "@cert-authority * {other_ca}\n{n} {key}", "yes", ""),
-    "unknown-authority-changed-key": ("good", "@cert-authority * {other_ca}\n{n} {other}", "accept-new", "changed 2"),
-    "revoked-authority": ("good", "@cert-authority * {ca}\n@revoked * {ca}", "accept-new",
-                          "its certificate is signed by {ca}, which is revoked in {file}"),
-    "revoked-signer": ("good", "@cert-authority * {other_ca}\n@revoked * {ca}\n{n} {key}", "accept-new",
-                       "its certificate is signed by {ca}, which is revoked in {file}"),
+    "unknown-authority-changed-key": (
+        "good",
+        "@cert-authority * {other_ca}\n{n} {other}",
+        "accept-new",
+        "changed 2",
+    ),
+    "revoked-authority": (
+        "good",
+        "@cert-authority * {ca}\n@revoked * {ca}",
+        "accept-new",
+        "its certificate is signed by {ca}, which is revoked in {file}",
+    ),
+    "revoked-signer": (
+        "good",
+        "@cert-authority * {other_ca}\n@revoked * {ca}\n{n} {key}",
+        "accept-new",
+        "its certificate is signed by {ca}, which is revoked in {file}",
+    ),
     "revoked-key": ("good", "@cert-authority * {ca}\n@revoked * {key}", "accept-new", REVOKED),
     "no-check": ("good", "@cert-authority * {other_ca}\n@revoked * {key}", "no", ""),
     "expired": ("expired", "@cert-authority * {ca}", "yes", NOT_KNOWN),
     "expired-known-key": ("expired", "@cert-authority * {ca}\n{n} {key}", "yes", ""),
-    "other-principal": ("other", "@cert-authority * {ca}", "yes", NOT_KNOWN), "users": ("user", "@cert-authority * {ca}", "yes", NOT_KNOWN),
+    "other-principal": ("other", "@cert-authority * {ca}", "yes", NOT_KNOWN),
+    "users": ("user", "@cert-authority * {ca}", "yes", NOT_KNOWN),
     "other-principal-known-key": ("other", "@cert-authority * {ca}\n{n} {key}", "yes", ""),
 }
 
 
 @pytest.fixture(scope="session")
 def certified(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterator[dict[str, Sshd]]:
-    """Servers with a host certificate: a good one, an expired one, one of another host, one of a user."""
+    """Servers with a host certificate: a good one, an expired one, one of another host, one of a
+    user.
+    """
     servers, key = {}, asyncssh.generate_private_key("ssh-ed25519")
     for kind in ("good", "expired", "other", "user"):
         folder = tmp_path_factory.mktemp(kind)
         if kind == "user":
             certificate = CA.generate_user_certificate(key, kind, principals=["127.0.0.1"])
         else:
-            certificate = CA.generate_host_certificate(key, kind, principals=["box.example.org" if kind == "other" else "127.0.0.1"],
-                                                       valid_after="20200101",
-                                                       valid_before="20210101" if kind == "expired" else "29990101")
+            certificate = CA.generate_host_certificate(
+                key,
+                kind,
+                principals=["box.example.org" if kind == "other" else "127.0.0.1"],
+                valid_after="20200101",
+                valid_before="20210101" if kind == "expired" else "29990101",
+            )
         key.write_private_key(folder / "key")
         (folder / "key").chmod(0o600)
         certificate.write_certificate(folder / "key-cert.pub")
-        servers[kind] = Sshd(folder, keys, HostKey=folder / "key", HostCertificate=folder / "key-cert.pub")
+        servers[kind] = Sshd(
+            folder, keys, HostKey=folder / "key", HostCertificate=folder / "key-cert.pub"
+        )
         servers[kind].key = key
     yield servers
     for server in servers.values():
@@ -884,18 +1199,34 @@ def test_host_certificates(certified: dict[str, Sshd], home: Path, case: str) ->
     else:
         error = failure_of(server.node(host_keys=policy).run("true"))
         if outcome.startswith("changed"):
-            assert str(error) == changed(file, "127.0.0.1", server.port, server.key, OTHER["ssh-ed25519"], int(outcome.split()[1]))
+            assert str(error) == changed(
+                file,
+                "127.0.0.1",
+                server.port,
+                server.key,
+                OTHER["ssh-ed25519"],
+                int(outcome.split()[1]),
+            )
         else:
-            assert str(error) == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(server.key), file=file, ca=fingerprint(CA))}"
+            assert (
+                str(error)
+                == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(server.key), file=file, ca=fingerprint(CA))}"
+            )
         assert isinstance(error, HostKeyError)
-    record = f"\n[127.0.0.1]:{server.port} {public(server.key)}\n".encode() if outcome == "recorded" else b""
+    record = (
+        f"\n[127.0.0.1]:{server.port} {public(server.key)}\n".encode()
+        if outcome == "recorded"
+        else b""
+    )
     assert file.read_bytes() == text + record
 
 
 @needs_ssh
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CERTIFICATES)
-def test_ssh_decides_alike_on_certificates(certified: dict[str, Sshd], keys: Path, tmp_path: Path, case: str) -> None:
+def test_ssh_decides_alike_on_certificates(
+    certified: dict[str, Sshd], keys: Path, tmp_path: Path, case: str
+) -> None:
     kind, lines, policy, outcome = CERTIFICATES[case]
     server, file = certified[kind], tmp_path / "known_hosts"
     file.write_bytes(text := known_hosts_text(lines, server.port, server.key))
@@ -903,9 +1234,17 @@ def test_ssh_decides_alike_on_certificates(certified: dict[str, Sshd], keys: Pat
     assert (file.read_bytes() != text) == (outcome == "recorded")
 
 
-@pytest.mark.parametrize(("revoked", "message"), [
-    ("ca", "its certificate is signed by {ca}, which is revoked in {file}"), ("key", REVOKED), ("other_ca", "")])
-def test_revoked_host_keys_and_certificates(certified: dict[str, Sshd], home: Path, revoked: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("revoked", "message"),
+    [
+        ("ca", "its certificate is signed by {ca}, which is revoked in {file}"),
+        ("key", REVOKED),
+        ("other_ca", ""),
+    ],
+)
+def test_revoked_host_keys_and_certificates(
+    certified: dict[str, Sshd], home: Path, revoked: str, message: str
+) -> None:
     """RevokedHostKeys goes for a certificate's key, and for who signed it."""
     server, file = certified["good"], home / "revoked"
     (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
@@ -913,16 +1252,25 @@ def test_revoked_host_keys_and_certificates(certified: dict[str, Sshd], home: Pa
     (home / "config").write_text(f"Host *\n RevokedHostKeys {file}\n")
     if message:
         error = failure_of(server.node(config="config").run("true"))
-        assert str(error) == f"127.0.0.1: hostkey: {message.format(shown=fingerprint(server.key), ca=fingerprint(CA), file=file)}"
+        assert (
+            str(error)
+            == f"127.0.0.1: hostkey: {message.format(shown=fingerprint(server.key), ca=fingerprint(CA), file=file)}"
+        )
     else:
         run(log_in(server.node(config="config")))
 
 
-def test_certificate_that_was_not_asked_for_counts_for_nothing(certified: dict[str, Sshd], home: Path) -> None:
-    """After a certificate of nobody's the plain key is asked for: what vouches for that must not be a certificate sent all the same."""
+def test_certificate_that_was_not_asked_for_counts_for_nothing(
+    certified: dict[str, Sshd], home: Path
+) -> None:
+    """After a certificate of nobody's the plain key is asked for: what vouches for that must not be
+    a certificate sent all the same.
+    """
     (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
     node = certified["good"].node()
-    assert [apssh._Trust(node, asked).check_authority(CA.convert_to_public()) for asked in (True, False)] == [True, False]
+    assert [
+        apssh._Trust(node, asked).check_authority(CA.convert_to_public()) for asked in (True, False)
+    ] == [True, False]
 
 
 def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
@@ -939,7 +1287,10 @@ def test_new_files(sshd: Sshd, home: Path, keys: Path) -> None:
     run(log_in(sshd.node(keys=[keys / "id_ed25519"])))
     file = home / ".ssh" / "known_hosts"
     assert file.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
-    assert (stat.S_IMODE(file.parent.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (0o700, 0o600)
+    assert (stat.S_IMODE(file.parent.stat().st_mode), stat.S_IMODE(file.stat().st_mode)) == (
+        0o700,
+        0o600,
+    )
 
 
 def test_file_that_cannot_be_written(sshd: Sshd, home: Path, capfd: Any) -> None:
@@ -947,7 +1298,10 @@ def test_file_that_cannot_be_written(sshd: Sshd, home: Path, capfd: Any) -> None
     file = home / ".ssh" / "known_hosts"
     file.mkdir()
     run(log_in(sshd.node()))
-    assert capfd.readouterr() == ("", f"127.0.0.1: its key could not be recorded in {file}: is a directory\n")
+    assert capfd.readouterr() == (
+        "",
+        f"127.0.0.1: its key could not be recorded in {file}: is a directory\n",
+    )
 
 
 def test_read_only_file(sshd: Sshd, home: Path, capfd: Any) -> None:
@@ -955,7 +1309,10 @@ def test_read_only_file(sshd: Sshd, home: Path, capfd: Any) -> None:
     file.write_text(text := f"elsewhere {public(OTHER['ssh-ed25519'])}\n")
     if os.getuid():
         file.chmod(0o400)
-    elif not shutil.which("chattr") or subprocess.run(["chattr", "+i", str(file)], capture_output=True, check=False).returncode:
+    elif (
+        not shutil.which("chattr")
+        or subprocess.run(["chattr", "+i", str(file)], capture_output=True, check=False).returncode
+    ):
         pytest.skip("root writes to any file, and chattr +i cannot be had here")
     try:
         run(log_in(sshd.node()))
@@ -964,20 +1321,32 @@ def test_read_only_file(sshd: Sshd, home: Path, capfd: Any) -> None:
         if not os.getuid():
             subprocess.run(["chattr", "-i", str(file)], check=True)
     reason = "permission denied" if os.getuid() else "operation not permitted"
-    assert capfd.readouterr() == ("", f"127.0.0.1: its key could not be recorded in {file}: {reason}\n")
+    assert capfd.readouterr() == (
+        "",
+        f"127.0.0.1: its key could not be recorded in {file}: {reason}\n",
+    )
 
 
-def test_global_file(sshd: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_global_file(
+    sshd: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the administrator says in /etc/ssh/ssh_known_hosts counts too, and is not repeated."""
     everybody, mine = tmp_path / "everybody", home / ".ssh" / "known_hosts"
     assert "/etc/ssh/ssh_known_hosts" in apssh.KNOWN_HOSTS_FILES
-    monkeypatch.setattr(apssh, "KNOWN_HOSTS_FILES", tuple(str(everybody) if "/etc/" in name else name for name in apssh.KNOWN_HOSTS_FILES))
+    monkeypatch.setattr(
+        apssh,
+        "KNOWN_HOSTS_FILES",
+        tuple(str(everybody) if "/etc/" in name else name for name in apssh.KNOWN_HOSTS_FILES),
+    )
     everybody.write_text(f"127.0.0.1 {public(sshd.key)}\n")
     run(log_in(sshd.node(host_keys="yes")))
     assert not mine.exists()
     everybody.write_text(f"@revoked * {public(sshd.key)}\n")
     mine.write_text(f"127.0.0.1 {public(sshd.key)}\n")
-    assert str(failure_of(sshd.node().run("true"))) == f"127.0.0.1: hostkey: its key {fingerprint(sshd.key)} is revoked in {everybody}"
+    assert (
+        str(failure_of(sshd.node().run("true")))
+        == f"127.0.0.1: hostkey: its key {fingerprint(sshd.key)} is revoked in {everybody}"
+    )
     everybody.write_text(f"elsewhere {public(sshd.key)}\n")
     mine.unlink()
     run(log_in(sshd.node()))
@@ -1015,7 +1384,9 @@ def test_key_that_changes_within_a_run(home: Path, keys: Path) -> None:
 
 
 def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
-    """A host never seen shows another key on its second connection: it is recorded once, and refused."""
+    """A host never seen shows another key on its second connection: it is recorded once, and
+    refused.
+    """
     host_keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(2)]
 
     class Server(asyncssh.SSHServer):
@@ -1027,7 +1398,10 @@ def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
             return True
 
     async def main() -> None:
-        async with ssh_server(keys, host_key=host_keys[0], server=Server) as first, ssh_server(keys, host_key=host_keys[1]) as second:
+        async with (
+            ssh_server(keys, host_key=host_keys[0], server=Server) as first,
+            ssh_server(keys, host_key=host_keys[1]) as second,
+        ):
             served: list[int] = []
 
             async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1039,10 +1413,14 @@ def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
                         sink.write(data)
                     sink.close()
 
-                await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
+                await asyncio.gather(
+                    pump(reader, back), pump(there, writer), return_exceptions=True
+                )
 
             async with raw_server(talk) as port:
-                node = SshNode("127.0.0.1", port=port, username=ME, keys=[keys / "other", keys / "id_ed25519"])
+                node = SshNode(
+                    "127.0.0.1", port=port, username=ME, keys=[keys / "other", keys / "id_ed25519"]
+                )
                 with pytest.raises(ConnectionFailedError) as caught:
                     await node.run("true")
                 if len(served) > 1:
@@ -1063,10 +1441,23 @@ def test_known_hosts_of_a_node(sshd: Sshd, home: Path, tmp_path: Path) -> None:
         run(log_in(sshd.node(known_hosts=path)))
     assert own.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
     own.write_bytes(before)
-    assert str(failure_of(sshd.node(known_hosts=own).run("true"))) == changed(own, "127.0.0.1", sshd.port, sshd.key, OTHER["ssh-ed25519"])
-    run(log_in(sshd.node(known_hosts=[OTHER["ssh-ed25519"].convert_to_public(), sshd.key.convert_to_public()])))
-    error = failure_of(sshd.node(known_hosts=[OTHER["ssh-ed25519"].convert_to_public()]).run("true"))
-    assert str(error) == f"127.0.0.1: hostkey: it presents {fingerprint(sshd.key)}, which is not the key given for it"
+    assert str(failure_of(sshd.node(known_hosts=own).run("true"))) == changed(
+        own, "127.0.0.1", sshd.port, sshd.key, OTHER["ssh-ed25519"]
+    )
+    run(
+        log_in(
+            sshd.node(
+                known_hosts=[OTHER["ssh-ed25519"].convert_to_public(), sshd.key.convert_to_public()]
+            )
+        )
+    )
+    error = failure_of(
+        sshd.node(known_hosts=[OTHER["ssh-ed25519"].convert_to_public()]).run("true")
+    )
+    assert (
+        str(error)
+        == f"127.0.0.1: hostkey: it presents {fingerprint(sshd.key)}, which is not the key given for it"
+    )
     assert mine.read_bytes() == before
 
 
@@ -1075,19 +1466,50 @@ REFUSED = "hostkey"
 BAD_VARIABLE = "127.0.0.1: local: APSSH_HOST_KEYS={value}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*"
 
 
-@pytest.mark.parametrize(("value", "options", "outcome"), [
-    ("no", {}, TRUSTED), ("accept-new", {}, REFUSED), ("yes", {}, REFUSED), ("ask", {}, REFUSED), ("", {}, REFUSED),
-    ("no:127.*", {}, TRUSTED), ("no:fit*,127.0.0.[1-9]", {}, TRUSTED), ("no:fit* , 127.*", {}, TRUSTED),
-    ("no:fit*,node[1-9]*", {}, REFUSED), ("no:*,!127.0.0.1", {}, REFUSED), ("no:!10.*,*", {}, TRUSTED), ("no:!10.*", {}, REFUSED),
-    ("no:127.0.0.1", {"host_keys": "accept-new"}, REFUSED), ("yes", {"host_keys": "no"}, TRUSTED), ("yes", {"known_hosts": None}, TRUSTED),
-    ("maybe", {}, BAD_VARIABLE), ("no,127.*", {}, BAD_VARIABLE), ("maybe:fit*", {}, BAD_VARIABLE), ("No", {}, BAD_VARIABLE),
-    ("no:", {}, REFUSED),
-    ("\x1b[2J", {}, BAD_VARIABLE), ("maybe", {"known_hosts": None}, TRUSTED),
-], ids=lambda value: {TRUSTED: "trusted", BAD_VARIABLE: "misuse"}.get(value, value) if isinstance(value, str) else
-   "-".join(value) or "plain")
-def test_variable(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, value: str, options: dict[str, Any], outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "options", "outcome"),
+    [
+        ("no", {}, TRUSTED),
+        ("accept-new", {}, REFUSED),
+        ("yes", {}, REFUSED),
+        ("ask", {}, REFUSED),
+        ("", {}, REFUSED),
+        ("no:127.*", {}, TRUSTED),
+        ("no:fit*,127.0.0.[1-9]", {}, TRUSTED),
+        ("no:fit* , 127.*", {}, TRUSTED),
+        ("no:fit*,node[1-9]*", {}, REFUSED),
+        ("no:*,!127.0.0.1", {}, REFUSED),
+        ("no:!10.*,*", {}, TRUSTED),
+        ("no:!10.*", {}, REFUSED),
+        ("no:127.0.0.1", {"host_keys": "accept-new"}, REFUSED),
+        ("yes", {"host_keys": "no"}, TRUSTED),
+        ("yes", {"known_hosts": None}, TRUSTED),
+        ("maybe", {}, BAD_VARIABLE),
+        ("no,127.*", {}, BAD_VARIABLE),
+        ("maybe:fit*", {}, BAD_VARIABLE),
+        ("No", {}, BAD_VARIABLE),
+        ("no:", {}, REFUSED),
+        ("\x1b[2J", {}, BAD_VARIABLE),
+        ("maybe", {"known_hosts": None}, TRUSTED),
+    ],
+    ids=lambda value: (
+        {TRUSTED: "trusted", BAD_VARIABLE: "misuse"}.get(value, value)
+        if isinstance(value, str)
+        else "-".join(value) or "plain"
+    ),
+)
+def test_variable(
+    sshd: Sshd,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    options: dict[str, Any],
+    outcome: str,
+) -> None:
     """APSSH_HOST_KEYS, for a host whose key has changed."""
-    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    (home / ".ssh" / "known_hosts").write_bytes(
+        known_hosts_text("{n} {other}", sshd.port, sshd.key)
+    )
     monkeypatch.setenv("APSSH_HOST_KEYS", value)
     node = sshd.node(**options)
     if outcome == TRUSTED:
@@ -1095,16 +1517,23 @@ def test_variable(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, value
     elif outcome == REFUSED:
         assert failure_of(node.run("true")).kind == "hostkey"
     else:
-        assert str(failure_of(node.run("true"))).removeprefix("127.0.0.1: local: ") == \
-            outcome.format(value=apssh.escape(value)).removeprefix("127.0.0.1: local: ")
+        assert str(failure_of(node.run("true"))).removeprefix(
+            "127.0.0.1: local: "
+        ) == outcome.format(value=apssh.escape(value)).removeprefix("127.0.0.1: local: ")
 
 
-def test_variable_of_the_program(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_variable_of_the_program(
+    sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     """It counts for the programs, after --host-keys; a wrong one is misuse."""
-    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
+    (home / ".ssh" / "known_hosts").write_bytes(
+        known_hosts_text("{n} {other}", sshd.port, sshd.key)
+    )
     words = ["-t", sshd.target, "exit 0"]
     assert apssh.main(words) == 1
-    assert capfd.readouterr().err.startswith("127.0.0.1: hostkey: HOST KEY CHANGED: it presents ED25519 SHA256:")
+    assert capfd.readouterr().err.startswith(
+        "127.0.0.1: hostkey: HOST KEY CHANGED: it presents ED25519 SHA256:"
+    )
     assert apssh.main(["--host-keys", "no", *words]) == 0
     assert apssh.main(["--host-keys", "yes", *words]) == 1
     monkeypatch.setenv("APSSH_HOST_KEYS", "no:127.*")
@@ -1113,7 +1542,10 @@ def test_variable_of_the_program(sshd: Sshd, home: Path, monkeypatch: pytest.Mon
     capfd.readouterr()
     monkeypatch.setenv("APSSH_HOST_KEYS", "never")
     assert apssh.main(words) == 2
-    assert capfd.readouterr().err == "apssh: " + BAD_VARIABLE.format(value="never").removeprefix("127.0.0.1: local: ") + "\n"
+    assert (
+        capfd.readouterr().err
+        == "apssh: " + BAD_VARIABLE.format(value="never").removeprefix("127.0.0.1: local: ") + "\n"
+    )
 
 
 @pytest.mark.parametrize("config", ["accept-new", "yes", "no", "ask", "off"])
@@ -1137,8 +1569,15 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
     async def main(*policies: str | None) -> None:
         nodes: list[SshNode] = []
         for server, policy in zip((sshd, middle, last), policies, strict=True):
-            nodes.append(SshNode("localhost" if server is last else "127.0.0.1", port=server.port, username=ME, host_keys=policy,
-                                 gateway=nodes[-1] if nodes else None))
+            nodes.append(
+                SshNode(
+                    "localhost" if server is last else "127.0.0.1",
+                    port=server.port,
+                    username=ME,
+                    host_keys=policy,
+                    gateway=nodes[-1] if nodes else None,
+                )
+            )
         try:
             await nodes[-1].connect_lazy()
         finally:
@@ -1147,8 +1586,10 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
 
     run(main(None, None, None))
     recorded = file.read_text()
-    assert recorded.splitlines() == [f"[{name}]:{server.port} {public(server.key)}"
-                                     for name, server in (("127.0.0.1", sshd), ("127.0.0.1", middle), ("localhost", last))]
+    assert recorded.splitlines() == [
+        f"[{name}]:{server.port} {public(server.key)}"
+        for name, server in (("127.0.0.1", sshd), ("127.0.0.1", middle), ("localhost", last))
+    ]
     run(main("yes", "yes", "yes"))
     other = OTHER["ssh-ed25519"]
     for server, name in ((last, "localhost"), (middle, "127.0.0.1"), (sshd, "127.0.0.1")):
@@ -1158,13 +1599,16 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
         if server is not last:
             message = f"localhost: hostkey: gateway 127.0.0.1: {message.removeprefix('127.0.0.1: hostkey: ')}"
         if server is sshd:
-            message = message.replace("gateway 127.0.0.1: ", "gateway 127.0.0.1: gateway 127.0.0.1: ")
+            message = message.replace(
+                "gateway 127.0.0.1: ", "gateway 127.0.0.1: gateway 127.0.0.1: "
+            )
         assert str(failure_of(main(None, None, None))) == message
     run(main("no", None, None))
 
 
 def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
     """The server proves that it has its key, then goes: nothing was begun with it."""
+
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", sshd.port)
 
@@ -1176,7 +1620,9 @@ def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: P
         try:
             writer.write(await there.readline())
             message = 0
-            while message != 21:  # SSH_MSG_NEWKEYS, RFC 4253 section 7.3: what comes after it is encrypted
+            while (
+                message != 21
+            ):  # SSH_MSG_NEWKEYS, RFC 4253 section 7.3: what comes after it is encrypted
                 length = await there.readexactly(4)
                 packet = await there.readexactly(int.from_bytes(length, "big"))
                 message = packet[1]
@@ -1190,7 +1636,10 @@ def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: P
         async with raw_server(talk) as port:
             with pytest.raises(ConnectionFailedError) as caught:
                 await SshNode("127.0.0.1", port=port, username=ME, timeout=1.5).run("true")
-            assert str(caught.value) == "127.0.0.1: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"
+            assert (
+                str(caught.value)
+                == "127.0.0.1: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"
+            )
 
     run(main())
     assert list((home / ".ssh").glob("known_hosts*")) == []
@@ -1216,10 +1665,24 @@ def test_server_without_the_private_key(keys: Path, home: Path, known: bool) -> 
 
 
 @needs_ssh
-@pytest.mark.parametrize("algorithm", ["ssh-ed25519", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa"))])
-def test_ssh_and_apssh_know_each_others_hosts(make_sshd: Callable[..., Sshd], home: Path, keys: Path, tmp_path: Path,
-                                              algorithm: str) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "ssh-ed25519",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "ecdsa-sha2-nistp256",
+                "ecdsa-sha2-nistp384",
+                "ecdsa-sha2-nistp521",
+                "ssh-rsa",
+            )
+        ),
+    ],
+)
+def test_ssh_and_apssh_know_each_others_hosts(
+    make_sshd: Callable[..., Sshd], home: Path, keys: Path, tmp_path: Path, algorithm: str
+) -> None:
     """Plain and hashed, under address and name."""
     server = make_sshd(host_key=algorithm)
     for hashes, host in (("no", "127.0.0.1"), ("yes", "LocalHost")):
@@ -1227,16 +1690,33 @@ def test_ssh_and_apssh_know_each_others_hosts(make_sshd: Callable[..., Sshd], ho
         ours, theirs = tmp_path / f"ours-{host}", tmp_path / f"theirs-{host}"
         options = {"port": server.port, "username": ME, "config": "config"}
         run(log_in(SshNode(host, known_hosts=ours, **options)))
-        assert ours.read_text().startswith("|1|" if hashes == "yes" else "[") and len(ours.read_text().splitlines()) == 1
+        assert (
+            ours.read_text().startswith("|1|" if hashes == "yes" else "[")
+            and len(ours.read_text().splitlines()) == 1
+        )
         assert openssh(server.port, ours, "yes", keys / "id_ed25519", host=host)
-        assert openssh(server.port, theirs, "accept-new", keys / "id_ed25519", "-o", f"HashKnownHosts={hashes}", host=host)
+        assert openssh(
+            server.port,
+            theirs,
+            "accept-new",
+            keys / "id_ed25519",
+            "-o",
+            f"HashKnownHosts={hashes}",
+            host=host,
+        )
         run(log_in(SshNode(host, known_hosts=theirs, host_keys="yes", **options)))
-        found = subprocess.run(["ssh-keygen", "-F", f"[{host.lower()}]:{server.port}", "-f", str(ours)], capture_output=True, text=True,
-                               check=True)
+        found = subprocess.run(
+            ["ssh-keygen", "-F", f"[{host.lower()}]:{server.port}", "-f", str(ours)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert public(server.key).split()[1] in found.stdout
 
 
-def test_known_type_is_asked_for(make_sshd: Callable[..., Sshd], tmp_path: Path, home: Path) -> None:
+def test_known_type_is_asked_for(
+    make_sshd: Callable[..., Sshd], tmp_path: Path, home: Path
+) -> None:
     """A server with several keys: the one that is known is what counts, whichever it is."""
     paths = []
     for algorithm in ("ssh-ed25519", "ecdsa-sha2-nistp256", "ssh-rsa"):
@@ -1259,7 +1739,10 @@ def test_known_type_is_asked_for(make_sshd: Callable[..., Sshd], tmp_path: Path,
 def test_files_are_parsed_once(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for a run; again when somebody else has changed them."""
     file = home / ".ssh" / "known_hosts"
-    file.write_text("".join(f"{hashed(f'box{number}')} {public(sshd.key)}\n" for number in range(50)) + f"127.0.0.1 {public(sshd.key)}\n")
+    file.write_text(
+        "".join(f"{hashed(f'box{number}')} {public(sshd.key)}\n" for number in range(50))
+        + f"127.0.0.1 {public(sshd.key)}\n"
+    )
     opened: list[str] = []
     sys_open = open
 
@@ -1283,17 +1766,28 @@ def test_files_are_parsed_once(sshd: Sshd, home: Path, monkeypatch: pytest.Monke
 
 
 def typed(*argv: str, answers: Sequence[bytes] = (), timeout: float = 60) -> tuple[int, bytes]:
-    """Run apssh on a terminal of its own and give one answer a prompt; its exit code and all that the terminal got."""
-    code = ("import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())")
+    """Run apssh on a terminal of its own and give one answer a prompt; its exit code and all that
+    the terminal got.
+    """
+    code = (
+        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    )
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-W", "error", "-c", code, *argv], stdin=theirs, stdout=theirs, stderr=theirs,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, *argv],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
     os.close(theirs)
     seen, left, end = b"", list(answers), time.monotonic() + timeout
     try:
         with contextlib.suppress(OSError):
-            while select.select([ours], [], [], max(end - time.monotonic(), 0))[0] and (data := os.read(ours, 65536)):
+            while select.select([ours], [], [], max(end - time.monotonic(), 0))[0] and (
+                data := os.read(ours, 65536)
+            ):
                 seen += data
                 if left and seen.endswith(b": "):
                     os.write(ours, left.pop(0))
@@ -1305,32 +1799,57 @@ def typed(*argv: str, answers: Sequence[bytes] = (), timeout: float = 60) -> tup
 
 
 def without_terminal(*argv: str) -> tuple[int, list[str]]:
-    """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and messages."""
+    """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and
+    messages.
+    """
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *argv], stdin=subprocess.DEVNULL, capture_output=True,
-                          start_new_session=True,
-                          timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+        timeout=60,
+        check=False,
+    )
     return done.returncode, messages(done)
 
 
 def accepted(server: Sshd) -> list[str]:
-    """The keys that this server has let in: type and fingerprint (of certificates, the word ID and the authority's too)."""
-    return [line.split(" ssh2: ")[1].strip() for line in server.log().splitlines() if line.startswith("Accepted publickey")]
+    """The keys that this server has let in: type and fingerprint (of certificates, the word ID and
+    the authority's too).
+    """
+    return [
+        line.split(" ssh2: ")[1].strip()
+        for line in server.log().splitlines()
+        if line.startswith("Accepted publickey")
+    ]
 
 
-@pytest.mark.parametrize(("name", "shown"), [("id_ed25519", "ED25519"), ("ecdsa", "ECDSA"), ("rsa", "RSA")])
+@pytest.mark.parametrize(
+    ("name", "shown"), [("id_ed25519", "ED25519"), ("ecdsa", "ECDSA"), ("rsa", "RSA")]
+)
 def test_login_with_each_type(sshd: Sshd, keys: Path, name: str, shown: str) -> None:
     for key in (keys / name, str(keys / name), asyncssh.read_private_key(keys / name)):
         run(log_in(sshd.node(keys=[key])))
-    assert accepted(sshd)[-3:] == [f"{shown} {asyncssh.read_public_key(keys / f'{name}.pub').get_fingerprint()}"] * 3
+    assert (
+        accepted(sshd)[-3:]
+        == [f"{shown} {asyncssh.read_public_key(keys / f'{name}.pub').get_fingerprint()}"] * 3
+    )
 
 
-@pytest.mark.parametrize(("algorithm", "form", "passphrase"), [
-    ("ssh-rsa", "pkcs1-pem", None), ("ssh-rsa", "pkcs8-pem", "secret"), ("ecdsa-sha2-nistp521", "pkcs8-pem", None),
-    ("ecdsa-sha2-nistp384", "openssh", None),
-    ("ssh-ed25519", "openssh", "secret"),
-])
-def test_forms_of_key_files(home: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, form: str, passphrase: str | None) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "form", "passphrase"),
+    [
+        ("ssh-rsa", "pkcs1-pem", None),
+        ("ssh-rsa", "pkcs8-pem", "secret"),
+        ("ecdsa-sha2-nistp521", "pkcs8-pem", None),
+        ("ecdsa-sha2-nistp384", "openssh", None),
+        ("ssh-ed25519", "openssh", "secret"),
+    ],
+)
+def test_forms_of_key_files(
+    home: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, form: str, passphrase: str | None
+) -> None:
     key = asyncssh.generate_private_key(algorithm)
     options = {"rounds": 50} if passphrase and form == "openssh" else {}
     key.write_private_key(home / "key", form, passphrase=passphrase, **options)
@@ -1350,11 +1869,15 @@ def test_default_keys(sshd: Sshd, keys: Path, home: Path, agent: Callable[..., N
     def data(*names: str) -> list[bytes]:
         return [asyncssh.read_public_key(keys / f"{name}.pub").public_data for name in names]
 
-    assert [key.public_data for key in apssh.load_private_keys()] == data("id_ed25519", "ecdsa", "rsa")
+    assert [key.public_data for key in apssh.load_private_keys()] == data(
+        "id_ed25519", "ecdsa", "rsa"
+    )
     agent(keys / "other", keys / "rsa")
     for none in (None, []):
         assert [key.public_data for key in apssh.load_private_keys(none)] == data("other", "rsa")
-    assert [key.public_data for key in apssh.load_private_keys([str(keys / "ecdsa")])] == data("ecdsa")
+    assert [key.public_data for key in apssh.load_private_keys([str(keys / "ecdsa")])] == data(
+        "ecdsa"
+    )
 
     async def inside() -> list[bytes]:
         return [key.public_data for key in apssh.load_agent_keys()]
@@ -1366,17 +1889,29 @@ def test_default_keys(sshd: Sshd, keys: Path, home: Path, agent: Callable[..., N
 
 
 @pytest.mark.parametrize("right", ["ssh-ed25519", "ssh-rsa"])
-def test_agent_with_many_keys(make_sshd: Callable[..., Sshd], agent: Callable[..., None], tmp_path: Path, capfd: Any, right: str) -> None:
-    """Eight keys, the right one last, and a server that takes six on a connection; what fitted is offered first to the next hosts."""
+def test_agent_with_many_keys(
+    make_sshd: Callable[..., Sshd],
+    agent: Callable[..., None],
+    tmp_path: Path,
+    capfd: Any,
+    right: str,
+) -> None:
+    """Eight keys, the right one last, and a server that takes six on a connection; what fitted is
+    offered first to the next hosts.
+    """
     files = []
     for number in range(8):
-        key = asyncssh.generate_private_key(right if number == 7 else "ecdsa-sha2-nistp256" if number % 2 else "ssh-ed25519")
+        key = asyncssh.generate_private_key(
+            right if number == 7 else "ecdsa-sha2-nistp256" if number % 2 else "ssh-ed25519"
+        )
         files.append(tmp_path / f"key{number}")
         key.write_private_key(files[-1])
         files[-1].chmod(0o600)
     key.write_public_key(tmp_path / "allowed")
     agent(*files)
-    first, second = (make_sshd(MaxAuthTries=6, AuthorizedKeysFile=tmp_path / "allowed") for _ in range(2))
+    first, second = (
+        make_sshd(MaxAuthTries=6, AuthorizedKeysFile=tmp_path / "allowed") for _ in range(2)
+    )
     assert apssh.main(["-t", first.target, "echo in"]) == 0
     assert capfd.readouterr() == ("127.0.0.1:in\n", "")
     assert [line.split()[1] for line in accepted(first)] == [key.get_fingerprint()]
@@ -1392,7 +1927,9 @@ def test_agent_that_has_gone(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def user_certificate(make_sshd: Callable[..., Sshd], tmp_path: Path) -> tuple[Sshd, Path, asyncssh.SSHKey]:
+def user_certificate(
+    make_sshd: Callable[..., Sshd], tmp_path: Path
+) -> tuple[Sshd, Path, asyncssh.SSHKey]:
     """A server that takes certificates alone, and a key with one beside it."""
     CA.write_public_key(tmp_path / "ca.pub")
     server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub", AuthorizedKeysFile="none")
@@ -1400,7 +1937,9 @@ def user_certificate(make_sshd: Callable[..., Sshd], tmp_path: Path) -> tuple[Ss
     key.write_private_key(tmp_path / "key")
     (tmp_path / "key").chmod(0o600)
     key.write_public_key(tmp_path / "key.pub")
-    CA.generate_user_certificate(key, "somebody", principals=[ME]).write_certificate(tmp_path / "key-cert.pub")
+    CA.generate_user_certificate(key, "somebody", principals=[ME]).write_certificate(
+        tmp_path / "key-cert.pub"
+    )
     return server, tmp_path / "key", key
 
 
@@ -1415,13 +1954,22 @@ def test_user_certificate(user_certificate: Any, home: Path) -> None:
     run(log_in(server.node()))
     assert [text.split(" ID ")[1].split(" ")[0] for text in accepted(server)] == ["somebody"] * 3
     other = asyncssh.read_certificate(f"{path}-cert.pub")
-    CA.generate_user_certificate(key, "nobody", principals=["nobody"]).write_certificate(f"{path}-cert.pub")
-    assert str(failure_of(server.node(keys=[path]).run("true"))).startswith(f"127.0.0.1: auth: login as {ME} refused, after ")
+    CA.generate_user_certificate(key, "nobody", principals=["nobody"]).write_certificate(
+        f"{path}-cert.pub"
+    )
+    assert str(failure_of(server.node(keys=[path]).run("true"))).startswith(
+        f"127.0.0.1: auth: login as {ME} refused, after "
+    )
     assert other.principals == [ME]
 
 
-@pytest.mark.parametrize(("held", "named"), [("key and certificate", False), ("key and certificate", True), ("key alone", True)])
-def test_user_certificate_and_agent(user_certificate: Any, agent: Callable[..., None], held: str, named: bool) -> None:
+@pytest.mark.parametrize(
+    ("held", "named"),
+    [("key and certificate", False), ("key and certificate", True), ("key alone", True)],
+)
+def test_user_certificate_and_agent(
+    user_certificate: Any, agent: Callable[..., None], held: str, named: bool
+) -> None:
     """The agent may hold both, or the key whose certificate lies beside its file."""
     server, path, _ = user_certificate
     if held == "key alone":
@@ -1434,7 +1982,9 @@ def test_user_certificate_and_agent(user_certificate: Any, agent: Callable[..., 
     assert len(accepted(server)) == 1
 
 
-def test_encrypted_key_in_the_agent(sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path) -> None:
+def test_encrypted_key_in_the_agent(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+) -> None:
     """The agent's is used, and nothing is asked."""
     asyncssh.read_private_key(keys / "encrypted", "secret").write_private_key(tmp_path / "plain")
     (tmp_path / "plain").chmod(0o600)
@@ -1445,53 +1995,104 @@ def test_encrypted_key_in_the_agent(sshd: Sshd, keys: Path, agent: Callable[...,
 def test_passphrase_is_asked_once(make_sshd: Callable[..., Sshd], keys: Path) -> None:
     """For three hosts."""
     targets = ",".join(make_sshd().target for _ in range(3))
-    code, seen = typed("-k", str(keys / "encrypted"), "-q", "-f", "{line}", "-t", targets, "echo in", answers=[b"secret\n"])
+    code, seen = typed(
+        "-k",
+        str(keys / "encrypted"),
+        "-q",
+        "-f",
+        "{line}",
+        "-t",
+        targets,
+        "echo in",
+        answers=[b"secret\n"],
+    )
     assert (code, seen.decode()) == (0, f"passphrase for key {keys}/encrypted: \n" + "in\n" * 3)
 
 
 def test_passphrase_of_a_default_key(sshd: Sshd, keys: Path, home: Path) -> None:
     shutil.copy(keys / "encrypted", home / ".ssh" / "id_ed25519")
     (home / ".ssh" / "id_ed25519.pub").unlink()
-    code, seen = typed("-q", "-t", f"{sshd.target},{ME}@localhost:{sshd.port}", "exit 0", answers=[b"wrong\n", b"secret\n"])
+    code, seen = typed(
+        "-q",
+        "-t",
+        f"{sshd.target},{ME}@localhost:{sshd.port}",
+        "exit 0",
+        answers=[b"wrong\n", b"secret\n"],
+    )
     assert (code, seen.decode()) == (0, f"passphrase for key {home}/.ssh/id_ed25519: \n" * 2)
 
 
 def test_wrong_passphrase(sshd: Sshd, home: Path) -> None:
-    asyncssh.generate_private_key("ssh-rsa").write_private_key(home / "key", "pkcs8-pem", passphrase="secret")
-    code, seen = typed("-k", "key", "-t", sshd.target, "exit 0", answers=[b"one\n", b"two\n", b"\n"])
-    assert (code, seen.decode()) == (2, "passphrase for key key: \n" * 3 + "apssh: key key: wrong passphrase\n")
+    asyncssh.generate_private_key("ssh-rsa").write_private_key(
+        home / "key", "pkcs8-pem", passphrase="secret"
+    )
+    code, seen = typed(
+        "-k", "key", "-t", sshd.target, "exit 0", answers=[b"one\n", b"two\n", b"\n"]
+    )
+    assert (code, seen.decode()) == (
+        2,
+        "passphrase for key key: \n" * 3 + "apssh: key key: wrong passphrase\n",
+    )
 
 
 @pytest.mark.parametrize("option", ["-k", "-A"])
-@pytest.mark.parametrize(("answer", "code", "message"), [(b"\x04", 2, "apssh: no answer: {prompt}\n"), (b"\x03", 130, "")],
-                         ids=["end-of-file", "ctrl-c"])
-def test_prompt_that_is_left(sshd: Sshd, keys: Path, option: str, answer: bytes, code: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "code", "message"),
+    [(b"\x04", 2, "apssh: no answer: {prompt}\n"), (b"\x03", 130, "")],
+    ids=["end-of-file", "ctrl-c"],
+)
+def test_prompt_that_is_left(
+    sshd: Sshd, keys: Path, option: str, answer: bytes, code: int, message: str
+) -> None:
     """Neither hangs nor ends in a traceback."""
     prompt = "password" if option == "-A" else f"passphrase for key {keys}/encrypted"
-    given = typed(*(["-A"] if option == "-A" else ["-k", str(keys / "encrypted")]), "-t", sshd.target, "exit 0", answers=[answer],
-                  timeout=6)
-    assert (given[0], given[1].decode().replace("^C", "").replace(": \n", ": ")) == (code, f"{prompt}: " + message.format(prompt=prompt))
+    given = typed(
+        *(["-A"] if option == "-A" else ["-k", str(keys / "encrypted")]),
+        "-t",
+        sshd.target,
+        "exit 0",
+        answers=[answer],
+        timeout=6,
+    )
+    assert (given[0], given[1].decode().replace("^C", "").replace(": \n", ": ")) == (
+        code,
+        f"{prompt}: " + message.format(prompt=prompt),
+    )
 
 
 def test_nobody_to_ask(sshd: Sshd, keys: Path, home: Path) -> None:
     assert without_terminal("-k", str(keys / "encrypted"), "-t", sshd.target, "exit 0") == (
-        2, [f"apssh: no terminal to ask: passphrase for key {keys}/encrypted"])
-    assert without_terminal("-A", "-t", sshd.target, "exit 0") == (2, ["apssh: no terminal to ask: password"])
+        2,
+        [f"apssh: no terminal to ask: passphrase for key {keys}/encrypted"],
+    )
+    assert without_terminal("-A", "-t", sshd.target, "exit 0") == (
+        2,
+        ["apssh: no terminal to ask: password"],
+    )
     shutil.copy(keys / "encrypted", home / ".ssh" / "id_ed25519")
     (home / ".ssh" / "id_ed25519.pub").unlink()
     code, said = without_terminal("-t", sshd.target, "exit 0")
-    assert code == 2 and said[0] == f"skipped: no terminal to ask: passphrase for key {home}/.ssh/id_ed25519"
+    assert (
+        code == 2
+        and said[0] == f"skipped: no terminal to ask: passphrase for key {home}/.ssh/id_ed25519"
+    )
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("missing", "key {keys}/missing: no such file or directory"), ("folder", "key {keys}/folder: is a directory"),
-    ("note", "key {keys}/note: not a private key (Invalid private key)"),
-    ("empty", "key {keys}/empty: not a private key (Invalid private key)"),
-    ("id_ed25519.pub", "key {keys}/id_ed25519.pub: not a private key (Invalid private key)"),
-    ("missing.pub", "key {keys}/missing.pub: no such file or directory"),
-    ("damaged", "key {keys}/damaged: not a private key (p*q must equal modulus.)"),
-])
-def test_named_key_that_is_none(keys: Path, home: Path, capfd: Any, name: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "key {keys}/missing: no such file or directory"),
+        ("folder", "key {keys}/folder: is a directory"),
+        ("note", "key {keys}/note: not a private key (Invalid private key)"),
+        ("empty", "key {keys}/empty: not a private key (Invalid private key)"),
+        ("id_ed25519.pub", "key {keys}/id_ed25519.pub: not a private key (Invalid private key)"),
+        ("missing.pub", "key {keys}/missing.pub: no such file or directory"),
+        ("damaged", "key {keys}/damaged: not a private key (p*q must equal modulus.)"),
+    ],
+)
+def test_named_key_that_is_none(
+    keys: Path, home: Path, capfd: Any, name: str, message: str
+) -> None:
     """An error, before anything else is done, though there are default keys."""
     (home / "keys" / "folder").mkdir(parents=True)
     (home / "keys" / "note").write_text("-----BEGIN LETTER-----\nDear all\n-----END LETTER-----\n")
@@ -1514,18 +2115,27 @@ def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     before = sshd.log().count("Connection from")
     assert apssh.main(["-t", sshd.target, "true"]) == 2
-    assert capfd.readouterr().err == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+    assert (
+        capfd.readouterr().err
+        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+    )
     assert sshd.log().count("Connection from") == before
     assert apssh.main(["-K", "-t", sshd.target, "true"]) == 1
-    assert capfd.readouterr().err.splitlines() == [f"127.0.0.1: auth: login as {ME} refused, after 0 key(s)", "0 ok, 1 not reached or lost",
-                                                   "  auth: 127.0.0.1 (1)"]
+    assert capfd.readouterr().err.splitlines() == [
+        f"127.0.0.1: auth: login as {ME} refused, after 0 key(s)",
+        "0 ok, 1 not reached or lost",
+        "  auth: 127.0.0.1 (1)",
+    ]
 
 
 PASSWORD = f"pass-{os.urandom(6).hex()}"
 
 
-def password_server(*methods: str, prompts: Sequence[tuple[str, bool]] = (("Password: ", False),)) -> type[asyncssh.SSHServer]:
+def password_server(
+    *methods: str, prompts: Sequence[tuple[str, bool]] = (("Password: ", False),)
+) -> type[asyncssh.SSHServer]:
     """A server that takes the password in these ways; what it was told is in ``told``."""
+
     class Server(asyncssh.SSHServer):
         told: ClassVar[list[tuple[str, str, Any]]] = []
 
@@ -1559,9 +2169,15 @@ def secrets_seen() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("methods", [["password"], ["keyboard-interactive"], ["password", "keyboard-interactive"]], ids="+".join)
+@pytest.mark.parametrize(
+    "methods",
+    [["password"], ["keyboard-interactive"], ["password", "keyboard-interactive"]],
+    ids="+".join,
+)
 def test_password(keys: Path, methods: list[str]) -> None:
-    """Asked once for all hosts, on the terminal; shown nowhere: not to ps, not in the environment, not under --debug."""
+    """Asked once for all hosts, on the terminal; shown nowhere: not to ps, not in the environment,
+    not under --debug.
+    """
     server, shown = password_server(*methods), []
 
     async def process(process: Any) -> None:
@@ -1571,8 +2187,12 @@ def test_password(keys: Path, methods: list[str]) -> None:
 
     async def main() -> tuple[int, bytes]:
         async with contextlib.AsyncExitStack() as stack:
-            ports = [await stack.enter_async_context(ssh_server(keys, server=server, process=process,
-                                                                authorized_client_keys=None)) for _ in range(3)]
+            ports = [
+                await stack.enter_async_context(
+                    ssh_server(keys, server=server, process=process, authorized_client_keys=None)
+                )
+                for _ in range(3)
+            ]
             targets = " ".join(f"me@127.0.0.1:{port}" for port in ports)
             words = ["-A", "-D", "--no-guard", "-t", targets, "echo in"]
             return await asyncio.to_thread(typed, *words, answers=[PASSWORD.encode() + b"\n"])
@@ -1580,14 +2200,25 @@ def test_password(keys: Path, methods: list[str]) -> None:
     code, seen = run(main())
     assert code == 0, seen
     assert seen.startswith(b"password: \n") and seen.count(b"password: ") == 1
-    assert len(re.findall(rb"(?m)^127\.0\.0\.1:\d+: *echo in$|^127\.0\.0\.1: *echo in$", seen)) == 3, seen
+    assert (
+        len(re.findall(rb"(?m)^127\.0\.0\.1:\d+: *echo in$|^127\.0\.0\.1: *echo in$", seen)) == 3
+    ), seen
     assert PASSWORD.encode() not in seen and b"asyncssh" in seen
-    assert server.told == [(methods[-1], "me", [PASSWORD] if "keyboard-interactive" in methods else PASSWORD)] * 3
+    assert (
+        server.told
+        == [(methods[-1], "me", [PASSWORD] if "keyboard-interactive" in methods else PASSWORD)] * 3
+    )
     assert shown == []
 
 
-@pytest.mark.parametrize("prompts", [[], [("Code: ", True)], [("Old: ", False), ("New: ", False)], [("Password: ", False)]], ids=len)
-def test_password_goes_to_a_password_prompt_alone(keys: Path, prompts: list[tuple[str, bool]]) -> None:
+@pytest.mark.parametrize(
+    "prompts",
+    [[], [("Code: ", True)], [("Old: ", False), ("New: ", False)], [("Password: ", False)]],
+    ids=len,
+)
+def test_password_goes_to_a_password_prompt_alone(
+    keys: Path, prompts: list[tuple[str, bool]]
+) -> None:
     """Not to one whose answer is echoed, and not to several questions; and each is answered once."""
     server = password_server("keyboard-interactive", prompts=prompts)
     node_options = {"username": "me", "keys": [keys / "other"], "password": "wrong", "timeout": 5}
@@ -1597,27 +2228,52 @@ def test_password_goes_to_a_password_prompt_alone(keys: Path, prompts: list[tupl
             with pytest.raises(ConnectionFailedError) as caught:
                 await SshNode("127.0.0.1", port=port, **node_options).run("true")
             words = " and the password" if prompts == [("Password: ", False)] else ""
-            assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key(s){words}"
+            assert (
+                str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key(s){words}"
+            )
 
     run(main())
-    assert server.told == ([("keyboard-interactive", "me", [])] if not prompts else [("keyboard-interactive", "me",
-                                                                                      ["wrong"])] if len(prompts) == 1
-                           and not prompts[0][1] else [])
+    assert server.told == (
+        [("keyboard-interactive", "me", [])]
+        if not prompts
+        else [("keyboard-interactive", "me", ["wrong"])]
+        if len(prompts) == 1 and not prompts[0][1]
+        else []
+    )
 
 
 def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> None:
-    """Policy no goes on with whoever answers; like ssh, it tells him no password. known_hosts=None is the user's own word for that host."""
-    server, key = password_server("password", "keyboard-interactive"), asyncssh.generate_private_key("ssh-ed25519")
+    """Policy no goes on with whoever answers; like ssh, it tells him no password. known_hosts=None
+    is the user's own word for that host.
+    """
+    server, key = (
+        password_server("password", "keyboard-interactive"),
+        asyncssh.generate_private_key("ssh-ed25519"),
+    )
 
     async def main() -> None:
         async with ssh_server(keys, server=server, host_key=key) as port:
             (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", port, key))
-            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=PASSWORD, host_keys="no")
+            node = SshNode(
+                "127.0.0.1",
+                port=port,
+                username="me",
+                keys=[keys / "other"],
+                password=PASSWORD,
+                host_keys="no",
+            )
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
             assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key(s)"
             assert server.told == []
-            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=PASSWORD, known_hosts=None)
+            node = SshNode(
+                "127.0.0.1",
+                port=port,
+                username="me",
+                keys=[keys / "other"],
+                password=PASSWORD,
+                known_hosts=None,
+            )
             assert await node.run("true") == 0
             await node.close()
 
@@ -1633,7 +2289,15 @@ def test_wrong_password(keys: Path, caplog: Any) -> None:
 
     async def main() -> ConnectionFailedError:
         async with ssh_server(keys, server=server) as port:
-            node = SshNode("127.0.0.1", port=port, username="me", keys=[keys / "other"], password=secret, debug=True, verbose=True)
+            node = SshNode(
+                "127.0.0.1",
+                port=port,
+                username="me",
+                keys=[keys / "other"],
+                password=secret,
+                debug=True,
+                verbose=True,
+            )
             assert secret not in repr(node) + str(node)
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
@@ -1647,31 +2311,56 @@ def test_wrong_password(keys: Path, caplog: Any) -> None:
     assert secret not in repr(error) + str(vars(error)) + caplog.text
 
 
-def test_no_password_for_those_that_take_the_key(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+def test_no_password_for_those_that_take_the_key(
+    sshd: Sshd, make_sshd: Callable[..., Sshd]
+) -> None:
     """The key goes first; and a host that takes passwords alone says so."""
-    server = make_sshd(PubkeyAuthentication="no", PasswordAuthentication="no", KbdInteractiveAuthentication="no",
-                       AuthenticationMethods="any")
+    server = make_sshd(
+        PubkeyAuthentication="no",
+        PasswordAuthentication="no",
+        KbdInteractiveAuthentication="no",
+        AuthenticationMethods="any",
+    )
     run(log_in(sshd.node(password="unused")))
     assert accepted(sshd) and "password" not in sshd.log()
     assert failure_of(server.node(password="unused").run("true")).kind == "auth"
 
 
 @pytest.fixture
-def account(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, make_sshd: Callable[..., Sshd]) -> tuple[Sshd, str]:
-    """A real sshd without PAM, that knows one more user with a password: in files that it alone sees in the place of the system's."""
+def account(
+    tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, make_sshd: Callable[..., Sshd]
+) -> tuple[Sshd, str]:
+    """A real sshd without PAM, that knows one more user with a password: in files that it alone
+    sees in the place of the system's.
+    """
     if os.getuid() or not all(map(shutil.which, ("unshare", "mount", "openssl"))):
         pytest.skip("a user with a password needs root, unshare and openssl")
     program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
-    hashed_password = subprocess.run(["openssl", "passwd", "-6", "-stdin"], input=PASSWORD, capture_output=True, text=True,
-                                     check=True).stdout.strip()
-    for name, line in (("passwd", "apsshtest:x:64999:64999::/:/bin/sh"), ("shadow", f"apsshtest:{hashed_password}:19000:0:99999:7:::")):
+    hashed_password = subprocess.run(
+        ["openssl", "passwd", "-6", "-stdin"],
+        input=PASSWORD,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    for name, line in (
+        ("passwd", "apsshtest:x:64999:64999::/:/bin/sh"),
+        ("shadow", f"apsshtest:{hashed_password}:19000:0:99999:7:::"),
+    ):
         (tmp_path / name).write_text(f"{Path('/etc', name).read_text()}{line}\n")
     folder = tmp_path / "bin"
     folder.mkdir()
-    mounts = " && ".join(f"mount --bind {shlex.quote(str(tmp_path / name))} /etc/{name}" for name in ("passwd", "shadow"))
-    if subprocess.run(["unshare", "-m", "sh", "-c", mounts], capture_output=True, check=False).returncode:
+    mounts = " && ".join(
+        f"mount --bind {shlex.quote(str(tmp_path / name))} /etc/{name}"
+        for name in ("passwd", "shadow")
+    )
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", mounts], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no private mounts can be had here")
-    (folder / "sshd").write_text(f'#!/bin/sh\nexec unshare -m sh -c \'{mounts} && exec "$@"\' sh {program} "$@"\n')
+    (folder / "sshd").write_text(
+        f'#!/bin/sh\nexec unshare -m sh -c \'{mounts} && exec "$@"\' sh {program} "$@"\n'
+    )
     (folder / "sshd").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return make_sshd(PasswordAuthentication="yes", ForceCommand="none", SetEnv="A=B"), "apsshtest"
@@ -1680,21 +2369,37 @@ def account(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, make_ss
 def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
     server, user = account
     target = f"{user}@127.0.0.1:{server.port}"
-    assert typed("-A", "-t", target, "id -un", answers=[PASSWORD.encode() + b"\n"]) == (0, b"password: \n127.0.0.1:apsshtest\n")
+    assert typed("-A", "-t", target, "id -un", answers=[PASSWORD.encode() + b"\n"]) == (
+        0,
+        b"password: \n127.0.0.1:apsshtest\n",
+    )
     assert "Accepted password for apsshtest" in server.log()
     code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
-    assert (code, seen) == (1, b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key(s) and the password\n")
+    assert (code, seen) == (
+        1,
+        b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key(s) and the password\n",
+    )
 
 
 @contextlib.asynccontextmanager
-async def many_hosts(keys: Path, hosts: Sequence[str]) -> AsyncIterator[tuple[int, asyncssh.SSHKey]]:
+async def many_hosts(
+    keys: Path, hosts: Sequence[str]
+) -> AsyncIterator[tuple[int, asyncssh.SSHKey]]:
     """One server on many loopback addresses, the same port on each."""
+
     async def echo(process: Any) -> None:
         process.exit(0)
 
     key, port = asyncssh.generate_private_key("ssh-ed25519"), free_port()
-    server = await asyncssh.create_server(asyncssh.SSHServer, hosts, port, server_host_keys=[key], process_factory=echo, backlog=500,
-                                          authorized_client_keys=str(keys / "id_ed25519.pub"))
+    server = await asyncssh.create_server(
+        asyncssh.SSHServer,
+        hosts,
+        port,
+        server_host_keys=[key],
+        process_factory=echo,
+        backlog=500,
+        authorized_client_keys=str(keys / "id_ed25519.pub"),
+    )
     try:
         yield port, key
     finally:
@@ -1711,16 +2416,39 @@ def test_hundreds_of_first_contacts(keys: Path, home: Path, hashes: str) -> None
 
     async def main() -> tuple[int, asyncssh.SSHKey]:
         async with many_hosts(keys, hosts) as (port, key):
-            words = ["-F", "config", "--no-guard", "-q", "-p", str(port), "-l", "me", "-t", ",".join(hosts), "true"]
-            assert await asyncio.gather(*(asyncio.to_thread(without_terminal, *words) for _ in range(2))) == [(0, [])] * 2
+            words = [
+                "-F",
+                "config",
+                "--no-guard",
+                "-q",
+                "-p",
+                str(port),
+                "-l",
+                "me",
+                "-t",
+                ",".join(hosts),
+                "true",
+            ]
+            assert (
+                await asyncio.gather(
+                    *(asyncio.to_thread(without_terminal, *words) for _ in range(2))
+                )
+                == [(0, [])] * 2
+            )
             return port, key
 
     port, key = run(main(), 240)
     lines = (home / ".ssh" / "known_hosts").read_text().splitlines()
-    assert len(lines) == 200 and all(re.fullmatch(rf"[^ ]+ {re.escape(public(key))}", line) for line in lines)
+    assert len(lines) == 200 and all(
+        re.fullmatch(rf"[^ ]+ {re.escape(public(key))}", line) for line in lines
+    )
     for host in hosts:
-        found = subprocess.run(["ssh-keygen", "-F", f"[{host}]:{port}", "-f", str(home / ".ssh" / "known_hosts")], capture_output=True,
-                               text=True, check=True)
+        found = subprocess.run(
+            ["ssh-keygen", "-F", f"[{host}]:{port}", "-f", str(home / ".ssh" / "known_hosts")],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert len(found.stdout.splitlines()) == 2  # a comment, and the line
 
 
@@ -1731,12 +2459,33 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
 
     async def main() -> float:
         async with many_hosts(keys, hosts) as (port, key):
-            names = [f"[{host}]:{port}" for host in hosts] + [f"box{number}.example.org" for number in range(9900)]
-            (home / ".ssh" / "known_hosts").write_text("".join(f"{hashed(name)} {public(key)}\n" for name in names))
+            names = [f"[{host}]:{port}" for host in hosts] + [
+                f"box{number}.example.org" for number in range(9900)
+            ]
+            (home / ".ssh" / "known_hosts").write_text(
+                "".join(f"{hashed(name)} {public(key)}\n" for name in names)
+            )
             code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-            words = ["--host-keys", "yes", "--no-guard", "-F", "none", "-p", str(port), "-l", "me", "-t", ",".join(hosts), "true"]
-            plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}  # measuring costs twice
-            process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, env=plain)
+            words = [
+                "--host-keys",
+                "yes",
+                "--no-guard",
+                "-F",
+                "none",
+                "-p",
+                str(port),
+                "-l",
+                "me",
+                "-t",
+                ",".join(hosts),
+                "true",
+            ]
+            plain = {
+                name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+            }  # measuring costs twice
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, env=plain
+            )
             _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             assert process.stderr
@@ -1748,15 +2497,20 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
     assert seconds < 2
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ssh_config
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def ssh_says(file: Path, target: str) -> dict[str, Any]:
-    """What ``ssh -G`` answers for a target, its tokens expanded as ssh_config(5) has them, in the terms of ``seen_on``."""
+    """What ``ssh -G`` answers for a target, its tokens expanded as ssh_config(5) has them, in the
+    terms of ``seen_on``.
+    """
+
     def ask(config: str, *words: str) -> dict[str, list[str]]:
-        done = subprocess.run(["ssh", "-F", config, *words, "-G", host], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["ssh", "-F", config, *words, "-G", host], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise UsageError("ssh config: " + " ".join(done.stderr.splitlines()))
         answer: dict[str, list[str]] = {}
@@ -1767,11 +2521,24 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
 
     hop = apssh._parse_targets([target])[0].chain[-1]
     host = hop.host
-    answer = ask(str(file), *(["-l", hop.user] if hop.user else []), *(["-p", str(hop.port)] if hop.port else []))
+    answer = ask(
+        str(file),
+        *(["-l", hop.user] if hop.user else []),
+        *(["-p", str(hop.port)] if hop.port else []),
+    )
     default = ask("none")
     (user,), (port,), (address,) = answer["user"], answer["port"], answer["hostname"]
     alias = answer.get("hostkeyalias", [""])[0]
-    tokens = {"%h": address, "%n": host, "%p": port, "%r": user, "%u": ME, "%d": os.environ["HOME"], "%k": alias or host, "%%": "%"}
+    tokens = {
+        "%h": address,
+        "%n": host,
+        "%p": port,
+        "%r": user,
+        "%u": ME,
+        "%d": os.environ["HOME"],
+        "%k": alias or host,
+        "%%": "%",
+    }
 
     def expand(text: str) -> str:
         text = re.sub(r"%.", lambda match: tokens[match[0]], text)
@@ -1784,99 +2551,253 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
 
     def way(text: str) -> list[str]:
         """Each jump host as ssh would be called for it; the first one may itself be behind others."""
-        hops = [jump.removeprefix("ssh://") for jump in re.sub("%.", lambda match: tokens[match[0]], text).split(",")]
+        hops = [
+            jump.removeprefix("ssh://")
+            for jump in re.sub("%.", lambda match: tokens[match[0]], text).split(",")
+        ]
         steps = [ssh_says(file, jump) for jump in hops]
-        return steps[0]["way"] + [f"{step['user']}@{step['address']} {step['port']}" for step in steps]
+        return steps[0]["way"] + [
+            f"{step['user']}@{step['address']} {step['port']}" for step in steps
+        ]
 
     agent = answer.get("identityagent", ["SSH_AUTH_SOCK"])[0]
     (policy,), (timeout,) = answer["stricthostkeychecking"], answer["connecttimeout"]
     known = [answer[keyword][0] for keyword in ("userknownhostsfile", "globalknownhostsfile")]
-    changed = known != [default[keyword][0] for keyword in ("userknownhostsfile", "globalknownhostsfile")]
+    changed = known != [
+        default[keyword][0] for keyword in ("userknownhostsfile", "globalknownhostsfile")
+    ]
     (jump,), (command,) = answer.get("proxyjump", ["none"]), answer.get("proxycommand", ["none"])
     return {
-        "address": address, "user": user, "port": int(port), "keys": files("identityfile"), "certificates": files("certificatefile"),
+        "address": address,
+        "user": user,
+        "port": int(port),
+        "keys": files("identityfile"),
+        "certificates": files("certificatefile"),
         "only": answer["identitiesonly"] == ["yes"],
-        "agent": {"SSH_AUTH_SOCK": None, "none": os.devnull}.get(agent, os.path.expandvars(expand(agent))),
+        "agent": {"SSH_AUTH_SOCK": None, "none": os.devnull}.get(
+            agent, os.path.expandvars(expand(agent))
+        ),
         "way": [] if jump == "none" else way(jump),
-        "command": None if command == "none" else re.sub("%.", lambda match: tokens[match[0]], command),
-        "known": [os.devnull if path == "none" else path for path in re.split(" (?=/|none)", " ".join(known))] if changed else
-        [os.path.expanduser(path) for path in apssh.KNOWN_HOSTS_FILES],
+        "command": None
+        if command == "none"
+        else re.sub("%.", lambda match: tokens[match[0]], command),
+        "known": [
+            os.devnull if path == "none" else path
+            for path in re.split(" (?=/|none)", " ".join(known))
+        ]
+        if changed
+        else [os.path.expanduser(path) for path in apssh.KNOWN_HOSTS_FILES],
         "policy": {"true": "yes", "false": "no", "ask": "accept-new"}.get(policy, policy),
         "name": alias or (address if port == "22" else f"[{address}]:{port}"),
         "timeout": apssh.CONNECT_TIMEOUT if timeout == "none" else float(timeout),
-        "keepalive": float(answer["serveraliveinterval"][0]) or apssh.KEEPALIVE_INTERVAL, "hashed": answer["hashknownhosts"] == ["yes"]}
+        "keepalive": float(answer["serveraliveinterval"][0]) or apssh.KEEPALIVE_INTERVAL,
+        "hashed": answer["hashknownhosts"] == ["yes"],
+    }
 
 
 def seen_on(node: SshNode) -> dict[str, Any]:
     """The same of a node."""
     trust = apssh._Trust(node)
     return {
-        "address": (node._address or node.hostname).lower(), "user": node.username, "port": node.port, "keys": list(node._host_config.identity_files),
-        "certificates": list(node._host_config.certificate_files), "only": node._host_config.identities_only, "agent": node._host_config.identity_agent,
-        "way": [f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}" for hop in node._hops()[:-1]],
-        "command": node._proxy_command, "known": [os.path.expanduser(path) for path in node._known_hosts_files], "policy": trust.policy,
-        "name": trust._name.lower(), "timeout": node.timeout, "keepalive": node.keepalive, "hashed": node._host_config.hash_known_hosts}
+        "address": (node._address or node.hostname).lower(),
+        "user": node.username,
+        "port": node.port,
+        "keys": list(node._host_config.identity_files),
+        "certificates": list(node._host_config.certificate_files),
+        "only": node._host_config.identities_only,
+        "agent": node._host_config.identity_agent,
+        "way": [
+            f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}"
+            for hop in node._hops()[:-1]
+        ],
+        "command": node._proxy_command,
+        "known": [os.path.expanduser(path) for path in node._known_hosts_files],
+        "policy": trust.policy,
+        "name": trust._name.lower(),
+        "timeout": node.timeout,
+        "keepalive": node.keepalive,
+        "hashed": node._host_config.hash_known_hosts,
+    }
 
 
 def config_nodes(file: Path, *targets: str, **options: Any) -> list[SshNode]:
-    return apssh._build_nodes(apssh._parse_targets(list(targets)), formatter=apssh.HostFormatter(), config=str(file), **options)
+    return apssh._build_nodes(
+        apssh._parse_targets(list(targets)),
+        formatter=apssh.HostFormatter(),
+        config=str(file),
+        **options,
+    )
 
 
 CONFIGURATIONS = {
-    "empty": ("", "web", {"address": "web", "user": ME, "port": 22, "way": [], "policy": "accept-new"}),
+    "empty": (
+        "",
+        "web",
+        {"address": "web", "user": ME, "port": 22, "way": [], "policy": "accept-new"},
+    ),
     "comments-only": ("# nothing\n\n   # here\n", "web", {"address": "web"}),
     "hostname": ("Host web\n HostName Web.Example.ORG\n", "web db", {"address": "web.example.org"}),
-    "hostname-token": ("Host web db\n HostName %h.example.org\n", "web db", {"address": "web.example.org"}),
+    "hostname-token": (
+        "Host web db\n HostName %h.example.org\n",
+        "web db",
+        {"address": "web.example.org"},
+    ),
     "hostname-percent": ("HostName a%%%h\n", "web", {"address": "a%web"}),
     "hostname-of-one-host-for-two": ("Host web db\n HostName web\n", "web db", {"address": "web"}),
-    "hostname-v6": ("Host web\n HostName 2001:db8::1\n Port 2200\n", "web", {"address": "2001:db8::1", "name": "[2001:db8::1]:2200"}),
-    "user-port": ("Host web\n User bob\n Port 2200\n", "web db", {"user": "bob", "port": 2200, "name": "[web]:2200"}),
-    "target-wins": ("Host *\n User bob\n Port 2200\n", "ann@web:22 web db:23", {"user": "ann", "port": 22}),
-    "equals-and-case": ("HOST = web\n\tUSER=bob\n  pOrT =2200\n", "web db", {"user": "bob", "port": 2200}),
-    "quotes": ('Host "web"\n User "bob"\n IdentityFile "~/.ssh/my key"\n', "web db", {"user": "bob"}),
-    "comment-at-the-end": ("Host web db # both\n User bob # the builder\n Port 2200 # odd\n", "web db", {"user": "bob", "port": 2200}),
+    "hostname-v6": (
+        "Host web\n HostName 2001:db8::1\n Port 2200\n",
+        "web",
+        {"address": "2001:db8::1", "name": "[2001:db8::1]:2200"},
+    ),
+    "user-port": (
+        "Host web\n User bob\n Port 2200\n",
+        "web db",
+        {"user": "bob", "port": 2200, "name": "[web]:2200"},
+    ),
+    "target-wins": (
+        "Host *\n User bob\n Port 2200\n",
+        "ann@web:22 web db:23",
+        {"user": "ann", "port": 22},
+    ),
+    "equals-and-case": (
+        "HOST = web\n\tUSER=bob\n  pOrT =2200\n",
+        "web db",
+        {"user": "bob", "port": 2200},
+    ),
+    "quotes": (
+        'Host "web"\n User "bob"\n IdentityFile "~/.ssh/my key"\n',
+        "web db",
+        {"user": "bob"},
+    ),
+    "comment-at-the-end": (
+        "Host web db # both\n User bob # the builder\n Port 2200 # odd\n",
+        "web db",
+        {"user": "bob", "port": 2200},
+    ),
     "no-newline-at-the-end": ("Host web\n Port 2200", "web", {"port": 2200}),
     "dos-line-ends": ("Host web\r\n Port 2200\r\n", "web db", {"port": 2200}),
-    "first-wins": ("Host web\n User one\nHost w*\n User two\n Port 2222\nHost *\n User three\n Port 3333\n", "web wiki db",
-                   {"user": "one", "port": 2222}),
-    "negated": ("Host *.org !secret.org\n User bob\n", "web.org secret.org web.com", {"user": "bob"}),
+    "first-wins": (
+        "Host web\n User one\nHost w*\n User two\n Port 2222\nHost *\n User three\n Port 3333\n",
+        "web wiki db",
+        {"user": "one", "port": 2222},
+    ),
+    "negated": (
+        "Host *.org !secret.org\n User bob\n",
+        "web.org secret.org web.com",
+        {"user": "bob"},
+    ),
     "negated-alone": ("Host !web\n User bob\n", "web db", {"user": ME}),
-    "wildcards": ("Host node? 10.0.*.1\n User bob\n", "node1 node10 10.0.3.1 10.0.3.2", {"user": "bob"}),
-    "patterns-know-case": ("Host WEB\n User upper\nHost web\n User lower\n", "web WEB", {"user": "lower"}),
-    "many-identities": ("Host web\n IdentityFile ~/one\n IdentityFile ~/two\nHost *\n IdentityFile ~/three\n", "web db", {}),
-    "identity-tokens": ("IdentityFile %d/%h-%n-%r-%u-%p\nHost web\n User bob\n Port 2200\n HostName box\n", "web db", {}),
+    "wildcards": (
+        "Host node? 10.0.*.1\n User bob\n",
+        "node1 node10 10.0.3.1 10.0.3.2",
+        {"user": "bob"},
+    ),
+    "patterns-know-case": (
+        "Host WEB\n User upper\nHost web\n User lower\n",
+        "web WEB",
+        {"user": "lower"},
+    ),
+    "many-identities": (
+        "Host web\n IdentityFile ~/one\n IdentityFile ~/two\nHost *\n IdentityFile ~/three\n",
+        "web db",
+        {},
+    ),
+    "identity-tokens": (
+        "IdentityFile %d/%h-%n-%r-%u-%p\nHost web\n User bob\n Port 2200\n HostName box\n",
+        "web db",
+        {},
+    ),
     "identity-tokens-of-the-target": ("IdentityFile ~/%r-%p-%%\n", "ann@web:2200 web", {}),
     "identity-variable": ("IdentityFile ${STORE}/key\n", "web", {"keys": ["/store/key"]}),
     "identity-none": ("IdentityFile none\n", "web", {"keys": ["none"]}),
-    "identities-only": ("Host web\n IdentitiesOnly yes\n IdentityFile ~/one\n", "web db", {"only": True}),
+    "identities-only": (
+        "Host web\n IdentitiesOnly yes\n IdentityFile ~/one\n",
+        "web db",
+        {"only": True},
+    ),
     "identities-only-alone": ("IdentitiesOnly yes\n", "web", {"only": True, "keys": []}),
     "agent-path": ("Host web\n IdentityAgent ~/%h.sock\n", "web db", {}),
     "agent-none": ("Host web\n IdentityAgent none\n", "web db", {"agent": os.devnull}),
     "agent-of-the-environment": ("IdentityAgent SSH_AUTH_SOCK\n", "web", {"agent": None}),
     "agent-variable": ("IdentityAgent $STORE\n", "web", {"agent": "/store"}),
-    "jump": ("Host web\n ProxyJump gw\nHost gw\n HostName gate\n User bob\n", "web db", {"way": ["bob@gate 22"]}),
-    "jump-chain": ("Host web\n ProxyJump ann@gw1:2201,[2001:db8::1]:2202,gw3\nHost gw3\n Port 2203\n", "web",
-                   {"way": ["ann@gw1 2201", f"{ME}@2001:db8::1 2202", f"{ME}@gw3 2203"]}),
-    "jump-through-jumps": ("Host web\n ProxyJump gw3\nHost gw3\n ProxyJump gw2\nHost gw2\n ProxyJump gw1\n", "web gw3 gw2",
-                           {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]}),
-    "jump-chain-behind-a-jump": ("Host web\n ProxyJump gw2,gw3\nHost gw2\n ProxyJump gw1\nHost gw3\n ProxyJump other\n", "web",
-                                 {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]}),
-    "jump-none": ("Host web\n ProxyJump none\nHost *\n ProxyJump gw\nHost gw\n ProxyJump none\n", "web", {"way": []}),
-    "jump-for-all-but-itself": ("Host * !gw\n ProxyJump gw\n", "web db gw", {"way": [f"{ME}@gw 22"]}),
+    "jump": (
+        "Host web\n ProxyJump gw\nHost gw\n HostName gate\n User bob\n",
+        "web db",
+        {"way": ["bob@gate 22"]},
+    ),
+    "jump-chain": (
+        "Host web\n ProxyJump ann@gw1:2201,[2001:db8::1]:2202,gw3\nHost gw3\n Port 2203\n",
+        "web",
+        {"way": ["ann@gw1 2201", f"{ME}@2001:db8::1 2202", f"{ME}@gw3 2203"]},
+    ),
+    "jump-through-jumps": (
+        "Host web\n ProxyJump gw3\nHost gw3\n ProxyJump gw2\nHost gw2\n ProxyJump gw1\n",
+        "web gw3 gw2",
+        {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]},
+    ),
+    "jump-chain-behind-a-jump": (
+        "Host web\n ProxyJump gw2,gw3\nHost gw2\n ProxyJump gw1\nHost gw3\n ProxyJump other\n",
+        "web",
+        {"way": [f"{ME}@gw1 22", f"{ME}@gw2 22", f"{ME}@gw3 22"]},
+    ),
+    "jump-none": (
+        "Host web\n ProxyJump none\nHost *\n ProxyJump gw\nHost gw\n ProxyJump none\n",
+        "web",
+        {"way": []},
+    ),
+    "jump-for-all-but-itself": (
+        "Host * !gw\n ProxyJump gw\n",
+        "web db gw",
+        {"way": [f"{ME}@gw 22"]},
+    ),
     "jump-uri": ("Host web\n ProxyJump ssh://bob@gw:2200\n", "web", {"way": ["bob@gw 2200"]}),
     "jump-token": ("Host web db\n ProxyJump gw-%h\n", "web db", {"way": [f"{ME}@gw-web 22"]}),
-    "command": ("Host web\n ProxyCommand nc -x %% %h %n %p %r\n HostName box\n Port 2200\n User bob\n", "web db",
-                {"command": "nc -x % box web 2200 bob"}),
-    "command-of-two": ("Host web db\n ProxyCommand nc %h %p\n", "web:2200 db", {"command": "nc web 2200"}),
-    "command-none": ("Host web\n ProxyCommand none\nHost *\n ProxyCommand nc %h %p\n", "web db", {"command": None}),
-    "command-before-jump": ("ProxyCommand nc %h %p\nProxyJump gw\n", "web", {"command": "nc web 22", "way": []}),
-    "jump-before-command": ("Host web\n ProxyJump gw\n ProxyCommand nc %h %p\n", "web", {"command": None, "way": [f"{ME}@gw 22"]}),
-    "known-hosts": ("Host web\n UserKnownHostsFile /one /two\n", "web db",
-                    {"known": ["/one", "/two", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"]}),
-    "known-hosts-none": ("UserKnownHostsFile none\nGlobalKnownHostsFile /global\n", "web", {"known": [os.devnull, "/global"]}),
-    "known-hosts-tokens": ("UserKnownHostsFile /known/%k-%h-%p\nHost db\n HostKeyAlias ali\n", "web db", {}),
+    "command": (
+        "Host web\n ProxyCommand nc -x %% %h %n %p %r\n HostName box\n Port 2200\n User bob\n",
+        "web db",
+        {"command": "nc -x % box web 2200 bob"},
+    ),
+    "command-of-two": (
+        "Host web db\n ProxyCommand nc %h %p\n",
+        "web:2200 db",
+        {"command": "nc web 2200"},
+    ),
+    "command-none": (
+        "Host web\n ProxyCommand none\nHost *\n ProxyCommand nc %h %p\n",
+        "web db",
+        {"command": None},
+    ),
+    "command-before-jump": (
+        "ProxyCommand nc %h %p\nProxyJump gw\n",
+        "web",
+        {"command": "nc web 22", "way": []},
+    ),
+    "jump-before-command": (
+        "Host web\n ProxyJump gw\n ProxyCommand nc %h %p\n",
+        "web",
+        {"command": None, "way": [f"{ME}@gw 22"]},
+    ),
+    "known-hosts": (
+        "Host web\n UserKnownHostsFile /one /two\n",
+        "web db",
+        {"known": ["/one", "/two", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"]},
+    ),
+    "known-hosts-none": (
+        "UserKnownHostsFile none\nGlobalKnownHostsFile /global\n",
+        "web",
+        {"known": [os.devnull, "/global"]},
+    ),
+    "known-hosts-tokens": (
+        "UserKnownHostsFile /known/%k-%h-%p\nHost db\n HostKeyAlias ali\n",
+        "web db",
+        {},
+    ),
     "known-hosts-tokens-of-two": ("Host web db\n UserKnownHostsFile /known/%k\n", "web db", {}),
-    "global-known-hosts": ("UserKnownHostsFile /mine\nGlobalKnownHostsFile /one /two\n", "web", {"known": ["/mine", "/one", "/two"]}),
+    "global-known-hosts": (
+        "UserKnownHostsFile /mine\nGlobalKnownHostsFile /one /two\n",
+        "web",
+        {"known": ["/mine", "/one", "/two"]},
+    ),
     "policy-ask": ("StrictHostKeyChecking ask\n", "web", {"policy": "accept-new"}),
     "policy-yes": ("Host web\n StrictHostKeyChecking yes\n", "web db", {"policy": "yes"}),
     "policy-no": ("Host web\n StrictHostKeyChecking no\n", "web db", {"policy": "no"}),
@@ -1887,30 +2808,86 @@ CONFIGURATIONS = {
     "timeout-with-unit": ("ConnectTimeout 1m10s\n", "web", {"timeout": 70}),
     "keepalive": ("Host web\n ServerAliveInterval 5\n", "web db", {"keepalive": 5}),
     "hashed": ("Host web\n HashKnownHosts yes\n", "web db", {"hashed": True}),
-    "certificate": ("Host web\n CertificateFile ~/%r-cert.pub\n CertificateFile ${STORE}/c\n", "web db", {}),
+    "certificate": (
+        "Host web\n CertificateFile ~/%r-cert.pub\n CertificateFile ${STORE}/c\n",
+        "web db",
+        {},
+    ),
     "match-host": ("Match host web,db*\n User bob\n", "web db wiki", {"user": "bob"}),
-    "match-original-host": ("Host web\n HostName box\nMatch originalhost web\n User bob\nMatch host box\n Port 2200\n", "web box",
-                            {"user": "bob", "port": 2200}),
-    "match-user": ("Match user ann\n Port 2200\nMatch localuser nobody\n Port 2201\n", "ann@web web", {"port": 2200}),
+    "match-original-host": (
+        "Host web\n HostName box\nMatch originalhost web\n User bob\nMatch host box\n Port 2200\n",
+        "web box",
+        {"user": "bob", "port": 2200},
+    ),
+    "match-user": (
+        "Match user ann\n Port 2200\nMatch localuser nobody\n Port 2201\n",
+        "ann@web web",
+        {"port": 2200},
+    ),
     "match-exec": ('Match exec "test %h = web"\n User bob\n', "web db", {"user": "bob"}),
     "match-negated": ("Match !host web\n User bob\n", "db web", {"user": "bob"}),
     "match-all": ("Host db\n User ann\nMatch all\n User bob\n", "web db", {"user": "bob"}),
-    "match-final": ("Host web\n HostName box\nMatch final host box\n User bob\n", "web db", {"user": "bob"}),
-    "canonical": ("CanonicalizeHostname yes\nCanonicalizeMaxDots 0\nMatch canonical host *.org\n User bob\n", "web.org db.com",
-                  {"user": "bob"}),
-    "include": ("Include {folder}/one.conf\nHost *\n User bob\n", "web db", {"user": "one", "port": 2201}),
-    "include-glob": ("Include {folder}/*.conf {folder}/missing\n", "web db", {"user": "one", "port": 2201}),
-    "include-in-a-block": ("Host web\n Include {folder}/two.conf\nHost *\n User bob\n", "web db", {"user": "two"}),
+    "match-final": (
+        "Host web\n HostName box\nMatch final host box\n User bob\n",
+        "web db",
+        {"user": "bob"},
+    ),
+    "canonical": (
+        "CanonicalizeHostname yes\nCanonicalizeMaxDots 0\nMatch canonical host *.org\n User bob\n",
+        "web.org db.com",
+        {"user": "bob"},
+    ),
+    "include": (
+        "Include {folder}/one.conf\nHost *\n User bob\n",
+        "web db",
+        {"user": "one", "port": 2201},
+    ),
+    "include-glob": (
+        "Include {folder}/*.conf {folder}/missing\n",
+        "web db",
+        {"user": "one", "port": 2201},
+    ),
+    "include-in-a-block": (
+        "Host web\n Include {folder}/two.conf\nHost *\n User bob\n",
+        "web db",
+        {"user": "two"},
+    ),
     "include-quoted": ('Include "{folder}/one.conf"\n', "web db", {"user": "one"}),
-    "include-blank": ('Include "{folder}/a b/three.conf"\nHost *\n User bob\n', "web db wiki", {"address": "box3"}),
-    "include-blank-escaped": ("Include {folder}/a\\ b/three.conf\n", "web db wiki", {"address": "box3"}),
+    "include-blank": (
+        'Include "{folder}/a b/three.conf"\nHost *\n User bob\n',
+        "web db wiki",
+        {"address": "box3"},
+    ),
+    "include-blank-escaped": (
+        "Include {folder}/a\\ b/three.conf\n",
+        "web db wiki",
+        {"address": "box3"},
+    ),
     "include-single-quotes": ("Include '{folder}/one.conf'\n", "web db", {"user": "one"}),
-    "single-quotes": ("Host 'web'\n HostName box\nHost 'db'\n Port 2200\n", "web db wiki", {"address": "box"}),
+    "single-quotes": (
+        "Host 'web'\n HostName box\nHost 'db'\n Port 2200\n",
+        "web db wiki",
+        {"address": "box"},
+    ),
     "quoted-keyword": ('"Host" web\n HostName box\n', "web db", {"address": "box"}),
-    "known-hosts-with-blank": ('UserKnownHostsFile "/with blank/known" /other\n', "web", {"known": [
-        "/with blank/known", "/other", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"]}),
+    "known-hosts-with-blank": (
+        'UserKnownHostsFile "/with blank/known" /other\n',
+        "web",
+        {
+            "known": [
+                "/with blank/known",
+                "/other",
+                "/etc/ssh/ssh_known_hosts",
+                "/etc/ssh/ssh_known_hosts2",
+            ]
+        },
+    ),
     "tag": ("Host web\n Tag x\nMatch tagged x\n User bob\n", "web", {"user": "bob"}),
-    "ignored-keyword": ("IgnoreUnknown Mystery\nHost web\n Mystery yes\n User bob\n", "web db", {"user": "bob"}),
+    "ignored-keyword": (
+        "IgnoreUnknown Mystery\nHost web\n Mystery yes\n User bob\n",
+        "web db",
+        {"user": "bob"},
+    ),
     "bad-keyword": ("Host web\n Usr bob\n Port 22\n", "web", None),
     "bad-value": ("Host web\n Port many\n", "web", None),
     "bad-for-one": ("Host db\n ConnectTimeout never\n", "web db", None),
@@ -1929,9 +2906,17 @@ def included(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("text", "targets", "expected"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_config_is_what_ssh_says(text: str, targets: str, expected: dict[str, Any] | None, tmp_path: Path, included: Path,
-                                 monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "targets", "expected"), CONFIGURATIONS.values(), ids=CONFIGURATIONS
+)
+def test_config_is_what_ssh_says(
+    text: str,
+    targets: str,
+    expected: dict[str, Any] | None,
+    tmp_path: Path,
+    included: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("STORE", "/store")
     file = tmp_path / "config"
     file.write_text(text.replace("{folder}", str(included)), newline="")
@@ -1952,19 +2937,30 @@ def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The files and the command that ``ssh -v`` says it uses."""
     monkeypatch.setenv("STORE", "store")
     file = tmp_path / "config"
-    file.write_text("Host box\n HostName real\n User bob\n Port 2200\n HostKeyAlias ali\n ProxyCommand echo %h %n %p %r %%\n"
-                    " IdentityFile ~/%h-%n-%p-%r-%u-%k-%i-%L-%l-%%\n IdentityFile %d/${STORE}\n CertificateFile ~/%r.pub\n"
-                    " UserKnownHostsFile /known/%k-%h\n")
+    file.write_text(
+        "Host box\n HostName real\n User bob\n Port 2200\n HostKeyAlias ali\n ProxyCommand echo %h %n %p %r %%\n"
+        " IdentityFile ~/%h-%n-%p-%r-%u-%k-%i-%L-%l-%%\n IdentityFile %d/${STORE}\n CertificateFile ~/%r.pub\n"
+        " UserKnownHostsFile /known/%k-%h\n"
+    )
     for target, options in (("box", ["box"]), ("ann@box:2201", ["-l", "ann", "-p", "2201", "box"])):
-        done = subprocess.run(["ssh", "-v", "-F", file, *options, "true"], input=b"", capture_output=True, check=False)
-        said = done.stderr.decode().replace(pwd.getpwuid(os.getuid()).pw_dir + "/", os.environ["HOME"] + "/")
+        done = subprocess.run(
+            ["ssh", "-v", "-F", file, *options, "true"], input=b"", capture_output=True, check=False
+        )
+        said = done.stderr.decode().replace(
+            pwd.getpwuid(os.getuid()).pw_dir + "/", os.environ["HOME"] + "/"
+        )
         (node,) = config_nodes(file, target)
         assert f"debug1: Executing proxy command: exec {node._proxy_command}" in said.splitlines()
-        assert [*node._host_config.identity_files, *node._host_config.certificate_files] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
+        assert [
+            *node._host_config.identity_files,
+            *node._host_config.certificate_files,
+        ] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
 
 
 def test_config_relative_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative name is below ~/.ssh, whichever file includes it; ssh takes the home from the passwd file."""
+    """A relative name is below ~/.ssh, whichever file includes it; ssh takes the home from the
+    passwd file.
+    """
     home = pwd.getpwuid(os.getuid()).pw_dir
     if not os.path.isdir(f"{home}/.ssh"):
         pytest.skip("this user has no ~/.ssh folder")
@@ -1973,20 +2969,44 @@ def test_config_relative_include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "more" / "one").write_text("Host web\n User bob\n")
     (tmp_path / "more" / "two").write_text("Host db\n Port 2200\n")
     file = tmp_path / "config"
-    file.write_text(f"Include {os.path.relpath(tmp_path / 'more', os.path.realpath(f'{home}/.ssh'))}/*\n")
+    file.write_text(
+        f"Include {os.path.relpath(tmp_path / 'more', os.path.realpath(f'{home}/.ssh'))}/*\n"
+    )
     web, db, wiki = config_nodes(file, "web", "db", "wiki")
-    assert [(node.username, node.port) for node in (web, db, wiki)] == [("bob", 22), (ME, 2200), (ME, 22)]
-    assert [seen_on(node) for node in (web, db, wiki)] == [ssh_says(file, target) for target in ("web", "db", "wiki")]
+    assert [(node.username, node.port) for node in (web, db, wiki)] == [
+        ("bob", 22),
+        (ME, 2200),
+        (ME, 22),
+    ]
+    assert [seen_on(node) for node in (web, db, wiki)] == [
+        ssh_says(file, target) for target in ("web", "db", "wiki")
+    ]
 
 
-@pytest.mark.parametrize(("text", "targets", "message"), [
-    ("Host gw\n ProxyJump gw\n", "gw", "ssh config: jumphost loop via gw"),
-    ("Host web\n ProxyJump gw\nHost gw\n ProxyJump gw\n", "web", "ssh config: jumphost loop via gw"),
-    ("Host a\n ProxyJump b\nHost b\n ProxyJump a\n", "a", "a: it is its own gateway"),
-    ("Host a\n ProxyJump b\nHost b\n ProxyJump c\nHost c\n ProxyJump a\n", "a", "a: it is its own gateway"),
-    ("Host web\n ProxyCommand nc %r %h\n", "a.b+c@web", None),
-    ("Host web\n ProxyCommand nc %r %h\n", "a*b@web", "web: a host or user name with such characters cannot stand in a ProxyCommand"),
-], ids=["own-jump", "jump-of-a-jump", "loop-of-two", "loop-of-three", "odd-user", "shell-user"])
+@pytest.mark.parametrize(
+    ("text", "targets", "message"),
+    [
+        ("Host gw\n ProxyJump gw\n", "gw", "ssh config: jumphost loop via gw"),
+        (
+            "Host web\n ProxyJump gw\nHost gw\n ProxyJump gw\n",
+            "web",
+            "ssh config: jumphost loop via gw",
+        ),
+        ("Host a\n ProxyJump b\nHost b\n ProxyJump a\n", "a", "a: it is its own gateway"),
+        (
+            "Host a\n ProxyJump b\nHost b\n ProxyJump c\nHost c\n ProxyJump a\n",
+            "a",
+            "a: it is its own gateway",
+        ),
+        ("Host web\n ProxyCommand nc %r %h\n", "a.b+c@web", None),
+        (
+            "Host web\n ProxyCommand nc %r %h\n",
+            "a*b@web",
+            "web: a host or user name with such characters cannot stand in a ProxyCommand",
+        ),
+    ],
+    ids=["own-jump", "jump-of-a-jump", "loop-of-two", "loop-of-three", "odd-user", "shell-user"],
+)
 def test_config_refused(text: str, targets: str, message: str | None, tmp_path: Path) -> None:
     (tmp_path / "config").write_text(text)
     with contextlib.nullcontext() if message is None else pytest.raises(UsageError) as caught:
@@ -2006,8 +3026,11 @@ def test_config_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def program(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, list[str]]]:
+def program(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, list[str]]]:
     """Run apssh in this process, as in a new one: its exit code, stdout, and the lines of stderr."""
+
     def call(*argv: str) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(apssh, "_accepted_keys", set())
         capfd.readouterr()
@@ -2024,10 +3047,14 @@ Config = Callable[[str], Path]
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """The command lines of ssh since the start of the test: a program named ssh, first on PATH, notes them."""
+    """The command lines of ssh since the start of the test: a program named ssh, first on PATH,
+    notes them.
+    """
     log, folder = tmp_path / "asked", tmp_path / "counting"
     folder.mkdir()
-    (folder / "ssh").write_text(f'#!/bin/sh\necho "$*" >>{shlex.quote(str(log))}\nexec {shutil.which("ssh")} "$@"\n')
+    (folder / "ssh").write_text(
+        f'#!/bin/sh\necho "$*" >>{shlex.quote(str(log))}\nexec {shutil.which("ssh")} "$@"\n'
+    )
     (folder / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return lambda: log.read_text().splitlines() if log.exists() else []
@@ -2036,6 +3063,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
 @pytest.fixture
 def config(home: Path) -> Callable[[str], Path]:
     """Write ~/.ssh/config."""
+
     def write(text: str) -> Path:
         path = home / ".ssh" / "config"
         path.write_text(text)
@@ -2067,36 +3095,65 @@ def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], ho
     by_name = {node.hostname: node for node in nodes}
     assert by_name["node1999"].gateway is None and by_name["node1999"].port == 2200
     assert by_name["node1234"]._host_config.identity_files == (f"{home}/.ssh/node1234-bob",)
-    assert by_name["node2"].port == 22 and by_name["node2"].keepalive == 7 and by_name["node2"]._host_config.identity_files == ()
+    assert (
+        by_name["node2"].port == 22
+        and by_name["node2"].keepalive == 7
+        and by_name["node2"]._host_config.identity_files == ()
+    )
     assert [seen_on(by_name[name]) for name in ("node1", "node7", "node1999", "node2000")] == [
-        ssh_says(home / ".ssh" / "config", name) for name in ("node1", "node7", "node1999", "node2000")]
+        ssh_says(home / ".ssh" / "config", name)
+        for name in ("node1", "node7", "node1999", "node2000")
+    ]
 
 
-def test_config_with_nothing_of_ours_asks_nothing(config: Config, asked: Callable[[], list[str]]) -> None:
-    assert len(config_nodes(config("Host *\n SendEnv LANG\n Compression yes\n"), "node[1-20]")) == 20
+def test_config_with_nothing_of_ours_asks_nothing(
+    config: Config, asked: Callable[[], list[str]]
+) -> None:
+    assert (
+        len(config_nodes(config("Host *\n SendEnv LANG\n Compression yes\n"), "node[1-20]")) == 20
+    )
     assert asked() == []
 
 
 @pytest.mark.parametrize("options", [["-F", "none"], []], ids=["none", "no-file"])
-def test_no_config_asks_nothing(program: Program, options: list[str], sshd: Sshd, config: Config, asked: Callable[[], list[str]]) -> None:
+def test_no_config_asks_nothing(
+    program: Program, options: list[str], sshd: Sshd, config: Config, asked: Callable[[], list[str]]
+) -> None:
     if options:
         config("Host *\n Nonsense yes\n HostName nowhere.invalid\n User nobody\n Port 1\n")
     done = program(*options, "-t", sshd.target, "-r", "echo", "fine")
     assert (done, asked()) == ((0, "fine\n", []), [])
 
 
-@pytest.mark.parametrize(("argv", "expected"), [
-    ((), ("bob", 2200, "gw", "~/.ssh/of-config")), (("-l", "ann"), ("ann", 2200, "gw", "~/.ssh/of-config")),
-    (("-p", "22"), ("bob", 22, "gw", "~/.ssh/of-config")), (("-p", "23"), ("bob", 23, "gw", "~/.ssh/of-config")),
-    (("-g", "other"), ("bob", 2200, "other", "~/.ssh/of-config")), (("-k", "~/.ssh/id_ed25519"), ("bob", 2200, "gw", None)),
-    (("-t", "ann@web"), ("ann", 2200, "gw", "~/.ssh/of-config")), (("-t", "web:22"), ("bob", 22, "gw", "~/.ssh/of-config")),
-    (("-t", "other->web"), ("bob", 2200, "other", "~/.ssh/of-config")), (("-t", "None->web"), ("bob", 2200, None, "~/.ssh/of-config")),
-    (("-t", "ann@web:24", "-l", "eve", "-p", "25"), ("ann", 24, "gw", "~/.ssh/of-config")),
-], ids=lambda value: "_".join(map(str, value)) or "nothing")
-def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, int, str | None, str | None], home: Path, keys: Path,
-                                   config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config("Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port 2200\n ProxyJump gw\n"
-           " IdentityFile ~/.ssh/of-config\n")
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), ("bob", 2200, "gw", "~/.ssh/of-config")),
+        (("-l", "ann"), ("ann", 2200, "gw", "~/.ssh/of-config")),
+        (("-p", "22"), ("bob", 22, "gw", "~/.ssh/of-config")),
+        (("-p", "23"), ("bob", 23, "gw", "~/.ssh/of-config")),
+        (("-g", "other"), ("bob", 2200, "other", "~/.ssh/of-config")),
+        (("-k", "~/.ssh/id_ed25519"), ("bob", 2200, "gw", None)),
+        (("-t", "ann@web"), ("ann", 2200, "gw", "~/.ssh/of-config")),
+        (("-t", "web:22"), ("bob", 22, "gw", "~/.ssh/of-config")),
+        (("-t", "other->web"), ("bob", 2200, "other", "~/.ssh/of-config")),
+        (("-t", "None->web"), ("bob", 2200, None, "~/.ssh/of-config")),
+        (("-t", "ann@web:24", "-l", "eve", "-p", "25"), ("ann", 24, "gw", "~/.ssh/of-config")),
+    ],
+    ids=lambda value: "_".join(map(str, value)) or "nothing",
+)
+def test_explicit_wins_over_config(
+    argv: tuple[str, ...],
+    expected: tuple[str, int, str | None, str | None],
+    home: Path,
+    keys: Path,
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config(
+        "Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port 2200\n ProxyJump gw\n"
+        " IdentityFile ~/.ssh/of-config\n"
+    )
     shutil.copy(keys / "other", home / ".ssh" / "of-config")
     built: list[SshNode] = []
 
@@ -2108,36 +3165,60 @@ def test_explicit_wins_over_config(argv: tuple[str, ...], expected: tuple[str, i
     assert apssh.main([*(() if "-t" in argv else ("-t", "web")), *argv, "true"]) == 0
     (node,) = built
     user, port, gateway, key = expected
-    assert (node.username, node.port, node.gateway and node.gateway.hostname) == (user, port, gateway)
+    assert (node.username, node.port, node.gateway and node.gateway.hostname) == (
+        user,
+        port,
+        gateway,
+    )
     assert node._address == "web.example.org"
-    assert [key.public_data for key in apssh._keys_of_run(node)] == [apssh.import_private_key(key or "~/.ssh/id_ed25519").public_data]
+    assert [key.public_data for key in apssh._keys_of_run(node)] == [
+        apssh.import_private_key(key or "~/.ssh/id_ed25519").public_data
+    ]
     if gateway:
-        assert node.gateway and node.gateway.username == ("ann" if argv == ("-l", "ann") and gateway != "gw" else "gate")
+        assert node.gateway and node.gateway.username == (
+            "ann" if argv == ("-l", "ann") and gateway != "gw" else "gate"
+        )
 
 
-def test_no_ssh_program(program: Program, sshd: Sshd, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ssh_program(
+    program: Program, sshd: Sshd, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config("Host *\n User nobody\n")
     monkeypatch.setenv("PATH", str(tmp_path))
     said = "apssh: no ssh program here to read the ssh config: it is not used"
     assert program("-t", sshd.target, "-r", "echo", "fine") == (0, "fine\n", [said])
 
 
-@pytest.mark.parametrize("text", ["Host *\n Usr bob\n Port 22\n", "Host *\n User bob\n Port many\n ConnectTimeout x\n", "Host\n User bob\n",
-                                  "Match nonsense\n", "HostName %q\n"],
-                         ids=["keyword", "values", "no-pattern", "match", "token"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Host *\n Usr bob\n Port 22\n",
+        "Host *\n User bob\n Port many\n ConnectTimeout x\n",
+        "Host\n User bob\n",
+        "Match nonsense\n",
+        "HostName %q\n",
+    ],
+    ids=["keyword", "values", "no-pattern", "match", "token"],
+)
 def test_broken_config(program: Program, text: str, config: Config) -> None:
     file = config(text)
-    said = subprocess.run(["ssh", "-F", file, "-G", "web"], capture_output=True, text=True, check=False).stderr
+    said = subprocess.run(
+        ["ssh", "-F", file, "-G", "web"], capture_output=True, text=True, check=False
+    ).stderr
     assert said
     done = program("-t", "web", "true")
     assert done == (2, "", [f"apssh: ssh config: {' '.join(said.splitlines())}"])
 
 
 def test_columns_after_a_config(sshd: Sshd, config: Config, capfd: Any) -> None:
-    """A user and a port that the config names are known to the formatter: columns and names are as if they had been given."""
+    """A user and a port that the config names are known to the formatter: columns and names are as
+    if they had been given.
+    """
     config(aliases(sshd, "one.site.org", "two.site.org", more=f"User {ME}"))
     formatter = apssh.HostFormatter()
-    nodes = [SshNode(f"{name}.site.org", config=True, formatter=formatter) for name in ("one", "two")]
+    nodes = [
+        SshNode(f"{name}.site.org", config=True, formatter=formatter) for name in ("one", "two")
+    ]
     for node in nodes:
         assert asyncio.run(node.run("echo x")) == 0
         asyncio.run(node.close())
@@ -2150,13 +3231,19 @@ def test_missing_config(program: Program, home: Path) -> None:
         assert done == (2, "", [f"apssh: ssh config {path}: no such file"])
 
 
-def test_empty_device_as_config(program: Program, sshd: Sshd, asked: Callable[[], list[str]]) -> None:
+def test_empty_device_as_config(
+    program: Program, sshd: Sshd, asked: Callable[[], list[str]]
+) -> None:
     done = program("-F", os.devnull, "-t", sshd.target, "-r", "echo", "fine")
     assert done == (0, "fine\n", [])
 
 
-def test_api_reads_no_config_unless_asked(sshd: Sshd, config: Config, asked: Callable[[], list[str]]) -> None:
-    file = config(f"Host box\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\n ConnectTimeout 17\n")
+def test_api_reads_no_config_unless_asked(
+    sshd: Sshd, config: Config, asked: Callable[[], list[str]]
+) -> None:
+    file = config(
+        f"Host box\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\n ConnectTimeout 17\n"
+    )
 
     async def main() -> None:
         node = SshNode("box", timeout=5)
@@ -2168,28 +3255,47 @@ def test_api_reads_no_config_unless_asked(sshd: Sshd, config: Config, asked: Cal
         for each in (True, str(file)):
             async with SshNode("box", config=each, formatter=apssh.CaptureFormatter()) as node:
                 assert await node.run("true") == 0
-                assert (node.hostname, node.port, node.username, node.timeout) == ("box", sshd.port, ME, 17)
+                assert (node.hostname, node.port, node.username, node.timeout) == (
+                    "box",
+                    sshd.port,
+                    ME,
+                    17,
+                )
             (result,) = await apssh.co_run("box", "echo fine", config=each)
-            assert (result.ok, result.stdout, result.host, result.port) == (True, "fine\n", "box", sshd.port)
+            assert (result.ok, result.stdout, result.host, result.port) == (
+                True,
+                "fine\n",
+                "box",
+                sshd.port,
+            )
 
     run(main())
 
 
 def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
     """Each hop is looked up; nodes with other ideas of trust share no jump host."""
-    config(f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n ProxyJump gw1,gw2\n")
+    config(
+        f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n ProxyJump gw1,gw2\n"
+    )
 
     async def main() -> None:
         logins = sshd.logins()
-        nodes = [SshNode(f"box{number}", config=True, timeout=10, formatter=apssh.CaptureFormatter()) for number in range(3)]
+        nodes = [
+            SshNode(f"box{number}", config=True, timeout=10, formatter=apssh.CaptureFormatter())
+            for number in range(3)
+        ]
         assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0, 0, 0]
         assert [hop.hostname for hop in nodes[0]._hops()] == ["gw1", "gw2", "box0"]
         assert len({node.gateway for node in nodes}) == 1
         assert sshd.logins() - logins == 5
-        trusting = SshNode("box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter())
+        trusting = SshNode(
+            "box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter()
+        )
         assert await trusting.run("true") == 0
         assert trusting.gateway is nodes[0].gateway  # verified: the word was for that node
-        strict = SshNode("box5", config=True, host_keys="yes", timeout=10, formatter=apssh.CaptureFormatter())
+        strict = SshNode(
+            "box5", config=True, host_keys="yes", timeout=10, formatter=apssh.CaptureFormatter()
+        )
         assert await strict.run("true") == 0
         assert strict.gateway is not nodes[0].gateway
         for hop in {hop for node in [*nodes, trusting, strict] for hop in node._hops()}:
@@ -2208,20 +3314,33 @@ def aliases(server: Sshd, *names: str, more: str = "") -> str:
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("chain", [True, False], ids=["chain", "nested"])
-def test_jump_hosts_are_shared(program: Program, depth: int, chain: bool, sshd: Sshd, make_sshd: Callable[..., Sshd],
-                               config: Config) -> None:
+def test_jump_hosts_are_shared(
+    program: Program,
+    depth: int,
+    chain: bool,
+    sshd: Sshd,
+    make_sshd: Callable[..., Sshd],
+    config: Config,
+) -> None:
     gates = [make_sshd() for _ in range(depth)]
     names = [f"gw{number}" for number in range(depth)]
     if chain:
         blocks = [aliases(gate, name) for gate, name in zip(gates, names, strict=True)]
     else:
-        blocks = [aliases(gate, name, more=f"ProxyJump gw{number - 1}" if number else "")
-                  for number, (gate, name) in enumerate(zip(gates, names, strict=True))]
-    config("".join(blocks) + aliases(sshd, "box*", more=f"ProxyJump {','.join(names) if chain else names[-1]}"))
+        blocks = [
+            aliases(gate, name, more=f"ProxyJump gw{number - 1}" if number else "")
+            for number, (gate, name) in enumerate(zip(gates, names, strict=True))
+        ]
+    config(
+        "".join(blocks)
+        + aliases(sshd, "box*", more=f"ProxyJump {','.join(names) if chain else names[-1]}")
+    )
     logins = sshd.logins()
     code, out, said = program("-t", "box[1-5]", "-q", "echo", "$SSH_CONNECTION")
     assert (code, said) == (0, [])
-    assert sorted(line.split()[0] for line in out.splitlines()) == [f"box{number}:127.0.0.1" for number in range(1, 6)]
+    assert sorted(line.split()[0] for line in out.splitlines()) == [
+        f"box{number}:127.0.0.1" for number in range(1, 6)
+    ]
     assert sshd.logins() - logins == 5
     assert [gate.logins() for gate in gates] == [1] * depth
     assert eventually(lambda: all(gate.connections() == 0 for gate in gates))
@@ -2229,10 +3348,15 @@ def test_jump_hosts_are_shared(program: Program, depth: int, chain: bool, sshd: 
 
 def test_failed_jump_host(program: Program, sshd: Sshd, config: Config) -> None:
     port = free_port()
-    config(f"Host gw\n HostName 127.0.0.1\n Port {port}\n" + aliases(sshd, "box1", "box2", more="ProxyJump gw"))
+    config(
+        f"Host gw\n HostName 127.0.0.1\n Port {port}\n"
+        + aliases(sshd, "box1", "box2", more="ProxyJump gw")
+    )
     code, out, said = program("-t", "box[1-2]", "-q", "true")
     assert (code, out) == (1, "")
-    assert sorted(said) == [f"{name}: refused: gateway gw: nothing listens on port {port}" for name in ("box1", "box2")]
+    assert sorted(said) == [
+        f"{name}: refused: gateway gw: nothing listens on port {port}" for name in ("box1", "box2")
+    ]
 
 
 RELAY = """
@@ -2249,14 +3373,22 @@ os._exit(0)
 """
 
 
-def test_proxy_command(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+def test_proxy_command(
+    program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path
+) -> None:
     (home / "relay.py").write_text(RELAY)
     token = f"relay-{os.urandom(4).hex()}"
     command = f"{shlex.quote(sys.executable)} {home}/relay.py {token} %h %p"
-    config(f"Host box* broken\n HostName 127.0.0.1\n Port {sshd.port}\n ProxyCommand {command}\n"
-           "Host broken\n StrictHostKeyChecking yes\n HostKeyAlias unknown\n")
+    config(
+        f"Host box* broken\n HostName 127.0.0.1\n Port {sshd.port}\n ProxyCommand {command}\n"
+        "Host broken\n StrictHostKeyChecking yes\n HostKeyAlias unknown\n"
+    )
     code, out, said = program("-t", "box[1-3]", "-t", f"box4:{sshd.port}", "-q", "echo fine")
-    assert (code, sorted(out.splitlines()), said) == (0, [f"box{number}:fine" for number in range(1, 5)], [])
+    assert (code, sorted(out.splitlines()), said) == (
+        0,
+        [f"box{number}:fine" for number in range(1, 5)],
+        [],
+    )
     eventually(lambda: not processes(token))
     assert program("-t", "broken", "-q", "true")[0] == 1
     eventually(lambda: not processes(token))
@@ -2273,12 +3405,19 @@ def test_proxy_command(program: Program, sshd: Sshd, config: Config, home: Path,
 
 def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
     """Nobody waits for it, and it is no zombie when it has ended."""
-    (home / "relay.py").write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-                                   + RELAY.replace("os._exit(0)", "__import__('time').sleep(60)"))
+    (home / "relay.py").write_text(
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        + RELAY.replace("os._exit(0)", "__import__('time').sleep(60)")
+    )
 
     async def main() -> None:
-        node = SshNode("box", username=ME, port=sshd.port, host_keys="no",
-                       proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 {sshd.port}")
+        node = SshNode(
+            "box",
+            username=ME,
+            port=sshd.port,
+            host_keys="no",
+            proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 {sshd.port}",
+        )
         assert await node.run("true") == 0
         (link,) = node._live.links if node._live else ()
         process = link._route.process
@@ -2295,12 +3434,16 @@ def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
     run(main())
 
 
-def test_proxy_command_that_fails(program: Program, config: Config, caplog: pytest.LogCaptureFixture) -> None:
+def test_proxy_command_that_fails(
+    program: Program, config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
     """What it says is shown, and there is no traceback."""
     config("Host box\n ProxyCommand echo no way >&2; exit 3\n")
     code, out, said = program("-t", "box", "-q", "-c", "1", "true")
     assert (code, out) == (1, "")
-    assert re.fullmatch(r"box: lost: no connection within 1 s: dropped before login, [23] times", said[-1])
+    assert re.fullmatch(
+        r"box: lost: no connection within 1 s: dropped before login, [23] times", said[-1]
+    )
     assert {*said[:-1]} == {"no way"}
     gc.collect()
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
@@ -2310,35 +3453,53 @@ def test_host_key_alias(program: Program, sshd: Sshd, config: Config, home: Path
     config(aliases(sshd, "box", "wrong", more="HostKeyAlias the-box"))
     assert program("-t", "box", "true")[0] == 0
     known = home / ".ssh" / "known_hosts"
-    assert known.read_text() == f"the-box {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    assert (
+        known.read_text()
+        == f"the-box {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    )
     other = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode().strip()
-    known.write_text(f"[127.0.0.1]:{sshd.port} {sshd.key.export_public_key().decode()}the-box {other}\n")
+    known.write_text(
+        f"[127.0.0.1]:{sshd.port} {sshd.key.export_public_key().decode()}the-box {other}\n"
+    )
     code, _, (said,) = program("-t", "box", "-q", "true")
     assert code == 1
     assert said.startswith("box: hostkey: HOST KEY CHANGED: it presents ED25519 SHA256:")
     assert "ssh-keygen -R 'the-box' -f" in said
 
 
-def test_user_known_hosts_file(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+def test_user_known_hosts_file(
+    program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path
+) -> None:
     """The first file is written to, all are read; a file for each host is its own."""
-    config(aliases(sshd, "box", more=f"UserKnownHostsFile {tmp_path}/first {tmp_path}/second")
-           + aliases(sshd, "each*", more=f"UserKnownHostsFile {tmp_path}/of-%k") + aliases(sshd, "none", more="UserKnownHostsFile none")
-           + aliases(sshd, "null", more="UserKnownHostsFile /dev/null"))
-    line = f"[127.0.0.1]:{sshd.port} {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    config(
+        aliases(sshd, "box", more=f"UserKnownHostsFile {tmp_path}/first {tmp_path}/second")
+        + aliases(sshd, "each*", more=f"UserKnownHostsFile {tmp_path}/of-%k")
+        + aliases(sshd, "none", more="UserKnownHostsFile none")
+        + aliases(sshd, "null", more="UserKnownHostsFile /dev/null")
+    )
+    line = (
+        f"[127.0.0.1]:{sshd.port} {' '.join(sshd.key.export_public_key().decode().split()[:2])}\n"
+    )
     mode = os.stat(os.devnull).st_mode
     for target in ("box", "each[1-2]", "none", "null"):
         done = program("-t", target, "-q", "true")
         assert done == (0, "", [])
     written = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert written == {"first": line, "of-each1": line, "of-each2": line}
-    assert sorted(path.name for path in (home / ".ssh").iterdir()) == ["config", "id_ed25519", "id_ed25519.pub"]
+    assert sorted(path.name for path in (home / ".ssh").iterdir()) == [
+        "config",
+        "id_ed25519",
+        "id_ed25519.pub",
+    ]
     assert [path.name for path in home.iterdir() if path.name not in (".ssh", ".apssh")] == []
     assert os.stat(os.devnull).st_mode == mode
     (tmp_path / "first").rename(tmp_path / "second")
     assert program("-t", "box", "--host-keys", "yes", "true")[0] == 0
 
 
-def test_known_hosts_file_with_a_blank(program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path) -> None:
+def test_known_hosts_file_with_a_blank(
+    program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "known").write_bytes(known_hosts_text("{n} {other}", sshd.port, sshd.key))
     config(aliases(sshd, "box", more=f'UserKnownHostsFile "{tmp_path}/a b/known"'))
@@ -2346,11 +3507,15 @@ def test_known_hosts_file_with_a_blank(program: Program, sshd: Sshd, config: Con
     assert code == 1 and err[0].startswith("box: hostkey: HOST KEY CHANGED")
 
 
-def test_jump_host_is_verified(sshd: Sshd, make_sshd: Callable[..., Sshd], config: Config, home: Path) -> None:
+def test_jump_host_is_verified(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], config: Config, home: Path
+) -> None:
     """known_hosts=None is about its node, not about the way there."""
     gateway = make_sshd()
     config(aliases(gateway, "gw") + aliases(sshd, "box", more="ProxyJump gw"))
-    (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", gateway.port, gateway.key))
+    (home / ".ssh" / "known_hosts").write_bytes(
+        known_hosts_text("{n} {other}", gateway.port, gateway.key)
+    )
     error = failure_of(SshNode("box", config=True, known_hosts=None, username=ME).run("true"))
     assert str(error).startswith("box: hostkey: gateway gw: HOST KEY CHANGED")
 
@@ -2359,10 +3524,16 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
     config("Match user ann\n HostName one\nMatch all\n IdentityFile ~/%r-%p\n")
 
     async def main() -> list[str]:
-        nodes = [SshNode("box", config=True, username="ann", port=2200), SshNode("box", config=True, username="bob")]
+        nodes = [
+            SshNode("box", config=True, username="ann", port=2200),
+            SshNode("box", config=True, username="bob"),
+        ]
         for node in nodes:
             await node._apply_config()
-        return [f"{node._address} {' '.join(map(os.path.basename, node._host_config.identity_files))}" for node in nodes]
+        return [
+            f"{node._address} {' '.join(map(os.path.basename, node._host_config.identity_files))}"
+            for node in nodes
+        ]
 
     assert run(main()) == ["one ann-2200", "None bob-22"]
 
@@ -2370,33 +3541,85 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
 RSA_HOST = {"host_key": "ssh-rsa"}
 
 
-@pytest.mark.parametrize(("server", "more", "code", "message"), [
-    ({"Ciphers": "aes128-cbc"}, "", 1, "*box: lost: (No matching encryption algorithm found, sent .* and received aes128-cbc"
-     r"|dropped before login, 2 times, in the key exchange \(no algorithm in common\?\))"),  # whoever notices first
-    ({"Ciphers": "aes128-cbc"}, "Ciphers +aes128-cbc", 0, ""),
-    ({"KexAlgorithms": "ecdh-sha2-nistp521", "MACs": "hmac-md5"}, "KexAlgorithms ecdh-sha2-nistp521\n MACs +hmac-md5", 0, ""),
-    (RSA_HOST | {"HostKeyAlgorithms": "ssh-rsa"}, "HostKeyAlgorithms +ssh-rsa", 0, ""),
-    ({}, "HostKeyAlgorithms rsa-sha2-512", 1,
-     "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"),
-    ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
-    ({}, "PreferredAuthentications password", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
-    ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
-    ({}, "KexAlgorithms sntrup761x25519-sha512@openssh.com", 1, "box: local: No key exchange algorithms selected"),
-    ({}, "BindAddress 127.0.0.9\n AddressFamily inet", 0, ""),
-    ({}, "AddressFamily inet6", 1, "box: dns: unknown host name 127.0.0.1"),
-    ({}, "RevokedHostKeys {folder}/host_key.pub", 1, "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub"),
-    ({}, "RevokedHostKeys {folder}/none", 1,
-     "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted"),
-    ({}, "RevokedHostKeys {folder}/krl", 1,
-     "box: hostkey: RevokedHostKeys {folder}/krl is not a readable list of public keys: no host is trusted"),
-], ids=lambda value: value if isinstance(value, str) else None)
-def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., Sshd], config: Config, keys: Path, server: dict[str, Any],
-                                     more: str, code: int, message: str) -> None:
+@pytest.mark.parametrize(
+    ("server", "more", "code", "message"),
+    [
+        (
+            {"Ciphers": "aes128-cbc"},
+            "",
+            1,
+            "*box: lost: (No matching encryption algorithm found, sent .* and received aes128-cbc"
+            r"|dropped before login, 2 times, in the key exchange \(no algorithm in common\?\))",
+        ),  # whoever notices first
+        ({"Ciphers": "aes128-cbc"}, "Ciphers +aes128-cbc", 0, ""),
+        (
+            {"KexAlgorithms": "ecdh-sha2-nistp521", "MACs": "hmac-md5"},
+            "KexAlgorithms ecdh-sha2-nistp521\n MACs +hmac-md5",
+            0,
+            "",
+        ),
+        (RSA_HOST | {"HostKeyAlgorithms": "ssh-rsa"}, "HostKeyAlgorithms +ssh-rsa", 0, ""),
+        (
+            {},
+            "HostKeyAlgorithms rsa-sha2-512",
+            1,
+            "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)",
+        ),
+        ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
+        (
+            {},
+            "PreferredAuthentications password",
+            1,
+            f"box: auth: login as {ME} refused, after 0 key(s)",
+        ),
+        ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
+        (
+            {},
+            "KexAlgorithms sntrup761x25519-sha512@openssh.com",
+            1,
+            "box: local: No key exchange algorithms selected",
+        ),
+        ({}, "BindAddress 127.0.0.9\n AddressFamily inet", 0, ""),
+        ({}, "AddressFamily inet6", 1, "box: dns: unknown host name 127.0.0.1"),
+        (
+            {},
+            "RevokedHostKeys {folder}/host_key.pub",
+            1,
+            "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub",
+        ),
+        (
+            {},
+            "RevokedHostKeys {folder}/none",
+            1,
+            "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted",
+        ),
+        (
+            {},
+            "RevokedHostKeys {folder}/krl",
+            1,
+            "box: hostkey: RevokedHostKeys {folder}/krl is not a readable list of public keys: no host is trusted",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_config_restricts_and_widens(
+    program: Program,
+    make_sshd: Callable[..., Sshd],
+    config: Config,
+    keys: Path,
+    server: dict[str, Any],
+    more: str,
+    code: int,
+    message: str,
+) -> None:
     """Each as ssh itself does (compared in the same test)."""
     sshd = make_sshd(**server)
     shutil.copy(keys / "rsa", Path.home() / ".ssh" / "id_rsa")
     sshd.key.write_public_key(sshd.folder / "host_key.pub")
-    subprocess.run(["ssh-keygen", "-q", "-k", "-f", sshd.folder / "krl", sshd.folder / "host_key.pub"], check=True)
+    subprocess.run(
+        ["ssh-keygen", "-q", "-k", "-f", sshd.folder / "krl", sshd.folder / "host_key.pub"],
+        check=True,
+    )
     more = more.replace("{folder}", str(sshd.folder))
     path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
     done, _, err = program("-t", "box", "echo $SSH_CLIENT")
@@ -2404,15 +3627,41 @@ def test_config_restricts_and_widens(program: Program, make_sshd: Callable[..., 
     if message.startswith("*"):
         assert done == code and re.fullmatch(message[1:], err[0]), err
     else:
-        assert (done, err[:1]) == (code, [message.format(folder=sshd.folder, shown=shown)] if message else [])
-    ssh = subprocess.run(["ssh", "-F", str(path), "-i", str(Path.home() / ".ssh/id_rsa"), "-i", str(Path.home() / ".ssh/id_ed25519"),
-                          "-o", "BatchMode yes", "-o", "StrictHostKeyChecking accept-new",
-                          "-o", f"UserKnownHostsFile {sshd.folder}/known", "box", "true"], capture_output=True, text=True, check=False)
-    assert bool(ssh.returncode) == bool(code) or (server and not more) or "sntrup" in more, ssh.stderr  # asyncssh has it not
+        assert (done, err[:1]) == (
+            code,
+            [message.format(folder=sshd.folder, shown=shown)] if message else [],
+        )
+    ssh = subprocess.run(
+        [
+            "ssh",
+            "-F",
+            str(path),
+            "-i",
+            str(Path.home() / ".ssh/id_rsa"),
+            "-i",
+            str(Path.home() / ".ssh/id_ed25519"),
+            "-o",
+            "BatchMode yes",
+            "-o",
+            "StrictHostKeyChecking accept-new",
+            "-o",
+            f"UserKnownHostsFile {sshd.folder}/known",
+            "box",
+            "true",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bool(ssh.returncode) == bool(code) or (server and not more) or "sntrup" in more, (
+        ssh.stderr
+    )  # asyncssh has it not
 
 
 @pytest.mark.parametrize(("policy", "code"), [("ask", 0), ("yes", 1), ("accept-new", 0), ("no", 0)])
-def test_strict_host_key_checking(program: Program, policy: str, code: int, sshd: Sshd, config: Config, home: Path) -> None:
+def test_strict_host_key_checking(
+    program: Program, policy: str, code: int, sshd: Sshd, config: Config, home: Path
+) -> None:
     config(aliases(sshd, "box", more=f"StrictHostKeyChecking {policy}"))
     assert program("-t", "box", "-q", "true")[0] == code
     assert program("-t", "box", "-q", "--host-keys", "accept-new", "true")[0] == 0
@@ -2427,24 +3676,40 @@ def login_of(server: Sshd, since: int) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    return subprocess.run(["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True).stdout.split()[1]
+    return subprocess.run(
+        ["ssh-keygen", "-lf", path], capture_output=True, text=True, check=True
+    ).stdout.split()[1]
 
 
 @pytest.mark.parametrize("more", [[], ["other"]], ids=["file", "behind-a-bad-file"])
-def test_identities_only(program: Program, more: list[str], make_sshd: Callable[..., Sshd], agent: Callable[..., None], keys: Path,
-                         config: Config) -> None:
+def test_identities_only(
+    program: Program,
+    more: list[str],
+    make_sshd: Callable[..., Sshd],
+    agent: Callable[..., None],
+    keys: Path,
+    config: Config,
+) -> None:
     """The agent's keys would exhaust the server's patience; only what is named is offered."""
     server = make_sshd(MaxAuthTries=len(more) + 1)
     agent(keys / "other", keys / "rsa", keys / "id_ed25519")
-    config(aliases(server, "box", more="IdentitiesOnly yes\n" + "".join(f" IdentityFile {keys}/{name}\n" for name in [*more, "ecdsa"])))
+    config(
+        aliases(
+            server,
+            "box",
+            more="IdentitiesOnly yes\n"
+            + "".join(f" IdentityFile {keys}/{name}\n" for name in [*more, "ecdsa"]),
+        )
+    )
     done = program("-t", "box", "-q", "true")
     assert done == (0, "", [])
     assert f"ECDSA {file_fingerprint(keys / 'ecdsa.pub')}" in server.log()
     assert file_fingerprint(keys / "rsa.pub") not in server.log()
 
 
-def test_identities_only_means_the_default_files(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path,
-                                                 config: Config) -> None:
+def test_identities_only_means_the_default_files(
+    program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config
+) -> None:
     agent(keys / "other", keys / "rsa")
     config(aliases(sshd, "box", more="IdentitiesOnly yes"))
     since = len(sshd.log())
@@ -2452,8 +3717,9 @@ def test_identities_only_means_the_default_files(program: Program, sshd: Sshd, a
     assert login_of(sshd, since) == f"ED25519 {file_fingerprint(keys / 'id_ed25519.pub')}"
 
 
-def test_identity_file_with_its_key_in_the_agent(program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
-                                                 home: Path) -> None:
+def test_identity_file_with_its_key_in_the_agent(
+    program: Program, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config, home: Path
+) -> None:
     """IdentityFile may name a public key, whose private one is in the agent."""
     agent(keys / "other", keys / "rsa", keys / "ecdsa")
     shutil.copy(keys / "ecdsa.pub", home / ".ssh" / "work.pub")
@@ -2463,11 +3729,21 @@ def test_identity_file_with_its_key_in_the_agent(program: Program, sshd: Sshd, a
     assert login_of(sshd, since) == f"ECDSA {file_fingerprint(keys / 'ecdsa.pub')}"
 
 
-@pytest.mark.parametrize("setting", ["IdentityAgent {path}", "IdentityAgent $APSSH_TEST_AGENT", "IdentityFile {keys}/rsa"],
-                         ids=["path", "variable", "file"])
-def test_only_key_is_of_the_config(program: Program, setting: str, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
-                                   home: Path,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    ["IdentityAgent {path}", "IdentityAgent $APSSH_TEST_AGENT", "IdentityFile {keys}/rsa"],
+    ids=["path", "variable", "file"],
+)
+def test_only_key_is_of_the_config(
+    program: Program,
+    setting: str,
+    sshd: Sshd,
+    agent: Callable[..., None],
+    keys: Path,
+    config: Config,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No agent in the environment and no default key: what the config names is enough to go on."""
     agent(keys / "rsa")
     path = os.environ["SSH_AUTH_SOCK"]
@@ -2482,11 +3758,25 @@ def test_only_key_is_of_the_config(program: Program, setting: str, sshd: Sshd, a
     assert login_of(sshd, since) == f"RSA {file_fingerprint(keys / 'rsa.pub')}"
 
 
-@pytest.mark.parametrize(("setting", "code"), [
-    ("IdentityAgent none", 1), ("IdentityFile none", 0), ("IdentityFile none\n IdentitiesOnly yes", 1),
-], ids=["agent", "files", "files-only"])
-def test_none_of_the_keys(program: Program, setting: str, code: int, sshd: Sshd, agent: Callable[..., None], keys: Path, config: Config,
-                          home: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [
+        ("IdentityAgent none", 1),
+        ("IdentityFile none", 0),
+        ("IdentityFile none\n IdentitiesOnly yes", 1),
+    ],
+    ids=["agent", "files", "files-only"],
+)
+def test_none_of_the_keys(
+    program: Program,
+    setting: str,
+    code: int,
+    sshd: Sshd,
+    agent: Callable[..., None],
+    keys: Path,
+    config: Config,
+    home: Path,
+) -> None:
     """``none`` as ssh means it: the agent holds the only good key."""
     agent(keys / "ecdsa")
     shutil.copy(keys / "other", home / ".ssh" / "id_ed25519")
@@ -2500,21 +3790,36 @@ def test_none_of_the_keys(program: Program, setting: str, code: int, sshd: Sshd,
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["file", "agent"])
-def test_certificate_file(program: Program, held: bool, make_sshd: Callable[..., Sshd], keys: Path, config: Config, home: Path,
-                          tmp_path: Path,
-                          request: pytest.FixtureRequest) -> None:
+def test_certificate_file(
+    program: Program,
+    held: bool,
+    make_sshd: Callable[..., Sshd],
+    keys: Path,
+    config: Config,
+    home: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
     authority = asyncssh.generate_private_key("ssh-ed25519")
     authority.write_public_key(tmp_path / "ca.pub")
     server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub")
-    certificate = authority.generate_user_certificate(asyncssh.read_public_key(keys / "other.pub"), "somebody", principals=[ME])
+    certificate = authority.generate_user_certificate(
+        asyncssh.read_public_key(keys / "other.pub"), "somebody", principals=[ME]
+    )
     certificate.write_certificate(home / f"{ME}.cert")
     shutil.copy(keys / "other.pub", home / ".ssh" / "work.pub")
     if held:
         request.getfixturevalue("agent")(keys / "other")
     else:
         shutil.copy(keys / "other", home / ".ssh" / "work")
-    config(aliases(server, "box", more=f"IdentityFile ~/.ssh/work{'.pub' if held else ''}\n IdentitiesOnly yes\n"
-                   f" CertificateFile {home}/%r.cert"))
+    config(
+        aliases(
+            server,
+            "box",
+            more=f"IdentityFile ~/.ssh/work{'.pub' if held else ''}\n IdentitiesOnly yes\n"
+            f" CertificateFile {home}/%r.cert",
+        )
+    )
     done = program("-t", "box", "-q", "true")
     assert done == (0, "", [])
     assert f"ED25519-CERT {file_fingerprint(keys / 'other.pub')}" in login_of(server, 0)
@@ -2524,43 +3829,117 @@ def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
     config(aliases(sshd, "box", more="User nobody-here"))
     done = program("-t", "box", "-q", "true")
     assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key(s)"])
-    for argv in (("-l", ME, "-t", "box"), ("-t", f"{ME}@box"), ("-t", "box", "-l", ME, "-p", str(sshd.port))):
+    for argv in (
+        ("-l", ME, "-t", "box"),
+        ("-t", f"{ME}@box"),
+        ("-t", "box", "-l", ME, "-p", str(sshd.port)),
+    ):
         done = program(*argv, "-q", "echo fine")
         assert done == (0, "box:fine\n", [])
 
 
-@pytest.mark.parametrize(("argv", "text"), [((), "no connection within 1 s"), (("-c", "0.3"), "no connection within 0.3 s")],
-                         ids=["config", "option"])
-def test_connect_timeout(program: Program, argv: tuple[str, ...], text: str, config: Config) -> None:
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [((), "no connection within 1 s"), (("-c", "0.3"), "no connection within 0.3 s")],
+    ids=["config", "option"],
+)
+def test_connect_timeout(
+    program: Program, argv: tuple[str, ...], text: str, config: Config
+) -> None:
     with socket.create_server(("127.0.0.1", free_port())) as silent:
-        config(f"Host box\n HostName 127.0.0.1\n Port {silent.getsockname()[1]}\n ConnectTimeout 1s\n")
+        config(
+            f"Host box\n HostName 127.0.0.1\n Port {silent.getsockname()[1]}\n ConnectTimeout 1s\n"
+        )
         done = program("-t", "box", "-q", *argv, "true")
     assert done == (1, "", [f"box: timeout: {text}: connected, but the server says nothing"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the guard
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 # command lines whose exit status, outputs and reading by the shell must be those of plain ssh
 AS_PLAIN_SSH = [
-    "true", "exit 7", "false", "no-such-command-here", "echo one; echo two >&2; exit 3", "kill -TERM $$", "kill -KILL $$", "kill -HUP $$",
-    "sh -c 'kill -INT $$'", "cat", "wc -c", "read x; echo \"[$x]\"", "echo 'single' \"double\" $HOME", "echo a\\ b  c", "echo '!x' \\!",
-    "printf '%s\\n' \"a'b\" 'c\"d'", "echo $0", "echo $#", "cd /; pwd", "pwd", "echo ~", "umask", "echo {1..3} $((2 + 3))", "if true; then echo yes; fi",
-    "echo $(echo nested $(echo deep))", "x=5; echo $x ${x:-6}", "(exit 4)", "true | false", "false | true", "echo a && false || echo b",
-    "cat <<EOF\nhere $((1 + 1))\nEOF", "echo one\necho two", "printf 'no newline'", "printf '\\000\\377' | od -c", "trap 'echo bye' EXIT; echo hi",
-    "exec echo replaced", "test -t 0; echo $?", "test -t 1; echo $?", "echo é 名", "set | grep -c '^apssh'", "env | grep -c apssh",
-    "ps -o pgid= -p $$ | tr -d ' ' | grep -qx $$ && echo leader", "# only a comment", ": &", "sleep 0.1 & wait; echo waited", "echo -n; echo -e 'a\\tb'",
-    "ls -l /proc/self/fd | wc -l", "ulimit -c", "echo ${BASH_VERSION:+bash} $-", "seq 1 3 | while read i; do echo $i; done",
+    "true",
+    "exit 7",
+    "false",
+    "no-such-command-here",
+    "echo one; echo two >&2; exit 3",
+    "kill -TERM $$",
+    "kill -KILL $$",
+    "kill -HUP $$",
+    "sh -c 'kill -INT $$'",
+    "cat",
+    "wc -c",
+    'read x; echo "[$x]"',
+    "echo 'single' \"double\" $HOME",
+    "echo a\\ b  c",
+    "echo '!x' \\!",
+    "printf '%s\\n' \"a'b\" 'c\"d'",
+    "echo $0",
+    "echo $#",
+    "cd /; pwd",
+    "pwd",
+    "echo ~",
+    "umask",
+    "echo {1..3} $((2 + 3))",
+    "if true; then echo yes; fi",
+    "echo $(echo nested $(echo deep))",
+    "x=5; echo $x ${x:-6}",
+    "(exit 4)",
+    "true | false",
+    "false | true",
+    "echo a && false || echo b",
+    "cat <<EOF\nhere $((1 + 1))\nEOF",
+    "echo one\necho two",
+    "printf 'no newline'",
+    "printf '\\000\\377' | od -c",
+    "trap 'echo bye' EXIT; echo hi",
+    "exec echo replaced",
+    "test -t 0; echo $?",
+    "test -t 1; echo $?",
+    "echo é 名",
+    "set | grep -c '^apssh'",
+    "env | grep -c apssh",
+    "ps -o pgid= -p $$ | tr -d ' ' | grep -qx $$ && echo leader",
+    "# only a comment",
+    ": &",
+    "sleep 0.1 & wait; echo waited",
+    "echo -n; echo -e 'a\\tb'",
+    "ls -l /proc/self/fd | wc -l",
+    "ulimit -c",
+    "echo ${BASH_VERSION:+bash} $-",
+    "seq 1 3 | while read i; do echo $i; done",
 ]
 
 
 def plain_ssh(server: Sshd, keys: Path, command: str) -> tuple[int, bytes, bytes]:
     done = subprocess.run(
-        ["ssh", "-F", "none", "-n", "-i", str(keys / "id_ed25519"), "-o", "IdentitiesOnly=yes", "-o", "StrictHostKeyChecking=no", "-o",
-         "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-p", str(server.port), f"{ME}@127.0.0.1", command],
-        capture_output=True, check=False, timeout=30)
+        [
+            "ssh",
+            "-F",
+            "none",
+            "-n",
+            "-i",
+            str(keys / "id_ed25519"),
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+            "-p",
+            str(server.port),
+            f"{ME}@127.0.0.1",
+            command,
+        ],
+        capture_output=True,
+        check=False,
+        timeout=30,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -2587,8 +3966,19 @@ def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
                 theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
                 held = apssh._HeldSink()
                 status = await node._execute(command, apssh.StepRecord(), sink=held)
-                result = apssh.Result("h", "u", 22, "h", "h", stdout_bytes=held.stdout(), stderr_bytes=held.stderr(), error=None)
-                result.status, result.signal = (status, None) if isinstance(status, int) else (None, status)
+                result = apssh.Result(
+                    "h",
+                    "u",
+                    22,
+                    "h",
+                    "h",
+                    stdout_bytes=held.stdout(),
+                    stderr_bytes=held.stderr(),
+                    error=None,
+                )
+                result.status, result.signal = (
+                    (status, None) if isinstance(status, int) else (None, status)
+                )
                 same_as_plain_ssh(command, result, theirs)
 
         async with node:
@@ -2603,7 +3993,9 @@ STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run, "
 
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("how", ENDINGS)
-def test_no_process_outlives_its_command(sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path) -> None:
+def test_no_process_outlives_its_command(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path
+) -> None:
     token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
     command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
     if kind == "leader gone":  # but not the outputs: the command has not ended
@@ -2613,7 +4005,9 @@ def test_no_process_outlives_its_command(sshd: Sshd, make_sshd: Callable[..., Ss
     async def main() -> None:
         node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
         what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
-        task = asyncio.create_task(STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node))
+        task = asyncio.create_task(
+            STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node)
+        )
         await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
         if how == "cancel":
             task.cancel()
@@ -2625,19 +4019,29 @@ def test_no_process_outlives_its_command(sshd: Sshd, make_sshd: Callable[..., Ss
             await task
         if how == "timeout" and STEPS[kind] is Run:
             assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
-        await eventually_async(lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")), 8)
+        await eventually_async(
+            lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
+            8,
+        )
         for each in node._hops()[::-1]:
             await each.close()
 
     run(main())
 
 
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions")
+as_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions"
+)
 
 
-@pytest.mark.parametrize("options", [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
-                         ids=["stdin", "script", "pty"])
-def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
+    ids=["stdin", "script", "pty"],
+)
+def test_no_process_outlives_a_timeout_when_stdin_is_data(
+    sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
     monkeypatch.setenv("TERM", "dumb")
 
@@ -2650,7 +4054,9 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: d
         async with sshd.node() as node:
             other = asyncio.create_task(node.run("sleep 3"))
             given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
-            step = (RunString if "script" in options else Run)(f"sleep {token} & sleep {token}", timeout=1, **given)
+            step = (RunString if "script" in options else Run)(
+                f"sleep {token} & sleep {token}", timeout=1, **given
+            )
             with pytest.raises(CommandFailedError):
                 await step._run(node, apssh.StepRecord())
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
@@ -2664,15 +4070,23 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(sshd: Sshd, options: d
 @pytest.mark.parametrize("stdin", [False, True], ids=["no stdin", "stdin"])
 def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, freeze: bool) -> None:
     """It may still be running only where the network has gone."""
+
     async def given() -> AsyncIterator[bytes]:
         yield b"data\n"
         await asyncio.sleep(60)
 
     async def main() -> None:
         frozen = asyncio.Event()
-        async with raw_server(network(sshd.port, frozen)) as port, SshNode("127.0.0.1", port=port, username=ME) as node:
+        async with (
+            raw_server(network(sshd.port, frozen)) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
             step = apssh.StepRecord()
-            task = asyncio.create_task(Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(node, step))
+            task = asyncio.create_task(
+                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(
+                    node, step
+                )
+            )
             await eventually_async((sshd.home / "up").exists)
             if freeze:
                 frozen.set()
@@ -2683,11 +4097,18 @@ def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, free
     run(main())
 
 
-def test_connection_that_is_to_be_cut_takes_nobody_else(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a command whose shell has gone, while its outputs are held: what begins meanwhile runs on another."""
+def test_connection_that_is_to_be_cut_takes_nobody_else(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a command whose shell has gone, while its outputs are held: what begins meanwhile
+    runs on another.
+    """
+
     async def main() -> None:
         given_up = asyncio.Event()
-        monkeypatch.setattr(asyncssh.SSHClientConnection, "set_keepalive", lambda *_: given_up.set())
+        monkeypatch.setattr(
+            asyncssh.SSHClientConnection, "set_keepalive", lambda *_: given_up.set()
+        )
         async with sshd.node() as node:
             first = asyncio.create_task(node.run("sleep 30 & true", timeout=1))
             await given_up.wait()
@@ -2705,7 +4126,9 @@ def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
         async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
             for _ in range(5):
                 with pytest.raises(CommandFailedError):
-                    await node.run(f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3)
+                    await node.run(
+                        f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3
+                    )
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
     run(main())
@@ -2716,7 +4139,10 @@ def test_what_left_its_group_lives(sshd: Sshd) -> None:
 
     async def main() -> None:
         async with sshd.node() as node:
-            assert await node.run(f"nohup setsid sleep {token} >/dev/null 2>&1 & sleep 0.2; exit 0") == 0
+            assert (
+                await node.run(f"nohup setsid sleep {token} >/dev/null 2>&1 & sleep 0.2; exit 0")
+                == 0
+            )
             assert await node.run(f"sleep {token}1 > /dev/null 2>&1 &") == 0
 
     run(main())
@@ -2735,17 +4161,23 @@ def test_without_the_guard(sshd: Sshd) -> None:
     run(main())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # nodes
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("hostname", "options", "message"), [
-    ("", {}, "'' is not a host name or an address"), ("a b", {}, "'a b' is not a host name or an address"),
-    ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"), ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
-    ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
-    ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"), ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
-])
+@pytest.mark.parametrize(
+    ("hostname", "options", "message"),
+    [
+        ("", {}, "'' is not a host name or an address"),
+        ("a b", {}, "'a b' is not a host name or an address"),
+        ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"),
+        ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
+        ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
+        ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"),
+        ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
+    ],
+)
 def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         SshNode(hostname, **options)
@@ -2755,7 +4187,13 @@ def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> No
 def test_node_attributes() -> None:
     gateway = SshNode("gw")
     node = SshNode("box", username="me", port=2200, gateway=gateway)
-    assert (node.hostname, node.username, node.port, node.gateway, gateway.username) == ("box", "me", 2200, gateway, "root")
+    assert (node.hostname, node.username, node.port, node.gateway, gateway.username) == (
+        "box",
+        "me",
+        2200,
+        gateway,
+        "root",
+    )
     assert type(node.formatter) is apssh.HostFormatter
     assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
     assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
@@ -2772,7 +4210,9 @@ def test_node_is_its_own_gateway() -> None:
 
 def test_keys_are_known_by_name() -> None:
     """Keys are loaded once for all nodes that name the same: an object's id may come again."""
-    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode("h", keys=Path("a")).keys == ["a"]
+    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode(
+        "h", keys=Path("a")
+    ).keys == ["a"]
 
 
 def test_hundreds_of_nodes_open_no_file() -> None:
@@ -2808,7 +4248,9 @@ def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) 
     assert sshd.logins() == before + 1
 
 
-def test_closed_while_it_connects(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_while_it_connects(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The connection that comes later is not left to nobody."""
     sshd = make_sshd()
 
@@ -2835,7 +4277,9 @@ def test_closed_while_it_connects(make_sshd: Callable[..., Sshd], monkeypatch: p
     run(main())
 
 
-def test_sink_that_fails_ends_a_command_with_stdin(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sink_that_fails_ends_a_command_with_stdin(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whose channel does not end by itself."""
     monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1000)
     token = f"85{os.getpid()}"
@@ -2846,7 +4290,11 @@ def test_sink_that_fails_ends_a_command_with_stdin(sshd: Sshd, monkeypatch: pyte
 
     async def main() -> None:
         async with sshd.node() as node:
-            step = Run(f"sleep {token} & seq 1000; sleep {token}", stdin=given(), capture=Capture("x", Variables()))
+            step = Run(
+                f"sleep {token} & seq 1000; sleep {token}",
+                stdin=given(),
+                capture=Capture("x", Variables()),
+            )
             with pytest.raises(ApsshError, match="of output to hold"):
                 await asyncio.wait_for(step.co_run_remote(node), 5)
             await eventually_async(lambda: not processes(f"sleep {token}"))
@@ -2863,12 +4311,21 @@ def test_standard_input_that_fails(sshd: Sshd) -> None:
     assert str(error) == "127.0.0.1: local: standard input: no more"
 
 
-@pytest.mark.parametrize("subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"])
-def test_sftp_that_does_not_come_holds_no_session(make_sshd: Callable[..., Sshd], subsystem: str) -> None:
+@pytest.mark.parametrize(
+    "subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"]
+)
+def test_sftp_that_does_not_come_holds_no_session(
+    make_sshd: Callable[..., Sshd], subsystem: str
+) -> None:
     """Whether it was cancelled as it opened, or a start-up file printed into it."""
     program = re.search(r"Subsystem sftp (.*)", (make_sshd().folder / "config").read_text())
     assert program
-    sshd = make_sshd(MaxSessions=2, **{"Subsystem": f"sftp {subsystem}{program[1]}", "ForceCommand": "none"} if subsystem else {})
+    sshd = make_sshd(
+        MaxSessions=2,
+        **{"Subsystem": f"sftp {subsystem}{program[1]}", "ForceCommand": "none"}
+        if subsystem
+        else {},
+    )
 
     async def main() -> None:
         async with sshd.node() as node:
@@ -2894,7 +4351,9 @@ def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
 
 
-def test_sftp_that_ended_gives_its_session_back(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sftp_that_ended_gives_its_session_back(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a host takes one session on one connection, it is the command's then."""
     monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
     sshd = make_sshd(MaxSessions=1)
@@ -2904,8 +4363,15 @@ def test_sftp_that_ended_gives_its_session_back(make_sshd: Callable[..., Sshd], 
             await node.sftp_connect_lazy()
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
-            assert str(caught.value) == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
-            (server,) = [process for process in descendants(sshd._process.pid) if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()]
+            assert (
+                str(caught.value)
+                == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
+            )
+            (server,) = [
+                process
+                for process in descendants(sshd._process.pid)
+                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+            ]
             os.kill(server, signal.SIGKILL)
             await eventually_async(lambda: not node.is_sftp_connected())
             assert await node.run("true") == 0
@@ -2915,13 +4381,19 @@ def test_sftp_that_ended_gives_its_session_back(make_sshd: Callable[..., Sshd], 
 
 
 def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
-    """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as before."""
+    """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as
+    before.
+    """
     sshd = make_sshd()
 
     async def main() -> None:
         async with sshd.node() as node:
             await node.put_file_s("/etc/passwd", "first")
-            (server,) = [process for process in descendants(sshd._process.pid) if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()]
+            (server,) = [
+                process
+                for process in descendants(sshd._process.pid)
+                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+            ]
             os.kill(server, signal.SIGKILL)
             await eventually_async(lambda: not node.is_sftp_connected())
             await node.put_file_s("/etc/passwd", "second")
@@ -2946,7 +4418,9 @@ def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
 
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd], most: int) -> None:
-    """Commands, one after the other and at once, scripts and copies: a refused session is asked for again, or elsewhere."""
+    """Commands, one after the other and at once, scripts and copies: a refused session is asked for
+    again, or elsewhere.
+    """
     server = make_sshd(MaxSessions=most)
 
     async def main() -> None:
@@ -2962,7 +4436,9 @@ def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd],
     run(main())
 
 
-def test_work_that_is_being_given_up_is_joined_by_nobody(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_is_being_given_up_is_joined_by_nobody(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
     load = apssh._keys_of_run
     slow = threading.Event()
@@ -3006,7 +4482,10 @@ def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: P
             node = SshNode("127.0.0.1", port=port, username=ME)
             begin = time.monotonic()
             error = await outcome(node, RunString("true", timeout=0.5))
-            assert error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..." and time.monotonic() - begin < 6
+            assert (
+                error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..."
+                and time.monotonic() - begin < 6
+            )
             over.set()
             await node.close()
 
@@ -3073,7 +4552,10 @@ def test_gateway_that_fails(sshd: Sshd) -> None:
         node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
         with pytest.raises(ConnectionFailedError) as caught:
             await node.run("true")
-        assert str(caught.value) == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
+        assert (
+            str(caught.value)
+            == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
+        )
         behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
         with pytest.raises(ConnectionFailedError) as caught:
             await behind.run("true")
@@ -3085,7 +4567,9 @@ def test_gateway_that_fails(sshd: Sshd) -> None:
 
 
 def descendants(process: int) -> list[int]:
-    children = [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    children = [
+        int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
     return [*children, *(each for child in children for each in descendants(child))]
 
 
@@ -3096,12 +4580,16 @@ def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
     async def main() -> None:
         gateway = server.node()
         nodes = [inner.node(gateway=gateway) for _ in range(50)]
-        tasks = [asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes]
+        tasks = [
+            asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes
+        ]
         await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
         for process in descendants(server._process.pid):
             os.kill(process, signal.SIGKILL)
         ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        assert {type(each) for each in ended} == {ConnectionFailedError} and {each.kind for each in ended} == {"lost"}
+        assert {type(each) for each in ended} == {ConnectionFailedError} and {
+            each.kind for each in ended
+        } == {"lost"}
         assert await nodes[0].run("true") == 0
         await asyncio.gather(*(node.close() for node in nodes))
         await gateway.close()
@@ -3117,9 +4605,19 @@ def failure_of(work: Coroutine[Any, Any, Any]) -> ApsshError:
 
 def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
-    assert str(failure_of(SshNode("127.0.0.1", port=port).run("true"))) == f"127.0.0.1: refused: nothing listens on port {port}"
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")))
-    assert str(failure_of(SshNode("no-such-host").run("true"))) == "no-such-host: dns: unknown host name no-such-host"
+    assert (
+        str(failure_of(SshNode("127.0.0.1", port=port).run("true")))
+        == f"127.0.0.1: refused: nothing listens on port {port}"
+    )
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")),
+    )
+    assert (
+        str(failure_of(SshNode("no-such-host").run("true")))
+        == "no-such-host: dns: unknown host name no-such-host"
+    )
 
 
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
@@ -3131,21 +4629,38 @@ def test_refused_key(sshd: Sshd, keys: Path) -> None:
 @pytest.mark.parametrize("password", [None, "wrong"])
 def test_words_about_a_password(password: str | None, keys: Path) -> None:
     """Only a password that there is was tried."""
+
     async def main() -> None:
         async with ssh_server(keys, server=password_server("password")) as port:
             with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password).run("true")
-            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (" and the password" if password else "")
+                await SshNode(
+                    "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
+                ).run("true")
+            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (
+                " and the password" if password else ""
+            )
 
     run(main())
 
 
-@pytest.mark.parametrize(("sends", "endless", "message"), [
-    (b"", False, "timeout: no connection within 0.5 s: connected, but the server says nothing"),
-    (b"SSH-2.0-stalls\r\n", False, "timeout: no connection within 0.5 s: the key exchange does not end"),
-    (b"word\r\n" * 100, True, "refused: not an ssh server: it says 'word'"),
-    (b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n", False, "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'"),
-], ids=["silent", "stalls", "endless", "http"])
+@pytest.mark.parametrize(
+    ("sends", "endless", "message"),
+    [
+        (b"", False, "timeout: no connection within 0.5 s: connected, but the server says nothing"),
+        (
+            b"SSH-2.0-stalls\r\n",
+            False,
+            "timeout: no connection within 0.5 s: the key exchange does not end",
+        ),
+        (b"word\r\n" * 100, True, "refused: not an ssh server: it says 'word'"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n",
+            False,
+            "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'",
+        ),
+    ],
+    ids=["silent", "stalls", "endless", "http"],
+)
 def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(sends)
@@ -3174,7 +4689,9 @@ def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyP
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tries.append(1)
         if reset:
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
         writer.transport.abort() if reset else writer.close()
 
     async def main() -> None:
@@ -3202,16 +4719,22 @@ def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)]
+)
 def test_frozen_peer_is_found(keepalive: float) -> None:
     """A host that answers no more: keepalives tell, by default within 30 seconds."""
+
     async def main() -> None:
         async def sleeps(process: Any) -> None:
             process.stdout.write(b"begun\n")
             await process.channel.wait_closed()
 
         frozen = asyncio.Event()
-        async with ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner, raw_server(network(inner, frozen)) as port:
+        async with (
+            ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner,
+            raw_server(network(inner, frozen)) as port,
+        ):
             node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
             task = asyncio.create_task(node.run("anything"))
             await eventually_async(lambda: node.is_connected())
@@ -3242,9 +4765,14 @@ def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd])
     eventually(lambda: sshd.connections() == 0)
 
 
-@pytest.mark.parametrize(("step", "out"), [
-    (Run("echo $FOO", env={"FOO": "a'b \"c\" $d\n!"}), "a'b \"c\" $d !\n"),
-    pytest.param(Run("test -t 1 && echo terminal", pty=True), "terminal\n", marks=as_root)], ids=["environment", "terminal"])
+@pytest.mark.parametrize(
+    ("step", "out"),
+    [
+        (Run("echo $FOO", env={"FOO": 'a\'b "c" $d\n!'}), 'a\'b "c" $d !\n'),
+        pytest.param(Run("test -t 1 && echo terminal", pty=True), "terminal\n", marks=as_root),
+    ],
+    ids=["environment", "terminal"],
+)
 def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
     async def main() -> None:
         async with sshd.node(formatter=apssh.RawFormatter()) as node:
@@ -3277,7 +4805,12 @@ def test_local_node(home: Path, capfd: Any) -> None:
     async def main() -> None:
         node = LocalNode()
         async with node:
-            assert (node.hostname, node.username, node.is_connected(), node.is_sftp_connected()) == ("LOCALNODE", ME, True, True)
+            assert (
+                node.hostname,
+                node.username,
+                node.is_connected(),
+                node.is_sftp_connected(),
+            ) == ("LOCALNODE", ME, True, True)
             assert repr(node) == "<LocalNode>"
             await node.sftp_connect_lazy()
             assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
@@ -3298,15 +4831,24 @@ def test_local_node(home: Path, capfd: Any) -> None:
             assert not processes(f"sleep 86{os.getpid()}")
             with pytest.raises(UsageError) as misused:
                 await Run("tty", pty=True).co_run_local(node)
-            assert str(misused.value) == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
+            assert (
+                str(misused.value)
+                == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
+            )
 
     run(main())
-    assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == ["d/e", "d/e/script", "d/script"]
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == [
+        "d/e",
+        "d/e/script",
+        "d/script",
+    ]
     assert (home / "f" / "script").read_text() == "exit 5"
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
 
 
-def test_local_node_knows_the_home_and_globs(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_node_knows_the_home_and_globs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     build(tmp_path, {"one": "1", "two": "2", "in/": ""})
     build(home, {"a.log": "a", "b.log": "b"})
@@ -3320,16 +4862,21 @@ def test_local_script_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/proc/none")
     with pytest.raises(TransferError) as caught:
         run(RunString("true").co_run_local(LocalNode()))
-    assert re.fullmatch(r"LOCALNODE: local: /proc/none/\.apssh-remote/\w+: .*(cannot create|can't cd).*", str(caught.value))
+    assert re.fullmatch(
+        r"LOCALNODE: local: /proc/none/\.apssh-remote/\w+: .*(cannot create|can't cd).*",
+        str(caught.value),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transfers
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def build(folder: Path, layout: Mapping[str, str]) -> None:
-    """Make these: ``name`` a file of this text, ``name/`` a folder, ``-> target`` as the text of a link."""
+    """Make these: ``name`` a file of this text, ``name/`` a folder, ``-> target`` as the text of a
+    link.
+    """
     for name, text in layout.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -3352,14 +4899,20 @@ def listing(folder: Path) -> dict[str, str]:
         elif stat.S_ISDIR(mode):
             found[f"{name}/"] = ""
         else:
-            found[name] = path.read_text(errors="surrogateescape") if stat.S_ISREG(mode) else f"mode {mode:o}"
+            found[name] = (
+                path.read_text(errors="surrogateescape") if stat.S_ISREG(mode) else f"mode {mode:o}"
+            )
     return found
 
 
 async def outcome(node: Any, command: Any) -> str:
     """What the error of this step says; nothing when it succeeds."""
     try:
-        await (command.co_run_local(node) if isinstance(node, LocalNode) else command.co_run_remote(node))
+        await (
+            command.co_run_local(node)
+            if isinstance(node, LocalNode)
+            else command.co_run_remote(node)
+        )
     except ApsshError as exc:
         return str(exc)
     return ""
@@ -3367,70 +4920,269 @@ async def outcome(node: Any, command: Any) -> str:
 
 def copied(server: Sshd, *commands: Any, **options: Any) -> str:
     """The same, of steps one after the other on one node of this server, the texts joined."""
+
     async def main() -> str:
         async with server.node(**options) as node:
-            return " | ".join([text for command in commands if (text := await outcome(node, command))])
+            return " | ".join(
+                [text for command in commands if (text := await outcome(node, command))]
+            )
 
     return run(main())
 
 
-T = {"tree/": "", "tree/a": "A", "tree/sub/": "", "tree/sub/b": "B", "tree/empty/": "", "tree/nothing": "", "tree/link": "-> sub/b"}
+T = {
+    "tree/": "",
+    "tree/a": "A",
+    "tree/sub/": "",
+    "tree/sub/b": "B",
+    "tree/empty/": "",
+    "tree/nothing": "",
+    "tree/link": "-> sub/b",
+}
 UNDER = {f"d/{name}": text for name, text in T.items()}
 RECURSE = {"recurse": True}
-ODD = {"with space": "1", "new\nline": "2", "-rf": "3", "raw\udcff": "4", "quo'te\"": "5", "*": "6", "$(x)": "7", "{host}": "8"}
+ODD = {
+    "with space": "1",
+    "new\nline": "2",
+    "-rf": "3",
+    "raw\udcff": "4",
+    "quo'te\"": "5",
+    "*": "6",
+    "$(x)": "7",
+    "{host}": "8",
+}
 
-# name: sources, destination, options, what the sources' side has, what the destination's side has before and then, message after the host
-COPIES: dict[str, tuple[Any, str, dict[str, bool], dict[str, str], dict[str, str], dict[str, str], str]] = {
+# name: sources, destination, options, what the sources' side has, what the destination's side has
+# before and then, message after the host
+COPIES: dict[
+    str, tuple[Any, str, dict[str, bool], dict[str, str], dict[str, str], dict[str, str], str]
+] = {
     "file onto a new name": ("f", "g", {}, {"f": "F"}, {}, {"g": "F"}, ""),
     "file onto a file": ("f", "g", {}, {"f": "F"}, {"g": "old"}, {"g": "F"}, ""),
     "file into a folder": ("f", "d", {}, {"f": "F"}, {"d/": ""}, {"d/": "", "d/f": "F"}, ""),
-    "file into a folder, slash": ("f", "d/", {}, {"f": "F"}, {"d/": ""}, {"d/": "", "d/f": "F"}, ""),
+    "file into a folder, slash": (
+        "f",
+        "d/",
+        {},
+        {"f": "F"},
+        {"d/": ""},
+        {"d/": "", "d/f": "F"},
+        "",
+    ),
     "file into a missing folder": ("f", "d/", {}, {"f": "F"}, {}, {}, "d/: no such folder"),
-    "file into a file, slash": ("f", "d/", {}, {"f": "F"}, {"d": "D"}, {"d": "D"}, "d/: not a folder"),
+    "file into a file, slash": (
+        "f",
+        "d/",
+        {},
+        {"f": "F"},
+        {"d": "D"},
+        {"d": "D"},
+        "d/: not a folder",
+    ),
     "list of one needs a folder": (["f"], "g", {}, {"f": "F"}, {}, {}, "g: no such folder"),
-    "list into a folder": (["f", "g"], "d", {}, {"f": "F", "g": "G"}, {"d/": ""}, {"d/": "", "d/f": "F", "d/g": "G"}, ""),
-    "list onto a file": (["f", "g"], "h", {}, {"f": "F", "g": "G"}, {"h": "H"}, {"h": "H"}, "h: not a folder"),
-    "folder without recurse": ("tree", "d", {}, T, {"d/": ""}, {"d/": ""}, "tree: is a folder (recurse, -r, copies folders)"),
-    "tree onto a new name": ("tree", "new", RECURSE, T, {}, {name.replace("tree", "new"): text for name, text in T.items()}, ""),
+    "list into a folder": (
+        ["f", "g"],
+        "d",
+        {},
+        {"f": "F", "g": "G"},
+        {"d/": ""},
+        {"d/": "", "d/f": "F", "d/g": "G"},
+        "",
+    ),
+    "list onto a file": (
+        ["f", "g"],
+        "h",
+        {},
+        {"f": "F", "g": "G"},
+        {"h": "H"},
+        {"h": "H"},
+        "h: not a folder",
+    ),
+    "folder without recurse": (
+        "tree",
+        "d",
+        {},
+        T,
+        {"d/": ""},
+        {"d/": ""},
+        "tree: is a folder (recurse, -r, copies folders)",
+    ),
+    "tree onto a new name": (
+        "tree",
+        "new",
+        RECURSE,
+        T,
+        {},
+        {name.replace("tree", "new"): text for name, text in T.items()},
+        "",
+    ),
     "tree into a folder": ("tree", "d", RECURSE, T, {"d/": ""}, {"d/": ""} | UNDER, ""),
-    "tree over itself": ("tree", "d", RECURSE, T, {"d/": ""} | UNDER | {"d/tree/a": "old", "d/tree/more": "M"},
-                         {"d/": ""} | UNDER | {"d/tree/more": "M"}, ""),
+    "tree over itself": (
+        "tree",
+        "d",
+        RECURSE,
+        T,
+        {"d/": ""} | UNDER | {"d/tree/a": "old", "d/tree/more": "M"},
+        {"d/": ""} | UNDER | {"d/tree/more": "M"},
+        "",
+    ),
     "source ending in a slash": ("tree/", "d", RECURSE, T, {"d/": ""}, {"d/": ""} | UNDER, ""),
-    "source is a link": ("l", "d", {}, {"l": "-> f", "f": "F"}, {"d/": ""}, {"d/": "", "d/l": "F"}, ""),
-    "source is a link to a folder": ("l", "d", RECURSE, T | {"l": "-> tree"}, {"d/": ""},
-                                     {"d/": ""} | {name.replace("d/tree", "d/l"): text for name, text in UNDER.items()}, ""),
-    "dangling link in a tree": ("tree", "d", RECURSE, {"tree/l": "-> nowhere"}, {"d/": ""}, {"d/": "", "d/tree/": "",
-        "d/tree/l": "-> nowhere"}, ""),
-    "links followed": ("tree", "d", {"recurse": True, "follow_symlinks": True}, T, {"d/": ""}, {"d/": ""} | UNDER | {"d/tree/link": "B"},
-                       ""),
-    "loop of links": ("tree", "d", RECURSE, {"tree/l": "-> m", "tree/m": "-> l"}, {"d/": ""},
-                      {"d/": "", "d/tree/": "", "d/tree/l": "-> m", "d/tree/m": "-> l"}, ""),
+    "source is a link": (
+        "l",
+        "d",
+        {},
+        {"l": "-> f", "f": "F"},
+        {"d/": ""},
+        {"d/": "", "d/l": "F"},
+        "",
+    ),
+    "source is a link to a folder": (
+        "l",
+        "d",
+        RECURSE,
+        T | {"l": "-> tree"},
+        {"d/": ""},
+        {"d/": ""} | {name.replace("d/tree", "d/l"): text for name, text in UNDER.items()},
+        "",
+    ),
+    "dangling link in a tree": (
+        "tree",
+        "d",
+        RECURSE,
+        {"tree/l": "-> nowhere"},
+        {"d/": ""},
+        {"d/": "", "d/tree/": "", "d/tree/l": "-> nowhere"},
+        "",
+    ),
+    "links followed": (
+        "tree",
+        "d",
+        {"recurse": True, "follow_symlinks": True},
+        T,
+        {"d/": ""},
+        {"d/": ""} | UNDER | {"d/tree/link": "B"},
+        "",
+    ),
+    "loop of links": (
+        "tree",
+        "d",
+        RECURSE,
+        {"tree/l": "-> m", "tree/m": "-> l"},
+        {"d/": ""},
+        {"d/": "", "d/tree/": "", "d/tree/l": "-> m", "d/tree/m": "-> l"},
+        "",
+    ),
     "empty file": ("f", "g", {}, {"f": ""}, {}, {"g": ""}, ""),
-    "destination is a link": ("f", "l", {}, {"f": "F"}, {"l": "-> g", "g": "old"}, {"l": "-> g", "g": "F"}, ""),
-    "destination is a dangling link": ("f", "l", {}, {"f": "F"}, {"l": "-> g"}, {"l": "-> g", "g": "F"}, ""),
-    "destination is a link to a folder": ("f", "l", {}, {"f": "F"}, {"d/": "", "l": "-> d"}, {"d/": "", "d/f": "F", "l": "-> d"}, ""),
+    "destination is a link": (
+        "f",
+        "l",
+        {},
+        {"f": "F"},
+        {"l": "-> g", "g": "old"},
+        {"l": "-> g", "g": "F"},
+        "",
+    ),
+    "destination is a dangling link": (
+        "f",
+        "l",
+        {},
+        {"f": "F"},
+        {"l": "-> g"},
+        {"l": "-> g", "g": "F"},
+        "",
+    ),
+    "destination is a link to a folder": (
+        "f",
+        "l",
+        {},
+        {"f": "F"},
+        {"d/": "", "l": "-> d"},
+        {"d/": "", "d/f": "F", "l": "-> d"},
+        "",
+    ),
     "inplace": ("f", "g", {"inplace": True}, {"f": "F"}, {"g": "older"}, {"g": "F"}, ""),
     "inplace onto a new name": ("f", "g", {"inplace": True}, {"f": "F"}, {}, {"g": "F"}, ""),
-    "two of one name": (["a/f", "b/f", "g"], "d", {}, {"a/f": "1", "b/f": "2", "g": "G"}, {"d/": ""}, {"d/": "", "d/g": "G"},
-                        "a/f: two sources are called f (and 1 more)"),
-    "odd names": (list(ODD), "d", {}, ODD, {"d/": ""}, {"d/": ""} | {f"d/{name}": text for name, text in ODD.items()}, ""),
-    "odd names in a tree": ("t", "d", RECURSE, {f"t/{name}": text for name, text in ODD.items()}, {"d/": ""},
-                            {"d/": "", "d/t/": ""} | {f"d/t/{name}": text for name, text in ODD.items()}, ""),
-    "odd names of folders": ("t", "d", RECURSE, {"t/a\nb\udcff c/-x/": ""}, {"d/": ""},
-                             {"d/": "", "d/t/": "", "d/t/a\nb\udcff c/": "", "d/t/a\nb\udcff c/-x/": ""}, ""),
-    "a missing one among others": (["f", "no\x1b[2J", "g"], "d", {}, {"f": "F", "g": "G"}, {"d/": ""}, {"d/": "", "d/f": "F", "d/g": "G"},
-                                   r"no\x1b[2J: no such file or directory"),
-    "folder over a file": ("tree", "d", RECURSE, {"tree/a": "A"}, {"d/tree": "file"}, {"d/": "", "d/tree": "file"},
-                           "tree: a file has that name"),
-    "file over a folder": ("f", "d", {}, {"f": "F"}, {"d/f/": ""}, {"d/": "", "d/f/": ""}, "f: a folder has that name"),
-    "link over a folder": ("t", ".", RECURSE, {"t/l": "-> x", "t/f": "F"}, {"t/l/": ""}, {"t/": "", "t/f": "F", "t/l/": ""},
-                           "t/l: a folder has that name"),
+    "two of one name": (
+        ["a/f", "b/f", "g"],
+        "d",
+        {},
+        {"a/f": "1", "b/f": "2", "g": "G"},
+        {"d/": ""},
+        {"d/": "", "d/g": "G"},
+        "a/f: two sources are called f (and 1 more)",
+    ),
+    "odd names": (
+        list(ODD),
+        "d",
+        {},
+        ODD,
+        {"d/": ""},
+        {"d/": ""} | {f"d/{name}": text for name, text in ODD.items()},
+        "",
+    ),
+    "odd names in a tree": (
+        "t",
+        "d",
+        RECURSE,
+        {f"t/{name}": text for name, text in ODD.items()},
+        {"d/": ""},
+        {"d/": "", "d/t/": ""} | {f"d/t/{name}": text for name, text in ODD.items()},
+        "",
+    ),
+    "odd names of folders": (
+        "t",
+        "d",
+        RECURSE,
+        {"t/a\nb\udcff c/-x/": ""},
+        {"d/": ""},
+        {"d/": "", "d/t/": "", "d/t/a\nb\udcff c/": "", "d/t/a\nb\udcff c/-x/": ""},
+        "",
+    ),
+    "a missing one among others": (
+        ["f", "no\x1b[2J", "g"],
+        "d",
+        {},
+        {"f": "F", "g": "G"},
+        {"d/": ""},
+        {"d/": "", "d/f": "F", "d/g": "G"},
+        r"no\x1b[2J: no such file or directory",
+    ),
+    "folder over a file": (
+        "tree",
+        "d",
+        RECURSE,
+        {"tree/a": "A"},
+        {"d/tree": "file"},
+        {"d/": "", "d/tree": "file"},
+        "tree: a file has that name",
+    ),
+    "file over a folder": (
+        "f",
+        "d",
+        {},
+        {"f": "F"},
+        {"d/f/": ""},
+        {"d/": "", "d/f/": ""},
+        "f: a folder has that name",
+    ),
+    "link over a folder": (
+        "t",
+        ".",
+        RECURSE,
+        {"t/l": "-> x", "t/f": "F"},
+        {"t/l/": ""},
+        {"t/": "", "t/f": "F", "t/l/": ""},
+        "t/l: a folder has that name",
+    ),
 }
 SEEN_AS = {  # where a way has words of its own
-    ("push", "file into a file, slash"): "d/: no such folder", ("pull", "a missing one among others"): r"no\x1b[2J: no such file",
+    ("push", "file into a file, slash"): "d/: no such folder",
+    ("pull", "a missing one among others"): r"no\x1b[2J: no such file",
     ("pull", "two of one name"): "b/f: the name f comes twice",
 }
-COPIES_LEAVE = {("pull", "two of one name"): {"d/": "", "d/f": "1", "d/g": "G"}}  # the first is already on its way
+COPIES_LEAVE = {
+    ("pull", "two of one name"): {"d/": "", "d/f": "1", "d/g": "G"}
+}  # the first is already on its way
 
 
 @pytest.mark.parametrize("way", ["push", "pull", "local push", "local pull"])
@@ -3441,7 +5193,10 @@ def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: st
 
     async def one(node: Any, name: str, number: int) -> None:
         sources, destination, options, there, before, after, message = COPIES[name]
-        near, far = home / "near" / str(number), (home / "far" if local else sshd.home) / str(number)
+        near, far = (
+            home / "near" / str(number),
+            (home / "far" if local else sshd.home) / str(number),
+        )
         begin, end = (near, far) if pushing else (far, near)
         build(begin, there)
         build(end, before)
@@ -3453,12 +5208,20 @@ def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: st
         if pushing:
             destination = prefix + destination
         else:
-            given = [prefix + ("[*]" if source == "*" and not local else source) for source in given]
+            given = [
+                prefix + ("[*]" if source == "*" and not local else source) for source in given
+            ]
         step = Push if pushing else Pull
-        text = await outcome(node, step(given[0] if isinstance(sources, str) else given, destination, **options))
+        text = await outcome(
+            node, step(given[0] if isinstance(sources, str) else given, destination, **options)
+        )
         seen = (text.replace(prefix, ""), listing(end), listing(begin))
         message = SEEN_AS.get((way, name), message)
-        wanted = (f"{host}: local: {message}" if message else "", COPIES_LEAVE.get((way, name), after), listing(begin))
+        wanted = (
+            f"{host}: local: {message}" if message else "",
+            COPIES_LEAVE.get((way, name), after),
+            listing(begin),
+        )
         if seen != wanted:
             wrong[name] = [each for each in zip(seen, wanted, strict=True) if each[0] != each[1]]
 
@@ -3474,15 +5237,28 @@ def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: st
 @pytest.mark.parametrize("pushing", [True, False])
 def test_copies_keep_modes(sshd: Sshd, home: Path, pushing: bool) -> None:
     begin, end = (home, sshd.home) if pushing else (sshd.home, home)
-    modes = {"t/x": 0o755, "t/r": 0o400, "t/w": 0o666, "t/s": 0o4755, "t/none": 0o000 if os.getuid() == 0 else 0o400, "t/d/": 0o750,
-             "t/d/ro/": 0o555, "t/": 0o711}
+    modes = {
+        "t/x": 0o755,
+        "t/r": 0o400,
+        "t/w": 0o666,
+        "t/s": 0o4755,
+        "t/none": 0o000 if os.getuid() == 0 else 0o400,
+        "t/d/": 0o750,
+        "t/d/ro/": 0o555,
+        "t/": 0o711,
+    }
     build(begin, dict.fromkeys(modes, "text") | {"t/d/ro/f": ""})
     for name, mode in modes.items():
         (begin / name).chmod(mode)
     for path in (begin / "t").rglob("*"):
         os.utime(path, (1_000_000_000, 1_100_000_000))
     step = Push if pushing else Pull
-    assert copied(sshd, step("t", "kept", recurse=True, preserve=True), step("t", "plain", recurse=True)) == ""
+    assert (
+        copied(
+            sshd, step("t", "kept", recurse=True, preserve=True), step("t", "plain", recurse=True)
+        )
+        == ""
+    )
     for name, mode in modes.items():
         path = name.rstrip("/")[1:]
         assert stat.S_IMODE((end / f"plain{path}").stat().st_mode) == mode & 0o777, name
@@ -3537,7 +5313,11 @@ def test_owner_is_kept(sshd: Sshd, home: Path, pushing: bool, name: str) -> None
     build(end, {"f": "old", "link": "-> f"})
     os.chown(end / "f", 1234, 4321)
     assert copied(sshd, (Push if pushing else Pull)("source", name)) == ""
-    assert ((end / "f").read_text(), (end / "f").stat().st_uid, (end / "f").stat().st_gid) == ("new", 1234, 4321)
+    assert ((end / "f").read_text(), (end / "f").stat().st_uid, (end / "f").stat().st_gid) == (
+        "new",
+        1234,
+        4321,
+    )
     assert (end / "link").is_symlink()
 
 
@@ -3545,7 +5325,12 @@ def test_owner_is_kept(sshd: Sshd, home: Path, pushing: bool, name: str) -> None
 def unwritable(path: Path) -> Iterator[None]:
     """A folder or file that nobody can replace: for root that takes the immutable flag."""
     if os.getuid() == 0:
-        if not shutil.which("chattr") or subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
+        if (
+            not shutil.which("chattr")
+            or subprocess.run(
+                ["chattr", "+i", str(path)], capture_output=True, check=False
+            ).returncode
+        ):
             pytest.skip("no immutable files here (chattr +i)")
         try:
             yield
@@ -3566,13 +5351,21 @@ def test_unwritable_folder_names_inplace(sshd: Sshd, home: Path, way: str) -> No
     step = Pull if way == "pull" else Push
 
     def copy(*commands: Any) -> str:
-        return copied(sshd, *commands) if way != "local" else " | ".join(filter(None, (run(outcome(LocalNode(),
-            each)) for each in commands)))
+        return (
+            copied(sshd, *commands)
+            if way != "local"
+            else " | ".join(filter(None, (run(outcome(LocalNode(), each)) for each in commands)))
+        )
 
     host = "LOCALNODE" if way == "local" else "127.0.0.1"
-    why = {True: "operation not permitted", False: "permission denied"}[os.getuid() == 0 and way != "push"]
+    why = {True: "operation not permitted", False: "permission denied"}[
+        os.getuid() == 0 and way != "push"
+    ]
     with unwritable(end / "d"):
-        assert copy(step("f", there)) == f"{host}: local: f: {there}: {why} for a temporary file (inplace writes onto the file itself)"
+        assert (
+            copy(step("f", there))
+            == f"{host}: local: f: {there}: {why} for a temporary file (inplace writes onto the file itself)"
+        )
         assert copy(step("f", there, inplace=True)) == ""
     assert listing(end / "d") == {"f": "new"}
 
@@ -3584,7 +5377,9 @@ def test_busy_file_names_inplace(sshd: Sshd, home: Path, way: str) -> None:
     begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
     (begin / "f").write_text("new")
     build(end, {"d/f": "old", "other": "mounted"})
-    if subprocess.run(["mount", "--bind", str(end / "other"), str(end / "d/f")], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "--bind", str(end / "other"), str(end / "d/f")], capture_output=True, check=False
+    ).returncode:
         pytest.skip("mounts are not permitted here")
     there = f"{end}/d/f" if way == "local" else "d/f"
     step = Pull if way == "pull" else Push
@@ -3593,8 +5388,14 @@ def test_busy_file_names_inplace(sshd: Sshd, home: Path, way: str) -> None:
         return copied(sshd, command) if way != "local" else run(outcome(LocalNode(), command))
 
     try:
-        host, why = ("LOCALNODE" if way == "local" else "127.0.0.1"), "failure" if way == "push" else "device or resource busy"
-        assert copy(step("f", there)) == f"{host}: local: f: {there} cannot be replaced: {why} (inplace writes onto the file itself)"
+        host, why = (
+            ("LOCALNODE" if way == "local" else "127.0.0.1"),
+            "failure" if way == "push" else "device or resource busy",
+        )
+        assert (
+            copy(step("f", there))
+            == f"{host}: local: f: {there} cannot be replaced: {why} (inplace writes onto the file itself)"
+        )
         assert copy(step("f", there, inplace=True)) == ""
     finally:
         subprocess.run(["umount", "-l", str(end / "d/f")], check=True)
@@ -3609,23 +5410,40 @@ def test_what_is_no_file_is_not_replaced(sshd: Sshd, home: Path, way: str, inpla
     begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
     (begin / "f").write_text("new")
     os.mkfifo(end / "fifo")
-    step = (Pull if way == "pull" else Push)("f", f"{end}/fifo" if way == "local" else "fifo", inplace=inplace)
+    step = (Pull if way == "pull" else Push)(
+        "f", f"{end}/fifo" if way == "local" else "fifo", inplace=inplace
+    )
     text = run(outcome(LocalNode(), step)) if way == "local" else copied(sshd, step)
     host, there = ("LOCALNODE", f"{end}/fifo") if way == "local" else ("127.0.0.1", "fifo")
     assert text == f"{host}: local: f: {there} is there and not a regular file"
     assert listing(end)["fifo"].startswith("mode 1")
 
 
-@pytest.mark.parametrize(("sources", "arrived", "message"), [
-    ("logs/*.log", {"a.log", "b.log"}, ""), ("logs/[ab].log", {"a.log", "b.log"}, ""), ("lo*/a.*", {"a.log", "a.txt"}, ""),
-    ("~/logs/a.log", {"a.log"}, ""),
-    ("~/logs/*.log", {"a.log", "b.log"}, ""), ("logs/*", {"a.log", "b.log", "a.txt", "[x]"}, ""), ("logs/.*", {".hidden"}, ""),
-    ("logs/[x]", {"[x]"}, ""), ("logs/*.none", set(), "127.0.0.1: local: logs/*.none: no such file"), ("{home}/logs/?.txt", {"a.txt"}, ""),
-    (["logs/*.log", "logs/a.txt"], {"a.log", "b.log", "a.txt"}, ""), ("*/*/deep", set(), "127.0.0.1: local: */*/deep: no such file"),
-    ("./logs/a*g", {"a.log"}, ""),
-])
+@pytest.mark.parametrize(
+    ("sources", "arrived", "message"),
+    [
+        ("logs/*.log", {"a.log", "b.log"}, ""),
+        ("logs/[ab].log", {"a.log", "b.log"}, ""),
+        ("lo*/a.*", {"a.log", "a.txt"}, ""),
+        ("~/logs/a.log", {"a.log"}, ""),
+        ("~/logs/*.log", {"a.log", "b.log"}, ""),
+        ("logs/*", {"a.log", "b.log", "a.txt", "[x]"}, ""),
+        ("logs/.*", {".hidden"}, ""),
+        ("logs/[x]", {"[x]"}, ""),
+        ("logs/*.none", set(), "127.0.0.1: local: logs/*.none: no such file"),
+        ("{home}/logs/?.txt", {"a.txt"}, ""),
+        (["logs/*.log", "logs/a.txt"], {"a.log", "b.log", "a.txt"}, ""),
+        ("*/*/deep", set(), "127.0.0.1: local: */*/deep: no such file"),
+        ("./logs/a*g", {"a.log"}, ""),
+    ],
+)
 def test_globs(sshd: Sshd, home: Path, sources: Any, arrived: set[str], message: str) -> None:
-    build(sshd.home, dict.fromkeys((f"logs/{name}" for name in ("a.log", "b.log", "a.txt", ".hidden", "[x]")), "text"))
+    build(
+        sshd.home,
+        dict.fromkeys(
+            (f"logs/{name}" for name in ("a.log", "b.log", "a.txt", ".hidden", "[x]")), "text"
+        ),
+    )
     (home / "d").mkdir()
     given = sources.replace("{home}", str(sshd.home)) if isinstance(sources, str) else sources
     assert copied(sshd, Pull(given, "d")) == message
@@ -3635,16 +5453,27 @@ def test_globs(sshd: Sshd, home: Path, sources: Any, arrived: set[str], message:
 def test_nothing_is_the_remote_home(sshd: Sshd, home: Path, capfd: Any) -> None:
     for number, remote in enumerate(["", "~", ".", "~/", "./"]):
         (home / f"f{number}").write_text("F")
-        assert (apssh.main_push(["-t", sshd.target, f"f{number}", f"@:{remote}"]), capfd.readouterr()) == (0, ("", ""))
+        assert (
+            apssh.main_push(["-t", sshd.target, f"f{number}", f"@:{remote}"]),
+            capfd.readouterr(),
+        ) == (0, ("", ""))
     build(sshd.home, {"there/g": "G"})
     for number, remote in enumerate(["", "~", ".", "~/", "./"]):
-        assert (apssh.main_pull(["-t", sshd.target, "-r", f"@:{remote}", f"all{number}"]), capfd.readouterr()) == (0, ("", ""))
-        assert listing(home / f"all{number}") == {f"f{each}": "F" for each in range(5)} | {"there/": "", "there/g": "G"}
+        assert (
+            apssh.main_pull(["-t", sshd.target, "-r", f"@:{remote}", f"all{number}"]),
+            capfd.readouterr(),
+        ) == (0, ("", ""))
+        assert listing(home / f"all{number}") == {f"f{each}": "F" for each in range(5)} | {
+            "there/": "",
+            "there/g": "G",
+        }
 
 
 def test_proc_files_arrive_whole(sshd: Sshd, home: Path) -> None:
     (home / "d").mkdir()
-    assert copied(sshd, Pull(["/proc/version", "/proc/cpuinfo", "/proc/sys/kernel/ostype"], "d")) == ""
+    assert (
+        copied(sshd, Pull(["/proc/version", "/proc/cpuinfo", "/proc/sys/kernel/ostype"], "d")) == ""
+    )
     assert (home / "d/version").read_bytes() == Path("/proc/version").read_bytes()
     assert b"processor" in (home / "d/cpuinfo").read_bytes()
     assert (home / "d/ostype").read_text() == "Linux\n"
@@ -3668,13 +5497,25 @@ def test_what_is_no_file_is_refused_by_name(sshd: Sshd, home: Path, way: str) ->
     special = 2
     if os.getuid() == 0:
         with contextlib.suppress(OSError):
-            os.mknod(begin / "t/zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))  # /dev/zero: endless to who reads it
+            os.mknod(
+                begin / "t/zero", stat.S_IFCHR | 0o666, os.makedev(1, 5)
+            )  # /dev/zero: endless to who reads it
             special = 3
-    step = (Pull if way == "pull" else Push)("t", str(end / "new") if way == "local" else "new", recurse=True, timeout=20)
-    alone = (Pull if way == "pull" else Push)("t/fifo", str(end / "one") if way == "local" else "one", timeout=20)
-    text, one = (run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each) for each in (step, alone))
+    step = (Pull if way == "pull" else Push)(
+        "t", str(end / "new") if way == "local" else "new", recurse=True, timeout=20
+    )
+    alone = (Pull if way == "pull" else Push)(
+        "t/fifo", str(end / "one") if way == "local" else "one", timeout=20
+    )
+    text, one = (
+        run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each)
+        for each in (step, alone)
+    )
     host = "LOCALNODE" if way == "local" else "127.0.0.1"
-    assert re.fullmatch(rf"{host}: local: t/(fifo|sock|zero): not a regular file, folder or link \(and {special - 1} more\)", text)
+    assert re.fullmatch(
+        rf"{host}: local: t/(fifo|sock|zero): not a regular file, folder or link \(and {special - 1} more\)",
+        text,
+    )
     assert one == f"{host}: local: t/fifo: not a regular file, folder or link"
     assert listing(end / "new") == {"a": "A", "z/": "", "z/b": "B"}
 
@@ -3683,11 +5524,17 @@ def test_what_is_no_file_is_refused_by_name(sshd: Sshd, home: Path, way: str) ->
 def test_links_that_lead_to_their_own_folder(sshd: Sshd, home: Path, way: str) -> None:
     """Followed, they would be endless: they are named instead, as cp does."""
     begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
-    build(begin, {"t/a": "A", "t/d/b": "B", "t/d/up": "-> ..", "t/here": "-> .", "t/twin": "-> d/b"})
-    step = (Pull if way == "pull" else Push)("t", f"{end}/new" if way == "local" else "new", recurse=True, follow_symlinks=True)
+    build(
+        begin, {"t/a": "A", "t/d/b": "B", "t/d/up": "-> ..", "t/here": "-> .", "t/twin": "-> d/b"}
+    )
+    step = (Pull if way == "pull" else Push)(
+        "t", f"{end}/new" if way == "local" else "new", recurse=True, follow_symlinks=True
+    )
     text = run(outcome(LocalNode(), step)) if way == "local" else copied(sshd, step)
     host = "LOCALNODE" if way == "local" else "127.0.0.1"
-    assert re.fullmatch(rf"{host}: local: t/(here|d/up): a link to a folder it is in \(and 1 more\)", text)
+    assert re.fullmatch(
+        rf"{host}: local: t/(here|d/up): a link to a folder it is in \(and 1 more\)", text
+    )
     assert listing(end / "new") == {"a": "A", "d/": "", "d/b": "B", "twin": "B"}
 
 
@@ -3695,33 +5542,69 @@ def test_push_follows_no_remote_link_to_a_folder(sshd: Sshd, home: Path) -> None
     """As cp: below what was named, a folder is not written through a link that is in its place."""
     build(home, {"t/d/f": "new", "t/a": "A"})
     build(sshd.home, {"out/f": "precious", "t/d": "-> ../out"})
-    assert copied(sshd, Push("t", ".", recurse=True)) == "127.0.0.1: local: t/d: a link has that name"
-    assert listing(sshd.home) == {"out/": "", "out/f": "precious", "t/": "", "t/a": "A", "t/d": "-> ../out"}
+    assert (
+        copied(sshd, Push("t", ".", recurse=True)) == "127.0.0.1: local: t/d: a link has that name"
+    )
+    assert listing(sshd.home) == {
+        "out/": "",
+        "out/f": "precious",
+        "t/": "",
+        "t/a": "A",
+        "t/d": "-> ../out",
+    }
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_push_writes_through_no_remote_link_of_a_tree(sshd: Sshd, home: Path, inplace: bool) -> None:
-    """What was named may be a link over there; what is found in a tree may not: somebody else may have put it there."""
+def test_push_writes_through_no_remote_link_of_a_tree(
+    sshd: Sshd, home: Path, inplace: bool
+) -> None:
+    """What was named may be a link over there; what is found in a tree may not: somebody else may
+    have put it there.
+    """
     build(home, {"t/f": "new", "g": "G"})
-    build(sshd.home, {"secret": "kept", "t/f": "-> ../secret", "named": "-> target", "target": "old"})
-    said = copied(sshd, Push("t", ".", recurse=True, inplace=inplace), Push("g", "named", inplace=inplace))
+    build(
+        sshd.home, {"secret": "kept", "t/f": "-> ../secret", "named": "-> target", "target": "old"}
+    )
+    said = copied(
+        sshd, Push("t", ".", recurse=True, inplace=inplace), Push("g", "named", inplace=inplace)
+    )
     assert said == ("127.0.0.1: local: t/f: a link has that name" if inplace else "")
-    assert listing(sshd.home) == {"secret": "kept", "t/": "", "t/f": "-> ../secret" if inplace else "new", "named": "-> target", "target": "G"}
+    assert listing(sshd.home) == {
+        "secret": "kept",
+        "t/": "",
+        "t/f": "-> ../secret" if inplace else "new",
+        "named": "-> target",
+        "target": "G",
+    }
 
 
 @pytest.mark.parametrize("preserve", [False, True])
 @pytest.mark.parametrize("way", ["push", "pull", "local"])
 def test_mode_of_a_folder_that_was_there(sshd: Sshd, home: Path, way: str, preserve: bool) -> None:
     """As cp -r: it is kept, unless preserve is asked for; a new one gets its source's."""
-    source, destination = (sshd.home, home) if way == "pull" else (home, sshd.home) if way == "push" else (home, home / "d")
+    source, destination = (
+        (sshd.home, home)
+        if way == "pull"
+        else (home, sshd.home)
+        if way == "push"
+        else (home, home / "d")
+    )
     build(source, {"t/old/f": "F", "t/new/f": "F"})
     build(destination, {"t/old/": ""})
-    for path, mode in ((source / "t", 0o777), (source / "t/old", 0o777), (source / "t/new", 0o751), (destination / "t", 0o700),
-                       (destination / "t/old", 0o700)):
+    for path, mode in (
+        (source / "t", 0o777),
+        (source / "t/old", 0o777),
+        (source / "t/new", 0o751),
+        (destination / "t", 0o700),
+        (destination / "t/old", 0o700),
+    ):
         path.chmod(mode)
     options = {"recurse": True, "preserve": preserve}
-    said = run(outcome(LocalNode(), Push("t", "d", **options))) if way == "local" else copied(
-        sshd, Push("t", ".", **options) if way == "push" else Pull("t", ".", **options))
+    said = (
+        run(outcome(LocalNode(), Push("t", "d", **options)))
+        if way == "local"
+        else copied(sshd, Push("t", ".", **options) if way == "push" else Pull("t", ".", **options))
+    )
     modes = [stat.S_IMODE((destination / name).stat().st_mode) for name in ("t", "t/old", "t/new")]
     assert (said, modes) == ("", [0o777, 0o777, 0o751] if preserve else [0o700, 0o700, 0o751])
 
@@ -3740,7 +5623,10 @@ def test_long_names_that_are_not_ascii(sshd: Sshd, home: Path, way: str) -> None
 @pytest.mark.parametrize("inplace", [False, True])
 def test_missing_remote_folder_is_what_is_missing(sshd: Sshd, home: Path, inplace: bool) -> None:
     build(home, {"f": "F"})
-    assert copied(sshd, Push("f", "no/such/g", inplace=inplace)) == "127.0.0.1: local: f: no/such: no such folder"
+    assert (
+        copied(sshd, Push("f", "no/such/g", inplace=inplace))
+        == "127.0.0.1: local: f: no/such: no such folder"
+    )
 
 
 def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
@@ -3750,13 +5636,18 @@ def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
         pytest.skip("root reads everything")
     (home / "t/a").chmod(0)
     (sshd.home / "p/a").chmod(0)
-    assert copied(sshd, Push("t", "new", recurse=True)) == "127.0.0.1: local: t/a: permission denied"
-    assert copied(sshd, Pull("p", "new", recurse=True)) == "127.0.0.1: local: p/a: permission denied"
+    assert (
+        copied(sshd, Push("t", "new", recurse=True)) == "127.0.0.1: local: t/a: permission denied"
+    )
+    assert (
+        copied(sshd, Pull("p", "new", recurse=True)) == "127.0.0.1: local: p/a: permission denied"
+    )
     assert listing(home / "new") == listing(sshd.home / "new") == {"b": "B"}
 
 
 def test_what_is_under_way_keeps_a_cancellation() -> None:
     """One from outside is not taken for that of a failure; and a failure leaves no count behind."""
+
     async def failing(begun: asyncio.Event) -> None:
         await begun.wait()
         raise OSError("lost")
@@ -3807,13 +5698,18 @@ def test_cancelled_copy_leaves_nothing(sshd: Sshd, home: Path, pushing: bool) ->
                 await task
             assert await node.run("true") == 0
             step = (Push if pushing else Pull)("1", "d/1", timeout=0.3)
-            assert await outcome(node, step) == f"127.0.0.1: timeout: no end within 0.3 s: {step._line()}"
+            assert (
+                await outcome(node, step)
+                == f"127.0.0.1: timeout: no end within 0.3 s: {step._line()}"
+            )
 
     run(main())
     assert listing(end / "d") == {"0": "old"}
 
 
-def test_lost_connection_during_a_push_of_many_files_is_one_error(make_sshd: Callable[..., Sshd], home: Path, capfd: Any, caplog: Any) -> None:
+def test_lost_connection_during_a_push_of_many_files_is_one_error(
+    make_sshd: Callable[..., Sshd], home: Path, capfd: Any, caplog: Any
+) -> None:
     """The files that were under way with the one that told it leave no exception to nobody."""
     server = make_sshd()
     build(home, {f"t/f{number}": "x" * 50_000 for number in range(300)})
@@ -3854,8 +5750,14 @@ def test_lost_connection_during_a_pull_leaves_nothing(sshd: Sshd, home: Path) ->
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """A file system of this size, mounted here."""
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "none", str(folder)], capture_output=True,
-                                     check=False).returncode:
+    if (
+        os.getuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size},mode=700", "none", str(folder)],
+            capture_output=True,
+            check=False,
+        ).returncode
+    ):
         pytest.skip("mounts are not permitted here")
     try:
         yield
@@ -3877,9 +5779,15 @@ def test_disk_full(sshd: Sshd, home: Path, way: str) -> None:
     with small_disk(end / "d", "60k"):
         for name in sizes:
             commands = step(["tiny"], there), step([name], there)
-            text = "".join(run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each) for each in commands)
+            text = "".join(
+                run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each)
+                for each in commands
+            )
             host = "LOCALNODE" if way == "local" else "127.0.0.1"
-            assert text == f"{host}: local: {name}: no space left on {'the ' if way == 'push' else ''}device"
+            assert (
+                text
+                == f"{host}: local: {name}: no space left on {'the ' if way == 'push' else ''}device"
+            )
             assert listing(end / "d") == {"tiny": "T"}
 
 
@@ -3911,7 +5819,12 @@ def test_many_folders_with_links_need_few_files(sshd: Sshd, home: Path) -> None:
 
 # hostile servers: what is pulled from them must change nothing but the destination
 
-REGULAR, FOLDER, LINK, FIFO = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, stat.S_IFIFO | 0o644
+REGULAR, FOLDER, LINK, FIFO = (
+    stat.S_IFREG | 0o644,
+    stat.S_IFDIR | 0o755,
+    stat.S_IFLNK | 0o777,
+    stat.S_IFIFO | 0o644,
+)
 
 
 @dataclasses.dataclass
@@ -3919,7 +5832,9 @@ class Node:
     """One name of a hostile server: what it says, and what it does, which need not agree."""
 
     content: bytes = b""
-    names: Callable[[], Iterable[tuple[bytes, Node]]] | None = None  # a folder's names, made as they are asked for
+    names: Callable[[], Iterable[tuple[bytes, Node]]] | None = (
+        None  # a folder's names, made as they are asked for
+    )
     target: bytes = b""  # of a link
     mode: int | None = None  # what stat says; None: what it is
     said: int | None = None  # what scandir says, where it differs
@@ -3929,9 +5844,19 @@ class Node:
 
     def attrs(self, mode: int | None = None) -> asyncssh.SFTPAttrs:
         if mode is None:
-            mode = self.mode if self.mode is not None else FOLDER if self.names else LINK if self.target else REGULAR
+            mode = (
+                self.mode
+                if self.mode is not None
+                else FOLDER
+                if self.names
+                else LINK
+                if self.target
+                else REGULAR
+            )
         size = len(self.content) if self.size is None else self.size
-        return asyncssh.SFTPAttrs(permissions=None if mode == -1 else mode, size=None if size == -1 else size)
+        return asyncssh.SFTPAttrs(
+            permissions=None if mode == -1 else mode, size=None if size == -1 else size
+        )
 
 
 def folder(*names: tuple[bytes, Node], **says: Any) -> Node:
@@ -3981,7 +5906,7 @@ class HostileServer(asyncssh.SFTPServer):
         return node
 
     def read(self, file_obj: Any, offset: int, size: int) -> Any:
-        return b"x" * size if file_obj.endless else file_obj.content[offset:offset + size]
+        return b"x" * size if file_obj.endless else file_obj.content[offset : offset + size]
 
     def fstat(self, file_obj: Any) -> Any:
         return file_obj.attrs()
@@ -4003,101 +5928,295 @@ LOOP.names = lambda: [(b"a", LOOP)]
 # attack: what the server has, what is then in the area (besides what it had), the message;
 # the area has ``secret``, ``outside/keep`` and ``out/``
 ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
-    "name ../x": (folder((b"../x", EVIL), (b"../../x", EVIL), GOOD), ALSO,
-                  "tree/../x: refused the name '../x' sent by the server (and 1 more)"),
-    "name ../../secret, a folder first": (folder((b"..", folder((b"..", folder((b"secret", EVIL))), (b"secret", EVIL))), GOOD), ALSO, ""),
-    "absolute name": (folder((b"{area}/x", EVIL), (b"{area}/secret", EVIL), GOOD), ALSO,
-                      "{area}/x: refused the name '{area}/x' sent by the server (and 1 more)"),
-    "name a/b": (folder((b"a", folder()), (b"a/b", EVIL), GOOD), ALSO | {"out/tree/a/": ""},
-                 "tree/a/b: refused the name 'a/b' sent by the server"),
-    "name with NUL": (folder((b"a\0b", EVIL), GOOD), ALSO, r"tree/a\x00b: refused the name 'a\x00b' sent by the server"),
-    "empty name": (folder((b"", EVIL), GOOD), ALSO, "tree/: refused the name '' sent by the server"),
-    "name that is a control sequence": (folder((b"\x1b[2J", Node(error="No\x1b[2J\n")), GOOD), ALSO, r"tree/\x1b[2J: no\x1b[2J\n"),
-    "name of 100,000 bytes": (folder((b"n" * 100_000, EVIL), GOOD), ALSO,
-                              f"tree/{'n' * 192}...: refused the name '{'n' * 77}...' sent by the server"),
-    "one name twice": (folder((b"a", Node(b"first")), (b"a", EVIL), GOOD), ALSO | {"out/tree/a": "first"},
-                       "tree/a: the name a comes twice"),
-    "a link, then a file of that name": (folder((b"a", Node(target=b"../../secret")), (b"a", EVIL), GOOD), ALSO,
-                                         "tree/a: the name a comes twice (and 1 more)"),
-    "a link, then a folder of that name": (folder((b"a", Node(target=b"../../outside")), (b"a", folder((b"x", EVIL))), GOOD), ALSO,
-                                           "tree/a: the name a comes twice (and 1 more)"),
-    "a folder, then a link of that name": (folder((b"a", folder((b"x", EVIL))), (b"a", Node(target=b"../../outside")), GOOD),
-                                           ALSO | {"out/tree/a/": "", "out/tree/a/x": "evil"}, "tree/a: the name a comes twice"),
-    "absolute link": (folder((b"a", Node(target=b"/etc/passwd")), GOOD), ALSO, "tree/a: refused a link that leads out, to /etc/passwd"),
-    "link to what is beside the destination": (folder((b"a", Node(target=b"../../secret")), GOOD), ALSO,
-                                               "tree/a: refused a link that leads out, to ../../secret"),
-    "link that goes in and out": (folder((b"a", Node(target=b"b/../../../secret")), GOOD), ALSO,
-                                  "tree/a: refused a link that leads out, to b/../../../secret"),
-    "links that chain out": (folder((b"a", Node(target=b"b/..")), (b"b", Node(target=b"..")), (b"c", Node(target=b"b/../..")), GOOD),
-                             ALSO | {"out/tree/b": "-> .."}, "tree/a: refused a link that leads out, to b/.. (and 1 more)"),
+    "name ../x": (
+        folder((b"../x", EVIL), (b"../../x", EVIL), GOOD),
+        ALSO,
+        "tree/../x: refused the name '../x' sent by the server (and 1 more)",
+    ),
+    "name ../../secret, a folder first": (
+        folder((b"..", folder((b"..", folder((b"secret", EVIL))), (b"secret", EVIL))), GOOD),
+        ALSO,
+        "",
+    ),
+    "absolute name": (
+        folder((b"{area}/x", EVIL), (b"{area}/secret", EVIL), GOOD),
+        ALSO,
+        "{area}/x: refused the name '{area}/x' sent by the server (and 1 more)",
+    ),
+    "name a/b": (
+        folder((b"a", folder()), (b"a/b", EVIL), GOOD),
+        ALSO | {"out/tree/a/": ""},
+        "tree/a/b: refused the name 'a/b' sent by the server",
+    ),
+    "name with NUL": (
+        folder((b"a\0b", EVIL), GOOD),
+        ALSO,
+        r"tree/a\x00b: refused the name 'a\x00b' sent by the server",
+    ),
+    "empty name": (
+        folder((b"", EVIL), GOOD),
+        ALSO,
+        "tree/: refused the name '' sent by the server",
+    ),
+    "name that is a control sequence": (
+        folder((b"\x1b[2J", Node(error="No\x1b[2J\n")), GOOD),
+        ALSO,
+        r"tree/\x1b[2J: no\x1b[2J\n",
+    ),
+    "name of 100,000 bytes": (
+        folder((b"n" * 100_000, EVIL), GOOD),
+        ALSO,
+        f"tree/{'n' * 192}...: refused the name '{'n' * 77}...' sent by the server",
+    ),
+    "one name twice": (
+        folder((b"a", Node(b"first")), (b"a", EVIL), GOOD),
+        ALSO | {"out/tree/a": "first"},
+        "tree/a: the name a comes twice",
+    ),
+    "a link, then a file of that name": (
+        folder((b"a", Node(target=b"../../secret")), (b"a", EVIL), GOOD),
+        ALSO,
+        "tree/a: the name a comes twice (and 1 more)",
+    ),
+    "a link, then a folder of that name": (
+        folder((b"a", Node(target=b"../../outside")), (b"a", folder((b"x", EVIL))), GOOD),
+        ALSO,
+        "tree/a: the name a comes twice (and 1 more)",
+    ),
+    "a folder, then a link of that name": (
+        folder((b"a", folder((b"x", EVIL))), (b"a", Node(target=b"../../outside")), GOOD),
+        ALSO | {"out/tree/a/": "", "out/tree/a/x": "evil"},
+        "tree/a: the name a comes twice",
+    ),
+    "absolute link": (
+        folder((b"a", Node(target=b"/etc/passwd")), GOOD),
+        ALSO,
+        "tree/a: refused a link that leads out, to /etc/passwd",
+    ),
+    "link to what is beside the destination": (
+        folder((b"a", Node(target=b"../../secret")), GOOD),
+        ALSO,
+        "tree/a: refused a link that leads out, to ../../secret",
+    ),
+    "link that goes in and out": (
+        folder((b"a", Node(target=b"b/../../../secret")), GOOD),
+        ALSO,
+        "tree/a: refused a link that leads out, to b/../../../secret",
+    ),
+    "links that chain out": (
+        folder(
+            (b"a", Node(target=b"b/..")),
+            (b"b", Node(target=b"..")),
+            (b"c", Node(target=b"b/../..")),
+            GOOD,
+        ),
+        ALSO | {"out/tree/b": "-> .."},
+        "tree/a: refused a link that leads out, to b/.. (and 1 more)",
+    ),
     "links that chain out through a folder": (
-        folder((b"d", folder((b"e", Node(target=b"../../..")), (b"f", Node(target=b"../..")))), (b"g", Node(target=b"d/f/../..")), GOOD),
-        ALSO | {"out/tree/d/": "", "out/tree/d/f": "-> ../.."}, "tree/d/e: refused a link that leads out, to ../../.. (and 1 more)"),
-    "link of 100,000 bytes": (folder((b"a", Node(target=b"n/" * 50_000)), GOOD), ALSO,
-                              f"tree/a: refused a link that leads out, to {'n/' * 38}n..."),
-    "link with NUL": (folder((b"a", Node(target=b"b\0c")), GOOD), ALSO, r"tree/a: refused a link that leads out, to b\x00c"),
-    "folder said to be a file": (folder((b"a", folder((b"x", EVIL), said=REGULAR)), GOOD), ALSO, "tree/a: failure"),
-    "file said to be a folder": (folder((b"a", Node(b"evil", said=FOLDER)), GOOD), ALSO | {"out/tree/a/": ""}, "tree/a: not a directory"),
-    "link said to be a folder": (folder((b"a", Node(target=b"{area}/outside", said=FOLDER)), GOOD), ALSO | {"out/tree/a/": ""},
-                                 "tree/a: not a directory"),
-    "folder said to be a link": (folder((b"a", folder((b"x", EVIL), said=LINK)), GOOD), ALSO,
-                                 "tree/a: refused a link that leads out, to ''"),
-    "the named one is a link after all": (Node(target=b"outside"), {}, "tree: not a regular file, folder or link"),
-    "the named one is a device": (Node(mode=stat.S_IFCHR | 0o666), {}, "tree: not a regular file, folder or link"),
-    "names that differ in case": (folder((b"A", Node(b"upper")), (b"a", Node(b"lower")), GOOD), ALSO | {"out/tree/A": "upper",
-        "out/tree/a": "lower"}, ""),
-    "endless folders": (LOOP, {f"out/tree/{'a/' * depth}": "" for depth in range(100)},
-                        f"tree/{'a/' * 96}...: more than 100 folders deep"),
-    "endless names": (Node(names=lambda: ((b"%d" % number, Node(mode=FIFO)) for number in itertools.count())), {"out/tree/": ""},
-                      "tree/1999: more than 2,000 names: given up"),
-    "one name without end": (Node(names=lambda: ((b"a", Node(mode=FIFO)) for _ in itertools.count())), {"out/tree/": ""},
-                             "tree/a: more than 2,000 names: given up"),
-    "bad names without end": (Node(names=lambda: ((b"/%d" % number, EVIL) for number in itertools.count())), {"out/tree/": ""},
-                              "/1999: more than 2,000 names: given up"),
-    "dots without end": (Node(names=lambda: ((b"." * (1 + number % 2), folder()) for number in itertools.count())), {"out/tree/": ""},
-                         "tree/..: more than 2,000 names: given up"),
-    "links without end": (Node(names=lambda: ((b"%d" % number, Node(target=b"/x")) for number in itertools.count())), {"out/tree/": ""},
-                          "tree/1999: more than 2,000 names: given up"),
-    "huge size": (folder((b"a", Node(b"small", size=1 << 62)), (b"b", Node(b"small", size=(1 << 64) - 1)), GOOD),
-                  ALSO | {"out/tree/a": "small", "out/tree/b": "small"}, ""),
-    "no size": (folder((b"a", Node(b"whole" * 100_000, size=-1)), GOOD), ALSO | {"out/tree/a": "whole" * 100_000}, ""),
-    "size too small": (folder((b"a", Node(b"whole" * 100_000, size=3)), GOOD), ALSO | {"out/tree/a": "whole" * 100_000}, ""),
-    "endless file": (folder((b"a", Node(endless=True, size=10)), GOOD), ALSO, "tree/a: goes on far beyond its size: given up"),
-    "mode bits of power": (folder((b"a", Node(b"evil", mode=stat.S_IFREG | 0o7777)), (b"d", folder(mode=stat.S_IFDIR | 0o7777)), GOOD),
-                           ALSO | {"out/tree/a": "evil", "out/tree/d/": ""}, ""),
-    "no attributes": (folder((b"a", Node(b"text", mode=REGULAR, said=-1)), (b"b", Node(b"text", mode=-1, size=-1)), GOOD),
-                      ALSO | {"out/tree/a": "text"},
-                      "tree/b: not a regular file, folder or link"),
+        folder(
+            (b"d", folder((b"e", Node(target=b"../../..")), (b"f", Node(target=b"../..")))),
+            (b"g", Node(target=b"d/f/../..")),
+            GOOD,
+        ),
+        ALSO | {"out/tree/d/": "", "out/tree/d/f": "-> ../.."},
+        "tree/d/e: refused a link that leads out, to ../../.. (and 1 more)",
+    ),
+    "link of 100,000 bytes": (
+        folder((b"a", Node(target=b"n/" * 50_000)), GOOD),
+        ALSO,
+        f"tree/a: refused a link that leads out, to {'n/' * 38}n...",
+    ),
+    "link with NUL": (
+        folder((b"a", Node(target=b"b\0c")), GOOD),
+        ALSO,
+        r"tree/a: refused a link that leads out, to b\x00c",
+    ),
+    "folder said to be a file": (
+        folder((b"a", folder((b"x", EVIL), said=REGULAR)), GOOD),
+        ALSO,
+        "tree/a: failure",
+    ),
+    "file said to be a folder": (
+        folder((b"a", Node(b"evil", said=FOLDER)), GOOD),
+        ALSO | {"out/tree/a/": ""},
+        "tree/a: not a directory",
+    ),
+    "link said to be a folder": (
+        folder((b"a", Node(target=b"{area}/outside", said=FOLDER)), GOOD),
+        ALSO | {"out/tree/a/": ""},
+        "tree/a: not a directory",
+    ),
+    "folder said to be a link": (
+        folder((b"a", folder((b"x", EVIL), said=LINK)), GOOD),
+        ALSO,
+        "tree/a: refused a link that leads out, to ''",
+    ),
+    "the named one is a link after all": (
+        Node(target=b"outside"),
+        {},
+        "tree: not a regular file, folder or link",
+    ),
+    "the named one is a device": (
+        Node(mode=stat.S_IFCHR | 0o666),
+        {},
+        "tree: not a regular file, folder or link",
+    ),
+    "names that differ in case": (
+        folder((b"A", Node(b"upper")), (b"a", Node(b"lower")), GOOD),
+        ALSO | {"out/tree/A": "upper", "out/tree/a": "lower"},
+        "",
+    ),
+    "endless folders": (
+        LOOP,
+        {f"out/tree/{'a/' * depth}": "" for depth in range(100)},
+        f"tree/{'a/' * 96}...: more than 100 folders deep",
+    ),
+    "endless names": (
+        Node(names=lambda: ((b"%d" % number, Node(mode=FIFO)) for number in itertools.count())),
+        {"out/tree/": ""},
+        "tree/1999: more than 2,000 names: given up",
+    ),
+    "one name without end": (
+        Node(names=lambda: ((b"a", Node(mode=FIFO)) for _ in itertools.count())),
+        {"out/tree/": ""},
+        "tree/a: more than 2,000 names: given up",
+    ),
+    "bad names without end": (
+        Node(names=lambda: ((b"/%d" % number, EVIL) for number in itertools.count())),
+        {"out/tree/": ""},
+        "/1999: more than 2,000 names: given up",
+    ),
+    "dots without end": (
+        Node(names=lambda: ((b"." * (1 + number % 2), folder()) for number in itertools.count())),
+        {"out/tree/": ""},
+        "tree/..: more than 2,000 names: given up",
+    ),
+    "links without end": (
+        Node(names=lambda: ((b"%d" % number, Node(target=b"/x")) for number in itertools.count())),
+        {"out/tree/": ""},
+        "tree/1999: more than 2,000 names: given up",
+    ),
+    "huge size": (
+        folder(
+            (b"a", Node(b"small", size=1 << 62)), (b"b", Node(b"small", size=(1 << 64) - 1)), GOOD
+        ),
+        ALSO | {"out/tree/a": "small", "out/tree/b": "small"},
+        "",
+    ),
+    "no size": (
+        folder((b"a", Node(b"whole" * 100_000, size=-1)), GOOD),
+        ALSO | {"out/tree/a": "whole" * 100_000},
+        "",
+    ),
+    "size too small": (
+        folder((b"a", Node(b"whole" * 100_000, size=3)), GOOD),
+        ALSO | {"out/tree/a": "whole" * 100_000},
+        "",
+    ),
+    "endless file": (
+        folder((b"a", Node(endless=True, size=10)), GOOD),
+        ALSO,
+        "tree/a: goes on far beyond its size: given up",
+    ),
+    "mode bits of power": (
+        folder(
+            (b"a", Node(b"evil", mode=stat.S_IFREG | 0o7777)),
+            (b"d", folder(mode=stat.S_IFDIR | 0o7777)),
+            GOOD,
+        ),
+        ALSO | {"out/tree/a": "evil", "out/tree/d/": ""},
+        "",
+    ),
+    "no attributes": (
+        folder(
+            (b"a", Node(b"text", mode=REGULAR, said=-1)),
+            (b"b", Node(b"text", mode=-1, size=-1)),
+            GOOD,
+        ),
+        ALSO | {"out/tree/a": "text"},
+        "tree/b: not a regular file, folder or link",
+    ),
 }
 AREA = {"secret": "precious", "outside/": "", "outside/keep": "precious", "out/": ""}
 
-# the same with what an earlier pull, or somebody, left in the destination: what is there, the options, what then is there
+# the same with what an earlier pull, or somebody, left in the destination: what is there, the
+# options, what then is there
 TRAPS: dict[str, tuple[Node, dict[str, str], dict[str, bool], dict[str, str], str]] = {
-    "a file's name is a link": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../secret"}, {}, ALSO | {"out/tree/f": "evil"}, ""),
-    "a file's name is a link, inplace": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../secret"}, {"inplace": True},
-                                         ALSO | {"out/tree/f": "-> ../../secret"},
-                                         "tree/f: {area}/out/tree/f is there and not a regular file"),
-    "a file's name is a dangling link, inplace": (folder((b"f", EVIL), GOOD), {"out/tree/f": "-> ../../new"}, {"inplace": True},
-                                                  ALSO | {"out/tree/f": "-> ../../new"},
-                                                  "tree/f: {area}/out/tree/f is there and not a regular file"),
-    "a folder's name is a link": (folder((b"d", folder((b"keep", EVIL), (b"x", EVIL))), GOOD), {"out/tree/d": "-> ../../outside"}, {},
-                                  ALSO | {"out/tree/d": "-> ../../outside"}, "tree/d: a link has that name"),
-    "the tree's name is a link": (folder((b"keep", EVIL), (b"x", EVIL)), {"out/tree": "-> ../outside"}, {}, {"out/tree": "-> ../outside"},
-                                  "tree: a link has that name"),
-    "a link's name is a link": (folder((b"l", Node(target=b"good")), GOOD), {"out/tree/l": "-> ../../outside"}, {},
-                                ALSO | {"out/tree/l": "-> good"}, ""),
-    "a file's name is a hard link": (folder((b"f", EVIL), GOOD), {"out/tree/f": "hard"}, {}, ALSO | {"out/tree/f": "evil"}, ""),
+    "a file's name is a link": (
+        folder((b"f", EVIL), GOOD),
+        {"out/tree/f": "-> ../../secret"},
+        {},
+        ALSO | {"out/tree/f": "evil"},
+        "",
+    ),
+    "a file's name is a link, inplace": (
+        folder((b"f", EVIL), GOOD),
+        {"out/tree/f": "-> ../../secret"},
+        {"inplace": True},
+        ALSO | {"out/tree/f": "-> ../../secret"},
+        "tree/f: {area}/out/tree/f is there and not a regular file",
+    ),
+    "a file's name is a dangling link, inplace": (
+        folder((b"f", EVIL), GOOD),
+        {"out/tree/f": "-> ../../new"},
+        {"inplace": True},
+        ALSO | {"out/tree/f": "-> ../../new"},
+        "tree/f: {area}/out/tree/f is there and not a regular file",
+    ),
+    "a folder's name is a link": (
+        folder((b"d", folder((b"keep", EVIL), (b"x", EVIL))), GOOD),
+        {"out/tree/d": "-> ../../outside"},
+        {},
+        ALSO | {"out/tree/d": "-> ../../outside"},
+        "tree/d: a link has that name",
+    ),
+    "the tree's name is a link": (
+        folder((b"keep", EVIL), (b"x", EVIL)),
+        {"out/tree": "-> ../outside"},
+        {},
+        {"out/tree": "-> ../outside"},
+        "tree: a link has that name",
+    ),
+    "a link's name is a link": (
+        folder((b"l", Node(target=b"good")), GOOD),
+        {"out/tree/l": "-> ../../outside"},
+        {},
+        ALSO | {"out/tree/l": "-> good"},
+        "",
+    ),
+    "a file's name is a hard link": (
+        folder((b"f", EVIL), GOOD),
+        {"out/tree/f": "hard"},
+        {},
+        ALSO | {"out/tree/f": "evil"},
+        "",
+    ),
 }
 
 
-async def attacked(keys: Path, root: Node, area: Path, source: str = "tree", destination: str = "out", **options: Any) -> str:
+async def attacked(
+    keys: Path,
+    root: Node,
+    area: Path,
+    source: str = "tree",
+    destination: str = "out",
+    **options: Any,
+) -> str:
     """Pull from a hostile server into the area."""
-    async with (ssh_server(keys, sftp=hostile(root, area)) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
-        return await outcome(node, Pull(source, str(area / destination), timeout=10, **{"recurse": True} | options))
+    async with (
+        ssh_server(keys, sftp=hostile(root, area)) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        return await outcome(
+            node, Pull(source, str(area / destination), timeout=10, **{"recurse": True} | options)
+        )
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_hostile_server(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str) -> None:
+def test_hostile_server(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
     root, leaves, message = ATTACKS[attack]
     area = tmp_path / "area"
     area.mkdir()
@@ -4123,59 +6242,93 @@ def test_hostile_server_and_what_was_there(keys: Path, tmp_path: Path, trap: str
     if before.get("out/tree/f") == "hard":
         (area / "out/tree/f").unlink()
         (area / "out/tree/f").hardlink_to(area / "secret")
-    assert run(attacked(keys, root, area, **options)) == (f"127.0.0.1: local: {message.format(area=area)}" if message else "")
+    assert run(attacked(keys, root, area, **options)) == (
+        f"127.0.0.1: local: {message.format(area=area)}" if message else ""
+    )
     assert listing(area) == AREA | leaves
 
 
 def test_pulls_one_after_the_other_chain_nothing(keys: Path, tmp_path: Path) -> None:
-    """What is a folder becomes a link, and a folder again: between two pulls, and between two calls of one."""
+    """What is a folder becomes a link, and a folder again: between two pulls, and between two calls
+    of one.
+    """
     area = tmp_path / "area"
     area.mkdir()
     build(area, AREA)
     turns = [
         (folder((b"d", Node(target=b"../outside"))), "tree/d: refused", {"out/tree/": ""}),
         (folder((b"d", Node(target=b".."))), "", {"out/tree/": "", "out/tree/d": "-> .."}),
-        (folder((b"d", folder((b"x", EVIL)))), "tree/d: a link has that name", {"out/tree/": "", "out/tree/d": "-> .."}),
+        (
+            folder((b"d", folder((b"x", EVIL)))),
+            "tree/d: a link has that name",
+            {"out/tree/": "", "out/tree/d": "-> .."},
+        ),
         (folder((b"d", EVIL)), "", {"out/tree/": "", "out/tree/d": "evil"}),
     ]
     turns[0][0].names = lambda: [(b"d", Node(target=b"../../outside"))]
     for root, message, leaves in turns:
-        assert run(attacked(keys, root, area)).startswith(f"127.0.0.1: local: {message}" if message else "")
+        assert run(attacked(keys, root, area)).startswith(
+            f"127.0.0.1: local: {message}" if message else ""
+        )
         assert listing(area) == AREA | leaves
 
 
 @pytest.mark.parametrize("name", ["out/new", "out"])
 def test_named_file_never_becomes_a_link(keys: Path, tmp_path: Path, name: str) -> None:
-    """Else the next pull onto it would write through: the destination is resolved, for it is the user's."""
+    """Else the next pull onto it would write through: the destination is resolved, for it is the
+    user's.
+    """
     area = tmp_path / "area"
     area.mkdir()
     build(area, AREA | {"out/precious": "mine"})
-    assert run(attacked(keys, Node(target=b"precious"), area,
-                        destination=name)) == "127.0.0.1: local: tree: not a regular file, folder or link"
+    assert (
+        run(attacked(keys, Node(target=b"precious"), area, destination=name))
+        == "127.0.0.1: local: tree: not a regular file, folder or link"
+    )
     assert run(attacked(keys, EVIL, area, destination=name)) == ""
     assert (area / "out/precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("names", "message"), [
-    ((b"../x", b"good"), ""), ((b"a/b", b"good"), "tree/*: refused the name 'a/b' sent by the server"), ((b"{area}/x", b"good"),
-        "tree/*: refused the name '{area}/x' sent by the server"),
-    ((b"good", b"good"), ""), ((b"..", b"good"), ""), ((b"a\0", b"good"), r"tree/*: refused the name 'a\x00' sent by the server"),
-])
-def test_hostile_answer_to_a_glob(keys: Path, tmp_path: Path, names: tuple[bytes, ...], message: str) -> None:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((b"../x", b"good"), ""),
+        ((b"a/b", b"good"), "tree/*: refused the name 'a/b' sent by the server"),
+        ((b"{area}/x", b"good"), "tree/*: refused the name '{area}/x' sent by the server"),
+        ((b"good", b"good"), ""),
+        ((b"..", b"good"), ""),
+        ((b"a\0", b"good"), r"tree/*: refused the name 'a\x00' sent by the server"),
+    ],
+)
+def test_hostile_answer_to_a_glob(
+    keys: Path, tmp_path: Path, names: tuple[bytes, ...], message: str
+) -> None:
     area = tmp_path / "area"
     area.mkdir()
     build(area, AREA)
     root = folder(*((name, Node(b"text")) for name in names))
-    assert run(attacked(keys, root, area, source="tree/*")) == (f"127.0.0.1: local: {message.format(area=area)}" if message else "")
+    assert run(attacked(keys, root, area, source="tree/*")) == (
+        f"127.0.0.1: local: {message.format(area=area)}" if message else ""
+    )
     assert listing(area) == AREA | {"out/good": "text"}
 
 
-@pytest.mark.parametrize("names", [lambda: ((b"%d" % number, EVIL) for number in itertools.count()),
-                                   lambda: ((b"../%d" % number, EVIL) for number in itertools.count())])
-def test_endless_answer_to_a_glob(keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Any) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        lambda: ((b"%d" % number, EVIL) for number in itertools.count()),
+        lambda: ((b"../%d" % number, EVIL) for number in itertools.count()),
+    ],
+)
+def test_endless_answer_to_a_glob(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Any
+) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(apssh, "TREE_LIMIT", 2000)
-    assert run(attacked(keys, Node(names=names), tmp_path, source="tree/*")) == "127.0.0.1: local: tree/*: more than 2,000 names: given up"
+    assert (
+        run(attacked(keys, Node(names=names), tmp_path, source="tree/*"))
+        == "127.0.0.1: local: tree/*: more than 2,000 names: given up"
+    )
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -4197,8 +6350,13 @@ def test_a_million_names_need_little_memory(keys: Path, tmp_path: Path, name: by
     root = Node(names=lambda: ((name % number, Node(mode=FIFO)) for number in itertools.count()))
 
     async def main() -> str:
-        async with (ssh_server(keys, sftp=hostile(root, tmp_path)) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
-            return await outcome(node, Pull("tree", str(tmp_path / "out"), recurse=True, timeout=600))
+        async with (
+            ssh_server(keys, sftp=hostile(root, tmp_path)) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return await outcome(
+                node, Pull("tree", str(tmp_path / "out"), recurse=True, timeout=600)
+            )
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert run(main(), 600).endswith("more than 1,000,000 names: given up")
@@ -4206,8 +6364,11 @@ def test_a_million_names_need_little_memory(keys: Path, tmp_path: Path, name: by
 
 
 @pytest.mark.parametrize("pushing", [True, False])
-def test_server_that_stops_answering(keys: Path, home: Path, monkeypatch: pytest.MonkeyPatch, pushing: bool) -> None:
+def test_server_that_stops_answering(
+    keys: Path, home: Path, monkeypatch: pytest.MonkeyPatch, pushing: bool
+) -> None:
     """Its connection is alive, its disk is not: the deadline holds all the same."""
+
     class Stuck(HostileServer):
         root = Node(endless=True, size=1 << 40)
 
@@ -4233,12 +6394,20 @@ def test_server_that_stops_answering(keys: Path, home: Path, monkeypatch: pytest
     released = asyncio.Event()
 
     async def main() -> None:
-        async with (ssh_server(keys, sftp=Stuck) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
-            step = (Push if pushing else Pull)("f" if pushing else "tree", "new" if pushing else "d/new", timeout=0.5)
+        async with (
+            ssh_server(keys, sftp=Stuck) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            step = (Push if pushing else Pull)(
+                "f" if pushing else "tree", "new" if pushing else "d/new", timeout=0.5
+            )
             begin = time.monotonic()
             if pushing:
                 Stuck.stat = Stuck.lstat  # type: ignore[method-assign]
-            assert await outcome(node, step) == f"127.0.0.1: timeout: no end within 0.5 s: {step._line()}"
+            assert (
+                await outcome(node, step)
+                == f"127.0.0.1: timeout: no end within 0.5 s: {step._line()}"
+            )
             assert time.monotonic() - begin < 2 * apssh.CLOSE_TIMEOUT + 4
             released.set()
 
@@ -4258,9 +6427,15 @@ def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> 
     build(home, {"f": "new", "t/l": "-> ../f"})
 
     async def main() -> str:
-        async with (ssh_server(keys, sftp=Plain) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
-            return await outcome(node, Push("f", "f")) + await outcome(node, Push("t", "t", recurse=True)) + await outcome(node,
-                Push("t", ".", recurse=True))
+        async with (
+            ssh_server(keys, sftp=Plain) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return (
+                await outcome(node, Push("f", "f"))
+                + await outcome(node, Push("t", "t", recurse=True))
+                + await outcome(node, Push("t", ".", recurse=True))
+            )
 
     assert run(main()) == ""
     assert listing(tmp_path / "far") == {"f": "new", "t/": "", "t/l": "-> ../f"}
@@ -4275,7 +6450,10 @@ def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
     (home / "f").write_text("text")
 
     async def main(step: Any) -> None:
-        async with (ssh_server(keys, sftp=Leaves) as port, SshNode("127.0.0.1", port=port, username=ME) as node):
+        async with (
+            ssh_server(keys, sftp=Leaves) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
             with pytest.raises(ConnectionFailedError) as caught:
                 await step.co_run_remote(node)
             assert str(caught.value) == "127.0.0.1: lost: connection lost during the copy of f"
@@ -4286,7 +6464,11 @@ def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
 
 # names of hosts and users that would lead elsewhere
 
-@pytest.mark.parametrize("target", ["../../etc/x", "/etc/x", "..", "a/../../b", "x\0y", "me@../x", "..->box", "[../x]:22", "-rf"])
+
+@pytest.mark.parametrize(
+    "target",
+    ["../../etc/x", "/etc/x", "..", "a/../../b", "x\0y", "me@../x", "..->box", "[../x]:22", "-rf"],
+)
 def test_target_that_is_a_path(home: Path, tmp_path: Path, target: str) -> None:
     before = listing(tmp_path)
     for options in (["-o", "out", "-m"], ["-o", "out"]):
@@ -4294,7 +6476,9 @@ def test_target_that_is_a_path(home: Path, tmp_path: Path, target: str) -> None:
     (home / "f").write_text("")
     assert apssh.main_pull([f"--target={target}", "@:f", "{host}/{fqdn}"]) == 2
     left = listing(tmp_path)
-    assert {name for name in left if not name.startswith("home/")} == {name for name in before if not name.startswith("home/")}
+    assert {name for name in left if not name.startswith("home/")} == {
+        name for name in before if not name.startswith("home/")
+    }
 
 
 @pytest.mark.parametrize("host", ["../../etc/x", "/etc/x", "..", "a/b", ""])
@@ -4303,7 +6487,9 @@ def test_node_that_is_a_path(host: str) -> None:
         SshNode(host)
 
 
-@pytest.mark.parametrize("host", ["../../x", "/x", "..", ".", "a/b", "", "~", "\x1b[2J", "a\nb", "-rf", "x" * 5000])
+@pytest.mark.parametrize(
+    "host", ["../../x", "/x", "..", ".", "a/b", "", "~", "\x1b[2J", "a\nb", "-rf", "x" * 5000]
+)
 def test_formatter_keeps_to_its_folder(tmp_path: Path, host: str) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "area/run")
     formatter.line("out\n", None, host)
@@ -4318,11 +6504,21 @@ def test_formatter_keeps_to_its_folder(tmp_path: Path, host: str) -> None:
 def test_user_that_is_a_path(sshd: Sshd, home: Path, tmp_path: Path) -> None:
     where = f"127.0.0.1:{sshd.port}"
     assert apssh.main_pull(["-t", where, "-l", "../../x", "@:f", "out/{user}/{host}/"]) == 1
-    assert apssh.main(["-t", where, "-t", sshd.target, "-l", "../../x", "-o", "files", "-m", "true"]) == 1
+    assert (
+        apssh.main(["-t", where, "-t", sshd.target, "-l", "../../x", "-o", "files", "-m", "true"])
+        == 1
+    )
     assert sorted(os.listdir(tmp_path)) == ["home"]
     assert sorted(path.name for path in (home / "out").iterdir()) == ["_._.._x"]
-    assert {str(path.relative_to(home / "files")) for path in (home / "files").rglob("*") if path.is_file()} - {"_._.._x@127.0.0.1"} == {
-        f"{ME}@127.0.0.1", f"0ok/{ME}@127.0.0.1", "1failed/_._.._x@127.0.0.1"}
+    assert {
+        str(path.relative_to(home / "files"))
+        for path in (home / "files").rglob("*")
+        if path.is_file()
+    } - {"_._.._x@127.0.0.1"} == {
+        f"{ME}@127.0.0.1",
+        f"0ok/{ME}@127.0.0.1",
+        "1failed/_._.._x@127.0.0.1",
+    }
 
 
 @pytest.mark.parametrize("taken", ["0ok", "1failed", "box"])
@@ -4337,7 +6533,17 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
         formatter._write(endpoint, b"out\n", None)
         formatter._write(endpoint, b"err\n", 1)
         for error in (None, "broken"):
-            marks.done(apssh.Result(endpoint[1], "root", 22, formatter._name(endpoint), endpoint[1], status=0, error=error))
+            marks.done(
+                apssh.Result(
+                    endpoint[1],
+                    "root",
+                    22,
+                    formatter._name(endpoint),
+                    endpoint[1],
+                    status=0,
+                    error=error,
+                )
+            )
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) == 6  # a mark of another run is gone
     assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
@@ -4349,7 +6555,10 @@ def test_pull_of_several_hosts_to_one_place_is_refused(home: Path) -> None:
     for where in ("one", "sub/../one", "{fqdn}"):
         with pytest.raises(UsageError) as caught:
             apssh.pull(targets, "f", where)
-        assert str(caught.value) == f"127.0.0.1 and 127.0.0.1 would both write to {where}: put {{host}} in the path"
+        assert (
+            str(caught.value)
+            == f"127.0.0.1 and 127.0.0.1 would both write to {where}: put {{host}} in the path"
+        )
     results = apssh.pull(targets, "f", "{host}")
     assert [result.kind for result in results] == ["refused", "refused"]
 
@@ -4357,7 +6566,11 @@ def test_pull_of_several_hosts_to_one_place_is_refused(home: Path) -> None:
 # what reaches a terminal
 
 POWER = "\x1b[2Jclear \x1b]0;title\x07 \x1b[31mred\x1b[0m\ttab \x9b2J back\bspace over\rwrite end"
-SHOWN = rb"\x1b[2Jclear \x1b]0;title\x07 " + b"\x1b[31mred\x1b[0m\ttab " + rb"\x9b2J back\x08space over\rwrite end"
+SHOWN = (
+    rb"\x1b[2Jclear \x1b]0;title\x07 "
+    + b"\x1b[31mred\x1b[0m\ttab "
+    + rb"\x9b2J back\x08space over\rwrite end"
+)
 
 
 def test_output_has_no_power_over_a_terminal(sshd: Sshd, capfdbinary: Any) -> None:
@@ -4383,7 +6596,9 @@ def test_gathered_output_has_no_power_over_a_terminal(sshd: Sshd, capfdbinary: A
 
 
 @pytest.mark.parametrize("options", [[], ["-r"], ["-o", "out"]])
-def test_own_messages_are_always_escaped(sshd: Sshd, home: Path, capfd: Any, options: list[str]) -> None:
+def test_own_messages_are_always_escaped(
+    sshd: Sshd, home: Path, capfd: Any, options: list[str]
+) -> None:
     """Even in a file or with -r: a file's name, a command, an error's text."""
     name = "f\x1b[2J\x1b[31m\u202e\n"
     (home / name).write_text("text")
@@ -4422,9 +6637,12 @@ def test_banner_is_escaped(keys: Path, terminal: bool) -> None:
 
 def test_refusals_of_a_server_are_escaped(keys: Path) -> None:
     """The text of an exit signal, of a disconnection."""
+
     async def main(process: Any) -> bytes:
         async with ssh_server(keys, process=process) as port:
-            done = await asyncio.to_thread(cli, "-t", f"{ME}@127.0.0.1:{port}", "--no-guard", "true")
+            done = await asyncio.to_thread(
+                cli, "-t", f"{ME}@127.0.0.1:{port}", "--no-guard", "true"
+            )
             assert done.returncode == 1
             return done.stderr
 
@@ -4444,12 +6662,14 @@ def test_two_sources_of_one_name_are_escaped(sshd: Sshd, home: Path) -> None:
     (sshd.home / "d").mkdir()
     text = copied(sshd, Push([f"a/{name}", f"b/{name}"], "d"))
     assert text == r"127.0.0.1: local: a/f\x1b[2J: two sources are called f\x1b[2J (and 1 more)"
-    assert "\x1b" not in copied(sshd, Pull("x", f"{name}/")) + copied(sshd, Push(f"a/{name}", f"{name}/"))
+    assert "\x1b" not in copied(sshd, Pull("x", f"{name}/")) + copied(
+        sshd, Push(f"a/{name}", f"{name}/")
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # values
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_variables() -> None:
@@ -4465,7 +6685,10 @@ def test_variables() -> None:
 def test_deferred() -> None:
     variables = Variables()
     deferred = Deferred("ping {{ host }} {{count}}", variables)
-    assert (str(deferred), repr(deferred)) == ("ping {{ host }} {{count}}", "Deferred('ping {{ host }} {{count}}')")
+    assert (str(deferred), repr(deferred)) == (
+        "ping {{ host }} {{count}}",
+        "Deferred('ping {{ host }} {{count}}')",
+    )
     variables.host = "{{count}}"
     assert str(deferred) == "ping {{count}} {{count}}"
     with pytest.raises(apssh.UndefinedVariableError) as caught:
@@ -4494,36 +6717,64 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(caught.value) == "this needs jinja2: pip install 'apssh[yaml]'"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # commands
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 LINE_VARIABLES = Variables(known="value")
 
 
-@pytest.mark.parametrize(("command", "line"), [
-    (Run("ls", "-l", 3), "ls -l 3"), (Run("a  b"), "a b"), (Run("x", label="text"), "text"), (Run("x", label=""), None),
-    (Run("echo", Deferred("{{known}} {{unknown}}", LINE_VARIABLES)), "echo value {{unknown}}"), (Run("time", Run("ls", "/")), "time ls /"),
-    (RunScript("dir/check.sh", "a", 1), "RunScript: check.sh a 1"), (RunScript("check.sh"), "RunScript: check.sh"),
-    (RunString("#!/bin/sh\n# about\n\n  echo a long first line\n", "x"), "RunString: echo a long fir... x"), (RunString("ls"), "RunString: ls..."),
-    (Push("a", "b"), "Push: a onto b"), (Push(["a", "b", "c"], "d"), "Push: a ... (3 total) onto d"), (Pull("a", "b"), "Pull: a into b"),
-    (Pull([Deferred("{{known}}", LINE_VARIABLES)], "b"), "Pull: value into b"), (apssh.AbstractCommand(), "AbstractCommand"),
-])
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (Run("ls", "-l", 3), "ls -l 3"),
+        (Run("a  b"), "a b"),
+        (Run("x", label="text"), "text"),
+        (Run("x", label=""), None),
+        (Run("echo", Deferred("{{known}} {{unknown}}", LINE_VARIABLES)), "echo value {{unknown}}"),
+        (Run("time", Run("ls", "/")), "time ls /"),
+        (RunScript("dir/check.sh", "a", 1), "RunScript: check.sh a 1"),
+        (RunScript("check.sh"), "RunScript: check.sh"),
+        (
+            RunString("#!/bin/sh\n# about\n\n  echo a long first line\n", "x"),
+            "RunString: echo a long fir... x",
+        ),
+        (RunString("ls"), "RunString: ls..."),
+        (Push("a", "b"), "Push: a onto b"),
+        (Push(["a", "b", "c"], "d"), "Push: a ... (3 total) onto d"),
+        (Pull("a", "b"), "Pull: a into b"),
+        (Pull([Deferred("{{known}}", LINE_VARIABLES)], "b"), "Pull: value into b"),
+        (apssh.AbstractCommand(), "AbstractCommand"),
+    ],
+)
 def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None:
     assert command._line() == line
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Run(), "Run: an empty command"), (lambda: Run("", " "), "Run: an empty command"),
-    (lambda: Run("a", timeout=-1), "timeout -1: seconds, more than 0 (None: no limit)"),
-    (lambda: Run(["ls", "-l"]), "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']"),
-    (lambda: Run("a", capture="a"), "Run: capture is a Capture(name, variables), not 'a'"),
-    (lambda: RunScript("a", includes=3), "a path or a list of paths, not 3"), (lambda: RunString(" "), "RunString: an empty script"),
-    (lambda: RunString("x", remote_name="a/.."), "RunString: remote_name 'a/..' is not the name of a file"),
-    (lambda: Push([], "x"), "a path or a list of paths, not []"),
-    (lambda: Push("", "x"), "a path or a list of paths, not ''"), (lambda: Push(3, "x"), "a path or a list of paths, not 3"), (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Run(), "Run: an empty command"),
+        (lambda: Run("", " "), "Run: an empty command"),
+        (lambda: Run("a", timeout=-1), "timeout -1: seconds, more than 0 (None: no limit)"),
+        (
+            lambda: Run(["ls", "-l"]),
+            "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']",
+        ),
+        (lambda: Run("a", capture="a"), "Run: capture is a Capture(name, variables), not 'a'"),
+        (lambda: RunScript("a", includes=3), "a path or a list of paths, not 3"),
+        (lambda: RunString(" "), "RunString: an empty script"),
+        (
+            lambda: RunString("x", remote_name="a/.."),
+            "RunString: remote_name 'a/..' is not the name of a file",
+        ),
+        (lambda: Push([], "x"), "a path or a list of paths, not []"),
+        (lambda: Push("", "x"), "a path or a list of paths, not ''"),
+        (lambda: Push(3, "x"), "a path or a list of paths, not 3"),
+        (lambda: Pull("x", 3), "Pull: the destination is a path, not 3"),
+    ],
+)
 def test_command_misuse(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         make()
@@ -4536,7 +6787,11 @@ NODE_KINDS = ["remote", "local"]
 @pytest.fixture(params=NODE_KINDS)
 def node(request: pytest.FixtureRequest, sshd: Sshd) -> Iterator[Any]:
     """The same steps on a remote node and on this machine."""
-    each = sshd.node(formatter=apssh.RawFormatter()) if request.param == "remote" else LocalNode(formatter=apssh.RawFormatter())
+    each = (
+        sshd.node(formatter=apssh.RawFormatter())
+        if request.param == "remote"
+        else LocalNode(formatter=apssh.RawFormatter())
+    )
     yield each
     asyncio.run(each.close())
 
@@ -4547,7 +6802,10 @@ def step(node: Any, command: apssh.AbstractCommand) -> Any:
 
 def test_run(node: Any, capfdbinary: Any) -> None:
     variables = Variables(word="late")
-    assert step(node, Run("echo", Deferred("{{word}}", variables), 3, Run("and", "more"), "; exit 4")) == 4
+    assert (
+        step(node, Run("echo", Deferred("{{word}}", variables), 3, Run("and", "more"), "; exit 4"))
+        == 4
+    )
     assert step(node, Run("echo lost; echo lost >&2; exit 5", ignore_outputs=True)) == 5
     assert step(node, Run("kill -USR1 $$")) == "USR1"
     assert capfdbinary.readouterr() == (b"late 3 and more\n", b"")
@@ -4555,7 +6813,9 @@ def test_run(node: Any, capfdbinary: Any) -> None:
 
 def test_capture(node: Any, capfdbinary: Any) -> None:
     variables = Variables()
-    assert step(node, Run("echo one; echo err >&2; echo two", capture=Capture("out", variables))) == 0
+    assert (
+        step(node, Run("echo one; echo err >&2; echo two", capture=Capture("out", variables))) == 0
+    )
     assert variables.out == "one\ntwo"
     assert capfdbinary.readouterr() == (b"", b"err\n")
 
@@ -4568,7 +6828,9 @@ def test_capture_of_a_command_that_did_not_end(node: Any) -> None:
     assert variables == {}
 
 
-def test_output_beyond_the_limit_fails_the_command(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_beyond_the_limit_fails_the_command(
+    node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1024 * 1024)
     with pytest.raises(ApsshError, match="more than 1 MiB of output to hold"):
         step(node, Run("yes", capture=Capture("out", Variables())))
@@ -4576,6 +6838,7 @@ def test_output_beyond_the_limit_fails_the_command(node: Any, monkeypatch: pytes
 
 def test_step_and_formatter_without_their_base_constructors(node: Any, capfd: Any) -> None:
     """Users' classes need not call ours."""
+
     class Says(apssh.AbstractCommand):
         def __init__(self, text: str) -> None:
             self.text = text
@@ -4610,11 +6873,16 @@ def test_a_steps_own_timeout_error_is_no_deadline(node: Any) -> None:
 
     job = SshJob(node, command=Late(label=False), critical=False)
     Scheduler(job).run()
-    assert (str(job.result()), job.result().kind) == (f"{node.hostname}: local: timed out: Late", "local")
+    assert (str(job.result()), job.result().kind) == (
+        f"{node.hostname}: local: timed out: Late",
+        "local",
+    )
 
 
 def test_run_script(node: Any, home: Path, sshd: Sshd, capfdbinary: Any) -> None:
-    (home / "check.sh").write_text('#!/bin/bash\nsource "$(dirname "$BASH_SOURCE")/lib.sh"\nshow "$@"; pwd; exit 6\n')
+    (home / "check.sh").write_text(
+        '#!/bin/bash\nsource "$(dirname "$BASH_SOURCE")/lib.sh"\nshow "$@"; pwd; exit 6\n'
+    )
     (home / "lib.sh").write_text('show() { printf "[%s]" "$@"; echo; }\n')
     assert step(node, RunScript("check.sh", "a", "'b c'", "> redirected", includes=["lib.sh"])) == 6
     where = home if isinstance(node, LocalNode) else sshd.home
@@ -4633,40 +6901,67 @@ def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
             job = SshJob(node, command=RunScript("check.sh", "fast"))
             with pytest.raises(CommandFailedError) as caught:
                 await job.co_run()
-            assert str(caught.value) == "127.0.0.1: status: ended with status 3: RunScript: check.sh fast"
+            assert (
+                str(caught.value)
+                == "127.0.0.1: status: ended with status 3: RunScript: check.sh fast"
+            )
             with pytest.raises(CommandFailedError) as caught:
                 await RunScript("check.sh", "slow", timeout=0.5).co_run_remote(node)
-            assert str(caught.value) == "127.0.0.1: timeout: no end within 0.5 s: RunScript: check.sh slow"
+            assert (
+                str(caught.value)
+                == "127.0.0.1: timeout: no end within 0.5 s: RunScript: check.sh slow"
+            )
             (sshd.home / "up").unlink(missing_ok=True)
             task = asyncio.create_task(RunScript("check.sh", "slow").co_run_remote(node))
             await eventually_async((sshd.home / "up").exists)
             (await node.connect_lazy()).abort()
             with pytest.raises(ConnectionFailedError) as lost:
                 await task
-            assert str(lost.value) == "127.0.0.1: lost: connection lost during RunScript: check.sh slow"
+            assert (
+                str(lost.value)
+                == "127.0.0.1: lost: connection lost during RunScript: check.sh slow"
+            )
 
     run(main())
 
 
 def test_run_string(node: Any, capfdbinary: Any) -> None:
     variables = Variables(n=3)
-    body = Deferred("#!/usr/bin/env python3\nimport os, sys\nprint(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
-                    "oct(os.stat(os.path.dirname(sys.argv[0])).st_mode)[-3:])", variables)
+    body = Deferred(
+        "#!/usr/bin/env python3\nimport os, sys\nprint(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
+        "oct(os.stat(os.path.dirname(sys.argv[0])).st_mode)[-3:])",
+        variables,
+    )
     assert step(node, RunString(body, "x", 1, remote_name="mine")) == 0
     assert step(node, RunString("echo no interpreter line; exit 2")) == 2
     assert capfdbinary.readouterr().out == b"['x', '1'] 3 mine 700\nno interpreter line\n"
 
 
-@pytest.mark.parametrize(("before", "options"), [
-    ("printf 'half a line'; ", {}), ("cd /; ", {}), ("exec 3>&1 4>&1 5>&2; ", {}), ("", {"Subsystem": "sftp /usr/lib/openssh/sftp-server -d /"}),
-], ids=["prints", "goes elsewhere", "keeps copies", "sftp elsewhere"])
-def test_scripts_under_odd_start_up_files(make_sshd: Callable[..., Sshd], before: str, options: dict[str, Any], capfd: Any) -> None:
-    """What a login shell does before (a printing or moving start-up file; csh keeps copies of its outputs) does not disturb a script."""
+@pytest.mark.parametrize(
+    ("before", "options"),
+    [
+        ("printf 'half a line'; ", {}),
+        ("cd /; ", {}),
+        ("exec 3>&1 4>&1 5>&2; ", {}),
+        ("", {"Subsystem": "sftp /usr/lib/openssh/sftp-server -d /"}),
+    ],
+    ids=["prints", "goes elsewhere", "keeps copies", "sftp elsewhere"],
+)
+def test_scripts_under_odd_start_up_files(
+    make_sshd: Callable[..., Sshd], before: str, options: dict[str, Any], capfd: Any
+) -> None:
+    """What a login shell does before (a printing or moving start-up file; csh keeps copies of its
+    outputs) does not disturb a script.
+    """
     if options and not os.path.exists(options["Subsystem"].split()[1]):
         pytest.skip("sftp-server is elsewhere")
     server = make_sshd(**options)
     session = server.folder / "session"
-    session.write_text(session.read_text().replace("exec ", f"case $c in *sftp-server*) ;; *) {before}:;; esac; exec ", 1))
+    session.write_text(
+        session.read_text().replace(
+            "exec ", f"case $c in *sftp-server*) ;; *) {before}:;; esac; exec ", 1
+        )
+    )
 
     async def main() -> int | str:
         async with server.node(formatter=apssh.CaptureFormatter()) as node:
@@ -4680,22 +6975,34 @@ def test_many_scripts_at_once(sshd: Sshd) -> None:
     async def main() -> None:
         async with sshd.node() as node:
             captured = Variables()
-            scripts = [RunString(f"sleep 0.1; echo {number}", capture=Capture(f"v{number}", captured)) for number in range(12)]
-            assert await asyncio.gather(*(script.co_run_remote(node) for script in scripts)) == [0] * 12
+            scripts = [
+                RunString(f"sleep 0.1; echo {number}", capture=Capture(f"v{number}", captured))
+                for number in range(12)
+            ]
+            assert (
+                await asyncio.gather(*(script.co_run_remote(node) for script in scripts))
+                == [0] * 12
+            )
             assert captured == {f"v{number}": str(number) for number in range(12)}
 
     run(main())
     assert not list((sshd.home / ".apssh-remote").iterdir())
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: RunScript("gone.sh"), "script gone.sh: no such file"), (lambda: RunString("x", includes="gone"), "include gone: no such file"),
-    (lambda: RunScript("dir"), "script dir: not a file"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RunScript("gone.sh"), "script gone.sh: no such file"),
+        (lambda: RunString("x", includes="gone"), "include gone: no such file"),
+        (lambda: RunScript("dir"), "script dir: not a file"),
+    ],
+)
 def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
     """Raised when the job starts, before its first step and any connection."""
     (home / "dir").mkdir()
-    scheduler = Scheduler(job := SshJob(SshNode("127.0.0.1", port=1), commands=[Run("true"), make()]))
+    scheduler = Scheduler(
+        job := SshJob(SshNode("127.0.0.1", port=1), commands=[Run("true"), make()])
+    )
     with pytest.raises(UsageError) as caught:
         scheduler.run()
     assert str(caught.value) == message
@@ -4707,8 +7014,14 @@ def test_paths_known_when_the_step_runs(home: Path) -> None:
     (home / "two").write_text("")
     (home / "there").mkdir()
     found = Variables()
-    job = SshJob(LocalNode(), commands=[Run("echo one", capture=Capture("name", found)), Push([Deferred("{{name}}", found)], "there"),
-                                        Push(home.glob("tw*"), "there")])
+    job = SshJob(
+        LocalNode(),
+        commands=[
+            Run("echo one", capture=Capture("name", found)),
+            Push([Deferred("{{name}}", found)], "there"),
+            Push(home.glob("tw*"), "there"),
+        ],
+    )
     assert Scheduler(job).run()
     assert job.commands[2]._line().endswith("two onto there")
     assert sorted(os.listdir("there")) == ["one", "two"]
@@ -4717,7 +7030,9 @@ def test_paths_known_when_the_step_runs(home: Path) -> None:
 def test_push_of_what_was_pulled(sshd: Sshd, home: Path) -> None:
     """A step before it may have brought what a Push needs."""
     (sshd.home / "there").write_text("x")
-    scheduler = Scheduler(SshJob(sshd.node(), commands=[Pull("there", "here"), Push("here", "back")]))
+    scheduler = Scheduler(
+        SshJob(sshd.node(), commands=[Pull("there", "here"), Push("here", "back")])
+    )
     assert scheduler.run()
     apssh.close_ssh_in_scheduler(scheduler)
     assert (sshd.home / "back").read_text() == "x"
@@ -4745,7 +7060,10 @@ def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
     class Nothing(apssh.AbstractCommand):
         pass
 
-    with pytest.raises(UsageError, match=r"^Nothing: a step defines co_run_remote\(node\), and co_run_local\(node\) to run on a LocalNode$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^Nothing: a step defines co_run_remote\(node\), and co_run_local\(node\) to run on a LocalNode$",
+    ):
         step(node, Nothing())
 
     class Slow(Mine):
@@ -4763,7 +7081,10 @@ def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
 def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
     (home / "f").write_text("")
     assert step(node, Run("true", verbose=True)) == step(node, Push("f", "g", verbose=True)) == 0
-    assert capfd.readouterr().err == f"{node.hostname}: runs: true\n{node.hostname}: runs: Push: f onto g\n"
+    assert (
+        capfd.readouterr().err
+        == f"{node.hostname}: runs: true\n{node.hostname}: runs: Push: f onto g\n"
+    )
 
     class Mine(apssh.AbstractCommand):
         async def co_run_remote(self, node: Any) -> int:
@@ -4776,14 +7097,21 @@ def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
 
 
 def test_x11_needs_a_display(sshd: Sshd) -> None:
-    assert str(failure_of(Run("xterm", x11=True)._run(sshd.node(), apssh.StepRecord()))) == "127.0.0.1: local: x11: no DISPLAY here to forward to"
+    assert (
+        str(failure_of(Run("xterm", x11=True)._run(sshd.node(), apssh.StepRecord())))
+        == "127.0.0.1: local: x11: no DISPLAY here to forward to"
+    )
 
 
 def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:
     if not (shutil.which("Xvfb") and shutil.which("xauth")):
         pytest.skip("needs Xvfb and xauth")
     read, write = os.pipe()
-    server = subprocess.Popen(["Xvfb", "-displayfd", str(write), "-nolisten", "tcp", "-noreset"], pass_fds=[write], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        ["Xvfb", "-displayfd", str(write), "-nolisten", "tcp", "-noreset"],
+        pass_fds=[write],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         monkeypatch.setenv("DISPLAY", f":{os.read(read, 10).decode().strip()}")
         probe = "python3 -c \"import socket,os; h,d=os.environ['DISPLAY'].split(':'); s=socket.create_connection(('127.0.0.1',6000+int(d.split('.')[0]))); print('shown')\""
@@ -4801,20 +7129,35 @@ def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: 
         os.close(write)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # jobs
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({}, "SshJob: give one of command= and commands=, there is neither"),
-    ({"command": "a", "commands": ["b"]}, "SshJob: give one of command= and commands=, not both"),
-    ({"commands": []}, "SshJob: an empty list of commands: give it one, or leave the job out"),
-    ({"commands": [None, None]}, "SshJob: an empty list of commands: give it one, or leave the job out"),
-    ({"commands": ["ls", Run("x")]}, "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ..."),
-    ({"command": 3}, "SshJob: a string, a Deferred, a command, or a list of commands or of words, not 3"),
-    ({"command": ""}, "Run: an empty command"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "SshJob: give one of command= and commands=, there is neither"),
+        (
+            {"command": "a", "commands": ["b"]},
+            "SshJob: give one of command= and commands=, not both",
+        ),
+        ({"commands": []}, "SshJob: an empty list of commands: give it one, or leave the job out"),
+        (
+            {"commands": [None, None]},
+            "SshJob: an empty list of commands: give it one, or leave the job out",
+        ),
+        (
+            {"commands": ["ls", Run("x")]},
+            "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ...",
+        ),
+        (
+            {"command": 3},
+            "SshJob: a string, a Deferred, a command, or a list of commands or of words, not 3",
+        ),
+        ({"command": ""}, "Run: an empty command"),
+    ],
+)
 def test_job_misuse(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         SshJob(SshNode("h"), **arguments)
@@ -4822,14 +7165,24 @@ def test_job_misuse(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_job_needs_a_node() -> None:
-    with pytest.raises(UsageError, match=r"^SshJob: the node is an SshNode or a LocalNode, not 'h'$"):
+    with pytest.raises(
+        UsageError, match=r"^SshJob: the node is an SshNode or a LocalNode, not 'h'$"
+    ):
         SshJob("h", command="ls")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("arguments", [
-    {"command": "echo a b"}, {"commands": "echo a b"}, {"command": Run("echo a b")}, {"commands": [Run("echo", "a", "b"), None]},
-    {"command": ["echo", "a", "b"]}, {"commands": ("echo", "a", "b")}, {"command": Deferred("echo a {{x}}", {"x": "b"})},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"command": "echo a b"},
+        {"commands": "echo a b"},
+        {"command": Run("echo a b")},
+        {"commands": [Run("echo", "a", "b"), None]},
+        {"command": ["echo", "a", "b"]},
+        {"commands": ("echo", "a", "b")},
+        {"command": Deferred("echo a {{x}}", {"x": "b"})},
+    ],
+)
 def test_job_forms(arguments: dict[str, Any], capfd: Any) -> None:
     job = SshJob(LocalNode(), **arguments)
     assert Scheduler(job).run() and job.result() == 0
@@ -4843,20 +7196,41 @@ def test_critical_job_stops_at_its_first_failure(sshd: Sshd, capfd: Any) -> None
         scheduler.run()
     error = caught.value
     assert str(error) == "127.0.0.1: status: ended with status 3: echo one; exit 3"
-    assert (error.host, error.command, error.status, error.kind) == ("127.0.0.1", "echo one; exit 3", 3, "status")
-    assert [line for line in capfd.readouterr().out.splitlines() if "SCHEDULER" not in line] == ["127.0.0.1:one"]
-    assert job.repr_result() == "!! step 1 `echo one; exit 3`: 127.0.0.1: status: ended with status 3: echo one; exit 3 !!"
+    assert (error.host, error.command, error.status, error.kind) == (
+        "127.0.0.1",
+        "echo one; exit 3",
+        3,
+        "status",
+    )
+    assert [line for line in capfd.readouterr().out.splitlines() if "SCHEDULER" not in line] == [
+        "127.0.0.1:one"
+    ]
+    assert (
+        job.repr_result()
+        == "!! step 1 `echo one; exit 3`: 127.0.0.1: status: ended with status 3: echo one; exit 3 !!"
+    )
     apssh.close_ssh_in_scheduler(scheduler)
 
 
 def test_non_critical_job_runs_all_its_steps(sshd: Sshd, capfd: Any) -> None:
-    job = SshJob(sshd.node(), commands=[Run("exit 3"), Run("kill -TERM $$"), Run("echo last")], critical=False)
-    allowed = SshJob(sshd.node(), commands=[Run("exit 4", allowed_exits=[4]), Run("kill -TERM $$", allowed_exits="SIGTERM")])
+    job = SshJob(
+        sshd.node(),
+        commands=[Run("exit 3"), Run("kill -TERM $$"), Run("echo last")],
+        critical=False,
+    )
+    allowed = SshJob(
+        sshd.node(),
+        commands=[Run("exit 4", allowed_exits=[4]), Run("kill -TERM $$", allowed_exits="SIGTERM")],
+    )
     scheduler = Scheduler(job, allowed)
     assert scheduler.run()
     assert (job.result(), allowed.result()) == ("TERM", 0)
     assert capfd.readouterr().out == "127.0.0.1:last\n"
-    assert [(step.status, step.kind) for step in job.records] == [(3, "status"), ("TERM", "signal"), (0, None)]
+    assert [(step.status, step.kind) for step in job.records] == [
+        (3, "status"),
+        ("TERM", "signal"),
+        (0, None),
+    ]
     apssh.close_ssh_in_scheduler(scheduler)
 
 
@@ -4892,6 +7266,7 @@ def test_scheduler_that_runs_twice(make_sshd: Callable[..., Sshd]) -> None:
 
 def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd()
+
     async def main() -> None:
         scheduler = Scheduler(SshJob(sshd.node(), command="true"))
         assert await scheduler.co_run()
@@ -4905,8 +7280,16 @@ def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
 def test_many_jobs_on_one_node(sshd: Sshd) -> None:
     """Six times what MaxSessions permits by default."""
     variables, node = Variables(), sshd.node()
-    jobs = [SshJob(node, command=Run(f"for i in 1 2 3; do echo {number}; sleep 0.05; done", capture=Capture(f"v{number}", variables)))
-            for number in range(60)]
+    jobs = [
+        SshJob(
+            node,
+            command=Run(
+                f"for i in 1 2 3; do echo {number}; sleep 0.05; done",
+                capture=Capture(f"v{number}", variables),
+            ),
+        )
+        for number in range(60)
+    ]
     scheduler = Scheduler(*jobs)
     assert scheduler.run()
     assert variables == {f"v{number}": f"{number}\n{number}\n{number}" for number in range(60)}
@@ -4916,11 +7299,15 @@ def test_many_jobs_on_one_node(sshd: Sshd) -> None:
 @pytest.mark.slow
 def test_thousands_of_jobs() -> None:
     """Ten on each of 300 nodes, some of which fail: nothing is held afterwards."""
+
     async def main() -> None:
         apssh._raise_file_limit()
         async with apssh.demo_fleet(300, formatter=apssh.Formatter()) as nodes:
             _open_ports.update(node.port for node in nodes)
-            jobs = [SshJob(nodes[number % 300], command=f"exit {number % 7}", critical=False) for number in range(3000)]
+            jobs = [
+                SshJob(nodes[number % 300], command=f"exit {number % 7}", critical=False)
+                for number in range(3000)
+            ]
             assert await Scheduler(*jobs, jobs_window=500).co_run()
             assert [job.result() for job in jobs] == [number % 7 for number in range(3000)]
             links = [link for node in nodes for link in getattr(node._live, "links", ())]
@@ -4932,7 +7319,15 @@ def test_thousands_of_jobs() -> None:
 def test_output_of_jobs_is_never_mixed(sshd: Sshd, capfdbinary: Any) -> None:
     formatter = apssh.TerminalFormatter("{linenl}")
     nodes = [sshd.node(formatter=formatter) for _ in range(4)]
-    scheduler = Scheduler(*(SshJob(nodes[number % 4], command=f"for i in $(seq 300); do echo {number} {'x' * 100} $i; done") for number in range(12)))
+    scheduler = Scheduler(
+        *(
+            SshJob(
+                nodes[number % 4],
+                command=f"for i in $(seq 300); do echo {number} {'x' * 100} $i; done",
+            )
+            for number in range(12)
+        )
+    )
     assert scheduler.run()
     apssh.close_ssh_in_scheduler(scheduler)
     lines = capfdbinary.readouterr().out.splitlines()
@@ -4944,7 +7339,11 @@ def test_output_of_jobs_is_never_mixed(sshd: Sshd, capfdbinary: Any) -> None:
 
 def test_scheduler_timeout_ends_remote_commands(sshd: Sshd) -> None:
     token = f"96{os.getpid()}"
-    scheduler = Scheduler(SshJob(sshd.node(), command=f"sleep {token}"), SshJob(sshd.node(), command=f"sleep {token}", forever=True), timeout=1)
+    scheduler = Scheduler(
+        SshJob(sshd.node(), command=f"sleep {token}"),
+        SshJob(sshd.node(), command=f"sleep {token}", forever=True),
+        timeout=1,
+    )
     with pytest.raises(TimeoutError):
         scheduler.run()
     eventually(lambda: not processes(f"sleep {token}"))
@@ -4953,7 +7352,10 @@ def test_scheduler_timeout_ends_remote_commands(sshd: Sshd) -> None:
 
 def test_critical_failure_ends_commands_elsewhere(sshd: Sshd) -> None:
     token = f"95{os.getpid()}"
-    scheduler = Scheduler(SshJob(sshd.node(), command=f"sleep {token}"), SshJob(sshd.node(), command="sleep 0.5; exit 1"))
+    scheduler = Scheduler(
+        SshJob(sshd.node(), command=f"sleep {token}"),
+        SshJob(sshd.node(), command="sleep 0.5; exit 1"),
+    )
     with pytest.raises(CommandFailedError):
         scheduler.run()
     eventually(lambda: not processes(f"sleep {token}"))
@@ -4964,7 +7366,9 @@ def test_critical_failure_ends_commands_elsewhere(sshd: Sshd) -> None:
 @pytest.mark.parametrize("login", ["root", "tester"])
 @pytest.mark.parametrize("hops", [1, 2, 4])
 def test_on_real_hosts(login: str, hops: int, home: Path, capfd: Any) -> None:
-    """Everything a job can do, through gateways: one connection each; none after the close; nothing left in the remote home."""
+    """Everything a job can do, through gateways: one connection each; none after the close; nothing
+    left in the remote home.
+    """
     (home / "go.sh").write_text('#!/bin/bash\n. "$(dirname "$BASH_SOURCE")/lib.sh"; say "$@"\n')
     (home / "lib.sh").write_text('say() { echo "$(id -un) says $*"; }\n')
     (home / "data").write_bytes(bytes(range(256)) * 4000)
@@ -4974,20 +7378,43 @@ def test_on_real_hosts(login: str, hops: int, home: Path, capfd: Any) -> None:
     nodes = [box((hops - 1 + number) % 3, username=login, gateway=gateway) for number in range(2)]
     found, scheduler = Variables(), Scheduler()
     for number, node in enumerate(nodes):
-        SshJob(node, scheduler=scheduler, commands=[
-            Run("uname -s", capture=Capture(f"kernel{number}", found)), RunScript("go.sh", "script", 1, includes=["lib.sh"]),
-            RunString("#!/bin/bash\necho string $1", number), Push("data", f"data{number}"), Run(f"cmp data{number} data{number}; chmod 640 data{number}"),
-            Pull(f"data{number}", f"back{number}"), Run(f"rm data{number}; ls -A .apssh-remote", capture=Capture(f"left{number}", found))])
-    local = lambda: sum(f" {socket.inet_aton(host)[::-1].hex().upper()}:0016 01" in Path("/proc/net/tcp").read_text() for host in TESTBED)  # noqa: E731
+        SshJob(
+            node,
+            scheduler=scheduler,
+            commands=[
+                Run("uname -s", capture=Capture(f"kernel{number}", found)),
+                RunScript("go.sh", "script", 1, includes=["lib.sh"]),
+                RunString("#!/bin/bash\necho string $1", number),
+                Push("data", f"data{number}"),
+                Run(f"cmp data{number} data{number}; chmod 640 data{number}"),
+                Pull(f"data{number}", f"back{number}"),
+                Run(
+                    f"rm data{number}; ls -A .apssh-remote", capture=Capture(f"left{number}", found)
+                ),
+            ],
+        )
+
+    def local():
+        return sum(
+            f" {socket.inet_aton(host)[::-1].hex().upper()}:0016 01"
+            in Path("/proc/net/tcp").read_text()
+            for host in TESTBED
+        )
+
     assert scheduler.run()
     assert local() == (1 if gateway else 2)
     apssh.close_ssh_in_scheduler(scheduler)
     eventually(lambda: local() == 0)
     assert found == {"kernel0": "Linux", "kernel1": "Linux", "left0": "", "left1": ""}
-    assert sorted(capfd.readouterr().out.splitlines()) == sorted([f"{login} says script 1"] * 2 + ["string 0", "string 1"])
+    assert sorted(capfd.readouterr().out.splitlines()) == sorted(
+        [f"{login} says script 1"] * 2 + ["string 0", "string 1"]
+    )
     for number in range(2):
         back = home / f"back{number}"
-        assert back.read_bytes() == (home / "data").read_bytes() and stat.S_IMODE(back.stat().st_mode) == 0o640
+        assert (
+            back.read_bytes() == (home / "data").read_bytes()
+            and stat.S_IMODE(back.stat().st_mode) == 0o640
+        )
 
 
 @on_testbed
@@ -4997,7 +7424,10 @@ def test_endings_on_real_hosts(login: str) -> None:
 
     async def main() -> None:
         async with box(0, username=login) as node, box(0, username="root") as other:
-            for step in (Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=1), RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2)):
+            for step in (
+                Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=1),
+                RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2),
+            ):
                 with pytest.raises(CommandFailedError):
                     await step.co_run_remote(node)
                 for _ in range(60):
@@ -5006,14 +7436,17 @@ def test_endings_on_real_hosts(login: str) -> None:
                     await asyncio.sleep(0.1)
                 else:
                     raise AssertionError("still running")
-            assert await node.run("test -z \"$(ls -A .apssh-remote)\"") == 0
+            assert await node.run('test -z "$(ls -A .apssh-remote)"') == 0
 
     run(main())
 
 
 def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
     node = sshd.node()
-    scheduler = Scheduler(*(SshJob(node, command="sleep 60", forever=True) for _ in range(12)), SshJob(node, command="true"))
+    scheduler = Scheduler(
+        *(SshJob(node, command="sleep 60", forever=True) for _ in range(12)),
+        SshJob(node, command="true"),
+    )
     assert scheduler.run()
     apssh.close_ssh_in_scheduler(scheduler)
 
@@ -5022,7 +7455,10 @@ def test_closing_in_a_running_loop_names_the_coroutine() -> None:
     async def main() -> None:
         with pytest.raises(UsageError) as caught:
             apssh.close_ssh_in_scheduler(Scheduler())
-        assert str(caught.value) == "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+        assert (
+            str(caught.value)
+            == "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+        )
 
     run(main())
 
@@ -5044,14 +7480,19 @@ def test_labels_and_listings(capfd: Any) -> None:
     scheduler = Scheduler(job, labelled, PrintJob("hello", required=labelled))
     scheduler.list(details=True)
     assert (job.text_label(), labelled.text_label()) == ("me@box: ls (+1)", "me@box: x")
-    assert job.graph_label().splitlines()[1:] == ["ls", "Push: a onto b"] and job.graph_label().splitlines()[0].endswith(": me@box")
+    assert job.graph_label().splitlines()[1:] == [
+        "ls",
+        "Push: a onto b",
+    ] and job.graph_label().splitlines()[0].endswith(": me@box")
     assert labelled.graph_label().splitlines()[1:] == ["a label", "x"]
     assert job.details() == "  me@box: ls\n  me@box: Push: a onto b\n  me@box: (hidden)"
     assert "me@box: Push: a onto b" in capfd.readouterr().out
 
 
 def test_pictures_of_asynciojobs(home: Path) -> None:
-    scheduler = Scheduler(SshJob(SshNode("box"), commands=[Run('echo "quoted" <&>'), RunScript("not-there.sh")]))
+    scheduler = Scheduler(
+        SshJob(SshNode("box"), commands=[Run('echo "quoted" <&>'), RunScript("not-there.sh")])
+    )
     scheduler.export_as_dotfile("s.dot")
     assert "RunScript: not-there.sh" in (home / "s.dot").read_text()
     if shutil.which("dot"):
@@ -5078,7 +7519,10 @@ def test_any_exception_of_a_step_is_a_result(capfd: Any) -> None:
 
     job = SshJob(LocalNode(), commands=[Breaks(), Run("echo goes on")], critical=False)
     assert Scheduler(job).run()
-    assert str(job.result()) == "LOCALNODE: local: ZeroDivisionError: integer division or modulo by zero"
+    assert (
+        str(job.result())
+        == "LOCALNODE: local: ZeroDivisionError: integer division or modulo by zero"
+    )
     assert capfd.readouterr().out == "LOCALNODE:goes on\n"
     with pytest.raises(ZeroDivisionError):
         Scheduler(SshJob(LocalNode(), command=Breaks())).run()
@@ -5091,15 +7535,23 @@ def test_plain_jobs_between_ssh_jobs(capfd: Any) -> None:
     scheduler = Scheduler()
     first = SshJob(LocalNode(), command="echo first", scheduler=scheduler)
     job = Job(plain(), required=(first, None), scheduler=scheduler)
-    Sequence(SshJob(LocalNode(), command="echo second", required=[job]), PrintJob("printed"), scheduler=scheduler)
+    Sequence(
+        SshJob(LocalNode(), command="echo second", required=[job]),
+        PrintJob("printed"),
+        scheduler=scheduler,
+    )
     assert scheduler.orchestrate()
     scheduler.debrief()
-    assert capfd.readouterr().out.splitlines()[:3] == ["LOCALNODE:first", "LOCALNODE:second", "printed"]
+    assert capfd.readouterr().out.splitlines()[:3] == [
+        "LOCALNODE:first",
+        "LOCALNODE:second",
+        "printed",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the record of a run, and its picture
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -5138,9 +7590,14 @@ def jobs_by_label(record) -> Any:
 
 def test_topology_goes_from_here_outwards() -> Any:
     _, nodes = fleet()
-    scheduler = Scheduler(*(SshJob(node, command="true") for node in nodes), SshJob(LocalNode(), command="true"),
-                          Scheduler(SshJob(SshNode("direct", port=2222), command="true")))
-    assert topology_dot(scheduler) == """digraph topology {
+    scheduler = Scheduler(
+        *(SshJob(node, command="true") for node in nodes),
+        SshJob(LocalNode(), command="true"),
+        Scheduler(SshJob(SshNode("direct", port=2222), command="true")),
+    )
+    assert (
+        topology_dot(scheduler)
+        == """digraph topology {
   rankdir=LR;
   local [label="Local Node" shape=box];
   n1 [label="root@direct:2222"];
@@ -5153,6 +7610,7 @@ def test_topology_goes_from_here_outwards() -> Any:
   local -> n4;
 }
 """
+    )
 
 
 def test_topology_quotes_names() -> Any:
@@ -5177,7 +7635,9 @@ def test_topology_files(tmp_path) -> Any:
 
 def test_topology_without_dot(tmp_path, monkeypatch) -> Any:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UsageError, match=r"^no dot program to draw .*x\.png with: install graphviz"):
+    with pytest.raises(
+        UsageError, match=r"^no dot program to draw .*x\.png with: install graphviz"
+    ):
         topology_as_pngfile(Scheduler(), tmp_path / "x")
 
 
@@ -5196,26 +7656,62 @@ def test_topology_graph(monkeypatch) -> Any:
 
 def test_record_of_a_run() -> Any:
     here = LocalNode()
-    first = SshJob(here, commands=[Run("printf hello"), Run("exit 3")], label="first", critical=False)
+    first = SshJob(
+        here, commands=[Run("printf hello"), Run("exit 3")], label="first", critical=False
+    )
     plain = PrintJob("word", label="plain", required=first)
-    inner = Scheduler(SshJob(LocalNode(), command=RunString("sleep 0.1", label="nap")), label="inner", required=[plain, first])
+    inner = Scheduler(
+        SshJob(LocalNode(), command=RunString("sleep 0.1", label="nap")),
+        label="inner",
+        required=[plain, first],
+    )
     last = SshJob(here, command="true", required=inner)
     scheduler = Scheduler(first, plain, inner, last, critical=False)
     assert scheduler.run()
     last.forever = True
     record = json.loads(json.dumps(run_record(scheduler)))
-    assert set(record) == {"versions", "started", "started_epoch", "ended", "ended_epoch", "nodes", "jobs"}
-    assert set(record["versions"]) == {"apssh", "asyncssh", "asynciojobs", "python"} and all(record["versions"].values())
-    assert 0.1 < record["ended_epoch"] - record["started_epoch"] < 30 and record["started"] < record["ended"]
-    assert [(node["id"], node["hostname"], node["gateway"], node["host_key"]) for node in record["nodes"]] == [(1, "LOCALNODE", None, None)]
+    assert set(record) == {
+        "versions",
+        "started",
+        "started_epoch",
+        "ended",
+        "ended_epoch",
+        "nodes",
+        "jobs",
+    }
+    assert set(record["versions"]) == {"apssh", "asyncssh", "asynciojobs", "python"} and all(
+        record["versions"].values()
+    )
+    assert (
+        0.1 < record["ended_epoch"] - record["started_epoch"] < 30
+        and record["started"] < record["ended"]
+    )
+    assert [
+        (node["id"], node["hostname"], node["gateway"], node["host_key"])
+        for node in record["nodes"]
+    ] == [(1, "LOCALNODE", None, None)]
     jobs = record["jobs"]
-    assert [(job["id"], job["label"], job["parent"], job["requirements"], job["state"], job["node"]) for job in jobs] == [
-        (1, "first", None, [], "failed", 1), (2, "plain", None, [1], "ok", None), (3, "inner", None, [1, 2], "ok", None),
-        (4, "nap", 3, [], "ok", 1), (5, "true", None, [3], "ok", 1)]
-    assert [job["critical"] for job in jobs] == [False, True, True, True, True] and jobs[4]["forever"] is True
+    assert [
+        (job["id"], job["label"], job["parent"], job["requirements"], job["state"], job["node"])
+        for job in jobs
+    ] == [
+        (1, "first", None, [], "failed", 1),
+        (2, "plain", None, [1], "ok", None),
+        (3, "inner", None, [1, 2], "ok", None),
+        (4, "nap", 3, [], "ok", 1),
+        (5, "true", None, [3], "ok", 1),
+    ]
+    assert [job["critical"] for job in jobs] == [False, True, True, True, True] and jobs[4][
+        "forever"
+    ] is True
     assert jobs[0]["error"] == "LOCALNODE: status: ended with status 3: exit 3"
     hello, exits = jobs[0]["steps"]
-    assert hello["status"] == 0 and hello["kind"] is None and hello["bytes_out"] >= 5 and hello["end"] >= hello["start"]
+    assert (
+        hello["status"] == 0
+        and hello["kind"] is None
+        and hello["bytes_out"] >= 5
+        and hello["end"] >= hello["start"]
+    )
     assert (exits["label"], exits["status"], exits["kind"]) == ("exit 3", 3, "status")
     assert len(jobs[3]["steps"][0]["script_sha256"]) == 64
 
@@ -5223,18 +7719,29 @@ def test_record_of_a_run() -> Any:
 def test_record_before_a_run() -> Any:
     gateway, nodes = fleet()
     gateway._host_key_shown = "SHA256:abc"
-    scheduler = Scheduler(Sequence(SshJob(nodes[0], command="true", label="a"), SshJob(nodes[1], command="true", label="b")))
+    scheduler = Scheduler(
+        Sequence(
+            SshJob(nodes[0], command="true", label="a"), SshJob(nodes[1], command="true", label="b")
+        )
+    )
     record = run_record(scheduler)
     assert [(node["label"], node["gateway"], node["host_key"]) for node in record["nodes"]] == [
-        ("root@node2", 3, None), ("root@node10", 3, None), ("slice@gw.example.org", None, "SHA256:abc")]
-    assert [(job["label"], job["state"], job["requirements"], job["steps"]) for job in record["jobs"]] == [
-        ("a", "idle", [], []), ("b", "idle", [1], [])]
+        ("root@node2", 3, None),
+        ("root@node10", 3, None),
+        ("slice@gw.example.org", None, "SHA256:abc"),
+    ]
+    assert [
+        (job["label"], job["state"], job["requirements"], job["steps"]) for job in record["jobs"]
+    ] == [("a", "idle", [], []), ("b", "idle", [1], [])]
     assert record["started"] is record["ended_epoch"] is None
 
 
 def test_record_of_a_stopped_run() -> Any:
     here = LocalNode()
-    sleeper, server = SshJob(here, command="sleep 30", label="sleeper"), SshJob(here, command="sleep 30", label="server", forever=True)
+    sleeper, server = (
+        SshJob(here, command="sleep 30", label="sleeper"),
+        SshJob(here, command="sleep 30", label="server", forever=True),
+    )
     plain = Job(asyncio.sleep(30), label="plain")
     never = SshJob(here, command="true", label="never", required=sleeper)
     bad = SshJob(here, command="sleep 0.2; exit 4", label="bad")
@@ -5242,7 +7749,12 @@ def test_record_of_a_stopped_run() -> Any:
     assert not scheduler.run()
     jobs = jobs_by_label(run_record(scheduler))
     assert {label: job["state"] for label, job in jobs.items()} == {
-        "sleeper": "cancelled", "server": "cancelled", "plain": "cancelled", "never": "idle", "bad": "failed"}
+        "sleeper": "cancelled",
+        "server": "cancelled",
+        "plain": "cancelled",
+        "never": "idle",
+        "bad": "failed",
+    }
     assert jobs["bad"]["error"] == "LOCALNODE: status: ended with status 4: sleep 0.2; exit 4"
     assert jobs["sleeper"]["steps"][0]["kind"] == "cancelled"
 
@@ -5262,17 +7774,30 @@ def test_record_and_picture_in_the_middle_of_a_run(tmp_path) -> Any:
     scheduler.update([first, runs, Job(look(), label="looks"), inside])
     assert scheduler.run()
     states = {label: job["state"] for label, job in jobs_by_label(seen[0]).items()}
-    assert states == {"first": "ok", "runs": "running", "looks": "running", "later": "idle", "in": "idle"}
+    assert states == {
+        "first": "ok",
+        "runs": "running",
+        "looks": "running",
+        "later": "idle",
+        "in": "idle",
+    }
     assert seen[0]["ended_epoch"] - seen[0]["started_epoch"] > 0.2
     assert len(elements(tmp_path / "now.svg", "rect", "running")) == 2  # the bar, and the legend's
     assert all(job["state"] == "ok" for job in run_record(scheduler)["jobs"])
 
 
 def test_record_under_a_window() -> Any:
-    jobs = [SshJob(LocalNode(), command="sleep 0.3", label=f"job{number}", critical=False) for number in range(3)]
+    jobs = [
+        SshJob(LocalNode(), command="sleep 0.3", label=f"job{number}", critical=False)
+        for number in range(3)
+    ]
     scheduler = Scheduler(*jobs, jobs_window=1, timeout=0.45, critical=False)
     assert not scheduler.run()
-    assert sorted(job["state"] for job in run_record(scheduler)["jobs"]) == ["cancelled", "ok", "waiting"]
+    assert sorted(job["state"] for job in run_record(scheduler)["jobs"]) == [
+        "cancelled",
+        "ok",
+        "waiting",
+    ]
 
 
 def test_saved_record_is_private_and_whole(tmp_path) -> Any:
@@ -5282,18 +7807,26 @@ def test_saved_record_is_private_and_whole(tmp_path) -> Any:
     scheduler.run()
     save_record(scheduler, path)
     assert json.loads(path.read_text()) == run_record(scheduler)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["run.json"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and [
+        each.name for each in tmp_path.iterdir() if each.is_file()
+    ] == ["run.json"]
 
 
 def test_what_a_record_is_saved_to(tmp_path) -> Any:
-    """A link leads to the file that is replaced; a pipe, or a device, is written to and stays what it is."""
+    """A link leads to the file that is replaced; a pipe, or a device, is written to and stays what
+    it is.
+    """
     (tmp_path / "link").symlink_to("run.json")
     save_record(Scheduler(), tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "run.json").read_text())["jobs"] == []
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "run.json").read_text())[
+        "jobs"
+    ] == []
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     save_record(Scheduler(), tmp_path / "pipe")
-    assert json.loads(os.read(reader, 65536))["jobs"] == [] and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert json.loads(os.read(reader, 65536))["jobs"] == [] and stat.S_ISFIFO(
+        (tmp_path / "pipe").stat().st_mode
+    )
     os.close(reader)
 
 
@@ -5301,7 +7834,9 @@ def test_recording_to_a_bad_place_is_told_before_the_run(tmp_path) -> Any:
     with pytest.raises(FileNotFoundError), recording(Scheduler(), tmp_path / "none" / "run.json"):
         raise AssertionError("it must not run")
     with pytest.raises(ZeroDivisionError), recording(Scheduler(), tmp_path / "run.json"):
-        assert json.loads((tmp_path / "run.json").read_text())["jobs"] == []  # a program that is killed leaves this
+        assert (
+            json.loads((tmp_path / "run.json").read_text())["jobs"] == []
+        )  # a program that is killed leaves this
         (tmp_path / "run.json").unlink()
         tmp_path.chmod(0o500)
         (tmp_path / "run.json").mkdir() if os.getuid() == 0 else None
@@ -5315,17 +7850,24 @@ def test_saving_that_fails_leaves_the_old_one(tmp_path, monkeypatch) -> Any:
     monkeypatch.setattr(apssh, "run_record", lambda scheduler: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_record(Scheduler(), path)
-    assert path.read_text() == "old" and [each.name for each in tmp_path.iterdir() if each.is_file()] == ["run.json"]
+    assert path.read_text() == "old" and [
+        each.name for each in tmp_path.iterdir() if each.is_file()
+    ] == ["run.json"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_recording_saves_whatever_happens(tmp_path, error) -> Any:
-    scheduler = Scheduler(SshJob(LocalNode(), command="true", label="done"), SshJob(LocalNode(), command="exit 3", label="bad"))
+    scheduler = Scheduler(
+        SshJob(LocalNode(), command="true", label="done"),
+        SshJob(LocalNode(), command="exit 3", label="bad"),
+    )
     with pytest.raises(error), recording(scheduler, tmp_path / "run.json"):
         with pytest.raises(Exception, match="status 3"):
             scheduler.run()
         raise error
-    assert jobs_by_label(json.loads((tmp_path / "run.json").read_text()))["bad"]["state"] == "failed"
+    assert (
+        jobs_by_label(json.loads((tmp_path / "run.json").read_text()))["bad"]["state"] == "failed"
+    )
 
 
 # pictures
@@ -5335,47 +7877,88 @@ def test_picture_of_a_run(tmp_path) -> Any:
     here = LocalNode()
     first = SshJob(here, commands=["sleep", "0.1"], label="first")
     bad = SshJob(here, commands=[Run("true"), Run("exit 3")], critical=False, required=first)
-    side, plain = SshJob(here, command="true", label="side"), PrintJob("x", label="plain", required=bad)
+    side, plain = (
+        SshJob(here, command="true", label="side"),
+        PrintJob("x", label="plain", required=bad),
+    )
     scheduler = Scheduler(first, bad, side, plain, critical=False)
     scheduler.run()
     name = timeline_as_svgfile(scheduler, tmp_path / "run")
     assert name == str(tmp_path / "run.svg") == timeline_as_svgfile(scheduler, name)
     assert len(elements(name, "rect", "lane")) == 1
-    assert len(titles(name)) == 4 and len(elements(name, "path", "arrow")) == 2  # one is the legend's
+    assert (
+        len(titles(name)) == 4 and len(elements(name, "path", "arrow")) == 2
+    )  # one is the legend's
     title = next(title for title in titles(name) if "exit 3" in title)
-    assert "failed: LOCALNODE: status: ended with status 3: exit 3" in title and "(Local Node)" in title
+    assert (
+        "failed: LOCALNODE: status: ended with status 3: exit 3" in title
+        and "(Local Node)" in title
+    )
     assert any(text.startswith("4 jobs on 1 node: 3 ok, 1 failed, 20") for text in texts(name))
     assert "Times not known: plain" in texts(name)
 
 
 def made(job, *times, kind=None, error=None, command=None) -> Any:
     """A job with records of a run that was not."""
-    job.records = [StepRecord(label=step._line() or "", command=command or step._text(), start_wall=1e9 + start, start=start, end=end,
-                              status=0, kind=kind, error=error) for step, (start, end) in zip(job.commands, times, strict=True)]
+    job.records = [
+        StepRecord(
+            label=step._line() or "",
+            command=command or step._text(),
+            start_wall=1e9 + start,
+            start=start,
+            end=end,
+            status=0,
+            kind=kind,
+            error=error,
+        )
+        for step, (start, end) in zip(job.commands, times, strict=True)
+    ]
     return job
 
 
 def test_lanes_are_grouped_and_rows_stacked(tmp_path) -> Any:
     gateway, (ten, two) = fleet()
-    scheduler = Scheduler(made(SshJob(gateway, command="g"), (0, 9)), made(SshJob(ten, command="a"), (0, 5)),
-                          made(SshJob(ten, command="b"), (3, 8)), made(SshJob(ten, command="c"), (5, 6)),
-                          SshJob(two, command="never", label="nope"))
+    scheduler = Scheduler(
+        made(SshJob(gateway, command="g"), (0, 9)),
+        made(SshJob(ten, command="a"), (0, 5)),
+        made(SshJob(ten, command="b"), (3, 8)),
+        made(SshJob(ten, command="c"), (5, 6)),
+        SshJob(two, command="never", label="nope"),
+    )
     name = timeline_as_svgfile(scheduler, tmp_path / "x")
     lanes = elements(name, "rect", "lane")
-    assert [lane.findtext(f"{SVG}title") for lane in lanes] == ["slice@gw.example.org", "root@node2", "root@node10"]
+    assert [lane.findtext(f"{SVG}title") for lane in lanes] == [
+        "slice@gw.example.org",
+        "root@node2",
+        "root@node10",
+    ]
     assert [float(lane.get("height")) for lane in lanes] == [22, 22, 44]
-    assert "behind slice@gw.example.org" in texts(name) and "Never ran: nope (root@node2)" in texts(name)
-    bars = {title.splitlines()[1]: bar for bar, title in zip(bars_of(name), titles(name), strict=True)}
+    assert "behind slice@gw.example.org" in texts(name) and "Never ran: nope (root@node2)" in texts(
+        name
+    )
+    bars = {
+        title.splitlines()[1]: bar for bar, title in zip(bars_of(name), titles(name), strict=True)
+    }
     assert bars["a"].get("y") == bars["c"].get("y") != bars["b"].get("y")
-    assert float(bars["a"].get("width")) == pytest.approx(5 * float(bars["c"].get("width")), abs=0.3)
+    assert float(bars["a"].get("width")) == pytest.approx(
+        5 * float(bars["c"].get("width")), abs=0.3
+    )
 
 
 def test_waits_and_requirements_through_other_jobs(tmp_path) -> Any:
     here = LocalNode()
     first = made(SshJob(here, command="first"), (0, 2))
-    inner = Scheduler(made(SshJob(here, command="one"), (4, 5)), made(SshJob(here, command="two"), (2, 8)), label="inner", required=first)
+    inner = Scheduler(
+        made(SshJob(here, command="one"), (4, 5)),
+        made(SshJob(here, command="two"), (2, 8)),
+        label="inner",
+        required=first,
+    )
     plain = PrintJob("x", required=inner)
-    last = made(SshJob(here, command="last"), (10, 11), )
+    last = made(
+        SshJob(here, command="last"),
+        (10, 11),
+    )
     last.requires(plain)
     end = made(SshJob(here, command="end"), (14, 15))
     end.requires(last)
@@ -5383,28 +7966,48 @@ def test_waits_and_requirements_through_other_jobs(tmp_path) -> Any:
     line = apssh._Timeline(run_record(scheduler))
     number = {job["label"]: job["id"] for job in line.jobs.values()}
     assert line.before[number["one"]] == line.before[number["two"]] == {number["first"]}
-    assert line.before[number["last"]] == {number["one"], number["two"]} and number["last"] not in line.ready
+    assert (
+        line.before[number["last"]] == {number["one"], number["two"]}
+        and number["last"] not in line.ready
+    )
     assert line.ready == {number["one"]: 2, number["two"]: 2, number["end"]: 11}
     name = timeline_as_svgfile(scheduler, tmp_path / "x")
-    waits = [each for each in elements(name, "rect", "wait") if each.find(f"{SVG}title") is not None]
+    waits = [
+        each for each in elements(name, "rect", "wait") if each.find(f"{SVG}title") is not None
+    ]
     assert sorted(each.findtext(f"{SVG}title").splitlines()[1] for each in waits) == [
-        "waited 2 s after its last requirement", "waited 3 s after its last requirement"]
+        "waited 2 s after its last requirement",
+        "waited 3 s after its last requirement",
+    ]
     assert len(elements(name, "path", "arrow")) == 6
 
 
-NASTY = '<&"\'> \x1b[31m\x00\udc80\ufffe\u202e]]>é漢'
+NASTY = "<&\"'> \x1b[31m\x00\udc80\ufffe\u202e]]>é漢"
 
 
 def test_texts_cannot_break_the_picture(tmp_path) -> Any:
     node = SshNode("host", username='a<&"b')
-    scheduler = Scheduler(made(SshJob(node, command="x", label=NASTY), (0, 9), kind="lost", error=NASTY, command=NASTY + "x" * 900),
-                          SshJob(node, command="y", label=NASTY + "2"), PrintJob("m", label=NASTY))
+    scheduler = Scheduler(
+        made(
+            SshJob(node, command="x", label=NASTY),
+            (0, 9),
+            kind="lost",
+            error=NASTY,
+            command=NASTY + "x" * 900,
+        ),
+        SshJob(node, command="y", label=NASTY + "2"),
+        PrintJob("m", label=NASTY),
+    )
     name = timeline_as_svgfile(scheduler, tmp_path / "x")
-    shown = '<&"\'>  [31m ]]>é漢'
-    title, = titles(name)
+    shown = "<&\"'>  [31m ]]>é漢"
+    (title,) = titles(name)
     assert title.splitlines()[0] == f'{shown} (a<&"b@host)' and f"failed: {shown}" in title
     assert max(map(len, title.splitlines())) == 500
-    assert shown in texts(name) and 'a<&"b@host' in texts(name) and f'Never ran: {shown}, {shown}2 (a<&"b@host)' in texts(name)
+    assert (
+        shown in texts(name)
+        and 'a<&"b@host' in texts(name)
+        and f'Never ran: {shown}, {shown}2 (a<&"b@host)' in texts(name)
+    )
     text = timeline_as_text(scheduler, 120)
     assert shown in text and not set(NASTY) & set("\x1b\x00\udc80\ufffe\u202e") & set(text)
 
@@ -5422,7 +8025,9 @@ def test_a_record_read_back_gives_the_same_picture(tmp_path) -> Any:
 def test_nothing_ran(tmp_path) -> Any:
     for scheduler in Scheduler(), Scheduler(SshJob(LocalNode(), command="true", label="a")):
         assert not titles(timeline_as_svgfile(scheduler, tmp_path / "x"))
-        assert timeline_as_text(scheduler).startswith(("0 jobs on 0 nodes\n", "1 job on 1 node: 1 never ran"))
+        assert timeline_as_text(scheduler).startswith(
+            ("0 jobs on 0 nodes\n", "1 job on 1 node: 1 never ran")
+        )
 
 
 def test_texts_of_a_picture_do_not_overlap(tmp_path) -> Any:
@@ -5430,46 +8035,102 @@ def test_texts_of_a_picture_do_not_overlap(tmp_path) -> Any:
     for node in (SshNode(f"node{number}") for number in range(50)):
         for number in range(6):
             start = number * 10 + (number * 7 + int(node.hostname[4:]) * 3) % 9
-            jobs.append(made(SshJob(node, command="x", label=f"job number {number}"), (start, start + (number * 5) % 11 + 0.1)))
+            jobs.append(
+                made(
+                    SshJob(node, command="x", label=f"job number {number}"),
+                    (start, start + (number * 5) % 11 + 0.1),
+                )
+            )
     name = timeline_as_svgfile(Scheduler(*jobs), tmp_path / "x")
     rows = {}
     for each in ElementTree.parse(name).getroot().iter(f"{SVG}text"):
         if each.get("class") == "row":
-            rows.setdefault(each.get("y"), []).append((float(each.get("x")), len(each.text) * 0.6 * 9))
+            rows.setdefault(each.get("y"), []).append(
+                (float(each.get("x")), len(each.text) * 0.6 * 9)
+            )
     bars = bars_of(name)
-    assert len(bars) == 300 and len(rows) >= 50 and all(10 <= float(bar.get("height")) <= 14 for bar in bars)
+    assert (
+        len(bars) == 300
+        and len(rows) >= 50
+        and all(10 <= float(bar.get("height")) <= 14 for bar in bars)
+    )
     for row in rows.values():
         for (left, width), (right, _) in itertools.pairwise(sorted(row)):
             assert left + width <= right + 0.1
     shown = [text for text in texts(name) if "job" in text]
-    assert len(shown) > 200 and "job number 1" in shown and any(text.endswith("…") for text in shown)  # shortened rather than left out
+    assert (
+        len(shown) > 200 and "job number 1" in shown and any(text.endswith("…") for text in shown)
+    )  # shortened rather than left out
 
 
 def test_lanes_follow_the_tree_of_gateways_and_failures_are_named(tmp_path) -> Any:
     top = SshNode("zoo", username="slice")
     middle = SshNode("middle", gateway=top)
-    nodes = [SshNode("a-deep", gateway=middle), SshNode("b-behind-zoo", gateway=top), middle, top,
-             *(SshNode(f"the-same-long-beginning-of-a-name-{number}") for number in (1, 2))]
-    failed = made(SshJob(nodes[0], command="x", label="broken", critical=False), (0, 1), kind="status", error="a-deep: status: 3")
-    name = timeline_as_svgfile(Scheduler(failed, *(made(SshJob(node, command="y"), (0, 1)) for node in nodes[1:])), tmp_path / "x")
+    nodes = [
+        SshNode("a-deep", gateway=middle),
+        SshNode("b-behind-zoo", gateway=top),
+        middle,
+        top,
+        *(SshNode(f"the-same-long-beginning-of-a-name-{number}") for number in (1, 2)),
+    ]
+    failed = made(
+        SshJob(nodes[0], command="x", label="broken", critical=False),
+        (0, 1),
+        kind="status",
+        error="a-deep: status: 3",
+    )
+    name = timeline_as_svgfile(
+        Scheduler(failed, *(made(SshJob(node, command="y"), (0, 1)) for node in nodes[1:])),
+        tmp_path / "x",
+    )
     titles_of_lanes = [lane.findtext(f"{SVG}title") for lane in elements(name, "rect", "lane")]
-    assert titles_of_lanes == ["root@the-same-long-beginning-of-a-name-1", "root@the-same-long-beginning-of-a-name-2", "slice@zoo",
-                               "root@b-behind-zoo", "root@middle", "root@a-deep"]
+    assert titles_of_lanes == [
+        "root@the-same-long-beginning-of-a-name-1",
+        "root@the-same-long-beginning-of-a-name-2",
+        "slice@zoo",
+        "root@b-behind-zoo",
+        "root@middle",
+        "root@a-deep",
+    ]
     assert {"behind slice@zoo", "behind root@middle"} <= set(texts(name))
     assert any("…" in text and text.endswith("-name-2") for text in texts(name))
     scheduler = Scheduler(SshJob(LocalNode(), command="exit 3", label="broken", critical=False))
     scheduler.run()
-    assert "Failed: broken: LOCALNODE: status: ended with status 3: exit 3" in texts(timeline_as_svgfile(scheduler, tmp_path / "y"))
+    assert "Failed: broken: LOCALNODE: status: ended with status 3: exit 3" in texts(
+        timeline_as_svgfile(scheduler, tmp_path / "y")
+    )
 
 
-@pytest.mark.parametrize("seconds, text", [
-    (0, "0 s"), (0.25, "0.25 s"), (59, "59 s"), (59.97, "1 min"), (90, "1 min 30 s"), (3600, "1 h"), (5400, "1 h 30 min")])
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0 s"),
+        (0.25, "0.25 s"),
+        (59, "59 s"),
+        (59.97, "1 min"),
+        (90, "1 min 30 s"),
+        (3600, "1 h"),
+        (5400, "1 h 30 min"),
+    ],
+)
 def test_durations(seconds, text) -> Any:
     assert apssh._duration(seconds) == text
 
 
-@pytest.mark.parametrize("span, step", [
-    (0.001, 1e-4), (0.9, 0.1), (12, 2), (51, 10), (300, 30), (1700, 300), (7000, 900), (90_000, 14_400), (1e6, 2 * 86_400)])
+@pytest.mark.parametrize(
+    "span, step",
+    [
+        (0.001, 1e-4),
+        (0.9, 0.1),
+        (12, 2),
+        (51, 10),
+        (300, 30),
+        (1700, 300),
+        (7000, 900),
+        (90_000, 14_400),
+        (1e6, 2 * 86_400),
+    ],
+)
 def test_ticks_are_round_and_few(span, step) -> Any:
     assert apssh._tick(span) == pytest.approx(step)
 
@@ -5477,39 +8138,69 @@ def test_ticks_are_round_and_few(span, step) -> Any:
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_text_is_never_wider_than_the_terminal(columns) -> Any:
     _, nodes = fleet()
-    jobs = [made(SshJob(node, commands=[Run("漢字" * 9), Run("b" * 9999)]), (0, 5), (5, 5.001)) for node in nodes]
+    jobs = [
+        made(SshJob(node, commands=[Run("漢字" * 9), Run("b" * 9999)]), (0, 5), (5, 5.001))
+        for node in nodes
+    ]
     text = timeline_as_text(Scheduler(*jobs, SshJob(nodes[0], command="never")), columns)
-    assert all(apssh._cells(line) <= columns for line in text.splitlines()) and len(text.splitlines()) == 2 + 5
+    assert (
+        all(apssh._cells(line) <= columns for line in text.splitlines())
+        and len(text.splitlines()) == 2 + 5
+    )
 
 
 def test_text_of_a_run() -> Any:
     here = LocalNode()
-    jobs = Sequence(made(SshJob(here, command="one"), (0, 5)), made(SshJob(here, command="two"), (5, 10), kind="cancelled"))
+    jobs = Sequence(
+        made(SshJob(here, command="one"), (0, 5)),
+        made(SshJob(here, command="two"), (5, 10), kind="cancelled"),
+    )
     timed = made(SshJob(here, command="three"), (0, 10), kind="status")
     timed.records[0].status = 3
     assert timeline_as_text(Scheduler(jobs, timed), 60).splitlines()[1:] == [
         "           |              10 s|",
         "Local Node ██████████           5 s         ok         one",
         "Local Node ████████████████████ 10 s        status 3   three",
-        "Local Node           ██████████ 5 s         cancelled  two"]
+        "Local Node           ██████████ 5 s         cancelled  two",
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # services
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keywords", "message"), [
-    ({"service_id": "a b"}, "service_id 'a b': letters, digits and :-_.@ only"),
-    ({"service_id": "x", "systemd_type": "a;b"}, "systemd_type 'a;b': as in systemd.service(5): simple, forking, oneshot..."),
-    ({"service_id": "x", "environ": {"A B": 1}}, "environ: 'A B' is not the name of a variable"),
-    ({"service_id": "x", "environ": {"A": None}}, "environ: A has no value"),
-    ({"service_id": Deferred("x", {})}, "service_id Deferred('x'): letters, digits and :-_.@ only"),
-    ({"service_id": "x", "command": ["a", "b"]}, "Service: the command is a shell line or a Deferred, not ['a', 'b']"),
-    ({"service_id": "x", "command": " "}, "Service: the command is a shell line or a Deferred, not ' '"),
-    ({"service_id": "x", "tty": True, "systemd_type": "forking"},
-     "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"),
-])
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"service_id": "a b"}, "service_id 'a b': letters, digits and :-_.@ only"),
+        (
+            {"service_id": "x", "systemd_type": "a;b"},
+            "systemd_type 'a;b': as in systemd.service(5): simple, forking, oneshot...",
+        ),
+        (
+            {"service_id": "x", "environ": {"A B": 1}},
+            "environ: 'A B' is not the name of a variable",
+        ),
+        ({"service_id": "x", "environ": {"A": None}}, "environ: A has no value"),
+        (
+            {"service_id": Deferred("x", {})},
+            "service_id Deferred('x'): letters, digits and :-_.@ only",
+        ),
+        (
+            {"service_id": "x", "command": ["a", "b"]},
+            "Service: the command is a shell line or a Deferred, not ['a', 'b']",
+        ),
+        (
+            {"service_id": "x", "command": " "},
+            "Service: the command is a shell line or a Deferred, not ' '",
+        ),
+        (
+            {"service_id": "x", "tty": True, "systemd_type": "forking"},
+            "tty: script(1), which gives the terminal, does not fork: leave systemd_type out",
+        ),
+    ],
+)
 def test_service_misuse(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         apssh.Service(**{"command": "true"} | keywords)
@@ -5528,8 +8219,13 @@ def captured_on(node: SshNode, *commands: apssh.AbstractCommand) -> str:
 
 
 SERVICE_COMMANDS = [
-    "echo plain", "echo \"double\" 'single' $HOME; echo second", "echo a; exit 0 # comment", "printf '%s\\n' '100% $$ \\\\ back'",
-    "for i in 1 2\ndo echo ${i}x $i\ndone", Deferred("echo {{word}}", {"word": "late 'quoted \\\"'"}), "echo '${HOME} $$' \"${WORD}\" $((6 * 7))",
+    "echo plain",
+    "echo \"double\" 'single' $HOME; echo second",
+    "echo a; exit 0 # comment",
+    "printf '%s\\n' '100% $$ \\\\ back'",
+    "for i in 1 2\ndo echo ${i}x $i\ndone",
+    Deferred("echo {{word}}", {"word": "late 'quoted \\\"'"}),
+    "echo '${HOME} $$' \"${WORD}\" $((6 * 7))",
 ]
 
 
@@ -5537,11 +8233,30 @@ SERVICE_COMMANDS = [
 @pytest.mark.parametrize("command", SERVICE_COMMANDS, ids=range(len(SERVICE_COMMANDS)))
 def test_service_runs_the_command_as_a_shell_does(command: Any) -> None:
     text = command.render() if isinstance(command, Deferred) else command
-    word, name = "a 'b' $c ${d} \"e\" %h; touch /tmp/apssh-never", f"apssh-test-{os.getpid()}-{SERVICE_COMMANDS.index(command)}"
-    service = apssh.Service(command, service_id=name, systemd_type="oneshot",
-                            environ={"HOME": "/root", "WORD": Deferred("{{word}}", {"word": word})})
-    out = captured_on(box(), service.start_command(), Run(f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; ls /tmp/apssh-never || true"))
-    expected = subprocess.run(["/bin/sh", "-c", text], env={"HOME": "/root", "WORD": word, "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True).stdout
+    word, name = (
+        "a 'b' $c ${d} \"e\" %h; touch /tmp/apssh-never",
+        f"apssh-test-{os.getpid()}-{SERVICE_COMMANDS.index(command)}",
+    )
+    service = apssh.Service(
+        command,
+        service_id=name,
+        systemd_type="oneshot",
+        environ={"HOME": "/root", "WORD": Deferred("{{word}}", {"word": word})},
+    )
+    out = captured_on(
+        box(),
+        service.start_command(),
+        Run(
+            f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; ls /tmp/apssh-never || true"
+        ),
+    )
+    expected = subprocess.run(
+        ["/bin/sh", "-c", text],
+        env={"HOME": "/root", "WORD": word, "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert out == expected.removesuffix("\n")
 
 
@@ -5549,9 +8264,26 @@ def test_service_runs_the_command_as_a_shell_does(command: Any) -> None:
 def test_service_life(capfd: Any) -> None:
     node = box()
     name = f"apssh-life-{os.getpid()}"
-    service = apssh.Service("echo \"begun $WORD\"; trap 'echo asked to stop; exit 0' TERM; sleep 1000 & wait", service_id=name, environ={"WORD": "it's $5"})
-    scheduler = Scheduler(SshJob(node, commands=[service.start_command(), service.start_command(), Run("sleep 0.5"), service.status_command(),
-                                                 service.stop_command(), service.status_command(), service.stop_command(), service.journal_command()]))
+    service = apssh.Service(
+        "echo \"begun $WORD\"; trap 'echo asked to stop; exit 0' TERM; sleep 1000 & wait",
+        service_id=name,
+        environ={"WORD": "it's $5"},
+    )
+    scheduler = Scheduler(
+        SshJob(
+            node,
+            commands=[
+                service.start_command(),
+                service.start_command(),
+                Run("sleep 0.5"),
+                service.status_command(),
+                service.stop_command(),
+                service.status_command(),
+                service.stop_command(),
+                service.journal_command(),
+            ],
+        )
+    )
     assert scheduler.run()
     apssh.close_ssh_in_scheduler(scheduler)
     out = capfd.readouterr().out
@@ -5559,14 +8291,26 @@ def test_service_life(capfd: Any) -> None:
 
 
 @on_testbed
-@pytest.mark.parametrize("keywords", [{"tty": True}, {"systemd_type": "forking"}, {"stop_if_running": False}], ids=["tty", "forking", "no stop"])
+@pytest.mark.parametrize(
+    "keywords",
+    [{"tty": True}, {"systemd_type": "forking"}, {"stop_if_running": False}],
+    ids=["tty", "forking", "no stop"],
+)
 def test_service_kinds(keywords: dict[str, Any]) -> None:
     name = f"apssh-kind-{os.getpid()}-{len(str(keywords))}"
-    shell = "(sleep 30) & exit 0" if "systemd_type" in keywords else "test -t 1 && printf '%s%s\\n' is-a- terminal; sleep 30"
+    shell = (
+        "(sleep 30) & exit 0"
+        if "systemd_type" in keywords
+        else "test -t 1 && printf '%s%s\\n' is-a- terminal; sleep 30"
+    )
     service = apssh.Service(shell, service_id=name, **keywords)
     node = box()
     try:
-        out = captured_on(node, service.start_command(), Run("sleep 0.5;", f"systemctl is-active {name}; journalctl -o cat -u {name}"))
+        out = captured_on(
+            node,
+            service.start_command(),
+            Run("sleep 0.5;", f"systemctl is-active {name}; journalctl -o cat -u {name}"),
+        )
         assert out.splitlines()[0] == "active"
         assert ("is-a-terminal" in out) == ("tty" in keywords)
     finally:
@@ -5574,9 +8318,9 @@ def test_service_kinds(keywords: dict[str, Any]) -> None:
         asyncio.run(node.close())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scenarios
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 NODE = "nodes: [{id: n1, hostname: h1}]\n"
@@ -5586,250 +8330,388 @@ STEP = JOB1 + "    commands:\n      - "
 NODE1 = "nodes:\n  - id: n1\n    "
 MISTAKES = {  # text of the file, the whole message
     "empty file": ("", "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
-    "only a comment": ("# nothing\n", "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+    "only a comment": (
+        "# nothing\n",
+        "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+    ),
     "null": ("~\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing"),
     "a list": ("- nodes\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not a list"),
-    "text": ("nodes\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not the text 'nodes'"),
-    "unknown section": ("node: []\n" + JOB, "s.yaml:1: unknown section 'node': did you mean 'nodes'?"),
+    "text": (
+        "nodes\n",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not the text 'nodes'",
+    ),
+    "unknown section": (
+        "node: []\n" + JOB,
+        "s.yaml:1: unknown section 'node': did you mean 'nodes'?",
+    ),
     "section far off": (
         NODE + "jobs: [{id: j1, node: n1, command: uname}]\nextra: 1\n",
-        "s.yaml:3: unknown section 'extra': there is nodes, jobs"),
+        "s.yaml:3: unknown section 'extra': there is nodes, jobs",
+    ),
     "no nodes section": (JOB, "s.yaml:1: no section 'nodes': add 'nodes:' and a list below it"),
     "no jobs section": (NODE, "s.yaml:1: no section 'jobs': add 'jobs:' and a list below it"),
     "empty nodes": (
         "nodes: []\n" + JOB,
-        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not an empty list"),
-    "null jobs": (NODE + "jobs:\n", "s.yaml:2: section jobs: it must be a list with at least one item ('- id: ...'), not nothing"),
+        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not an empty list",
+    ),
+    "null jobs": (
+        NODE + "jobs:\n",
+        "s.yaml:2: section jobs: it must be a list with at least one item ('- id: ...'), not nothing",
+    ),
     "nodes as mapping": (
         "nodes: {n1: {hostname: h1}}\n" + JOB,
-        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not a mapping"),
+        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not a mapping",
+    ),
     "node as text": (
         "nodes: [n1]\n" + JOB,
-        "s.yaml:1: section nodes, item 1: it must be a mapping (lines of 'key: value'), not the text 'n1'"),
-    "no node id": ("nodes: [{hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: no 'id': add 'id: ...'"),
-    "null id": ("nodes: [{id: , hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: 'id' must be text, not nothing"),
-    "list id": ("nodes: [{id: [a], hostname: h1}]\n" + JOB, "s.yaml:1: section nodes, item 1: 'id' must be text, not a list"),
+        "s.yaml:1: section nodes, item 1: it must be a mapping (lines of 'key: value'), not the text 'n1'",
+    ),
+    "no node id": (
+        "nodes: [{hostname: h1}]\n" + JOB,
+        "s.yaml:1: section nodes, item 1: no 'id': add 'id: ...'",
+    ),
+    "null id": (
+        "nodes: [{id: , hostname: h1}]\n" + JOB,
+        "s.yaml:1: section nodes, item 1: 'id' must be text, not nothing",
+    ),
+    "list id": (
+        "nodes: [{id: [a], hostname: h1}]\n" + JOB,
+        "s.yaml:1: section nodes, item 1: 'id' must be text, not a list",
+    ),
     "duplicate node id": (
         "nodes:\n  - {id: n1, hostname: h1}\n  - {id: n1, hostname: h2}\n" + JOB,
-        "s.yaml:3: section nodes, id n1: duplicate id: line 2 has it too"),
+        "s.yaml:3: section nodes, id n1: duplicate id: line 2 has it too",
+    ),
     "duplicate job id": (
         NODE + "jobs:\n  - {id: j1, node: n1, command: a}\n  - {id: j1, node: n1, command: b}\n",
-        "s.yaml:4: section jobs, id j1: duplicate id: line 3 has it too"),
+        "s.yaml:4: section jobs, id j1: duplicate id: line 3 has it too",
+    ),
     "duplicate key": (
         NODE1 + "hostname: h1\n    port: 22\n    hostname: h2\n" + JOB,
-        "s.yaml:5: section nodes, id n1: duplicate key 'hostname': line 3 has it too"),
-    "no hostname": (NODE1 + "port: 22\n" + JOB, "s.yaml:2: section nodes, id n1: no 'hostname': add 'hostname: ...'"),
+        "s.yaml:5: section nodes, id n1: duplicate key 'hostname': line 3 has it too",
+    ),
+    "no hostname": (
+        NODE1 + "port: 22\n" + JOB,
+        "s.yaml:2: section nodes, id n1: no 'hostname': add 'hostname: ...'",
+    ),
     "unknown node key": (
         NODE1 + "hostname: h1\n    usernam: x\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown key 'usernam': did you mean 'username'?"),
+        "s.yaml:4: section nodes, id n1: unknown key 'usernam': did you mean 'username'?",
+    ),
     "local node key": (
         NODE1 + "localnode: true\n    gateway: x\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, formatter, verbose"),
+        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, formatter, verbose",
+    ),
     "localnode text": (
         NODE1 + "hostname: h1\n    localnode: maybe\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not the text 'maybe'"),
+        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not the text 'maybe'",
+    ),
     "unknown gateway": (
         "nodes:\n  - {id: n1, hostname: h1, gateway: n22}\n  - {id: n2, hostname: h2}\n" + JOB,
-        "s.yaml:2: section nodes, id n1: unknown node 'n22': did you mean 'n2'?"),
+        "s.yaml:2: section nodes, id n1: unknown node 'n22': did you mean 'n2'?",
+    ),
     "gateway itself": (
         NODE1 + "hostname: h1\n    gateway: n1\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'gateway' goes in a circle: n1 -> n1: take one out"),
+        "s.yaml:4: section nodes, id n1: 'gateway' goes in a circle: n1 -> n1: take one out",
+    ),
     "gateway circle": (
-        "nodes: [{id: a, hostname: a, gateway: b}, {id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n" + JOB,
-        "s.yaml:1: section nodes, id a: 'gateway' goes in a circle: a -> b -> c -> a: take one out"),
+        "nodes: [{id: a, hostname: a, gateway: b}, {id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n"
+        + JOB,
+        "s.yaml:1: section nodes, id a: 'gateway' goes in a circle: a -> b -> c -> a: take one out",
+    ),
     "gateway local": (
         "nodes:\n  - {id: n1, hostname: h1, gateway: n2}\n  - {id: n2, localnode: true}\n" + JOB,
-        "s.yaml:2: section nodes, id n1: gateway of h1: an SshNode, not LocalNode"),
+        "s.yaml:2: section nodes, id n1: gateway of h1: an SshNode, not LocalNode",
+    ),
     "gateway list": (
         NODE1 + "hostname: h1\n    gateway: [n2]\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'gateway' must be text, not a list"),
+        "s.yaml:4: section nodes, id n1: 'gateway' must be text, not a list",
+    ),
     "bad port": (
         NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
-        "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535"),
+        "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535",
+    ),
     "quoted port": (
         NODE1 + "hostname: h1\n    port: '22'\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not the text '22'"),
-    "bad hostname": (NODE1 + "hostname: 'a b'\n" + JOB, "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address"),
+        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not the text '22'",
+    ),
+    "bad hostname": (
+        NODE1 + "hostname: 'a b'\n" + JOB,
+        "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address",
+    ),
     "verbose text": (
         NODE1 + "hostname: h1\n    verbose: 'yes'\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'verbose' must be true or false, not the text 'yes'"),
+        "s.yaml:4: section nodes, id n1: 'verbose' must be true or false, not the text 'yes'",
+    ),
     "timeout text": (
         NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not the text 'long'"),
+        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not the text 'long'",
+    ),
     "keys mapping": (
         NODE1 + "hostname: h1\n    keys: {a: b}\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'keys' must be a list, not a mapping"),
+        "s.yaml:4: section nodes, id n1: 'keys' must be a list, not a mapping",
+    ),
     "unknown formatter": (
         NODE1 + "hostname: h1\n    formatter: HostFormater\n" + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': did you mean 'HostFormatter'?"),
+        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': did you mean 'HostFormatter'?",
+    ),
     "formatter list": (
         NODE1 + "hostname: h1\n    formatter: [HostFormatter]\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'formatter' must be the name of a formatter, not a list"),
+        "s.yaml:4: section nodes, id n1: 'formatter' must be the name of a formatter, not a list",
+    ),
     "formatter argument": (
         NODE1 + "hostname: h1\n    formatter: SubdirFormatter\n" + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: no 'run_name': add 'run_name: ...'"),
+        "s.yaml:4: section nodes, id n1, formatter: no 'run_name': add 'run_name: ...'",
+    ),
     "formatter format": (
-        NODE1 + "hostname: h1\n    formatter: {type: TerminalFormatter, custom_format: '{lin}'}\n" + JOB,
+        NODE1
+        + "hostname: h1\n    formatter: {type: TerminalFormatter, custom_format: '{lin}'}\n"
+        + JOB,
         "s.yaml:4: section nodes, id n1, formatter: unknown field {lin} in format '{lin}': "
-        "the fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}"),
+        "the fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}",
+    ),
     "template without env": (
         NODE1 + "hostname: {{gw}}\n" + JOB,
-        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env (--set NAME=value)"),
+        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env (--set NAME=value)",
+    ),
     "template block without env": (
         "{% if x %}\nnodes: [{id: n1, hostname: h1}]\n" + JOB,
-        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env, or --set NAME=value)"),
-    "unknown job key": (JOB1 + "    comand: uname\n", "s.yaml:5: section jobs, id j1: unknown key 'comand': did you mean 'command'?"),
-    "job without commands": (JOB1, "s.yaml:3: section jobs, id j1: no 'command' and no 'commands': add one of them"),
+        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env, or --set NAME=value)",
+    ),
+    "unknown job key": (
+        JOB1 + "    comand: uname\n",
+        "s.yaml:5: section jobs, id j1: unknown key 'comand': did you mean 'command'?",
+    ),
+    "job without commands": (
+        JOB1,
+        "s.yaml:3: section jobs, id j1: no 'command' and no 'commands': add one of them",
+    ),
     "job with an empty list": (
         JOB1 + "    commands: []\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out"),
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out",
+    ),
     "job with nulls": (
         JOB1 + "    commands: [~]\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out"),
-    "job null commands": (JOB1 + "    commands:\n", "s.yaml:5: section jobs, id j1: 'commands' must be a list of commands, not nothing"),
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out",
+    ),
+    "job null commands": (
+        JOB1 + "    commands:\n",
+        "s.yaml:5: section jobs, id j1: 'commands' must be a list of commands, not nothing",
+    ),
     "both command and commands": (
         JOB1 + "    command: a\n    commands: b\n",
-        "s.yaml:3: section jobs, id j1: both 'command' and 'commands': leave one out"),
-    "no node": (NODE + "jobs:\n  - {id: j1, command: a}\n", "s.yaml:3: section jobs, id j1: no 'node': add 'node: ...'"),
-    "unknown node": (NODE + "jobs:\n  - {id: j1, node: n2, command: a}\n", "s.yaml:3: section jobs, id j1: unknown node 'n2': there is n1"),
+        "s.yaml:3: section jobs, id j1: both 'command' and 'commands': leave one out",
+    ),
+    "no node": (
+        NODE + "jobs:\n  - {id: j1, command: a}\n",
+        "s.yaml:3: section jobs, id j1: no 'node': add 'node: ...'",
+    ),
+    "unknown node": (
+        NODE + "jobs:\n  - {id: j1, node: n2, command: a}\n",
+        "s.yaml:3: section jobs, id j1: unknown node 'n2': there is n1",
+    ),
     "unknown node far": (
         NODE + "jobs:\n  - {id: j1, node: zz, command: a}\n",
-        "s.yaml:3: section jobs, id j1: unknown node 'zz': there is n1"),
+        "s.yaml:3: section jobs, id j1: unknown node 'zz': there is n1",
+    ),
     "critical text": (
         JOB1 + "    critical: 'no'\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'critical' must be true or false, not the text 'no'"),
-    "unknown required": (JOB1 + "    required: j0\n    command: a\n", "s.yaml:5: section jobs, id j1: unknown job 'j0': there is j1"),
+        "s.yaml:5: section jobs, id j1: 'critical' must be true or false, not the text 'no'",
+    ),
+    "unknown required": (
+        JOB1 + "    required: j0\n    command: a\n",
+        "s.yaml:5: section jobs, id j1: unknown job 'j0': there is j1",
+    ),
     "required mapping": (
         JOB1 + "    required: {j0: 1}\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'required' must be text or a list, not a mapping"),
+        "s.yaml:5: section jobs, id j1: 'required' must be text or a list, not a mapping",
+    ),
     "required itself": (
         JOB1 + "    required: [j1]\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'required' goes in a circle: j1 -> j1: take one out"),
+        "s.yaml:5: section jobs, id j1: 'required' goes in a circle: j1 -> j1: take one out",
+    ),
     "required circle": (
-        NODE + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n  - {id: b, node: n1, required: [a], command: x}\n",
-        "s.yaml:3: section jobs, id a: 'required' goes in a circle: a -> b -> a: take one out"),
+        NODE
+        + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n  - {id: b, node: n1, required: [a], command: x}\n",
+        "s.yaml:3: section jobs, id a: 'required' goes in a circle: a -> b -> a: take one out",
+    ),
     "command as list of text": (
         JOB1 + "    commands: [uname, ls]\n",
-        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: value'), not the text 'uname'"),
+        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: value'), not the text 'uname'",
+    ),
     "no type": (
         STEP + "command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'type': it is one of Run, RunScript, RunString, Push, Pull"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'type': it is one of Run, RunScript, RunString, Push, Pull",
+    ),
     "unknown type": (
         STEP + "type: Runs\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you mean 'Run'?"),
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you mean 'Run'?",
+    ),
     "unknown type far": (
         STEP + "type: Shell\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is Run, RunScript, RunString, Push, Pull"),
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is Run, RunScript, RunString, Push, Pull",
+    ),
     "type list": (
         STEP + "type: [Run]\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text, not a list"),
+        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text, not a list",
+    ),
     "unknown command key": (
         STEP + "type: Run\n        comand: uname\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown key 'comand': did you mean 'command'?"),
+        "s.yaml:7: section jobs, id j1, command 1: unknown key 'comand': did you mean 'command'?",
+    ),
     "run without command": (
         STEP + "type: Run\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'argv': add one of them"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'argv': add one of them",
+    ),
     "command and argv": (
         STEP + "type: Run\n        command: a\n        argv: [b]\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'argv': leave one out"),
+        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'argv': leave one out",
+    ),
     "command list": (
         STEP + "type: Run\n        command: [a, b]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not a list"),
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not a list",
+    ),
     "command null": (
         STEP + "type: Run\n        command:\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not nothing"),
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not nothing",
+    ),
     "command blank": (
         STEP + "type: Run\n        command: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command"),
-    "argv empty": (STEP + "type: Run\n        argv: []\n        ", "s.yaml:6: section jobs, id j1, command 1: Run: an empty command"),
+        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
+    ),
+    "argv empty": (
+        STEP + "type: Run\n        argv: []\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
+    ),
     "argv nested": (
         STEP + "type: Run\n        argv: [a, [b]]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text, not a list"),
+        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text, not a list",
+    ),
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'local_script': leave one out"),
+        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'local_script': leave one out",
+    ),
     "script none": (
         STEP + "type: RunScript\n        args: [a]\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'local_script': add one of them"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'local_script': add one of them",
+    ),
     "script blank": (
         STEP + "type: RunScript\n        command: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: RunScript: an empty script name"),
+        "s.yaml:6: section jobs, id j1, command 1: RunScript: an empty script name",
+    ),
     "script list": (
         STEP + "type: RunScript\n        local_script: [c]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text, not a list"),
+        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text, not a list",
+    ),
     "script args mapping": (
         STEP + "type: RunScript\n        local_script: c\n        args: {a: b}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'args' must be a list, not a mapping"),
+        "s.yaml:8: section jobs, id j1, command 1: 'args' must be a list, not a mapping",
+    ),
     "string none": (
         STEP + "type: RunString\n        args: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'script_body': add 'script_body: ...'"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'script_body': add 'script_body: ...'",
+    ),
     "string blank": (
         STEP + "type: RunString\n        script_body: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: RunString: an empty script"),
+        "s.yaml:6: section jobs, id j1, command 1: RunString: an empty script",
+    ),
     "push none": (
         STEP + "type: Push\n        remotepath: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'",
+    ),
     "push empty": (
         STEP + "type: Push\n        localpaths: []\n        remotepath: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'",
+    ),
     "push list": (
         STEP + "type: Push\n        localpaths: a\n        remotepath: [a]\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text, not a list"),
+        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text, not a list",
+    ),
     "pull none": (
         STEP + "type: Pull\n        remotepaths: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpath': add 'localpath: ...'"),
+        "s.yaml:6: section jobs, id j1, command 1: no 'localpath': add 'localpath: ...'",
+    ),
     "pull key": (
         STEP + "type: Pull\n        remotepaths: a\n        localpaths: b\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean 'localpath'?"),
+        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean 'localpath'?",
+    ),
     "capture": (
         STEP + "type: Run\n        command: a\n        capture: my name\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not the text 'my name'"),
+        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not the text 'my name'",
+    ),
     "step timeout": (
         STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: timeout -1: seconds, more than 0 (None: no limit)"),
+        "s.yaml:6: section jobs, id j1, command 1: timeout -1: seconds, more than 0 (None: no limit)",
+    ),
     "env value": (
         STEP + "type: Run\n        command: a\n        env: {A: [b]}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text, not a list"),
+        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text, not a list",
+    ),
     "tag": (
         STEP + "type: Run\n        command: !secret a\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown tag '!secret': leave it out"),
+        "s.yaml:7: section jobs, id j1, command 1: unknown tag '!secret': leave it out",
+    ),
     "python tag": (
         STEP + "type: Run\n        argv: !!python/object/apply:os.system [id]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown tag 'python/object/apply:os.system': leave it out"),
+        "s.yaml:7: section jobs, id j1, command 1: unknown tag 'python/object/apply:os.system': leave it out",
+    ),
     "bad yaml": (
         "nodes:\n  - id: n1\n   hostname: h1\n",
-        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block end>, but found '<block mapping start>'"),
-    "tab": ("nodes:\n\t- id: n1\n", "s.yaml:2: wrong YAML: found character '\\t' that cannot start any token"),
+        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block end>, but found '<block mapping start>'",
+    ),
+    "tab": (
+        "nodes:\n\t- id: n1\n",
+        "s.yaml:2: wrong YAML: found character '\\t' that cannot start any token",
+    ),
     "open quote": (
         "nodes:\n  - id: 'n1\n",
-        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end of stream"),
+        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end of stream",
+    ),
     "unknown alias": ("nodes: *all\n", "s.yaml:1: wrong YAML: found undefined alias 'all'"),
     "two documents": (
         NODE + "---\n" + JOB,
-        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found another document"),
-    "control character": (NODE + "# \u0007\n", "s.yaml:2: wrong YAML: special characters are not allowed"),
-    "deferred without quotes": ("nodes:\n  - {id: n, localnode: true}\njobs:\n  - {id: j, node: n, command: {{x}}}\n",
-                                "s.yaml:4: section jobs, id j, command 1: put {{...}} in quotes: a key must be text, not a mapping"),
-    "key of a mapping": ("nodes:\n  - {? {a: b} : c}\n", "s.yaml:2: section nodes, item 1: a key must be text, not a mapping"),
-    "merged into itself": ("nodes:\n  - &a {<<: *a, id: n1}\n", "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
+        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found another document",
+    ),
+    "control character": (
+        NODE + "# \u0007\n",
+        "s.yaml:2: wrong YAML: special characters are not allowed",
+    ),
+    "deferred without quotes": (
+        "nodes:\n  - {id: n, localnode: true}\njobs:\n  - {id: j, node: n, command: {{x}}}\n",
+        "s.yaml:4: section jobs, id j, command 1: put {{...}} in quotes: a key must be text, not a mapping",
+    ),
+    "key of a mapping": (
+        "nodes:\n  - {? {a: b} : c}\n",
+        "s.yaml:2: section nodes, item 1: a key must be text, not a mapping",
+    ),
+    "merged into itself": (
+        "nodes:\n  - &a {<<: *a, id: n1}\n",
+        "s.yaml:1: wrong YAML: nested too deeply, or merged into itself",
+    ),
     "merge of text": (
         "nodes:\n  - {<<: text, id: n1}\n",
-        "s.yaml:2: section nodes, id n1: it must be a mapping (lines of 'key: value'), not the text 'text'"),
+        "s.yaml:2: section nodes, id n1: it must be a mapping (lines of 'key: value'), not the text 'text'",
+    ),
     "int tag": (
         NODE1 + "hostname: h1\n    port: !!int many\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not 'many'"),
+        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not 'many'",
+    ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
         "s.yaml:3: section jobs, id j1: unknown key '': "
-        "there is id, node, command, commands, required, label, keep_connection, verbose, forever, critical"),
+        "there is id, node, command, commands, required, label, keep_connection, verbose, forever, critical",
+    ),
     "deep": ("[" * 3000, "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
     "escape": (
-        "nodes:\n  - {id: \"a\\e[31m\", hostnam: \"\\u202e\"}\n" + JOB,
-        "s.yaml:2: section nodes, id a\\x1b[31m: unknown key 'hostnam': did you mean 'hostname'?"),
+        'nodes:\n  - {id: "a\\e[31m", hostnam: "\\u202e"}\n' + JOB,
+        "s.yaml:2: section nodes, id a\\x1b[31m: unknown key 'hostnam': did you mean 'hostname'?",
+    ),
 }
 
 
-def loaded(text: str, name: str = "s.yaml", **options: Any) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def loaded(
+    text: str, name: str = "s.yaml", **options: Any
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
     Path(name).write_text(text)
     return YamlLoader(name).load_with_maps(**options)
 
@@ -5846,15 +8728,30 @@ def test_a_mistake_in_a_scenario_is_told_with_its_place(text: str, message: str)
 
 
 TEMPLATE_MISTAKES = {
-    "undefined": ("nodes:\n  - id: {{ nobody }}\n", "s.yaml:2: template: 'nobody' is undefined: add it to env (--set NAME=value)"),
-    "undefined attribute": ("\n\n{{ x.y }}\n", "s.yaml:3: template: 'int object' has no attribute 'y': add it to env (--set NAME=value)"),
-    "syntax": ("nodes:\n{% for %}\n", "s.yaml:2: template: Expected an expression, got 'end of statement block'"),
-    "arithmetic": ("nodes:\n\n# {{ 1 // 0 }}\n", "s.yaml:3: template: integer division or modulo by zero"),
+    "undefined": (
+        "nodes:\n  - id: {{ nobody }}\n",
+        "s.yaml:2: template: 'nobody' is undefined: add it to env (--set NAME=value)",
+    ),
+    "undefined attribute": (
+        "\n\n{{ x.y }}\n",
+        "s.yaml:3: template: 'int object' has no attribute 'y': add it to env (--set NAME=value)",
+    ),
+    "syntax": (
+        "nodes:\n{% for %}\n",
+        "s.yaml:2: template: Expected an expression, got 'end of statement block'",
+    ),
+    "arithmetic": (
+        "nodes:\n\n# {{ 1 // 0 }}\n",
+        "s.yaml:3: template: integer division or modulo by zero",
+    ),
     "after rendering": (
         "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
-        "s.yaml (rendered):4: section nodes: it must be a list with at least one item ('- id: ...'), not '1'"),
+        "s.yaml (rendered):4: section nodes: it must be a list with at least one item ('- id: ...'), not '1'",
+    ),
     "nothing left": (
-        "{% if not x %}nodes: []{% endif %}", "s.yaml (rendered):1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+        "{% if not x %}nodes: []{% endif %}",
+        "s.yaml (rendered):1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+    ),
 }
 
 
@@ -5865,7 +8762,11 @@ def test_a_mistake_in_a_template_is_told_with_its_line(text: str, message: str) 
 
 def test_files_that_cannot_be_read(home: Path) -> None:
     Path("b.yaml").write_bytes(b"nodes: \xff\n")
-    reasons = {"none.yaml": "no such file or directory", ".": "is a directory", "b.yaml": "not UTF-8 text: save it as UTF-8"}
+    reasons = {
+        "none.yaml": "no such file or directory",
+        ".": "is a directory",
+        "b.yaml": "not UTF-8 text: save it as UTF-8",
+    }
     for name, reason in reasons.items():
         with pytest.raises(ScenarioError) as caught:
             YamlLoader(name).load()
@@ -5933,24 +8834,56 @@ def test_a_whole_scenario() -> None:
     assert list(nodes) == ["n1", "gw", "gw2", "out", "c1", "c2", "here", "far"]
     assert list(jobs) == ["send", "warmup", "7"]
     n1, gw = nodes["n1"], nodes["gw"]
-    assert (n1.hostname, n1.username, n1.port, n1.timeout, n1.keys, n1.known_hosts) == ("node1", "root", 2200, 2.5, ["k1"], None)
+    assert (n1.hostname, n1.username, n1.port, n1.timeout, n1.keys, n1.known_hosts) == (
+        "node1",
+        "root",
+        2200,
+        2.5,
+        ["k1"],
+        None,
+    )
     assert n1.gateway is gw and n1._password == "0123" and n1._config is True
     assert (gw.username, gw.verbose, type(gw.formatter)) == ("slice", True, TimeHostFormatter)
     assert nodes["gw2"].formatter is gw.formatter
     assert nodes["c1"].formatter is not nodes["c2"].formatter
-    assert isinstance(nodes["out"].formatter, SubdirFormatter) and nodes["out"].formatter.run_name == Path("results")
+    assert isinstance(nodes["out"].formatter, SubdirFormatter) and nodes[
+        "out"
+    ].formatter.run_name == Path("results")
     assert isinstance(nodes["here"], LocalNode) and isinstance(nodes["far"], SshNode)
     send, warmup, last = jobs.values()
-    assert set(scheduler.jobs) == {send, warmup, last} and list(send.required) == [warmup] and list(last.required) == [send]
-    assert (send.critical, send.forever, send.verbose, send.label, warmup.critical) == (False, False, True, "send it", True)
+    assert (
+        set(scheduler.jobs) == {send, warmup, last}
+        and list(send.required) == [warmup]
+        and list(last.required) == [send]
+    )
+    assert (send.critical, send.forever, send.verbose, send.label, warmup.critical) == (
+        False,
+        False,
+        True,
+        "send it",
+        True,
+    )
     assert send.node is n1 and last.node is nodes["here"]
     assert [step._line() for step in send.commands] == [
-        "RunScript: demo.sh a 010 yes 1.10", "RunScript: other.sh one 'two three' > out", None,
-        "Push: a ... (2 total) onto /tmp/", "Push: a onto b", "Pull: c into d"]
-    assert [step._line() for step in warmup.commands + last.commands] == ["check --all", "echo 1 true", "uname -r"]
+        "RunScript: demo.sh a 010 yes 1.10",
+        "RunScript: other.sh one 'two three' > out",
+        None,
+        "Push: a ... (2 total) onto /tmp/",
+        "Push: a onto b",
+        "Pull: c into d",
+    ]
+    assert [step._line() for step in warmup.commands + last.commands] == [
+        "check --all",
+        "echo 1 true",
+        "uname -r",
+    ]
     script, _, string, push, push_one, pull = send.commands
     assert (script.includes, script.allowed_exits, script.timeout) == (("inc.sh",), {"TERM", 4}, 5)
-    assert (string.script_body, string.remote_name, string.words) == ("#!/bin/bash\necho $1", "it.sh", ("x y",))
+    assert (string.script_body, string.remote_name, string.words) == (
+        "#!/bin/bash\necho $1",
+        "it.sh",
+        ("x y",),
+    )
     assert (push.sources, push_one.sources, pull.sources) == (["a", "b"], "a", ["c"])
     assert push.options["preserve"] and pull.options["recurse"]
     scheduler.list()
@@ -5959,9 +8892,13 @@ def test_a_whole_scenario() -> None:
 def test_anchors_and_merges() -> None:
     nodes, jobs, _ = loaded(
         "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
-        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n  - {id: y, node: b, commands: *steps}\n")
+        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n  - {id: y, node: b, commands: *steps}\n"
+    )
     assert [(node.hostname, node.port, node.username) for node in nodes.values()] == [
-        ("h", 2200, "root"), ("h", 2200, "root"), ("h", 2200, "u")]
+        ("h", 2200, "root"),
+        ("h", 2200, "root"),
+        ("h", 2200, "u"),
+    ]
     assert jobs["x"].commands[0] is not jobs["y"].commands[0]
 
 
@@ -5979,13 +8916,25 @@ jobs:
 ENV = {"names": ["a", "b"], "word": "hello"}
 
 
-@pytest.mark.parametrize(("name", "save", "written"), [
-    ("s.yaml.j2", True, "s.yaml"), ("s.yaml", True, "s.yaml.tmp"), ("s.yaml.j2", "other.yaml", "other.yaml"),
-    ("s.yaml.j2", Path("other.yaml"), "other.yaml"), ("s.yaml.j2", None, None), ("s.yaml.j2", False, None)])
-def test_a_template_and_its_intermediate_file(home: Path, name: str, save: Any, written: str | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "save", "written"),
+    [
+        ("s.yaml.j2", True, "s.yaml"),
+        ("s.yaml", True, "s.yaml.tmp"),
+        ("s.yaml.j2", "other.yaml", "other.yaml"),
+        ("s.yaml.j2", Path("other.yaml"), "other.yaml"),
+        ("s.yaml.j2", None, None),
+        ("s.yaml.j2", False, None),
+    ],
+)
+def test_a_template_and_its_intermediate_file(
+    home: Path, name: str, save: Any, written: str | None
+) -> None:
     nodes, jobs, _ = loaded(TEMPLATE, name, env=ENV, save_intermediate=save)
     assert list(nodes) == ["a", "b"] and jobs["j"].commands[0]._line() == "echo {{x}} hello"
-    assert {path.name for path in home.iterdir() if path.is_file()} == {name} | ({written} if written else set())
+    assert {path.name for path in home.iterdir() if path.is_file()} == {name} | (
+        {written} if written else set()
+    )
     if written:
         assert "  - id: b\n    localnode: true\n" in Path(written).read_text()
         assert list(YamlLoader(written).load_with_maps()[0]) == ["a", "b"]
@@ -5998,28 +8947,43 @@ def test_without_env_there_is_no_template_and_no_intermediate_file(home: Path) -
 
 
 def test_mistakes_after_rendering_name_the_intermediate_file() -> None:
-    with pytest.raises(ScenarioError, match=r"^t\.yaml:2: unknown section 'jbos': did you mean 'jobs'\?$"):
+    with pytest.raises(
+        ScenarioError, match=r"^t\.yaml:2: unknown section 'jbos': did you mean 'jobs'\?$"
+    ):
         loaded(NODE + "jbos: {{ x }}\n", "s.yaml.j2", env={"x": 1}, save_intermediate="t.yaml")
 
 
 def test_the_intermediate_file_never_replaces_the_template() -> None:
-    assert refused(TEMPLATE, env=ENV, save_intermediate="s.yaml") == \
-        "s.yaml: save_intermediate would overwrite the template: give another path"
+    assert (
+        refused(TEMPLATE, env=ENV, save_intermediate="s.yaml")
+        == "s.yaml: save_intermediate would overwrite the template: give another path"
+    )
     assert Path("s.yaml").read_text() == TEMPLATE
-    assert refused(TEMPLATE, env=ENV, save_intermediate="no/where") == "no/where: no such file or directory"
+    assert (
+        refused(TEMPLATE, env=ENV, save_intermediate="no/where")
+        == "no/where: no such file or directory"
+    )
 
 
 def test_list_of_paths_that_an_earlier_step_finds(home: Path) -> None:
     found = Variables()
     Path("f").write_text("text")
     Path("g").mkdir()
-    job = SshJob(LocalNode(), commands=[Run("echo f", capture=Capture("name", found)), Push([Deferred("{{name}}", found)], "g")])
+    job = SshJob(
+        LocalNode(),
+        commands=[
+            Run("echo f", capture=Capture("name", found)),
+            Push([Deferred("{{name}}", found)], "g"),
+        ],
+    )
     asyncio.run(job.co_run())
     assert Path("g/f").read_text() == "text"
 
 
 def test_deferred_values_and_captures() -> None:
-    Path("s.yaml").write_text(NODE + """jobs:
+    Path("s.yaml").write_text(
+        NODE
+        + """jobs:
   - id: j1
     node: n1
     commands:
@@ -6029,13 +8993,26 @@ def test_deferred_values_and_captures() -> None:
       - {type: RunString, script_body: "echo {{now}}", args: "{{now}}"}
       - {type: Push, localpaths: ["{{now}}", plain], remotepath: "/tmp/{{now}}"}
       - {type: Pull, remotepaths: "{{now}}", localpath: plain}
-""")
+"""
+    )
     loader = YamlLoader("s.yaml")
     _, jobs, _ = loader.load_with_maps()
     run, echo, script, string, push, pull = jobs["j1"].commands
-    assert isinstance(run.capture, Capture) and run.capture.varname == "now" and run.capture.variables is loader.variables
-    found = [echo.words[1], script.local_script, script.words[0], string.script_body, string.words[0], push.sources[0],
-             push.destination, pull.sources]
+    assert (
+        isinstance(run.capture, Capture)
+        and run.capture.varname == "now"
+        and run.capture.variables is loader.variables
+    )
+    found = [
+        echo.words[1],
+        script.local_script,
+        script.words[0],
+        string.script_body,
+        string.words[0],
+        push.sources[0],
+        push.destination,
+        pull.sources,
+    ]
     assert [type(each) for each in found] == [Deferred] * len(found)
     assert all(each.variables is loader.variables for each in found)
     assert [str(each) for each in found[1:3]] == ["{{ dir }}/a.sh", "{{ now }} b"]
@@ -6073,9 +9050,9 @@ def test_scenario_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         loaded(NODE + JOB)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # targets
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def targets(*texts: str, **options: Any) -> list[str]:
@@ -6085,7 +9062,9 @@ def targets(*texts: str, **options: Any) -> list[str]:
 @pytest.fixture
 def files(home: Path) -> Path:
     """Files and folders of targets, here and in ~/.apssh."""
-    (home / "hosts").write_text("a b # the first ones\n\n# none here\nu@c:22, gw -> d\nnode[1-2],k#x\n")
+    (home / "hosts").write_text(
+        "a b # the first ones\n\n# none here\nu@c:22, gw -> d\nnode[1-2],k#x\n"
+    )
     (home / "dos").write_text("\ufeffa\r\nb, c\r\n", newline="")
     (home / "no-end").write_text("a\nb")
     (home / "empty").write_text("# nothing\n\n")
@@ -6107,36 +9086,86 @@ def files(home: Path) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("a", "a"), ("a b,c", "a b c"), ("a\tb\nc\r\nd", "a b c d"), ("a ,, b,", "a b"), ("u@a", "u@a"), ("a:2200", "a:2200"),
-    ("u@a:2200", "u@a:2200"),
-    ("web.example.org", "web.example.org"), ("web.example.org.", "web.example.org."), ("x_y-z", "x_y-z"),
-    ("bücher.example", "bücher.example"),
-    ("10.0.0.1", "10.0.0.1"), ("10.0.0.1:22", "10.0.0.1:22"), ("::1", "::1"), ("[::1]", "::1"), ("[::1]:22", "[::1]:22"),
-    ("u@::1", "u@::1"),
-    ("u@[2001:db8::1]:2200", "u@[2001:db8::1]:2200"), ("fe80::1%eth0", "fe80::1%eth0"), ("[fe80::1%eth0]:22", "[fe80::1%eth0]:22"),
-    ("me@example.org@a", "me@example.org@a"), (r"DOM\me@a", r"DOM\me@a"), ("u:p@a", "u:p@a"),
-    ("node[1-3]", "node1 node2 node3"), ("node[01-03,25]", "node01 node02 node03 node25"), ("n[9-11]", "n9 n10 n11"),
-    ("n[098-100]", "n098 n099 n100"),
-    ("n[1-2]x[1-2]", "n1x1 n1x2 n2x1 n2x2"), ("u@n[1-2].org:22", "u@n1.org:22 u@n2.org:22"), ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"),
-    ("a:[1-2]", "a:1 a:2"), ("a,b[1,3],c", "a b1 b3 c"), ("[1-2].org", "1.org 2.org"), ("n[7]", "n7"),
-    ("gw->a", "gw->a"), ("gw→a", "gw->a"), ("gw -> a", "gw->a"), ("gw ->\n a, b", "gw->a b"),
-    ("u@g:1->v@h:2->w@a:3", "u@g:1->v@h:2->w@a:3"),
-    ("gw[1-2]->n[1-2]", "gw1->n1 gw1->n2 gw2->n1 gw2->n2"), ("[::1]:22->[::2]:22", "[::1]:22->[::2]:22"), ("gw:22->gw:23", "gw:22->gw:23"),
-    ("None->a", "None->a"), ("None->gw->a", "None->gw->a"), ("None", "None"), ("a a b a", "a b"), ("gw->a a gw->a", "gw->a a"),
-    ("u@a v@a", "u@a v@a"), ("node[1-3] node[2-4]", "node1 node2 node3 node4"), ("WEB", "WEB"),
-], ids=lambda value: repr(value))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", "a"),
+        ("a b,c", "a b c"),
+        ("a\tb\nc\r\nd", "a b c d"),
+        ("a ,, b,", "a b"),
+        ("u@a", "u@a"),
+        ("a:2200", "a:2200"),
+        ("u@a:2200", "u@a:2200"),
+        ("web.example.org", "web.example.org"),
+        ("web.example.org.", "web.example.org."),
+        ("x_y-z", "x_y-z"),
+        ("bücher.example", "bücher.example"),
+        ("10.0.0.1", "10.0.0.1"),
+        ("10.0.0.1:22", "10.0.0.1:22"),
+        ("::1", "::1"),
+        ("[::1]", "::1"),
+        ("[::1]:22", "[::1]:22"),
+        ("u@::1", "u@::1"),
+        ("u@[2001:db8::1]:2200", "u@[2001:db8::1]:2200"),
+        ("fe80::1%eth0", "fe80::1%eth0"),
+        ("[fe80::1%eth0]:22", "[fe80::1%eth0]:22"),
+        ("me@example.org@a", "me@example.org@a"),
+        (r"DOM\me@a", r"DOM\me@a"),
+        ("u:p@a", "u:p@a"),
+        ("node[1-3]", "node1 node2 node3"),
+        ("node[01-03,25]", "node01 node02 node03 node25"),
+        ("n[9-11]", "n9 n10 n11"),
+        ("n[098-100]", "n098 n099 n100"),
+        ("n[1-2]x[1-2]", "n1x1 n1x2 n2x1 n2x2"),
+        ("u@n[1-2].org:22", "u@n1.org:22 u@n2.org:22"),
+        ("10.0.0.[1-2]", "10.0.0.1 10.0.0.2"),
+        ("a:[1-2]", "a:1 a:2"),
+        ("a,b[1,3],c", "a b1 b3 c"),
+        ("[1-2].org", "1.org 2.org"),
+        ("n[7]", "n7"),
+        ("gw->a", "gw->a"),
+        ("gw→a", "gw->a"),
+        ("gw -> a", "gw->a"),
+        ("gw ->\n a, b", "gw->a b"),
+        ("u@g:1->v@h:2->w@a:3", "u@g:1->v@h:2->w@a:3"),
+        ("gw[1-2]->n[1-2]", "gw1->n1 gw1->n2 gw2->n1 gw2->n2"),
+        ("[::1]:22->[::2]:22", "[::1]:22->[::2]:22"),
+        ("gw:22->gw:23", "gw:22->gw:23"),
+        ("None->a", "None->a"),
+        ("None->gw->a", "None->gw->a"),
+        ("None", "None"),
+        ("a a b a", "a b"),
+        ("gw->a a gw->a", "gw->a a"),
+        ("u@a v@a", "u@a v@a"),
+        ("node[1-3] node[2-4]", "node1 node2 node3 node4"),
+        ("WEB", "WEB"),
+    ],
+    ids=lambda value: repr(value),
+)
 def test_targets(text: str, expected: str) -> None:
     assert targets(text) == expected.split()
     assert targets(*targets(text)) == targets(text)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("hosts", "a b u@c:22 gw->d node1 node2 k"), ("./hosts", "a b u@c:22 gw->d node1 node2 k"),
-    ("x,hosts,y", "x a b u@c:22 gw->d node1 node2 k y"),
-    ("dos", "a b c"), ("no-end", "a b"), ("two words", "a"), ("names", "hosts mine"), ("mine", "m1 m2"), ("~/.apssh/mine", "m1 m2"),
-    ("out/1failed", "u@db:2200 web"), ("out/1failed/", "u@db:2200 web"), ("group", "g1"), ("empty a", "a"),
-], ids=lambda value: repr(value))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hosts", "a b u@c:22 gw->d node1 node2 k"),
+        ("./hosts", "a b u@c:22 gw->d node1 node2 k"),
+        ("x,hosts,y", "x a b u@c:22 gw->d node1 node2 k y"),
+        ("dos", "a b c"),
+        ("no-end", "a b"),
+        ("two words", "a"),
+        ("names", "hosts mine"),
+        ("mine", "m1 m2"),
+        ("~/.apssh/mine", "m1 m2"),
+        ("out/1failed", "u@db:2200 web"),
+        ("out/1failed/", "u@db:2200 web"),
+        ("group", "g1"),
+        ("empty a", "a"),
+    ],
+    ids=lambda value: repr(value),
+)
 def test_target_files(text: str, expected: str, files: Path) -> None:
     assert targets(text) == expected.split()
 
@@ -6150,45 +9179,93 @@ def test_targets_of_a_pipe() -> None:
     os.close(reading)
 
 
-@pytest.mark.parametrize(("texts", "stdin", "expected"), [
-    (["-"], "a b # c\nd, u@e\n", "a b d u@e"), (["x", "-", "y"], "a\n", "x a y"), (["-"], "gw -> a\r\nb", "gw->a b"),
-    (["-"], "hosts\n", "hosts"),
-], ids=["lines", "between", "arrows", "no-files"])
-def test_targets_of_standard_input(texts: list[str], stdin: str, expected: str, files: Path) -> None:
+@pytest.mark.parametrize(
+    ("texts", "stdin", "expected"),
+    [
+        (["-"], "a b # c\nd, u@e\n", "a b d u@e"),
+        (["x", "-", "y"], "a\n", "x a y"),
+        (["-"], "gw -> a\r\nb", "gw->a b"),
+        (["-"], "hosts\n", "hosts"),
+    ],
+    ids=["lines", "between", "arrows", "no-files"],
+)
+def test_targets_of_standard_input(
+    texts: list[str], stdin: str, expected: str, files: Path
+) -> None:
     assert targets(*texts, stdin=lambda: stdin) == expected.split()
 
 
-@pytest.mark.parametrize(("text", "options", "expected"), [
-    ("a v@b", {"login": "u"}, "u@a v@b"), ("gw->a", {"login": "u"}, "u@gw->u@a"), ("v@gw->a", {"login": "u"}, "v@gw->u@a"),
-    ("a b:7", {"port": 5}, "a:5 b:7"), ("gw->a", {"port": 5}, "gw->a:5"), ("::1", {"port": 5}, "[::1]:5"),
-    ("a", {"gateway": "gw"}, "gw->a"), ("a", {"gateway": "u@g1:5 -> g2"}, "u@g1:5->g2->a"), ("other->a", {"gateway": "gw"}, "other->a"),
-    ("None->a", {"gateway": "gw"}, "None->a"), ("None->b->a", {"gateway": "gw"}, "None->b->a"), ("a", {"gateway": ""}, "a"),
-    ("a", {"gateway": "None->gw"}, "gw->a"), ("a", {"gateway": "gw1", "login": "u", "port": 5}, "u@gw1->u@a:5"),
-    ("a", {"gateway": "[::1]:5"}, "[::1]:5->a"),
-    ("a", {"gateway": "None"}, "a"), ("gw:23", {"gateway": "gw"}, "gw->gw:23"), ("a", {"gateway": "gw[7]"}, "gw7->a"),
-], ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("a v@b", {"login": "u"}, "u@a v@b"),
+        ("gw->a", {"login": "u"}, "u@gw->u@a"),
+        ("v@gw->a", {"login": "u"}, "v@gw->u@a"),
+        ("a b:7", {"port": 5}, "a:5 b:7"),
+        ("gw->a", {"port": 5}, "gw->a:5"),
+        ("::1", {"port": 5}, "[::1]:5"),
+        ("a", {"gateway": "gw"}, "gw->a"),
+        ("a", {"gateway": "u@g1:5 -> g2"}, "u@g1:5->g2->a"),
+        ("other->a", {"gateway": "gw"}, "other->a"),
+        ("None->a", {"gateway": "gw"}, "None->a"),
+        ("None->b->a", {"gateway": "gw"}, "None->b->a"),
+        ("a", {"gateway": ""}, "a"),
+        ("a", {"gateway": "None->gw"}, "gw->a"),
+        ("a", {"gateway": "gw1", "login": "u", "port": 5}, "u@gw1->u@a:5"),
+        ("a", {"gateway": "[::1]:5"}, "[::1]:5->a"),
+        ("a", {"gateway": "None"}, "a"),
+        ("gw:23", {"gateway": "gw"}, "gw->gw:23"),
+        ("a", {"gateway": "gw[7]"}, "gw7->a"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value),
+)
 def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> None:
     found = apssh._parse_targets([text], **options)
     assert [str(target) for target in found] == expected.split()
-    assert all(len(target.chain) == len(str(target).removeprefix("None->").split("->")) for target in found)
+    assert all(
+        len(target.chain) == len(str(target).removeprefix("None->").split("->")) for target in found
+    )
 
 
-@pytest.mark.parametrize(("text", "exclude", "expected"), [
-    ("n[1-4]", ["n2"], "n1 n3 n4"), ("n[1-4]", ["n[1-2]", "n4"], "n3"), ("u@a v@a b", ["a"], "b"), ("u@a v@a", ["u@a"], "v@a"),
-    ("a:1 a:2", ["a:1"], "a:2"), ("u@a:1 u@a:2 v@a:1", ["u@a:1"], "u@a:2 v@a:1"), ("gw->a b", ["a"], "b"), ("gw->a a", ["gw->a"], "a"),
-    ("gw->a a", ["None->a"], "gw->a"), ("u@gw->a v@gw->a", ["u@gw->a"], "v@gw->a"), ("A b", ["a"], "b"), ("a b", ["c"], "a b"),
-    ("a b", [""], "a b"),
-    ("a b", ["empty"], "a b"), ("a b c", ["hosts"], "c u@c:1"), ("hosts", ["b", "d", "node[1-9]"], "a u@c:22 k"), ("a b", ["-"], "b"),
-    ("web db", ["out/1failed"], "db"), ("::1 ::2", ["[::1]:22", "::2"], "::1"),
-], ids=lambda value: repr(value))
+@pytest.mark.parametrize(
+    ("text", "exclude", "expected"),
+    [
+        ("n[1-4]", ["n2"], "n1 n3 n4"),
+        ("n[1-4]", ["n[1-2]", "n4"], "n3"),
+        ("u@a v@a b", ["a"], "b"),
+        ("u@a v@a", ["u@a"], "v@a"),
+        ("a:1 a:2", ["a:1"], "a:2"),
+        ("u@a:1 u@a:2 v@a:1", ["u@a:1"], "u@a:2 v@a:1"),
+        ("gw->a b", ["a"], "b"),
+        ("gw->a a", ["gw->a"], "a"),
+        ("gw->a a", ["None->a"], "gw->a"),
+        ("u@gw->a v@gw->a", ["u@gw->a"], "v@gw->a"),
+        ("A b", ["a"], "b"),
+        ("a b", ["c"], "a b"),
+        ("a b", [""], "a b"),
+        ("a b", ["empty"], "a b"),
+        ("a b c", ["hosts"], "c u@c:1"),
+        ("hosts", ["b", "d", "node[1-9]"], "a u@c:22 k"),
+        ("a b", ["-"], "b"),
+        ("web db", ["out/1failed"], "db"),
+        ("::1 ::2", ["[::1]:22", "::2"], "::1"),
+    ],
+    ids=lambda value: repr(value),
+)
 def test_exclude(text: str, exclude: list[str], expected: str, files: Path) -> None:
     texts = [text] if exclude != ["hosts"] else [text, "u@c:1"]
     assert targets(*texts, exclude=exclude, stdin=lambda: "a\n") == expected.split()
 
 
-@pytest.mark.parametrize("argv", [
-    ["-t", "n[1-3]", "-x", "n2"], ["-x", "n2", "-t", "n[1-3]"], ["-t", "n1", "-x", "n[2,2]", "-t", "n[2-3]", "-t", "n1"],
-], ids=["after", "before", "between"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-t", "n[1-3]", "-x", "n2"],
+        ["-x", "n2", "-t", "n[1-3]"],
+        ["-t", "n1", "-x", "n[2,2]", "-t", "n[2-3]", "-t", "n1"],
+    ],
+    ids=["after", "before", "between"],
+)
 def test_order_of_options(argv: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert apssh.main([*argv, "-L"]) == 0
     assert capfd.readouterr() == ("n1\nn3\n", "")
@@ -6199,72 +9276,126 @@ PORT = "a port is a number from 1 to 65535"
 NO_HOST = "is not a host name or an address"
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "no target: use -t HOST ..."), (" , ", "no target: use -t HOST ..."), ("empty", "no target in empty"),
-    ("u@", "u@: a host is missing"), (":22", ":22: a host is missing"), ("u@:22", "u@:22: a host is missing"),
-    ("[]", "[]: '' is not a number or a range such as 01-20"),
-    ("->a", "->a: a host is missing"), ("a->", "a->: a host is missing"), ("a->->b", "a->->b: a host is missing"),
-    ("None->", "None->: a host is missing"),
-    ("@a", "@a: '' is not a user name"), ("-u@a", "-u@a: '-u' is not a user name"), ("u'x@a", "u'x@a: 'u'x' is not a user name"),
-    ("$USER@a", "$USER@a: '$USER' is not a user name"), ("u;x@a", "u;x@a: 'u;x' is not a user name"),
-    ("`id`@a", "`id`@a: '`id`' is not a user name"),
-    ("u\\@a", "u\\@a: 'u\\' is not a user name"), ("a|b@c", "a|b@c: 'a|b' is not a user name"),
-    ("u\x07@a", r"u\x07@a: 'u\x07' is not a user name"),
-    ("ok,u<x@a", "u<x@a: 'u<x' is not a user name"), ("gw->u&x@a", "gw->u&x@a: 'u&x' is not a user name"),
-    ("a:", f"a:: {PORT}"), ("a:0", f"a:0: {PORT}"), ("a:65536", f"a:65536: {PORT}"), ("a:22x", f"a:22x: {PORT}"), ("a:-1", f"a:-1: {PORT}"),
-    ("a:+5", f"a:+5: {PORT}"), ("a:２２", f"a:２２: {PORT}"), ("[::1]:", f"[::1]:: {PORT}"), ("[::1]:0", f"[::1]:0: {PORT}"),
-    ("gw:0->a", f"gw:0->a: {PORT}"),
-    ("node[3-1]", "node[3-1]: 3-1 runs backwards; write 1-3"), ("node[10-09]", "node[10-09]: 10-09 runs backwards; write 09-10"),
-    ("node[1-", f"node[1-: {BRACKETS}"), ("node[1-3", f"node[1-3: {BRACKETS}"), ("node]1[", f"node]1[: {BRACKETS}"),
-    ("n[[1]]", f"n[[1]]: {BRACKETS}"),
-    ("::1]", f"::1]: {BRACKETS}"), ("[::1", f"[::1: {BRACKETS}"), ("node[]", "node[]: '' is not a number or a range such as 01-20"),
-    ("node[a-c]", "node[a-c]: 'a-c' is not a number or a range such as 01-20"),
-    ("node[1,]", "node[1,]: '' is not a number or a range such as 01-20"),
-    ("node[1-2-3]", "node[1-2-3]: '1-2-3' is not a number or a range such as 01-20"),
-    ("[abc]:22", "[abc]:22: 'abc' is not a number or a range such as 01-20"),
-    ("node[1-100001]", "node[1-100001]: more than 100000 names"), ("n[1-1000]x[1-1000]", "n[1-1000]x[1-1000]: more than 100000 names"),
-    ("n[1-999999999999999999]", "n[1-999999999999999999]: more than 100000 names"),
-    ("a;b", f"a;b: 'a;b' {NO_HOST}"), ("$(id)", f"$(id): '$(id)' {NO_HOST}"), ("a`b", f"a`b: 'a`b' {NO_HOST}"),
-    ("a|b", f"a|b: 'a|b' {NO_HOST}"),
-    ("*", f"*: '*' {NO_HOST}"), ("!a", f"!a: '!a' {NO_HOST}"), ("-a", f"-a: '-a' {NO_HOST}"),
-    ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
-    ("a..b", f"a..b: 'a..b' {NO_HOST}"), (".a", f".a: '.a' {NO_HOST}"), ("a%b", f"a%b: 'a%b' {NO_HOST}"),
-    ("a#b", f"a#b: 'a#b' {NO_HOST}"), ("x" * 64, f"{'x' * 64}: '{'x' * 64}' {NO_HOST}"),
-    ("1:2:3", f"1:2:3: '1:2:3' {NO_HOST}"), ("::1:99999", f"::1:99999: '::1:99999' {NO_HOST}"),
-    ("fe80::1%", f"fe80::1%: 'fe80::1%' {NO_HOST}"),
-    ("a\x1bb", rf"a\x1bb: 'a\x1bb' {NO_HOST}"), ("\u202ea", rf"\u202ea: '\u202ea' {NO_HOST}"),
-    ("x." * 130, f"{('x.' * 130)[:77]}...: '{('x.' * 130)[:77]}...' {NO_HOST}"),
-    ("x" * 5000, f"{'x' * 77}...: too long for a target"),
-    ("a->a", "a->a: a->a passes a host twice; None->HOST has no gateway"),
-    ("u@a->v@A", "u@a->v@A: u@a->v@A passes a host twice; None->HOST has no gateway"),
-    ("a->b->a:22", "a->b->a:22: a->b->a:22 passes a host twice; None->HOST has no gateway"),
-    ("../etc/x", "../etc/x: no such file"), ("/nowhere", "/nowhere: no such file"), ("a/b@c", "a/b@c: no such file"),
-    ("binary", "binary: not a text file of targets"),
-    ("latin", "latin: not a text file of targets"), ("/dev/zero", "/dev/zero: not a text file of targets"),
-    pytest.param("/proc/self/mem", "/proc/self/mem: input/output error",
-                 marks=pytest.mark.skipif(sys.platform != "linux", reason="no /proc here")),
-    ("bad", f"bad:3: b:99999: {PORT}"), ("x,./bad", f"./bad:3: b:99999: {PORT}"),
-    ("bad-range", "bad-range:2: node[3-1]: 3-1 runs backwards; write 1-3"),
-    ("-", "-: cannot be read here"), ("@last:failed", "@last:failed: cannot be read here"),
-], ids=lambda value: repr(value[:20]))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no target: use -t HOST ..."),
+        (" , ", "no target: use -t HOST ..."),
+        ("empty", "no target in empty"),
+        ("u@", "u@: a host is missing"),
+        (":22", ":22: a host is missing"),
+        ("u@:22", "u@:22: a host is missing"),
+        ("[]", "[]: '' is not a number or a range such as 01-20"),
+        ("->a", "->a: a host is missing"),
+        ("a->", "a->: a host is missing"),
+        ("a->->b", "a->->b: a host is missing"),
+        ("None->", "None->: a host is missing"),
+        ("@a", "@a: '' is not a user name"),
+        ("-u@a", "-u@a: '-u' is not a user name"),
+        ("u'x@a", "u'x@a: 'u'x' is not a user name"),
+        ("$USER@a", "$USER@a: '$USER' is not a user name"),
+        ("u;x@a", "u;x@a: 'u;x' is not a user name"),
+        ("`id`@a", "`id`@a: '`id`' is not a user name"),
+        ("u\\@a", "u\\@a: 'u\\' is not a user name"),
+        ("a|b@c", "a|b@c: 'a|b' is not a user name"),
+        ("u\x07@a", r"u\x07@a: 'u\x07' is not a user name"),
+        ("ok,u<x@a", "u<x@a: 'u<x' is not a user name"),
+        ("gw->u&x@a", "gw->u&x@a: 'u&x' is not a user name"),
+        ("a:", f"a:: {PORT}"),
+        ("a:0", f"a:0: {PORT}"),
+        ("a:65536", f"a:65536: {PORT}"),
+        ("a:22x", f"a:22x: {PORT}"),
+        ("a:-1", f"a:-1: {PORT}"),
+        ("a:+5", f"a:+5: {PORT}"),
+        ("a:２２", f"a:２２: {PORT}"),
+        ("[::1]:", f"[::1]:: {PORT}"),
+        ("[::1]:0", f"[::1]:0: {PORT}"),
+        ("gw:0->a", f"gw:0->a: {PORT}"),
+        ("node[3-1]", "node[3-1]: 3-1 runs backwards; write 1-3"),
+        ("node[10-09]", "node[10-09]: 10-09 runs backwards; write 09-10"),
+        ("node[1-", f"node[1-: {BRACKETS}"),
+        ("node[1-3", f"node[1-3: {BRACKETS}"),
+        ("node]1[", f"node]1[: {BRACKETS}"),
+        ("n[[1]]", f"n[[1]]: {BRACKETS}"),
+        ("::1]", f"::1]: {BRACKETS}"),
+        ("[::1", f"[::1: {BRACKETS}"),
+        ("node[]", "node[]: '' is not a number or a range such as 01-20"),
+        ("node[a-c]", "node[a-c]: 'a-c' is not a number or a range such as 01-20"),
+        ("node[1,]", "node[1,]: '' is not a number or a range such as 01-20"),
+        ("node[1-2-3]", "node[1-2-3]: '1-2-3' is not a number or a range such as 01-20"),
+        ("[abc]:22", "[abc]:22: 'abc' is not a number or a range such as 01-20"),
+        ("node[1-100001]", "node[1-100001]: more than 100000 names"),
+        ("n[1-1000]x[1-1000]", "n[1-1000]x[1-1000]: more than 100000 names"),
+        ("n[1-999999999999999999]", "n[1-999999999999999999]: more than 100000 names"),
+        ("a;b", f"a;b: 'a;b' {NO_HOST}"),
+        ("$(id)", f"$(id): '$(id)' {NO_HOST}"),
+        ("a`b", f"a`b: 'a`b' {NO_HOST}"),
+        ("a|b", f"a|b: 'a|b' {NO_HOST}"),
+        ("*", f"*: '*' {NO_HOST}"),
+        ("!a", f"!a: '!a' {NO_HOST}"),
+        ("-a", f"-a: '-a' {NO_HOST}"),
+        ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
+        ("a..b", f"a..b: 'a..b' {NO_HOST}"),
+        (".a", f".a: '.a' {NO_HOST}"),
+        ("a%b", f"a%b: 'a%b' {NO_HOST}"),
+        ("a#b", f"a#b: 'a#b' {NO_HOST}"),
+        ("x" * 64, f"{'x' * 64}: '{'x' * 64}' {NO_HOST}"),
+        ("1:2:3", f"1:2:3: '1:2:3' {NO_HOST}"),
+        ("::1:99999", f"::1:99999: '::1:99999' {NO_HOST}"),
+        ("fe80::1%", f"fe80::1%: 'fe80::1%' {NO_HOST}"),
+        ("a\x1bb", rf"a\x1bb: 'a\x1bb' {NO_HOST}"),
+        ("\u202ea", rf"\u202ea: '\u202ea' {NO_HOST}"),
+        ("x." * 130, f"{('x.' * 130)[:77]}...: '{('x.' * 130)[:77]}...' {NO_HOST}"),
+        ("x" * 5000, f"{'x' * 77}...: too long for a target"),
+        ("a->a", "a->a: a->a passes a host twice; None->HOST has no gateway"),
+        ("u@a->v@A", "u@a->v@A: u@a->v@A passes a host twice; None->HOST has no gateway"),
+        ("a->b->a:22", "a->b->a:22: a->b->a:22 passes a host twice; None->HOST has no gateway"),
+        ("../etc/x", "../etc/x: no such file"),
+        ("/nowhere", "/nowhere: no such file"),
+        ("a/b@c", "a/b@c: no such file"),
+        ("binary", "binary: not a text file of targets"),
+        ("latin", "latin: not a text file of targets"),
+        ("/dev/zero", "/dev/zero: not a text file of targets"),
+        pytest.param(
+            "/proc/self/mem",
+            "/proc/self/mem: input/output error",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="no /proc here"),
+        ),
+        ("bad", f"bad:3: b:99999: {PORT}"),
+        ("x,./bad", f"./bad:3: b:99999: {PORT}"),
+        ("bad-range", "bad-range:2: node[3-1]: 3-1 runs backwards; write 1-3"),
+        ("-", "-: cannot be read here"),
+        ("@last:failed", "@last:failed: cannot be read here"),
+    ],
+    ids=lambda value: repr(value[:20]),
+)
 def test_bad_targets(text: str, message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
         apssh._parse_targets([text])
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"gateway": "g1,g2"}, "-g g1,g2: gateways make one chain, as in gw1->gw2"),
-    ({"gateway": "g[1-2]"}, "-g g[1-2]: gateways make one chain, as in gw1->gw2"),
-    ({"gateway": "g->"}, "g->: a host is missing"), ({"gateway": "a"}, "a: a->a passes a host twice; None->HOST has no gateway"),
-    ({"gateway": "g;h"}, f"g;h: 'g;h' {NO_HOST}"), ({"login": "two words"}, "a: 'two words' is not a user name"),
-    ({"login": ""}, "a: '' is not a user name"),
-    ({"login": "$(id)"}, "a: '$(id)' is not a user name"), ({"port": 0}, f"a: {PORT}"),
-    ({"exclude": ["a"]}, "no target: -x excludes them all"),
-    ({"exclude": ["bad"]}, f"bad:3: b:99999: {PORT}"), ({"exclude": ["/nowhere"]}, "/nowhere: no such file"),
-    ({"exclude": ["n[2-1]"]}, "n[2-1]: 2-1 runs backwards; write 1-2"),
-    ({"exclude": ["b;c"]}, f"b;c: 'b;c' {NO_HOST}"), ({"exclude": ["-"], "stdin": lambda: "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
-], ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gateway": "g1,g2"}, "-g g1,g2: gateways make one chain, as in gw1->gw2"),
+        ({"gateway": "g[1-2]"}, "-g g[1-2]: gateways make one chain, as in gw1->gw2"),
+        ({"gateway": "g->"}, "g->: a host is missing"),
+        ({"gateway": "a"}, "a: a->a passes a host twice; None->HOST has no gateway"),
+        ({"gateway": "g;h"}, f"g;h: 'g;h' {NO_HOST}"),
+        ({"login": "two words"}, "a: 'two words' is not a user name"),
+        ({"login": ""}, "a: '' is not a user name"),
+        ({"login": "$(id)"}, "a: '$(id)' is not a user name"),
+        ({"port": 0}, f"a: {PORT}"),
+        ({"exclude": ["a"]}, "no target: -x excludes them all"),
+        ({"exclude": ["bad"]}, f"bad:3: b:99999: {PORT}"),
+        ({"exclude": ["/nowhere"]}, "/nowhere: no such file"),
+        ({"exclude": ["n[2-1]"]}, "n[2-1]: 2-1 runs backwards; write 1-2"),
+        ({"exclude": ["b;c"]}, f"b;c: 'b;c' {NO_HOST}"),
+        ({"exclude": ["-"], "stdin": lambda: "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value),
+)
 def test_bad_target_options(options: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
         apssh._parse_targets(["a"], **options)
@@ -6275,7 +9406,10 @@ def test_too_many_targets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In all, however many texts and lines they come from."""
     monkeypatch.setattr(apssh, "MAX_TARGETS", 10)
     (home / "many").write_text("a[1-6]\nb[1-6]\n")
-    for texts, message in ((["a[1-6]", "b[1-6]"], "more than 10 targets"), (["many"], "many:2: more than 10 targets")):
+    for texts, message in (
+        (["a[1-6]", "b[1-6]"], "more than 10 targets"),
+        (["many"], "many:2: more than 10 targets"),
+    ):
         with pytest.raises(UsageError) as caught:
             apssh._parse_targets(texts)
         assert str(caught.value) == message
@@ -6291,13 +9425,23 @@ def test_unreadable_targets(files: Path) -> None:
         assert str(caught.value) == f"{name}: permission denied"
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    (["-t", "node[1-", "true"], f"apssh: node[1-: {BRACKETS}"), (["-p", "0", "-t", "a", "true"], None),
-    (["true"], "apssh: no target: use -t HOST ..."),
-    (["-t", "bad", "-L"], f"apssh: bad:3: b:99999: {PORT}"),
-    (["-t", "a", "-g", "a", "true"], "apssh: a: a->a passes a host twice; None->HOST has no gateway"),
-], ids=["range", "port", "none", "file", "gateway"])
-def test_bad_targets_of_the_program(argv: list[str], message: str | None, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-t", "node[1-", "true"], f"apssh: node[1-: {BRACKETS}"),
+        (["-p", "0", "-t", "a", "true"], None),
+        (["true"], "apssh: no target: use -t HOST ..."),
+        (["-t", "bad", "-L"], f"apssh: bad:3: b:99999: {PORT}"),
+        (
+            ["-t", "a", "-g", "a", "true"],
+            "apssh: a: a->a passes a host twice; None->HOST has no gateway",
+        ),
+    ],
+    ids=["range", "port", "none", "file", "gateway"],
+)
+def test_bad_targets_of_the_program(
+    argv: list[str], message: str | None, files: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert apssh.main(argv) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -6307,11 +9451,15 @@ def test_bad_targets_of_the_program(argv: list[str], message: str | None, files:
 LABEL = st.from_regex(r"[A-Za-z0-9_é][A-Za-z0-9_é-]{0,8}", fullmatch=True)
 NAME = st.lists(LABEL, min_size=1, max_size=3).map(".".join)
 ADDRESS = NAME | st.ip_addresses().map(str) | st.builds("{}%{}".format, st.ip_addresses(v=6), LABEL)
-USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(lambda text: not text.startswith("-"))
+USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(
+    lambda text: not text.startswith("-")
+)
 HOP = st.builds(apssh.Hop, ADDRESS, USER, st.none() | st.integers(1, 65535))
 
 
-CHAIN = st.lists(HOP, min_size=1, max_size=4, unique_by=lambda hop: (hop.host.lower(), hop.port or 22)).map(tuple)
+CHAIN = st.lists(
+    HOP, min_size=1, max_size=4, unique_by=lambda hop: (hop.host.lower(), hop.port or 22)
+).map(tuple)
 
 
 @given(st.builds(apssh.Target, CHAIN, st.booleans()))
@@ -6323,7 +9471,11 @@ def test_targets_say_themselves(target: apssh.Target) -> None:
     if str(target).startswith("None->") and not target.direct:
         return
     (again,) = apssh._parse_targets([str(target)])
-    assert (again, again.direct, str(again)) == (target, target.direct and len(str(target).split("->")) > 1, str(target))
+    assert (again, again.direct, str(again)) == (
+        target,
+        target.direct and len(str(target).split("->")) > 1,
+        str(target),
+    )
 
 
 @given(st.text(max_size=30) | st.text("ab1[]-,@:>. #/%→", max_size=20))
@@ -6335,31 +9487,76 @@ def test_any_text_is_targets_or_an_error(text: str) -> None:
     except UsageError as exc:
         assert exc.message == apssh.escape(exc.message)
     else:
-        assert all(apssh._is_host(hop.host) and (hop.port is None or 0 < hop.port < 65536) for target in found for hop in target.chain)
+        assert all(
+            apssh._is_host(hop.host) and (hop.port is None or 0 < hop.port < 65536)
+            for target in found
+            for hop in target.chain
+        )
 
 
 def test_same_endpoint_runs_once(tmp_path: Path) -> None:
     """However it is named: by case, by the port and the user that it would have anyway."""
     (tmp_path / "config").write_text("Host db\n User bob\n Port 2200\n")
-    named = ["a", "A", "a:22", f"{ME}@a", f"{ME}@a:22", "db", "bob@db", "db:2200", "gw->a", "gw:22->a", "ann@a"]
-    nodes = apssh._build_nodes(apssh._parse_targets(named), formatter=apssh.HostFormatter(), config=str(tmp_path / "config"))
+    named = [
+        "a",
+        "A",
+        "a:22",
+        f"{ME}@a",
+        f"{ME}@a:22",
+        "db",
+        "bob@db",
+        "db:2200",
+        "gw->a",
+        "gw:22->a",
+        "ann@a",
+    ]
+    nodes = apssh._build_nodes(
+        apssh._parse_targets(named),
+        formatter=apssh.HostFormatter(),
+        config=str(tmp_path / "config"),
+    )
     assert [node._target for node in nodes] == ["a", "db", "gw->a", "ann@a"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fan-out
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_quick_run(sshd: Sshd) -> None:
     port = free_port()
-    good, bad = apssh.run([sshd.target, f"127.0.0.1:{port}"], "echo out; echo err >&2; printf '\\377'; exit 3", keys=["~/.ssh/id_ed25519"])
-    assert (good.host, good.user, good.status, good.signal, good.kind, good.ok) == ("127.0.0.1", ME, 3, None, "status", False)
+    good, bad = apssh.run(
+        [sshd.target, f"127.0.0.1:{port}"],
+        "echo out; echo err >&2; printf '\\377'; exit 3",
+        keys=["~/.ssh/id_ed25519"],
+    )
+    assert (good.host, good.user, good.status, good.signal, good.kind, good.ok) == (
+        "127.0.0.1",
+        ME,
+        3,
+        None,
+        "status",
+        False,
+    )
     assert (good.stdout, good.stdout_bytes, good.stderr) == ("out\n\udcff", b"out\n\xff", "err\n")
-    assert good.seconds > 0 and good.error == "ended with status 3: echo out; echo err >&2; printf '\\377'; exit 3"
-    assert (bad.status, bad.kind, bad.error, bad.ok) == (None, "refused", f"nothing listens on port {port}", False)
-    assert re.fullmatch(rf"<Result 127.0.0.1:{port}: refused in [0-9.]+ s: nothing listens on port {port}>", repr(bad))
-    assert re.fullmatch(rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>", repr(good))
+    assert (
+        good.seconds > 0
+        and good.error == "ended with status 3: echo out; echo err >&2; printf '\\377'; exit 3"
+    )
+    assert (bad.status, bad.kind, bad.error, bad.ok) == (
+        None,
+        "refused",
+        f"nothing listens on port {port}",
+        False,
+    )
+    assert re.fullmatch(
+        rf"<Result 127.0.0.1:{port}: refused in [0-9.]+ s: nothing listens on port {port}>",
+        repr(bad),
+    )
+    assert re.fullmatch(
+        rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>",
+        repr(good),
+    )
     assert (good.reached, bad.reached) == (True, False)
     assert apssh.run([], "x") == []  # as in a script that goes on with those that failed
 
@@ -6367,7 +9564,9 @@ def test_quick_run(sshd: Sshd) -> None:
 def test_quick_run_in_a_running_loop(sshd: Sshd) -> None:
     async def notebook() -> None:
         assert [result.stdout for result in apssh.run(sshd.target, "echo there")] == ["there\n"]
-        assert [result.ok for result in await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])] == [True]
+        assert [
+            result.ok for result in await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])
+        ] == [True]
 
     run(notebook())
 
@@ -6381,15 +9580,32 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
     assert (failed.kind, failed.error) == ("local", "gone: no such file")
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: apssh.run("", "x"), "no target: use -t HOST ..."), (lambda: apssh.run("h", "x", window=-1), "window and retries are numbers, 0 or more"),
-    (lambda: apssh.run("h", Run("x"), timeout=1, env={}), "timeout, env: give it to Run(...) itself"),
-    (lambda: apssh.run("h", "x", connect_timeout=0), "timeout 0 of h: seconds, more than 0 (None: no limit)"),
-    (lambda: apssh.run("h", ""), "Run: an empty command"),
-    (lambda: apssh.run("h", RunScript("gone")), "script gone: no such file"), (lambda: apssh.push("h", "gone", "x"), "gone: no such file"),
-    (lambda: apssh.run("h", "x", host_keys="perhaps"), "host key policy perhaps: accept-new, yes or no"),
-    (lambda: apssh.pull("a,b", "x", "y"), "a and b would both write to y: put {host} in the path"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: apssh.run("", "x"), "no target: use -t HOST ..."),
+        (lambda: apssh.run("h", "x", window=-1), "window and retries are numbers, 0 or more"),
+        (
+            lambda: apssh.run("h", Run("x"), timeout=1, env={}),
+            "timeout, env: give it to Run(...) itself",
+        ),
+        (
+            lambda: apssh.run("h", "x", connect_timeout=0),
+            "timeout 0 of h: seconds, more than 0 (None: no limit)",
+        ),
+        (lambda: apssh.run("h", ""), "Run: an empty command"),
+        (lambda: apssh.run("h", RunScript("gone")), "script gone: no such file"),
+        (lambda: apssh.push("h", "gone", "x"), "gone: no such file"),
+        (
+            lambda: apssh.run("h", "x", host_keys="perhaps"),
+            "host key policy perhaps: accept-new, yes or no",
+        ),
+        (
+            lambda: apssh.pull("a,b", "x", "y"),
+            "a and b would both write to y: put {host} in the path",
+        ),
+    ],
+)
 def test_quick_misuse(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         call()
@@ -6399,7 +9615,9 @@ def test_quick_misuse(call: Callable[[], Any], message: str) -> None:
 def test_window(tmp_path: Path) -> None:
     script = f"f=$(mktemp {tmp_path}/run.XXXXXX); ls {tmp_path}/run.* | wc -l; sleep 0.3; rm $f"
     done = cli("--demo", "7", "-w", "2", "-r", "-q", script)
-    assert sorted(set(done.stdout.split())) in ([b"1", b"2"], [b"2"]) and len(done.stdout.split()) == 7
+    assert (
+        sorted(set(done.stdout.split())) in ([b"1", b"2"], [b"2"]) and len(done.stdout.split()) == 7
+    )
 
 
 def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -6416,17 +9634,24 @@ def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
     ports = [free_port(), free_port()]
     monkeypatch.setattr(SshNode, "_connect", counted)
     late, never = apssh.run([f"{ME}@127.0.0.1:{port}" for port in ports], "echo here", retries=2)
-    assert (late.ok, late.stdout, never.kind, never.error) == (True, "here\n", "refused", f"nothing listens on port {ports[1]}")
+    assert (late.ok, late.stdout, never.kind, never.error) == (
+        True,
+        "here\n",
+        "refused",
+        f"nothing listens on port {ports[1]}",
+    )
     assert (attempts.count(ports[0]), attempts.count(ports[1])) == (2, 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # views
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def result_of(name: str, out: bytes = b"", err: bytes = b"", **fields: Any) -> apssh.Result:
-    return apssh.Result(name, "root", 22, name, name, **{"status": 0} | fields, stdout_bytes=out, stderr_bytes=err)
+    return apssh.Result(
+        name, "root", 22, name, name, **{"status": 0} | fields, stdout_bytes=out, stderr_bytes=err
+    )
 
 
 def test_gather(capfd: Any) -> None:
@@ -6437,8 +9662,14 @@ def test_gather(capfd: Any) -> None:
     view.done(result_of("node5", status=None, error="nothing listens", kind="refused"))
     view.finish()
     out, err = capfd.readouterr()
-    assert out == "-------------\nnode[1-3] (3)\n-------------\nsame\n------------------\nnode4 (1) status 2\n------------------\nother\n"
-    assert err == "-------------------------\nnode4 (1) status 2 stderr\n-------------------------\ntrouble\n"
+    assert (
+        out
+        == "-------------\nnode[1-3] (3)\n-------------\nsame\n------------------\nnode4 (1) status 2\n------------------\nother\n"
+    )
+    assert (
+        err
+        == "-------------------------\nnode4 (1) status 2 stderr\n-------------------------\ntrouble\n"
+    )
 
 
 def test_gather_differences(capfd: Any) -> None:
@@ -6447,7 +9678,19 @@ def test_gather_differences(capfd: Any) -> None:
         view.done(result_of(f"node{number}", b"a\nb\nc\n"))
     view.done(result_of("node3", b"a\nB\nc\n"))
     view.finish()
-    assert capfd.readouterr().out.splitlines()[3:] == ["a", "b", "c", "-----------------", "node3 (1) differs", "-----------------", "@@ -1,3 +1,3 @@", " a", "-b", "+B", " c"]
+    assert capfd.readouterr().out.splitlines()[3:] == [
+        "a",
+        "b",
+        "c",
+        "-----------------",
+        "node3 (1) differs",
+        "-----------------",
+        "@@ -1,3 +1,3 @@",
+        " a",
+        "-b",
+        "+B",
+        " c",
+    ]
 
 
 def test_gather_differences_of_the_last_newline(capfd: Any) -> None:
@@ -6455,40 +9698,92 @@ def test_gather_differences_of_the_last_newline(capfd: Any) -> None:
     for name, text in (("a1", b"x\ny\n"), ("a2", b"x\ny\n"), ("b", b"x\ny")):
         view.done(result_of(name, text))
     view.finish()
-    assert capfd.readouterr().out.splitlines()[-5:] == ["@@ -1,2 +1,2 @@", " x", "-y", "+y", "\\ No newline at end of file"]
+    assert capfd.readouterr().out.splitlines()[-5:] == [
+        "@@ -1,2 +1,2 @@",
+        " x",
+        "-y",
+        "+y",
+        "\\ No newline at end of file",
+    ]
 
 
 def test_json_lines(capfd: Any) -> None:
     apssh._JsonLines().done(result_of("box", b"out\xff\n", b"err\n"))
     line = capfd.readouterr().out
-    assert json.loads(line) == {"host": "box", "user": "root", "port": 22, "name": "box", "status": 0, "signal": None, "error": None, "kind": None,
-                                "seconds": 0.0, "stdout": "out\udcff\n", "stderr": "err\n"}
+    assert json.loads(line) == {
+        "host": "box",
+        "user": "root",
+        "port": 22,
+        "name": "box",
+        "status": 0,
+        "signal": None,
+        "error": None,
+        "kind": None,
+        "seconds": 0.0,
+        "stdout": "out\udcff\n",
+        "stderr": "err\n",
+    }
     assert json.loads(line)["stdout"].encode("utf-8", "surrogateescape") == b"out\xff\n"
 
 
 def test_summary() -> None:
-    results = [*(result_of(f"n{number}") for number in (1, 2, 3)), result_of("n4", status=3, error="x", kind="status"),
-               result_of("n5", status=None, signal="KILL", error="x", kind="signal"), result_of("n6", status=None, error="x", kind="timeout", may_run=True),
-               result_of("n7", status=None, error="x", kind="timeout", reached=False), result_of("n8", status=None, error="interrupted", kind="local")]
-    assert apssh._summary(results) == ["3 ok, 3 failed, 1 not reached or lost, 1 interrupted", "  interrupted: n8 (1)", "  signal KILL: n5 (1)",
-                                       "  status 3: n4 (1)", "  timeout: n[6-7] (2)",
-                                       "  the command may still be running on: n6"]
+    results = [
+        *(result_of(f"n{number}") for number in (1, 2, 3)),
+        result_of("n4", status=3, error="x", kind="status"),
+        result_of("n5", status=None, signal="KILL", error="x", kind="signal"),
+        result_of("n6", status=None, error="x", kind="timeout", may_run=True),
+        result_of("n7", status=None, error="x", kind="timeout", reached=False),
+        result_of("n8", status=None, error="interrupted", kind="local"),
+    ]
+    assert apssh._summary(results) == [
+        "3 ok, 3 failed, 1 not reached or lost, 1 interrupted",
+        "  interrupted: n8 (1)",
+        "  signal KILL: n5 (1)",
+        "  status 3: n4 (1)",
+        "  timeout: n[6-7] (2)",
+        "  the command may still be running on: n6",
+    ]
 
 
-@pytest.mark.parametrize(("selector", "targets"), [
-    ("failed", ["b", "c", "d"]), ("ok", ["a"]), ("rc=3", ["b"]), ("timeout", ["d"]), ("signal=TERM", ["c"]), ("all", ["a", "b", "c", "d"]), ("signal=SIGTERM", ["c"]),
-])
+@pytest.mark.parametrize(
+    ("selector", "targets"),
+    [
+        ("failed", ["b", "c", "d"]),
+        ("ok", ["a"]),
+        ("rc=3", ["b"]),
+        ("timeout", ["d"]),
+        ("signal=TERM", ["c"]),
+        ("all", ["a", "b", "c", "d"]),
+        ("signal=SIGTERM", ["c"]),
+    ],
+)
 def test_last(selector: str, targets: list[str], home: Path) -> None:
-    apssh._save_last([result_of("a"), result_of("b", status=3, error="x", kind="status"), result_of("c", status=None, signal="TERM", error="x", kind="signal"),
-                      result_of("d", status=None, error="x", kind="timeout")])
+    apssh._save_last(
+        [
+            result_of("a"),
+            result_of("b", status=3, error="x", kind="status"),
+            result_of("c", status=None, signal="TERM", error="x", kind="signal"),
+            result_of("d", status=None, error="x", kind="timeout"),
+        ]
+    )
     assert apssh._load_last(selector) == targets
     assert stat.S_IMODE((home / ".apssh" / "last").stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize(("selector", "message"), [
-    ("dns", "@last:dns: no host of the last run"), *((each, f"@last{':' * bool(each)}{each}: write @last: and one of ok, failed, all, interrupted, dns, refused, "
-     "timeout, hostkey, auth, lost, local, rc=N, signal=NAME") for each in ("", "bogus", "rc", "rc=", "status", "ok=1")),
-])
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ("dns", "@last:dns: no host of the last run"),
+        *(
+            (
+                each,
+                f"@last{':' * bool(each)}{each}: write @last: and one of ok, failed, all, interrupted, dns, refused, "
+                "timeout, hostkey, auth, lost, local, rc=N, signal=NAME",
+            )
+            for each in ("", "bogus", "rc", "rc=", "status", "ok=1")
+        ),
+    ],
+)
 def test_last_selects_nothing(selector: str, message: str, home: Path) -> None:
     apssh._save_last([result_of("a")])
     with pytest.raises(UsageError) as caught:
@@ -6514,26 +9809,38 @@ def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
 
 
 def test_progress_wipes_no_line_that_is_not_ended(sshd: Sshd) -> None:
-    code, seen = on_terminal("--demo", "2", "-r", "case $HOME in *demo1) printf hello;; *) sleep 2; echo; sleep 1.5; esac")
+    code, seen = on_terminal(
+        "--demo",
+        "2",
+        "-r",
+        "case $HOME in *demo1) printf hello;; *) sleep 2; echo; sleep 1.5; esac",
+    )
     assert code == 0 and re.search(rb"(^|\x1b\[K)hello\r\n1/2 done", seen), seen
 
 
 @pytest.mark.parametrize("options", [["-q"], ["-I"]])
 def test_no_progress(sshd: Sshd, options: list[str]) -> None:
     """When it was not asked for, and where somebody types."""
-    code, seen = on_terminal("-F", "none", "-t", sshd.target, *options, "sleep 1.6; echo a", timeout=20)
+    code, seen = on_terminal(
+        "-F", "none", "-t", sshd.target, *options, "sleep 1.6; echo a", timeout=20
+    )
     assert code == 0 and b"done" not in seen
 
 
 def test_log_of_the_library_is_lines_of_ours(sshd: Sshd) -> None:
     """With -D: escaped, and never in the line of progress."""
-    code, seen = on_terminal("-F", "none", "-t", sshd.target, "-D", "sleep 1.5; echo $'\\x1b[2J'", timeout=20)
-    assert code == 0 and all(line.startswith((b"asyncssh: ", b"127.0.0.1", b"asyncio: ")) for line in re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen).split(b"\r\n")[:-1])
+    code, seen = on_terminal(
+        "-F", "none", "-t", sshd.target, "-D", "sleep 1.5; echo $'\\x1b[2J'", timeout=20
+    )
+    assert code == 0 and all(
+        line.startswith((b"asyncssh: ", b"127.0.0.1", b"asyncio: "))
+        for line in re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen).split(b"\r\n")[:-1]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # demo
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_demo_fleet(capfd: Any) -> None:
@@ -6543,7 +9850,14 @@ def test_demo_fleet(capfd: Any) -> None:
             assert [node.hostname for node in nodes] == ["demo1", "demo2", "demo3"]
             nodes[2].gateway = nodes[0]
             homes = Variables()
-            await asyncio.gather(*(Run("echo $HOME; pwd", capture=Capture(node.hostname, homes)).co_run_remote(node) for node in nodes))
+            await asyncio.gather(
+                *(
+                    Run("echo $HOME; pwd", capture=Capture(node.hostname, homes)).co_run_remote(
+                        node
+                    )
+                    for node in nodes
+                )
+            )
             assert await nodes[1].run("cat; exit 5") == 5
             assert await nodes[1].run("kill -TERM $$") == "TERM"
             await nodes[1].put_string_script("echo hi", "script")
@@ -6569,49 +9883,118 @@ def test_demo_size(count: int) -> None:
         asyncio.run(main())
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # programs
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("argv", "message"), [
-    ([], "no command: apssh [options] command ..."), (["true"], "no target: use -t HOST ..."), (["-t", "h", ""], "no command: apssh [options] command ..."),
-    (["-t", "node[3-1]", "x"], "node[3-1]: 3-1 runs backwards; write 1-3"),
-    (["-t", "node[1-", "x"], "node[1-: brackets must be closed and not nested, as in node[01-20,25]"),
-    (["-t", "me@", "x"], "me@: a host is missing"), (["-t", "h:99999", "x"], "h:99999: a port is a number from 1 to 65535"),
-    (["--nope", "x"], "unknown option --nope (see apssh --help)"), (["--tagret", "x"], "unknown option --tagret: did you mean --target?"),
-    (["--user", "me", "x"], "unknown option --user: did you mean --login?"), (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
-    (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"), (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
-    (["-t", "h", "-i", "x", "ls"], "-i goes with -s"), (["-t", "h", "-m", "ls"], "-m goes with -o or -d"), (["-t", "h", "--diff", "ls"], "--diff goes with -b"),
-    (["-t", "h", "-w", "-1", "x"], "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)"),
-    (["-t", "h", "-c", "-1", "x"], "argument -c/--connect-timeout: '-1': seconds, more than 0 (see apssh --help)"),
-    (["-t", "h", "-u", "0", "x"], "argument -u/--command-timeout: '0': seconds, more than 0 (see apssh --help)"),
-    (["-w", "node[1-3]", "x"], "argument -w/--window: 'node[1-3]' is no number of hosts; use -t for targets (see apssh --help)"),
-    (["-t", "h", "-f", "20", "x"], "argument -f/--format: '20' is no format; use -w for the number of hosts at once (see apssh --help)"),
-    (["-t", "h", "-r", "-b", "x"], "argument -b/--gather: not allowed with argument -r/--raw-format (see apssh --help)"),
-    (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"), (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
-    (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"), (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
-    (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"), (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
-    (["-t", "gone/targets", "x"], "gone/targets: no such file"), (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
-    (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"), (["-g", "gw", "-t", "gw", "x"], "gw: gw->gw passes a host twice; None->HOST has no gateway"),
-    (["--scenario", "s.yaml", "-t", "h"], "--scenario brings its own hosts and commands: leave out --target"),
-    (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"), (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
-])
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no command: apssh [options] command ..."),
+        (["true"], "no target: use -t HOST ..."),
+        (["-t", "h", ""], "no command: apssh [options] command ..."),
+        (["-t", "node[3-1]", "x"], "node[3-1]: 3-1 runs backwards; write 1-3"),
+        (
+            ["-t", "node[1-", "x"],
+            "node[1-: brackets must be closed and not nested, as in node[01-20,25]",
+        ),
+        (["-t", "me@", "x"], "me@: a host is missing"),
+        (["-t", "h:99999", "x"], "h:99999: a port is a number from 1 to 65535"),
+        (["--nope", "x"], "unknown option --nope (see apssh --help)"),
+        (["--tagret", "x"], "unknown option --tagret: did you mean --target?"),
+        (["--user", "me", "x"], "unknown option --user: did you mean --login?"),
+        (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
+        (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"),
+        (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
+        (["-t", "h", "-i", "x", "ls"], "-i goes with -s"),
+        (["-t", "h", "-m", "ls"], "-m goes with -o or -d"),
+        (["-t", "h", "--diff", "ls"], "--diff goes with -b"),
+        (
+            ["-t", "h", "-w", "-1", "x"],
+            "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)",
+        ),
+        (
+            ["-t", "h", "-c", "-1", "x"],
+            "argument -c/--connect-timeout: '-1': seconds, more than 0 (see apssh --help)",
+        ),
+        (
+            ["-t", "h", "-u", "0", "x"],
+            "argument -u/--command-timeout: '0': seconds, more than 0 (see apssh --help)",
+        ),
+        (
+            ["-w", "node[1-3]", "x"],
+            "argument -w/--window: 'node[1-3]' is no number of hosts; use -t for targets (see apssh --help)",
+        ),
+        (
+            ["-t", "h", "-f", "20", "x"],
+            "argument -f/--format: '20' is no format; use -w for the number of hosts at once (see apssh --help)",
+        ),
+        (
+            ["-t", "h", "-r", "-b", "x"],
+            "argument -b/--gather: not allowed with argument -r/--raw-format (see apssh --help)",
+        ),
+        (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"),
+        (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
+        (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"),
+        (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
+        (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
+        (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
+        (["-t", "gone/targets", "x"], "gone/targets: no such file"),
+        (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
+        (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
+        (
+            ["-g", "gw", "-t", "gw", "x"],
+            "gw: gw->gw passes a host twice; None->HOST has no gateway",
+        ),
+        (
+            ["--scenario", "s.yaml", "-t", "h"],
+            "--scenario brings its own hosts and commands: leave out --target",
+        ),
+        (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"),
+        (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
+    ],
+)
 def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> None:
     assert apssh.main(argv) == 2
     assert capfd.readouterr() == ("", f"apssh: {message}\n".replace("HOME", str(home)))
 
 
-@pytest.mark.parametrize(("main", "argv", "message"), [
-    ("push", ["-t", "h", "f"], "from what to what? appush [options] local ... @:remote"),
-    ("push", ["-t", "h", "f", "g"], "g: a remote path is written @:path: appush [options] local ... @:remote"),
-    ("push", ["-t", "h", "@:f", "@:g"], "@:f: a local path has no @: in front: appush [options] local ... @:remote"),
-    ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"), ("push", ["-t", "h", "", "@:g"], "an empty path: appush [options] local ... @:remote"),
-    ("pull", ["-t", "h", "f", "g"], "f: a remote path is written @:path: appull [options] @:remote ... local"),
-    ("pull", ["-t", "h", "@:f", "@:g"], "@:g: a local path has no @: in front: appull [options] @:remote ... local"),
-    ("pull", ["-t", "h,i", "@:f", "g"], "h and i would both write to g: put {host} in the path"),
-    ("pull", ["-t", "h", "@:f", "gone/"], "gone/: no such folder"), ("pull", ["@:f", "g"], "no target: use -t HOST ..."),
-])
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        ("push", ["-t", "h", "f"], "from what to what? appush [options] local ... @:remote"),
+        (
+            "push",
+            ["-t", "h", "f", "g"],
+            "g: a remote path is written @:path: appush [options] local ... @:remote",
+        ),
+        (
+            "push",
+            ["-t", "h", "@:f", "@:g"],
+            "@:f: a local path has no @: in front: appush [options] local ... @:remote",
+        ),
+        ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"),
+        ("push", ["-t", "h", "", "@:g"], "an empty path: appush [options] local ... @:remote"),
+        (
+            "pull",
+            ["-t", "h", "f", "g"],
+            "f: a remote path is written @:path: appull [options] @:remote ... local",
+        ),
+        (
+            "pull",
+            ["-t", "h", "@:f", "@:g"],
+            "@:g: a local path has no @: in front: appull [options] @:remote ... local",
+        ),
+        (
+            "pull",
+            ["-t", "h,i", "@:f", "g"],
+            "h and i would both write to g: put {host} in the path",
+        ),
+        ("pull", ["-t", "h", "@:f", "gone/"], "gone/: no such folder"),
+        ("pull", ["@:f", "g"], "no target: use -t HOST ..."),
+    ],
+)
 def test_copy_misuse(main: str, argv: list[str], message: str, capfd: Any) -> None:
     assert getattr(apssh, f"main_{main}")(argv) == 2
     assert capfd.readouterr() == ("", f"ap{main}: {message}\n")
@@ -6620,31 +10003,63 @@ def test_copy_misuse(main: str, argv: list[str], message: str, capfd: Any) -> No
 def test_no_key_anywhere(home: Path, capfd: Any) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     assert apssh.main(["-t", "h", "true"]) == 2
-    assert capfd.readouterr().err == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+    assert (
+        capfd.readouterr().err
+        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+    )
 
 
-@pytest.mark.parametrize(("argv", "out"), [
-    (["-t", "b,a node[01-02]", "-L"], "b\na\nnode01\nnode02\n"), (["--demo", "2", "-L"], "demo1\ndemo2\n"),
-    (["-F", "none", "-t", "a,b", "-n", "ls", "-l"], f"{ME}@a: ls -l\n{ME}@b: ls -l\n"), (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
-    (["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"], f"{ME}@a: RunString: x\\necho one\\n echo two\n"),
-    (["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c,d", "-x", "d", "-L"], "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n"),
-    (["-V"], f"apssh {apssh.__version__}\n"),
-])
+@pytest.mark.parametrize(
+    ("argv", "out"),
+    [
+        (["-t", "b,a node[01-02]", "-L"], "b\na\nnode01\nnode02\n"),
+        (["--demo", "2", "-L"], "demo1\ndemo2\n"),
+        (["-F", "none", "-t", "a,b", "-n", "ls", "-l"], f"{ME}@a: ls -l\n{ME}@b: ls -l\n"),
+        (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
+        (
+            ["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"],
+            f"{ME}@a: RunString: x\\necho one\\n echo two\n",
+        ),
+        (
+            ["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c,d", "-x", "d", "-L"],
+            "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n",
+        ),
+        (["-V"], f"apssh {apssh.__version__}\n"),
+    ],
+)
 def test_listings(argv: list[str], out: str, capfd: Any) -> None:
     assert apssh.main(argv) == 0
     assert capfd.readouterr() == (out, "")
 
 
-@pytest.mark.parametrize(("argv", "status", "out", "err"), [
-    (["echo out; echo err >&2"], 0, b"127.0.0.1:out\n", b"127.0.0.1:err\n"), (["-r", "printf 'a\\nb'"], 0, b"a\nb", b""),
-    (["exit 3"], 1, b"", b"1 failed\n  status 3: 127.0.0.1 (1)\n"), (["-q", "exit 3"], 1, b"", b""),
-    (["-f", "{host} {fqdn} {user}{linenl}", "echo x"], 0, f"127.0.0.1 127.0.0.1 {ME}@x\n".encode(), b""),
-    (["-b", "echo x"], 0, b"-------------\n127.0.0.1 (1)\n-------------\nx\n", b""), (["cat"], 0, b"", b""), (["-I", "cat"], 0, b"127.0.0.1:given\n", b""),
-    (["--env", "A=x y", "echo $A"], 0, b"127.0.0.1:x y\n", b""), (["-s", "#!/bin/bash\necho $#", "a", "b"], 0, b"127.0.0.1:2\n", b""),
-    (["-I", "-s", "#!/bin/sh\ncat; echo $1", "a"], 0, b"127.0.0.1:given\n127.0.0.1:a\n", b""),
-    (["-u", "0.5", "sleep 30"], 1, b"", b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n"),
-    (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
-])
+@pytest.mark.parametrize(
+    ("argv", "status", "out", "err"),
+    [
+        (["echo out; echo err >&2"], 0, b"127.0.0.1:out\n", b"127.0.0.1:err\n"),
+        (["-r", "printf 'a\\nb'"], 0, b"a\nb", b""),
+        (["exit 3"], 1, b"", b"1 failed\n  status 3: 127.0.0.1 (1)\n"),
+        (["-q", "exit 3"], 1, b"", b""),
+        (
+            ["-f", "{host} {fqdn} {user}{linenl}", "echo x"],
+            0,
+            f"127.0.0.1 127.0.0.1 {ME}@x\n".encode(),
+            b"",
+        ),
+        (["-b", "echo x"], 0, b"-------------\n127.0.0.1 (1)\n-------------\nx\n", b""),
+        (["cat"], 0, b"", b""),
+        (["-I", "cat"], 0, b"127.0.0.1:given\n", b""),
+        (["--env", "A=x y", "echo $A"], 0, b"127.0.0.1:x y\n", b""),
+        (["-s", "#!/bin/bash\necho $#", "a", "b"], 0, b"127.0.0.1:2\n", b""),
+        (["-I", "-s", "#!/bin/sh\ncat; echo $1", "a"], 0, b"127.0.0.1:given\n127.0.0.1:a\n", b""),
+        (
+            ["-u", "0.5", "sleep 30"],
+            1,
+            b"",
+            b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n",
+        ),
+        (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
+    ],
+)
 def test_apssh(argv: list[str], status: int, out: bytes, err: bytes, sshd: Sshd) -> None:
     done = cli("-F", "none", "-t", sshd.target, *argv, input=b"given\n")
     if err.startswith(b"1 failed"):
@@ -6662,7 +10077,9 @@ def test_marks_and_outputs_of_another_run(sshd: Sshd, home: Path) -> None:
     for command in ("echo out; echo err >&2; exit 3", "echo out"):
         cli("-F", "none", "-t", sshd.target, "-o", "out", "-m", command)
     name = "127.0.0.1"
-    assert sorted(str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()) == [f"0ok/{name}", name]
+    assert sorted(
+        str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()
+    ) == [f"0ok/{name}", name]
     Path("out", f"{name}.err").touch()
     assert cli("-t", "out", "-L").stdout.decode() == f"{name}\n"
 
@@ -6690,10 +10107,18 @@ def test_paths_after_two_dashes(home: Path) -> None:
     assert (done.stdout, done.stderr) == (b"me@h: Push: -f onto .\n", b"")
 
 
-@pytest.mark.parametrize(("sources", "destination", "arrive"), [
-    (["@:f"], "new/{host}", ["demo1", "demo2"]), (["@:f"], "new/{host}/", ["demo1/f", "demo2/f"]), (["@:f", "@:g"], "new/{host}", ["demo1/f", "demo1/g", "demo2/f", "demo2/g"]),
-], ids=["files", "folders", "several"])
-def test_folders_that_tell_hosts_apart_are_made(sources: list[str], destination: str, arrive: list[str], home: Path) -> None:
+@pytest.mark.parametrize(
+    ("sources", "destination", "arrive"),
+    [
+        (["@:f"], "new/{host}", ["demo1", "demo2"]),
+        (["@:f"], "new/{host}/", ["demo1/f", "demo2/f"]),
+        (["@:f", "@:g"], "new/{host}", ["demo1/f", "demo1/g", "demo2/f", "demo2/g"]),
+    ],
+    ids=["files", "folders", "several"],
+)
+def test_folders_that_tell_hosts_apart_are_made(
+    sources: list[str], destination: str, arrive: list[str], home: Path
+) -> None:
     code = f"""import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh
 async def main():
     async with apssh.demo_fleet(2) as nodes:
@@ -6704,31 +10129,65 @@ async def main():
         assert all(result.ok for result in await apssh._fan_out(nodes, steps))
 asyncio.run(main())"""
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert sorted(str(path.relative_to("new")) for path in Path("new").rglob("*") if path.is_file()) == arrive
+    assert (
+        sorted(str(path.relative_to("new")) for path in Path("new").rglob("*") if path.is_file())
+        == arrive
+    )
 
 
 def test_local_folder_that_cannot_be_made_is_its_hosts_failure(home: Path) -> None:
     Path("m").mkdir()
     Path("m", "demo1").touch()
     done = cli("--demo", "2", "@:f", "m/{host}/", program="appull")
-    assert (done.returncode, sorted(done.stderr.splitlines())) == (1, sorted([
-        b"demo1: local: m/demo1/: file exists", b"demo2: local: f: no such file or directory", b"0 ok, 2 failed", b"  local: demo[1-2] (2)"]))
+    assert (done.returncode, sorted(done.stderr.splitlines())) == (
+        1,
+        sorted(
+            [
+                b"demo1: local: m/demo1/: file exists",
+                b"demo2: local: f: no such file or directory",
+                b"0 ok, 2 failed",
+                b"  local: demo[1-2] (2)",
+            ]
+        ),
+    )
 
 
 def test_size_of_the_terminal(sshd: Sshd) -> None:
     if os.getuid():
         pytest.skip("the sshd of an ordinary user cannot give a terminal to its sessions")
-    code, seen = on_terminal("-F", "none", "-t", sshd.target, "-r", "--pty", "sleep 0.3; stty size", columns=91)
+    code, seen = on_terminal(
+        "-F", "none", "-t", sshd.target, "-r", "--pty", "sleep 0.3; stty size", columns=91
+    )
     assert code == 0 and seen.strip() == b"24 91"
 
 
 def test_folders_and_marks(sshd: Sshd, home: Path) -> None:
     port = free_port()
-    done = cli("-F", "none", "-t", sshd.target, "-t", f"127.0.0.1:{port}", "-o", "out", "-m", "echo kept; echo err >&2; exit 4")
+    done = cli(
+        "-F",
+        "none",
+        "-t",
+        sshd.target,
+        "-t",
+        f"127.0.0.1:{port}",
+        "-o",
+        "out",
+        "-m",
+        "echo kept; echo err >&2; exit 4",
+    )
     assert (done.returncode, done.stdout) == (1, b"out\n")
-    files = {str(path.relative_to("out")): path.read_text() for path in Path("out").rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to("out")): path.read_text()
+        for path in Path("out").rglob("*")
+        if path.is_file()
+    }
     name, other = f"{ME}@127.0.0.1:{sshd.port}".replace(f"{ME}@", ""), f"127.0.0.1:{port}"
-    assert files == {name: "kept\n", f"{name}.err": "err\n", f"1failed/{name}": "4\n", f"1failed/{other}": "None\n"}
+    assert files == {
+        name: "kept\n",
+        f"{name}.err": "err\n",
+        f"1failed/{name}": "4\n",
+        f"1failed/{other}": "None\n",
+    }
     assert sorted(cli("-t", "out/1failed", "-L").stdout.decode().split()) == sorted([name, other])
     dated = cli("-F", "none", "-t", sshd.target, "-d", "true").stdout.decode().strip()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d@\d\d:\d\d:\d\d", dated) and Path(dated).is_dir()
@@ -6744,16 +10203,29 @@ def test_script_with_includes(sshd: Sshd, home: Path) -> None:
 def test_json(sshd: Sshd) -> None:
     port = free_port()
     done = cli("-F", "none", "-t", f"{sshd.target},127.0.0.1:{port}", "-j", "echo x")
-    good, bad = sorted(map(json.loads, done.stdout.splitlines()), key=lambda each: each["status"] is None)
-    assert (done.returncode, good["stdout"], good["status"], bad["kind"], bad["error"]) == (1, "x\n", 0, "refused", f"nothing listens on port {port}")
+    good, bad = sorted(
+        map(json.loads, done.stdout.splitlines()), key=lambda each: each["status"] is None
+    )
+    assert (done.returncode, good["stdout"], good["status"], bad["kind"], bad["error"]) == (
+        1,
+        "x\n",
+        0,
+        "refused",
+        f"nothing listens on port {port}",
+    )
 
 
 def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path) -> None:
-    """All the ways not to be reached in one run, beside hosts that are well: a line each, its kind in JSON, nothing past its bound."""
+    """All the ways not to be reached in one run, beside hosts that are well: a line each, its kind
+    in JSON, nothing past its bound.
+    """
     locked, changed = make_sshd(AuthorizedKeysFile="/dev/null"), make_sshd()
     old = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
     (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{changed.port} {old}")
-    fingerprint = [apssh._fingerprint("ssh-ed25519", key.public_data) for key in (changed.key, asyncssh.import_public_key(old))]
+    fingerprint = [
+        apssh._fingerprint("ssh-ed25519", key.public_data)
+        for key in (changed.key, asyncssh.import_public_key(old))
+    ]
     refused, late = free_port(), "no connection within 4 s: "
 
     def says(data: bytes, *, endless: bool = False, closes: bool = False) -> Callable[..., Any]:
@@ -6764,63 +10236,148 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
                 await writer.drain()
             if not closes:
                 await reader.read()
+
         return talk
 
     async def main() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            servers = [await stack.enter_async_context(raw_server(talk)) for talk in (
-                says(b""), says(b"SSH-2.0-stalls\r\n"), says(b"word\r\n", endless=True), says(b"220 mail\r\n"), says(b"", closes=True))]
+            servers = [
+                await stack.enter_async_context(raw_server(talk))
+                for talk in (
+                    says(b""),
+                    says(b"SSH-2.0-stalls\r\n"),
+                    says(b"word\r\n", endless=True),
+                    says(b"220 mail\r\n"),
+                    says(b"", closes=True),
+                )
+            ]
             silent, stalls, endless, mail, drops = (f"127.0.0.1:{port}" for port in servers)
             expected = {
                 "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
                 f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
                 f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key(s)"),
-                f"127.0.0.1:{changed.port}": ("hostkey", f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
-                                              f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
-                                              "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"),
-                silent: ("timeout", f"{late}connected, but the server says nothing"), stalls: ("timeout", f"{late}the key exchange does not end"),
-                endless: ("refused", "not an ssh server: it says 'word'"), mail: ("timeout", f"{late}not an ssh server: it says '220 mail'"),
-                drops: ("lost", f"{late}dropped before login, N times")}
+                f"127.0.0.1:{changed.port}": (
+                    "hostkey",
+                    f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
+                    f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
+                    "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)",
+                ),
+                silent: ("timeout", f"{late}connected, but the server says nothing"),
+                stalls: ("timeout", f"{late}the key exchange does not end"),
+                endless: ("refused", "not an ssh server: it says 'word'"),
+                mail: ("timeout", f"{late}not an ssh server: it says '220 mail'"),
+                drops: ("lost", f"{late}dropped before login, N times"),
+            }
             well = f"127.0.0.1:{sshd.port}"
-            argv = ["-F", "none", "-c", "4", *itertools.chain.from_iterable(("-t", host) for host in (well, "no-such-host.invalid", *[*expected][1:]))]
+            argv = [
+                "-F",
+                "none",
+                "-c",
+                "4",
+                *itertools.chain.from_iterable(
+                    ("-t", host) for host in (well, "no-such-host.invalid", *[*expected][1:])
+                ),
+            ]
             begin = time.monotonic()
-            done = await asyncio.to_thread(cli, *argv, "-j", "echo well", RES_OPTIONS="timeout:1 attempts:1")
+            done = await asyncio.to_thread(
+                cli, *argv, "-j", "echo well", RES_OPTIONS="timeout:1 attempts:1"
+            )
             assert done.returncode == 1 and time.monotonic() - begin < 30
             found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
             good = found.pop(well)
-            assert (good["status"], good["stdout"], good["kind"]) == (0, "well\n", None) and good["seconds"] < 4
-            assert {name: (line["kind"], re.sub(r"\d+ times", "N times", line["error"])) for name, line in found.items()} == expected
-            done = await asyncio.to_thread(cli, *argv, "echo well", RES_OPTIONS="timeout:1 attempts:1")
+            assert (good["status"], good["stdout"], good["kind"]) == (0, "well\n", None) and good[
+                "seconds"
+            ] < 4
+            assert {
+                name: (line["kind"], re.sub(r"\d+ times", "N times", line["error"]))
+                for name, line in found.items()
+            } == expected
+            done = await asyncio.to_thread(
+                cli, *argv, "echo well", RES_OPTIONS="timeout:1 attempts:1"
+            )
             assert (done.returncode, done.stdout) == (1, f"{well}:well\n".encode())
-            *lines, _, _, _, _, _, _, _ = re.sub(r"\d+ times", "N times", done.stderr.decode()).splitlines()
-            assert sorted(lines) == sorted(f"{name}: {kind}: {message}" for name, (kind, message) in expected.items())
-            kinds = {kind: [name for name, (each, _) in expected.items() if each == kind] for kind, _ in expected.values()}
-            assert done.stderr.decode().splitlines()[-7:] == ["1 ok, 9 not reached or lost", *(
-                f"  {kind}: {apssh.fold_names(names)} ({len(names)})" for kind, names in sorted(kinds.items()))]
+            *lines, _, _, _, _, _, _, _ = re.sub(
+                r"\d+ times", "N times", done.stderr.decode()
+            ).splitlines()
+            assert sorted(lines) == sorted(
+                f"{name}: {kind}: {message}" for name, (kind, message) in expected.items()
+            )
+            kinds = {
+                kind: [name for name, (each, _) in expected.items() if each == kind]
+                for kind, _ in expected.values()
+            }
+            assert done.stderr.decode().splitlines()[-7:] == [
+                "1 ok, 9 not reached or lost",
+                *(
+                    f"  {kind}: {apssh.fold_names(names)} ({len(names)})"
+                    for kind, names in sorted(kinds.items())
+                ),
+            ]
 
     run(main())
 
 
-@pytest.mark.parametrize(("command", "status", "signal_name", "kind", "error"), [
-    ("exit 3", 3, None, "status", "ended with status 3: exit 3"), ("kill -KILL $$", None, "KILL", "signal", "ended with signal KILL: kill -KILL $$"),
-    ("no-such-command 2>/dev/null", 127, None, "status", "ended with status 127: no-such-command 2>/dev/null"),
-    ("/etc/passwd 2>/dev/null", 126, None, "status", "ended with status 126: /etc/passwd 2>/dev/null"),
-], ids=["status", "killed", "not found", "permission"])
-def test_failing_commands_have_a_kind(command: str, status: int | None, signal_name: str | None, kind: str, error: str, sshd: Sshd) -> None:
+@pytest.mark.parametrize(
+    ("command", "status", "signal_name", "kind", "error"),
+    [
+        ("exit 3", 3, None, "status", "ended with status 3: exit 3"),
+        ("kill -KILL $$", None, "KILL", "signal", "ended with signal KILL: kill -KILL $$"),
+        (
+            "no-such-command 2>/dev/null",
+            127,
+            None,
+            "status",
+            "ended with status 127: no-such-command 2>/dev/null",
+        ),
+        (
+            "/etc/passwd 2>/dev/null",
+            126,
+            None,
+            "status",
+            "ended with status 126: /etc/passwd 2>/dev/null",
+        ),
+    ],
+    ids=["status", "killed", "not found", "permission"],
+)
+def test_failing_commands_have_a_kind(
+    command: str, status: int | None, signal_name: str | None, kind: str, error: str, sshd: Sshd
+) -> None:
     done = cli("-F", "none", "-t", sshd.target, "-j", command)
     line = json.loads(done.stdout)
-    assert (done.returncode, line["status"], line["signal"], line["kind"], line["error"]) == (1, status, signal_name, kind, error)
+    assert (done.returncode, line["status"], line["signal"], line["kind"], line["error"]) == (
+        1,
+        status,
+        signal_name,
+        kind,
+        error,
+    )
 
 
 def test_targets_from_a_file_are_told(home: Path, capfd: Any) -> None:
     Path("web").write_text("a\n")
     assert apssh.main(["-t", "web", "-v", "-L"]) == 0
-    assert capfd.readouterr() == ("a\n", "apssh: web is a file here: what it holds are the targets\n")
+    assert capfd.readouterr() == (
+        "a\n",
+        "apssh: web is a file here: what it holds are the targets\n",
+    )
 
 
-@pytest.mark.parametrize(("argv", "environment", "coloured"), [
-    ([], {}, True), (["--color", "never"], {}, False), ([], {"NO_COLOR": "1"}, False), (["--color", "always"], {"NO_COLOR": "1"}, True)])
-def test_colour(argv: list[str], environment: dict[str, str], coloured: bool, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("argv", "environment", "coloured"),
+    [
+        ([], {}, True),
+        (["--color", "never"], {}, False),
+        ([], {"NO_COLOR": "1"}, False),
+        (["--color", "always"], {"NO_COLOR": "1"}, True),
+    ],
+)
+def test_colour(
+    argv: list[str],
+    environment: dict[str, str],
+    coloured: bool,
+    sshd: Sshd,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     _, seen = on_terminal("-F", "none", "-t", sshd.target, *argv, "false")
@@ -6849,29 +10406,68 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
     Path("127.0.0.1").write_text("mine")
     done = cli("-F", "none", "-t", sshd.target, "-r", "tree", "{host}", "@:", program="appush")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-    assert (sshd.home / "tree/sub/f").read_text() == "text" and (sshd.home / "127.0.0.1").read_text() == "mine"
+    assert (sshd.home / "tree/sub/f").read_text() == "text" and (
+        sshd.home / "127.0.0.1"
+    ).read_text() == "mine"
     done = cli("-F", "none", "-t", sshd.target, "-r", "@:tree", "got-{user}/", program="appull")
     assert (done.returncode, done.stderr) == (0, b"")
     assert Path(f"got-{ME}/tree/sub/f").read_text() == "text"
     done = cli("-F", "none", "-t", sshd.target, "@:gone", "x", program="appull")
-    assert (done.returncode, done.stderr) == (1, b"127.0.0.1: local: gone: no such file\n0 ok, 1 failed\n  local: 127.0.0.1 (1)\n")
-    assert cli("-t", "me@h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stderr == b"appush: h: no such file\n"
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"127.0.0.1: local: gone: no such file\n0 ok, 1 failed\n  local: 127.0.0.1 (1)\n",
+    )
+    assert (
+        cli("-t", "me@h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stderr
+        == b"appush: h: no such file\n"
+    )
     Path("h").touch()
     Path("i").touch()
-    shown = cli("-F", "none", "-l", "me", "-t", "gw->h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stdout.decode()
-    assert shown == "me@gw->me@h: Push: tree h onto /x/h, recurse\nme@i:23: Push: tree i onto /x/i, recurse\n"
-    shown = cli("-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull").stdout.decode()
+    shown = cli(
+        "-F",
+        "none",
+        "-l",
+        "me",
+        "-t",
+        "gw->h,i:23",
+        "-n",
+        "-r",
+        "tree",
+        "{host}",
+        "@:/x/{host}",
+        program="appush",
+    ).stdout.decode()
+    assert (
+        shown
+        == "me@gw->me@h: Push: tree h onto /x/h, recurse\nme@i:23: Push: tree i onto /x/i, recurse\n"
+    )
+    shown = cli(
+        "-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull"
+    ).stdout.decode()
     assert shown == "me@h: Pull: /x y into new-h/\n" and not Path("new-h").exists()
 
 
 def start(*argv: str, program: str = "apssh") -> subprocess.Popen[bytes]:
     """A program at work, its outputs in pipes."""
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
-    return subprocess.Popen([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
 
 
-def interrupted(argv: list[str], number: int, started: Callable[[], Any], twice: bool = False, program: str = "apssh") -> tuple[int, bytes, bytes, float]:
-    """Run a program, interrupt it once something is there; its exit code, outputs, and how long it took to go."""
+def interrupted(
+    argv: list[str],
+    number: int,
+    started: Callable[[], Any],
+    twice: bool = False,
+    program: str = "apssh",
+) -> tuple[int, bytes, bytes, float]:
+    """Run a program, interrupt it once something is there; its exit code, outputs, and how long it
+    took to go.
+    """
     process = start(*argv, program=program)
     eventually(started)
     begin = time.monotonic()
@@ -6886,18 +10482,33 @@ def interrupted(argv: list[str], number: int, started: Callable[[], Any], twice:
 @pytest.mark.parametrize("twice", [False, True])
 def test_interruption(sshd: Sshd, twice: bool) -> None:
     token = f"94{os.getpid()}{int(twice)}"
-    code, out, err, seconds = interrupted(["-F", "none", "-t", sshd.target, f"echo begun; touch up; sleep {token}"], signal.SIGINT, (sshd.home / "up").exists, twice)
-    assert code in ((130, -signal.SIGINT) if twice else (130,)) and seconds < 5  # the second may come when it is on its way out
+    code, out, err, seconds = interrupted(
+        ["-F", "none", "-t", sshd.target, f"echo begun; touch up; sleep {token}"],
+        signal.SIGINT,
+        (sshd.home / "up").exists,
+        twice,
+    )
+    assert (
+        code in ((130, -signal.SIGINT) if twice else (130,)) and seconds < 5
+    )  # the second may come when it is on its way out
     if not twice:
-        assert (out, err) == (b"127.0.0.1:begun\n", b"0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n")
+        assert (out, err) == (
+            b"127.0.0.1:begun\n",
+            b"0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n",
+        )
     eventually(lambda: not processes(f"sleep {token}"))
 
 
 PRINTING = "while :; do echo noise; done"
 KILLED = {
-    "silent": ([], "sleep {}"), "leader gone": ([], "sleep {} & echo hi"), "printing": ([], "sleep {0} & " + PRINTING), "stdin": (["-I"], "sleep {}"),
-    "stdin and printing": (["-I"], "sleep {0} & " + PRINTING), "script": (["-s"], "#!/bin/sh\nsleep {0} & sleep {0}"),
-    "script and stdin": (["-I", "-s"], "#!/bin/sh\nsleep {0} & " + PRINTING), "hup and term": ([], "trap '' HUP TERM; sleep {0} & sleep {0}; sleep {0}"),
+    "silent": ([], "sleep {}"),
+    "leader gone": ([], "sleep {} & echo hi"),
+    "printing": ([], "sleep {0} & " + PRINTING),
+    "stdin": (["-I"], "sleep {}"),
+    "stdin and printing": (["-I"], "sleep {0} & " + PRINTING),
+    "script": (["-s"], "#!/bin/sh\nsleep {0} & sleep {0}"),
+    "script and stdin": (["-I", "-s"], "#!/bin/sh\nsleep {0} & " + PRINTING),
+    "hup and term": ([], "trap '' HUP TERM; sleep {0} & sleep {0}; sleep {0}"),
 }
 
 
@@ -6906,12 +10517,31 @@ def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
     """What a client that was killed ran, in its whole group, is gone; and so are its scripts."""
     token, (options, command) = f"93{os.getpid()}{list(KILLED).index(way)}", KILLED[way]
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    process = subprocess.Popen([sys.executable, "-c", code, "-F", "none", "-t", sshd.target, *options, command.format(token)],
-                               stdout=subprocess.DEVNULL, stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "-F",
+            "none",
+            "-t",
+            sshd.target,
+            *options,
+            command.format(token),
+        ],
+        stdout=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
+    )
     eventually(lambda: processes(f"sleep {token}"))
     process.kill()
     process.communicate()
-    eventually(lambda: not processes(f"sleep {token}") and not processes(PRINTING) and not list(sshd.home.glob(".apssh-remote/*")))
+    eventually(
+        lambda: (
+            not processes(f"sleep {token}")
+            and not processes(PRINTING)
+            and not list(sshd.home.glob(".apssh-remote/*"))
+        )
+    )
 
 
 @pytest.mark.parametrize("login", ["root", "tester"])
@@ -6919,7 +10549,19 @@ def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
 def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) -> None:
     """The same, many times, with a command that prints: the end of its input races with SIGPIPE."""
     token = f"95{os.getpid()}"
-    words = ["-F", "none", "--no-last", "--host-keys", "no", "-k", os.environ["TESTBED_KEY"], "-l", login, "-t", TESTBED[0]]
+    words = [
+        "-F",
+        "none",
+        "--no-last",
+        "--host-keys",
+        "no",
+        "-k",
+        os.environ["TESTBED_KEY"],
+        "-l",
+        login,
+        "-t",
+        TESTBED[0],
+    ]
     for number in range(10):
         process = start(*words, f"sleep {token}{number} & {PRINTING}")
         assert process.stdout
@@ -6938,12 +10580,20 @@ def test_client_killed_during_an_upload_leaves_no_script(sshd: Sshd, home: Path)
     eventually(lambda: list(sshd.home.glob(".apssh-remote/*/*")))
     process.kill()
     process.communicate()
-    eventually(lambda: (sshd.home / ".apssh-remote").exists() and not list(sshd.home.glob(".apssh-remote/*")))
+    eventually(
+        lambda: (
+            (sshd.home / ".apssh-remote").exists() and not list(sshd.home.glob(".apssh-remote/*"))
+        )
+    )
 
 
 def test_interruption_while_targets_are_typed() -> None:
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.stderr.write('up'); sys.stderr.flush(); sys.exit(apssh.main())"
-    with subprocess.Popen([sys.executable, "-c", code, "-t", "-", "true"], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "-t", "-", "true"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         assert process.stderr and process.stdin
         process.stderr.read(2)
         eventually(lambda: b"pipe_read" in Path(f"/proc/{process.pid}/wchan").read_bytes() or True)
@@ -6954,26 +10604,38 @@ def test_interruption_while_targets_are_typed() -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_resolver_that_never_answers(interrupted: bool) -> None:
     """Nothing waits for it: neither the deadline, nor Ctrl-C, nor the end of the program."""
-    code = (f"import sys, time, socket; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-            "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
-            f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    code = (
+        f"import sys, time, socket; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
+        f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(5) == b"asked"
         if interrupted:
             process.send_signal(signal.SIGINT)
         begin = time.monotonic()
         assert process.wait(30) == (130 if interrupted else 1) and time.monotonic() - begin < 5
-        assert process.stderr.read() == (b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n" if interrupted else
-                                         b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached or lost\n  timeout: nosuch (1)\n")
+        assert process.stderr.read() == (
+            b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n"
+            if interrupted
+            else b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached or lost\n  timeout: nosuch (1)\n"
+        )
 
 
-@pytest.mark.parametrize("running", ["", "asyncio.new_event_loop().run_until_complete", "asyncio.run"], ids=["script", "notebook", "coroutine"])
+@pytest.mark.parametrize(
+    "running",
+    ["", "asyncio.new_event_loop().run_until_complete", "asyncio.run"],
+    ids=["script", "notebook", "coroutine"],
+)
 def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) -> None:
     token = f"98{os.getpid()}{len(running)}"
     call = f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
     code = f"import sys, asyncio; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n" + (
-        f"async def main():\n    {call}\n{running}(main())" if running else call)  # as notebooks run it
+        f"async def main():\n    {call}\n{running}(main())" if running else call
+    )  # as notebooks run it
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     try:
         eventually((sshd.home / "up").exists)
@@ -6987,9 +10649,11 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) ->
 
 
 def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
-    code = (f"import sys, asyncio, signal; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-            f"async def main():\n    print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)\n"
-            "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True)); asyncio.run(main())")
+    code = (
+        f"import sys, asyncio, signal; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        f"async def main():\n    print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True)); asyncio.run(main())"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     eventually((sshd.home / "up").exists)
     process.send_signal(signal.SIGINT)
@@ -6999,13 +10663,22 @@ def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
 def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
     with open("big", "wb") as file:
         file.truncate(400_000_000)
-    code, _, err, _ = interrupted(["-F", "none", "-t", sshd.target, "big", "@:there"], signal.SIGINT, lambda: list(sshd.home.iterdir()), program="appush")
+    code, _, err, _ = interrupted(
+        ["-F", "none", "-t", sshd.target, "big", "@:there"],
+        signal.SIGINT,
+        lambda: list(sshd.home.iterdir()),
+        program="appush",
+    )
     assert code == 130 and b"Traceback" not in err
     eventually(lambda: not list(sshd.home.iterdir()))
     os.rename("big", sshd.home / "big")
     before = set(home.iterdir())
-    code, _, err, _ = interrupted(["-F", "none", "-t", sshd.target, "@:big", "here"], signal.SIGINT, lambda: set(home.iterdir()) - before - {home / ".ssh", home / ".apssh"},
-                                  program="appull")
+    code, _, err, _ = interrupted(
+        ["-F", "none", "-t", sshd.target, "@:big", "here"],
+        signal.SIGINT,
+        lambda: set(home.iterdir()) - before - {home / ".ssh", home / ".apssh"},
+        program="appull",
+    )
     assert code == 130 and b"Traceback" not in err
     assert {path.name for path in home.iterdir()} <= {".ssh", ".apssh"}
 
@@ -7013,15 +10686,28 @@ def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
 def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     token = f"92{os.getpid()}"
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    done = subprocess.run([f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | head -n 1"], shell=True, capture_output=True, timeout=30, check=False)
-    assert (done.stdout, done.stderr) == (f"127.0.0.1:yes {token}\n".encode().replace(b"yes ", b""), b"")
+    done = subprocess.run(
+        [
+            f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | head -n 1"
+        ],
+        shell=True,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (
+        f"127.0.0.1:yes {token}\n".encode().replace(b"yes ", b""),
+        b"",
+    )
     eventually(lambda: not processes(f"yes {token}"))
 
 
 @pytest.mark.parametrize("name", ["apssh", "appush", "appull"])
 def test_copy_or_link_of_the_file_is_a_program(name: str, tmp_path: Path) -> None:
     (tmp_path / name).symlink_to(MODULE)
-    done = subprocess.run([sys.executable, str(tmp_path / name), "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / name), "--help"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith(f"usage: {name} [options]")
 
 
@@ -7030,12 +10716,32 @@ def test_vendored_copy(tmp_path: Path) -> None:
     shutil.copy(MODULE, tmp_path / "vendor" / "apssh.py")
     code = "from vendor import apssh; from vendor.apssh import SshNode; from vendor.apssh.formatters import TimeHostFormatter as T; assert T is apssh.TimeHostFormatter"
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
-    done = subprocess.run([sys.executable, "apssh.py", "--demo", "2", "uname"], cwd=tmp_path / "vendor", capture_output=True, check=True)
-    assert sorted(done.stdout.splitlines()) == [b"demo1:Linux", b"demo2:Linux"] if sys.platform == "linux" else done.stdout
+    done = subprocess.run(
+        [sys.executable, "apssh.py", "--demo", "2", "uname"],
+        cwd=tmp_path / "vendor",
+        capture_output=True,
+        check=True,
+    )
+    assert (
+        sorted(done.stdout.splitlines()) == [b"demo1:Linux", b"demo2:Linux"]
+        if sys.platform == "linux"
+        else done.stdout
+    )
 
 
 def test_submodules_of_the_older_package() -> None:
-    for name in ("formatters", "nodes", "sshproxy", "commands", "sshjob", "service", "deferred", "topology", "keys", "yaml_loader"):
+    for name in (
+        "formatters",
+        "nodes",
+        "sshproxy",
+        "commands",
+        "sshjob",
+        "service",
+        "deferred",
+        "topology",
+        "keys",
+        "yaml_loader",
+    ):
         assert importlib.import_module(f"apssh.{name}") is apssh is getattr(apssh, name)
     assert apssh.SshProxy is apssh.SshNode
 
@@ -7047,14 +10753,19 @@ def test_public_names_are_documented() -> None:
 
 
 def test_scenario_program(home: Path, capfd: Any) -> None:
-    Path("s.yaml.j2").write_text("nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
-                                 "  - {id: b, node: here, required: a, command: exit 3}\n  - {id: c, node: here, required: b, command: 'true'}\n")
+    Path("s.yaml.j2").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
+        "  - {id: b, node: here, required: a, command: exit 3}\n  - {id: c, node: here, required: b, command: 'true'}\n"
+    )
     assert apssh.main(["--scenario", "s.yaml.j2", "--set", "word=given"]) == 1
     out, err = capfd.readouterr()
     assert out == "LOCALNODE:given\n"  # what asynciojobs says of it is on stderr
     assert err == "b: LOCALNODE: status: ended with status 3: exit 3\n1 ok, 1 failed, 1 never ran\n"
     assert apssh.main(["--scenario", "s.yaml.j2"]) == 2
-    assert capfd.readouterr().err == "apssh: s.yaml.j2:3: template: 'word' is undefined: add it to env (--set NAME=value)\n"
+    assert (
+        capfd.readouterr().err
+        == "apssh: s.yaml.j2:3: template: 'word' is undefined: add it to env (--set NAME=value)\n"
+    )
 
 
 SCENARIO = """
@@ -7079,7 +10790,8 @@ jobs:
 def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
     Path("s.yaml").write_text(SCENARIO)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
-    assert capfd.readouterr() == (f"""\
+    assert capfd.readouterr() == (
+        f"""\
 look: slice@gw.example.org->root@node1:2200
     [kernel]
     uname -r
@@ -7094,34 +10806,63 @@ act: {ME}@LOCALNODE (after look, not critical)
       {{{{ver}}}}: captured by look
     RunScript: later.sh (no such file yet) with lib.sh
     Push: x y z onto d/, recurse
-""", "")
+""",
+        "",
+    )
     assert apssh.main(["--scenario", "s.yaml", "-L"]) == 0
-    assert capfd.readouterr() == (f"slice@gw.example.org\nslice@gw.example.org->root@node1:2200\n{ME}@LOCALNODE\n", "")
+    assert capfd.readouterr() == (
+        f"slice@gw.example.org\nslice@gw.example.org->root@node1:2200\n{ME}@LOCALNODE\n",
+        "",
+    )
 
 
-@pytest.mark.parametrize(("argv", "named"), [
-    (["-o", "d", "-m", "-u", "1"], "--command-timeout --out-dir --mark"), (["-t", "h", "-x", "i"], "--target --exclude"), (["-l", "me"], "--login"),
-    (["ls"], "the command"), (["-b"], "--gather"), (["-w", "3"], "--window"), (["-t", "-"], "--target"),
-])
-def test_scenario_takes_no_option_that_it_would_ignore(argv: list[str], named: str, home: Path, capfd: Any) -> None:
-    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: echo RAN}]\n")
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["-o", "d", "-m", "-u", "1"], "--command-timeout --out-dir --mark"),
+        (["-t", "h", "-x", "i"], "--target --exclude"),
+        (["-l", "me"], "--login"),
+        (["ls"], "the command"),
+        (["-b"], "--gather"),
+        (["-w", "3"], "--window"),
+        (["-t", "-"], "--target"),
+    ],
+)
+def test_scenario_takes_no_option_that_it_would_ignore(
+    argv: list[str], named: str, home: Path, capfd: Any
+) -> None:
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: echo RAN}]\n"
+    )
     assert apssh.main(["--scenario", "s.yaml", *argv]) == 2
-    assert capfd.readouterr() == ("", f"apssh: --scenario brings its own hosts and commands: leave out {named}\n")
+    assert capfd.readouterr() == (
+        "",
+        f"apssh: --scenario brings its own hosts and commands: leave out {named}\n",
+    )
 
 
 def test_interrupted_scenario_tells_what_is_known(home: Path) -> None:
-    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: echo done}\n"
-                              f"  - {{id: b, node: here, required: a, command: 'touch up; sleep 97{os.getpid()}'}}\n"
-                              "  - {id: c, node: here, required: b, command: 'true'}\n")
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: echo done}\n"
+        f"  - {{id: b, node: here, required: a, command: 'touch up; sleep 97{os.getpid()}'}}\n"
+        "  - {id: c, node: here, required: b, command: 'true'}\n"
+    )
     process = start("--scenario", "s.yaml")
     eventually(Path("up").exists)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (130, b"LOCALNODE:done\n", b"1 ok, 1 interrupted, 1 never ran\n")
+    assert (process.returncode, out, err) == (
+        130,
+        b"LOCALNODE:done\n",
+        b"1 ok, 1 interrupted, 1 never ran\n",
+    )
     eventually(lambda: not processes(f"sleep 97{os.getpid()}"))
 
 
-@pytest.mark.parametrize(("options", "out"), [(["-b"], b"-------------\ndemo[1-2] (2)\n-------------\nhi\n"), (["-r"], b"hi\nhi\n")])
+@pytest.mark.parametrize(
+    ("options", "out"),
+    [(["-b"], b"-------------\ndemo[1-2] (2)\n-------------\nhi\n"), (["-r"], b"hi\nhi\n")],
+)
 def test_closed_standard_error_costs_nothing(options: list[str], out: bytes) -> None:
     process = start("--demo", "2", "-v", *options, "echo hi")
     assert process.stdout and process.stderr
@@ -7136,7 +10877,9 @@ def test_interruption_when_nobody_reads(sshd: Sshd) -> None:
     process = start("-F", "none", "-t", sshd.target, f"sleep {token} & yes")
     assert process.stdout and process.stderr
     waiting = array.array("i", [0])
-    eventually(lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, waiting) == 0 and waiting[0] >= 60_000)
+    eventually(
+        lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, waiting) == 0 and waiting[0] >= 60_000
+    )
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # two that come at once are one
     process.send_signal(signal.SIGINT)
@@ -7155,12 +10898,18 @@ def test_folder_told_to_a_closed_pipe_costs_no_summary(home: Path) -> None:
 
 
 def test_interruption_tells_the_folder(home: Path) -> None:
-    code, out, _, _ = interrupted(["--demo", "2", "-w", "1", "-o", os.fsdecode(b"o\xff"), "echo up; sleep 30"], signal.SIGINT, lambda: list(home.glob("o*/demo1")))
+    code, out, _, _ = interrupted(
+        ["--demo", "2", "-w", "1", "-o", os.fsdecode(b"o\xff"), "echo up; sleep 30"],
+        signal.SIGINT,
+        lambda: list(home.glob("o*/demo1")),
+    )
     assert (code, out) == (130, b"o\xff\n")
 
 
 def test_scenario_into_a_closed_pipe_ends_quietly(home: Path) -> None:
-    Path("s.yaml").write_text("nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: seq 100000}]\n")
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: seq 100000}]\n"
+    )
     process = start("--scenario", "s.yaml")
     assert process.stdout and process.stderr
     process.stdout.close()
@@ -7173,25 +10922,54 @@ EXAMPLES = MODULE.parent / "examples"
 
 def example_run(*argv: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(MODULE.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-W", "error", *argv], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, "-W", "error", *argv],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
-LOSSES = ["at 1 Mbit/s: 1 % lost", "at 6 Mbit/s: 6 % lost", "at 24 Mbit/s: 8 % lost", "at 54 Mbit/s: 34 % lost"]
+LOSSES = [
+    "at 1 Mbit/s: 1 % lost",
+    "at 6 Mbit/s: 6 % lost",
+    "at 24 Mbit/s: 8 % lost",
+    "at 54 Mbit/s: 34 % lost",
+]
 
 
 def test_example_of_two_nodes(home: Path) -> None:
     done = example_run(str(EXAMPLES / "two_nodes.py"), "--demo", "--out", "out")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES and "the gateway is there: " in done.stdout
-    assert sorted(path.name for path in Path("out").iterdir()) == ["rate-1", "rate-24", "rate-54", "rate-6", "run.json", "run.svg", "topology.dot"]
+    assert (
+        re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
+        and "the gateway is there: " in done.stdout
+    )
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "rate-1",
+        "rate-24",
+        "rate-54",
+        "rate-6",
+        "run.json",
+        "run.svg",
+        "topology.dot",
+    ]
     record = json.loads(Path("out/run.json").read_text())
-    assert {job["state"] for job in record["jobs"] if not job["forever"]} == {"ok"} and [node["gateway"] for node in record["nodes"]].count(None) == 2
+    assert {job["state"] for job in record["jobs"] if not job["forever"]} == {"ok"} and [
+        node["gateway"] for node in record["nodes"]
+    ].count(None) == 2
 
 
 def test_example_of_a_scenario(home: Path) -> None:
     scenario = str(EXAMPLES / "two_nodes.yaml.j2")
     shown = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "-n")
-    assert shown.returncode == 0 and "root@gw->root@node1 (after address)" in shown.stdout and "{{address}}: captured by address\n" in shown.stdout
+    assert (
+        shown.returncode == 0
+        and "root@gw->root@node1 (after address)" in shown.stdout
+        and "{{address}}: captured by address\n" in shown.stdout
+    )
     done = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "3")
     assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
     assert (done.returncode, done.stderr) == (0, "9 ok, 1 cancelled\n")
@@ -7202,31 +10980,46 @@ def test_example_of_a_scenario(home: Path) -> None:
 def test_example_of_a_sweep(home: Path) -> None:
     sweep = [str(EXAMPLES / "sweep.py"), "--demo"]
     first = example_run(*sweep, "--fail", "24-2")
-    assert first.returncode == 1 and first.stdout.splitlines()[3] == "24-2: failed {'demo1': '48', 'demo2': '48'}"
+    assert (
+        first.returncode == 1
+        and first.stdout.splitlines()[3] == "24-2: failed {'demo1': '48', 'demo2': '48'}"
+    )
     again = example_run(*sweep)
     assert again.returncode == 0
-    assert [line for line in again.stdout.splitlines() if "done before" not in line] == ["24-2: ok {'demo1': '48', 'demo2': '48'}"]
+    assert [line for line in again.stdout.splitlines() if "done before" not in line] == [
+        "24-2: ok {'demo1': '48', 'demo2': '48'}"
+    ]
 
 
 def readme_table(heading: str) -> list[str]:
     """The first column of a table of the README."""
-    section = (MODULE.parent / "README.md").read_text().split(f"\n### {heading}\n")[1].split("\n#")[0]
+    section = (
+        (MODULE.parent / "README.md").read_text().split(f"\n### {heading}\n")[1].split("\n#")[0]
+    )
     return [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
 
 
 def test_options_of_the_readme() -> None:
-    documented = {option for row in readme_table("Options") for option in re.findall(r"--?[a-zA-Z0-9-]+", row)}
+    documented = {
+        option for row in readme_table("Options") for option in re.findall(r"--?[a-zA-Z0-9-]+", row)
+    }
     parsers = [apssh.build_parser(), apssh.build_push_parser(), apssh.build_pull_parser()]
     assert documented == {option for parser in parsers for option in parser._option_string_actions}
 
 
 def readme_blocks(language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (MODULE.parent / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^```(\w*)\n(.*?)^```$",
+        (MODULE.parent / "README.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
     return [text for name, text in blocks if name == language]
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_quick_scripts_of_the_readme(number: int, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_scripts_of_the_readme(
+    number: int, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each at most eight lines; whatever host they name is the test's server."""
     script = [block for block in readme_blocks("python") if "Scheduler" not in block][number]
     assert len(script.splitlines()) <= 8
@@ -7242,7 +11035,11 @@ def test_quick_scripts_of_the_readme(number: int, sshd: Sshd, home: Path, monkey
     (home / "resolv.conf").write_text("")
     (sshd.home / "etc").mkdir()
     (sshd.home / "syslog").write_text("a line\n")
-    script = script.replace('login="root"', f"login={ME!r}").replace('"/etc/"', '"etc/"').replace("/var/log/syslog", "syslog")
+    script = (
+        script.replace('login="root"', f"login={ME!r}")
+        .replace('"/etc/"', '"etc/"')
+        .replace("/var/log/syslog", "syslog")
+    )
     names: dict[str, Any] = {}
     exec(compile(script, "README.md", "exec"), names)
     assert number != 1 or names["broken"] == ["node1", "node2"]
@@ -7253,7 +11050,13 @@ def test_quick_scripts_of_the_readme(number: int, sshd: Sshd, home: Path, monkey
 def test_example_of_the_readme() -> None:
     (script,) = (block for block in readme_blocks("python") if "Scheduler" in block)
     shown = (MODULE.parent / "README.md").read_text().split(script)[1].split("```")[2].strip()
-    done = subprocess.run([sys.executable, "-c", script], cwd=MODULE.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=MODULE.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == shown
 
 
@@ -7261,24 +11064,43 @@ def test_shell_of_the_readme(tmp_path: Path) -> None:
     """The ten lines of shell, with the output that they show."""
     (session,) = (block for block in readme_blocks("") if "--demo 3 -b" in block)
     for name in MAINS:
-        (tmp_path / name).write_text(f"#!/bin/sh\nexec {sys.executable} {MODULE} \"$@\"\n")
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {MODULE} "$@"\n')
         (tmp_path / name).chmod(0o755)
     shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE)
     assert len(shown) >= 6
     for command, output in shown:
         if "jq" in command and not shutil.which("jq"):
             continue
-        done = subprocess.run(["/bin/bash", "-c", f"({command}) 2>&1"], env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-                              capture_output=True, text=True, check=False)
-        assert done.stdout == (output.replace("root@", f"{ME}@") if "{user}" in command else output), command
+        done = subprocess.run(
+            ["/bin/bash", "-c", f"({command}) 2>&1"],
+            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == (
+            output.replace("root@", f"{ME}@") if "{user}" in command else output
+        ), command
 
 
 def test_json_of_the_readme() -> None:
     if not shutil.which("jq"):
         pytest.skip("needs jq")
-    lines = [{"host": "a", "kind": None, "error": None, "stdout": " 95%\n"}, {"host": "b", "kind": "dns", "error": "unknown host name", "stdout": "12%"}]
+    lines = [
+        {"host": "a", "kind": None, "error": None, "stdout": " 95%\n"},
+        {"host": "b", "kind": "dns", "error": "unknown host name", "stdout": "12%"},
+    ]
     filters = re.findall(r"jq -r '(select.*?@tsv|\[\.host.*?@tsv)'", "".join(readme_blocks("sh")))
-    shown = [subprocess.run(["jq", "-r", each], input="\n".join(map(json.dumps, lines)), capture_output=True, text=True, check=True).stdout for each in filters]
+    shown = [
+        subprocess.run(
+            ["jq", "-r", each],
+            input="\n".join(map(json.dumps, lines)),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for each in filters
+    ]
     assert shown == ["b\tdns\tunknown host name\n", "a\t95\n"]
 
 
@@ -7294,22 +11116,34 @@ def test_help_is_wrapped(width: int, monkeypatch: pytest.MonkeyPatch, capfd: Any
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere not all of 127/8 is loopback")
 def test_thousands_of_hosts() -> None:
-    """bench/scale.py, smaller: bars on CPU and memory a host, silent hosts, the window, one gateway, Ctrl-C."""
-    done = subprocess.run([sys.executable, str(MODULE.parent / "bench" / "scale.py"), "--hosts", "2000"], capture_output=True, text=True, check=False,
-                          env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")})
+    """bench/scale.py, smaller: bars on CPU and memory a host, silent hosts, the window, one
+    gateway, Ctrl-C.
+    """
+    done = subprocess.run(
+        [sys.executable, str(MODULE.parent / "bench" / "scale.py"), "--hosts", "2000"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_import_costs_little(tmp_path: Path) -> None:
     quiet = ("COVERAGE", "PYTHONDONTWRITEBYTECODE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(quiet)} | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(quiet)
+    } | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
 
     def seconds(name: str) -> float:
-        """Of the processor: a loaded machine disturbs it least, and the least of several turns hardly at all."""
+        """Of the processor: a loaded machine disturbs it least, and the least of several turns
+        hardly at all.
+        """
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", f"import {name}"], cwd=MODULE.parent, check=True,
-                       env=environment)
+        subprocess.run(
+            [sys.executable, "-c", f"import {name}"], cwd=MODULE.parent, check=True, env=environment
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -1,15 +1,18 @@
-"""How fast apssh is beside the other tools that do the same: time, CPU and memory of the client, all sides in one run.
+"""How fast apssh is beside the other tools that do the same: time, CPU and memory of the client,
+all sides in one run.
 
     python bench/bench.py --setup        make the environments of the two peers from PyPI, once
     python bench/bench.py                all rows; a table in Markdown
     python bench/bench.py --list         the rows
     python bench/bench.py --row 'push*' --row start --runs 9
 
-Servers are on loopback addresses and end with the run: for many hosts a fleet of asyncssh servers (fleet.py), behind a relay where
-distance matters; for one host, and for twenty that print or take files, a real sshd. Each has a key made for the run. In each row
-the sides take turns; what they print and copy is checked. Wall time, CPU (user and system time of the process and of all that it
-waited for) and memory (of the largest process) are the client's. Ratios are of medians, in brackets the smallest and largest ratio
-of one turn. Linux, with Debian's openssh-server, pssh, pdsh, clustershell, rsync and time; what is missing is said.
+Servers are on loopback addresses and end with the run: for many hosts a fleet of asyncssh servers
+(fleet.py), behind a relay where distance matters; for one host, and for twenty that print or take
+files, a real sshd. Each has a key made for the run. In each row the sides take turns; what they
+print and copy is checked. Wall time, CPU (user and system time of the process and of all that it
+waited for) and memory (of the largest process) are the client's. Ratios are of medians, in brackets
+the smallest and largest ratio of one turn. Linux, with Debian's openssh-server, pssh, pdsh,
+clustershell, rsync and time; what is missing is said.
 """
 
 from __future__ import annotations
@@ -66,21 +69,27 @@ class Failure(Exception):
     """A side that did not do its work."""
 
 
-# --- the two kinds of server, and the files that all clients get ---
+# --------------------------------------------------------------------------------------------------
 
 
 class Rig:
-    """A folder with keys, configs and data; the servers; and how each tool is called. Everything ends with it."""
+    """A folder with keys, configs and data; the servers; and how each tool is called. Everything
+    ends with it.
+    """
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.user = getpass.getuser()
         self.port = _free_port()
-        self.fleet = [f"127.30.{number // 250}.{number % 250 + 1}" for number in range(options.hosts)]
+        self.fleet = [
+            f"127.30.{number // 250}.{number % 250 + 1}" for number in range(options.hosts)
+        ]
         self.far = [f"127.31.{number // 250}.{number % 250 + 1}" for number in range(options.hosts)]
         self.real = [f"127.20.0.{number}" for number in range(1, 21)]
         self.apart = [f"127.21.0.{number}" for number in range(1, 21)]
-        self.crowd = [f"127.22.{number // 250}.{number % 250 + 1}" for number in range(options.hosts)]
+        self.crowd = [
+            f"127.22.{number // 250}.{number % 250 + 1}" for number in range(options.hosts)
+        ]
         self.places = folder / "places"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._started: set[str] = set()
@@ -88,29 +97,55 @@ class Rig:
         (self.home / ".ssh").mkdir(parents=True, mode=0o700)
         self.key, self.known_hosts = folder / "key", self.home / ".ssh" / "known_hosts"
         for name in ("key", "host_key"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bench", "-f", str(folder / name)], check=True)
+            subprocess.run(
+                [
+                    "ssh-keygen",
+                    "-q",
+                    "-t",
+                    "ed25519",
+                    "-N",
+                    "",
+                    "-C",
+                    "bench",
+                    "-f",
+                    str(folder / name),
+                ],
+                check=True,
+            )
         host_key = " ".join((folder / "host_key.pub").read_text().split()[:2])
         form = "{} {}\n" if self.port == 22 else f"[{{}}]:{self.port} {{}}\n"
         everywhere = [*self.real, *self.apart, *self.crowd, *self.fleet, *self.far]
         self.known_hosts.write_text("".join(form.format(host, host_key) for host in everywhere))
         self.config = self.home / ".ssh" / "config"
-        self.config.write_text(f"Host *\nPort {self.port}\nUser {self.user}\nIdentityFile {self.key}\nIdentitiesOnly yes\n"
-                               f"UserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\n"
-                               "IdentityAgent none\nBatchMode yes\nLogLevel ERROR\n")
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(self.home), "USER": self.user, "LOGNAME": self.user,
-                            "LANG": "C.UTF-8", "PDSH_SSH_ARGS_APPEND": f"-F {self.config}"}
+        self.config.write_text(
+            f"Host *\nPort {self.port}\nUser {self.user}\nIdentityFile {self.key}\nIdentitiesOnly yes\n"
+            f"UserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\n"
+            "IdentityAgent none\nBatchMode yes\nLogLevel ERROR\n"
+        )
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "USER": self.user,
+            "LOGNAME": self.user,
+            "LANG": "C.UTF-8",
+            "PDSH_SSH_ARGS_APPEND": f"-F {self.config}",
+        }
         self._install()
 
     def _install(self) -> None:
-        """apssh as pip would put it: a module, which Python compiles once, and three small programs."""
+        """apssh as pip would put it: a module, which Python compiles once, and three small
+        programs.
+        """
         self.site, self.bin = self.folder / "site", self.folder / "bin"
         self.site.mkdir()
         self.bin.mkdir()
         shutil.copy(self.options.program, self.site / "apssh.py")
         for name, function in (("apssh", "main"), ("appush", "main_push"), ("appull", "main_pull")):
             program = self.bin / name
-            program.write_text(f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(self.site)!r})\n"
-                               f"from apssh import {function}\nsys.exit({function}())\n")
+            program.write_text(
+                f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(self.site)!r})\n"
+                f"from apssh import {function}\nsys.exit({function}())\n"
+            )
             program.chmod(0o755)
 
     def close(self) -> None:
@@ -138,8 +173,12 @@ class Rig:
         return fresh
 
     def _helper(self, *words: object) -> None:
-        process = subprocess.Popen([sys.executable, str(HERE / "fleet.py"), *map(str, words)],
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self.environment)
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / "fleet.py"), *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self.environment,
+        )
         self._processes.append(process)
         assert process.stdout
         if process.stdout.readline() != b"ready\n":
@@ -149,9 +188,16 @@ class Rig:
         """The cheap servers, in two processes; the relay before them."""
         if self._once("fleet"):
             for part in (self.fleet[::2], self.fleet[1::2]):
-                self._helper("servers", self.port, self.folder / "host_key", self.folder / "key.pub", *part)
+                self._helper(
+                    "servers", self.port, self.folder / "host_key", self.folder / "key.pub", *part
+                )
         if far and self._once("relay"):
-            self._helper("relay", self.port, DELAY, *(f"{near}:{to}" for near, to in zip(self.far, self.fleet, strict=True)))
+            self._helper(
+                "relay",
+                self.port,
+                DELAY,
+                *(f"{near}:{to}" for near, to in zip(self.far, self.fleet, strict=True)),
+            )
 
     def need_sshd(self) -> None:
         """A real sshd on twenty addresses."""
@@ -164,10 +210,17 @@ class Rig:
             self._sshd(self.crowd)
 
     def need_folders(self) -> None:
-        """Another on twenty addresses, only for copies: each address has a folder of its own, where paths begin."""
+        """Another on twenty addresses, only for copies: each address has a folder of its own, where
+        paths begin.
+        """
         if self._once("folders"):
-            self._sshd(self.apart, "".join(
-                f"Match LocalAddress {host}\nForceCommand internal-sftp -d {self.places / host}\n" for host in self.apart))
+            self._sshd(
+                self.apart,
+                "".join(
+                    f"Match LocalAddress {host}\nForceCommand internal-sftp -d {self.places / host}\n"
+                    for host in self.apart
+                ),
+            )
 
     def _sshd(self, hosts: list[str], more: str = "") -> None:
         if os.geteuid() == 0:
@@ -181,11 +234,18 @@ class Rig:
             "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nPrintMotd no\nPrintLastLog no\nUseDNS no\n"
             "MaxStartups 200\nMaxSessions 100\nCompression no\nLogLevel ERROR\n"
             f"SetEnv HOME={self.places}\n"  # no start-up file of whoever measures
-            "Subsystem sftp internal-sftp\n")
-        for part in (hosts[start:start + 16] for start in range(0, len(hosts), 16)):  # one listens on no more addresses
+            "Subsystem sftp internal-sftp\n"
+        )
+        for part in (
+            hosts[start : start + 16] for start in range(0, len(hosts), 16)
+        ):  # one listens on no more addresses
             config = self.folder / f"sshd_config-{part[0]}"
             config.write_text(common + "".join(f"ListenAddress {host}\n" for host in part) + more)
-            self._processes.append(subprocess.Popen([sshd, "-D", "-f", str(config), "-E", str(log)], stdin=subprocess.DEVNULL))
+            self._processes.append(
+                subprocess.Popen(
+                    [sshd, "-D", "-f", str(config), "-E", str(log)], stdin=subprocess.DEVNULL
+                )
+            )
         for host in hosts:
             _wait_for(host, self.port, log)
 
@@ -195,34 +255,118 @@ class Rig:
         targets = [word for host in hosts for word in ("-t", host)]
         if len(hosts) > 1:
             targets = ["-t", self.hosts_file(hosts)]
-        return [str(self.bin / program), "-k", str(self.key), "-F", "none", "--no-last", "-q", "-l", self.user, "-p", str(self.port),
-                *targets, *map(str, words)]
+        return [
+            str(self.bin / program),
+            "-k",
+            str(self.key),
+            "-F",
+            "none",
+            "--no-last",
+            "-q",
+            "-l",
+            self.user,
+            "-p",
+            str(self.port),
+            *targets,
+            *map(str, words),
+        ]
 
     def old(self, hosts: list[str], *words: object, program: str = "apssh") -> list[str] | None:
         path = self.peer("apssh-0.27", program) if self.port == 22 else None
-        return path if path is None else [path, "-k", str(self.key), "-l", self.user, "-t", self.hosts_file(hosts), *map(str, words)]
+        return (
+            path
+            if path is None
+            else [
+                path,
+                "-k",
+                str(self.key),
+                "-l",
+                self.user,
+                "-t",
+                self.hosts_file(hosts),
+                *map(str, words),
+            ]
+        )
 
     def gather(self, hosts: list[str], command: str) -> list[str]:
-        return [sys.executable, str(HERE / "gather.py"), str(self.key), str(self.known_hosts), str(self.port), self.user, command, *hosts]
+        return [
+            sys.executable,
+            str(HERE / "gather.py"),
+            str(self.key),
+            str(self.known_hosts),
+            str(self.port),
+            self.user,
+            command,
+            *hosts,
+        ]
 
     def library(self, hosts: list[str], command: str) -> list[str] | None:
         path = self.peer("parallel-ssh", "python")
-        return path if path is None else [path, "-c", LIBRARY, str(self.key), str(self.port), self.user, command, *hosts]
+        return (
+            path
+            if path is None
+            else [path, "-c", LIBRARY, str(self.key), str(self.port), self.user, command, *hosts]
+        )
 
     def ssh(self, host: str, command: str) -> list[str]:
         return ["ssh", "-F", str(self.config), host, command]
 
     def pssh(self, hosts: list[str], *words: str, at_once: int = 0) -> list[str] | None:
-        return _tool("parallel-ssh", "-h", self.hosts_file(hosts), "-p", str(at_once or len(hosts)), "-t", "0", "-x", f"-F {self.config}", *words)
+        return _tool(
+            "parallel-ssh",
+            "-h",
+            self.hosts_file(hosts),
+            "-p",
+            str(at_once or len(hosts)),
+            "-t",
+            "0",
+            "-x",
+            f"-F {self.config}",
+            *words,
+        )
 
     def pscp(self, hosts: list[str], *words: str) -> list[str] | None:
-        return _tool("parallel-scp", "-h", self.hosts_file(hosts), "-p", str(len(hosts)), "-x", f"-F {self.config}", *words)
+        return _tool(
+            "parallel-scp",
+            "-h",
+            self.hosts_file(hosts),
+            "-p",
+            str(len(hosts)),
+            "-x",
+            f"-F {self.config}",
+            *words,
+        )
 
     def pdsh(self, hosts: list[str], command: str, at_once: int = 0) -> list[str] | None:
-        return _tool("pdsh", "-R", "ssh", "-S", "-t", "60", "-f", str(at_once or len(hosts)), "-w", f"^{self.hosts_file(hosts)}", command)
+        return _tool(
+            "pdsh",
+            "-R",
+            "ssh",
+            "-S",
+            "-t",
+            "60",
+            "-f",
+            str(at_once or len(hosts)),
+            "-w",
+            f"^{self.hosts_file(hosts)}",
+            command,
+        )
 
     def clush(self, hosts: list[str], command: str, at_once: int = 0) -> list[str] | None:
-        return _tool("clush", "-n", "-S", "-t", "60", "-f", str(at_once or len(hosts)), "--hostfile", self.hosts_file(hosts), "-o", f"-F {self.config}", command)
+        return _tool(
+            "clush",
+            "-n",
+            "-S",
+            "-t",
+            "60",
+            "-f",
+            str(at_once or len(hosts)),
+            "--hostfile",
+            self.hosts_file(hosts),
+            "-o",
+            f"-F {self.config}",
+            command,
+        )
 
     def scp(self, *words: object) -> list[str]:
         return ["scp", "-q", "-F", str(self.config), *map(str, words)]
@@ -289,7 +433,9 @@ def _descendants(pid: int) -> list[int]:
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            parents.setdefault(int(entry.read_text().rpartition(")")[2].split()[1]), []).append(int(entry.parent.name))
+            parents.setdefault(int(entry.read_text().rpartition(")")[2].split()[1]), []).append(
+                int(entry.parent.name)
+            )
     found = list(parents.get(pid, []))
     for each in found:
         found += parents.get(each, [])
@@ -300,7 +446,7 @@ def _tool(name: str, *words: str) -> list[str] | None:
     return [name, *words] if shutil.which(name) else None
 
 
-# --- measuring one side once ---
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -315,7 +461,9 @@ class Measure:
 
 @dataclasses.dataclass
 class Side:
-    """One tool at one work. ``check`` gets the size of its stdout and, with ``kept``, the file that holds it; it raises Failure."""
+    """One tool at one work. ``check`` gets the size of its stdout and, with ``kept``, the file that
+    holds it; it raises Failure.
+    """
 
     name: str
     argv: list[str] | None
@@ -331,8 +479,15 @@ def _measure(rig: Rig, side: Side) -> Measure:
     argv = [gnu_time, "-o", str(report), "-f", "%M", *side.argv] if gnu_time else side.argv
     with tempfile.TemporaryFile(dir=rig.folder) as err, kept.open("wb") as out:
         begin = time.monotonic()
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out if side.kept else subprocess.PIPE, stderr=err,
-                                   env=rig.environment, cwd=rig.folder, start_new_session=True)
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=out if side.kept else subprocess.PIPE,
+            stderr=err,
+            env=rig.environment,
+            cwd=rig.folder,
+            start_new_session=True,
+        )
         first, size, status = 0.0, 0, None
         signal.setitimer(signal.ITIMER_REAL, rig.options.timeout)
         try:
@@ -354,7 +509,9 @@ def _measure(rig: Rig, side: Side) -> Measure:
                 process.stdout.close()
         err.seek(0)
         if status:
-            raise Failure(f"status {process.returncode}: " + err.read().decode(errors="replace").strip()[:300])
+            raise Failure(
+                f"status {process.returncode}: " + err.read().decode(errors="replace").strip()[:300]
+            )
     side.check(kept.stat().st_size if side.kept else size, kept)
     memory = int(report.read_text().split()[-1]) if gnu_time else usage.ru_maxrss
     return Measure(wall, usage.ru_utime + usage.ru_stime, first or wall, memory / 1024)
@@ -364,12 +521,14 @@ class _TimeUp(Exception):
     """From the timer."""
 
 
-# --- rows: works, sides, bars ---
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Bar:
-    """``what`` of one side, at most so many times that of another; or, against nobody, at most so many MiB or seconds."""
+    """``what`` of one side, at most so many times that of another; or, against nobody, at most so
+    many MiB or seconds.
+    """
 
     what: str
     side: str
@@ -382,7 +541,11 @@ class Bar:
         mine = pick([getattr(each, self.what) for each in turns[self.side]])
         if self.over:
             mine -= pick([getattr(each, self.what) for each in turns[self.over]])
-        return mine / pick([getattr(each, self.what) for each in turns[self.against]]) if self.against else mine
+        return (
+            mine / pick([getattr(each, self.what) for each in turns[self.against]])
+            if self.against
+            else mine
+        )
 
 
 @dataclasses.dataclass
@@ -401,8 +564,10 @@ ROWS: dict[str, tuple[str, Callable[[Rig], Row]]] = {}
 
 def row(name: str, work: str) -> Callable[[Callable[[Rig], tuple[Any, ...]]], None]:
     """Register a row; it is built, and its servers started, when it is run."""
+
     def register(build: Callable[[Rig], tuple[Any, ...]]) -> None:
         ROWS[name] = work, lambda rig: Row(name, work, *build(rig))
+
     return register
 
 
@@ -410,22 +575,28 @@ def _sized(size: int) -> Callable[[int, Path], None]:
     def check(found: int, path: Path) -> None:
         if found != size:
             raise Failure(f"{found:,} bytes of output in place of {size:,}")
+
     return check
 
 
 def _many(rig: Rig, hosts: list[str], at_once: int = 0) -> list[Side]:
     """The sides that run ``true`` on many hosts."""
-    return [Side("apssh", rig.apssh(hosts, "-w", at_once, "true")),
-            Side("bare gather", rig.gather(hosts, "true")),
-            Side("pssh", rig.pssh(hosts, "true", at_once=at_once)),
-            Side("pdsh", rig.pdsh(hosts, "true", at_once)),
-            Side("clush", rig.clush(hosts, "true", at_once)),
-            Side("parallel-ssh library", rig.library(hosts, "true")),
-            Side("apssh 0.27", rig.old(hosts, "true"))]
+    return [
+        Side("apssh", rig.apssh(hosts, "-w", at_once, "true")),
+        Side("bare gather", rig.gather(hosts, "true")),
+        Side("pssh", rig.pssh(hosts, "true", at_once=at_once)),
+        Side("pdsh", rig.pdsh(hosts, "true", at_once)),
+        Side("clush", rig.clush(hosts, "true", at_once)),
+        Side("parallel-ssh library", rig.library(hosts, "true")),
+        Side("apssh 0.27", rig.old(hosts, "true")),
+    ]
 
 
 def _true_bars() -> list[Bar]:
-    return [Bar("cpu", "apssh", "bare gather", 1.15), *(Bar("cpu", "apssh", peer, 1 / 8) for peer in ("pssh", "pdsh", "clush"))]
+    return [
+        Bar("cpu", "apssh", "bare gather", 1.15),
+        *(Bar("cpu", "apssh", peer, 1 / 8) for peer in ("pssh", "pdsh", "clush")),
+    ]
 
 
 @row("true-cpu", "`true` on many hosts (OpenSSH's servers), client CPU")
@@ -437,25 +608,36 @@ def _true_cpu(rig: Rig) -> tuple[Any, ...]:
 @row("true-fleet", "`true` on many hosts (asyncssh's servers), client CPU")
 def _true_fleet(rig: Rig) -> tuple[Any, ...]:
     rig.need_fleet()
-    return _many(rig, rig.fleet), _true_bars()[:1]  # ssh agrees on a cheaper key exchange with these than with its own servers
+    return _many(rig, rig.fleet), _true_bars()[
+        :1
+    ]  # ssh agrees on a cheaper key exchange with these than with its own servers
 
 
 @row("true-wall", "`true` on many hosts, 20 ms away each way, wall")
 def _true_wall(rig: Rig) -> tuple[Any, ...]:
     rig.need_fleet(far=True)
     peers = ("pssh", "pdsh", "clush", "parallel-ssh library", "apssh 0.27")
-    return _many(rig, rig.far), [Bar("wall", "apssh", "bare gather", 1.1), *(Bar("wall", "apssh", peer, 1) for peer in peers)]
+    return _many(rig, rig.far), [
+        Bar("wall", "apssh", "bare gather", 1.1),
+        *(Bar("wall", "apssh", peer, 1) for peer in peers),
+    ]
 
 
 @row("echo", "first output of `echo`, one host, start-up taken off")
 def _echo(rig: Rig) -> tuple[Any, ...]:
     rig.need_sshd()
     host = rig.real[0]
-    return [Side("apssh", rig.apssh([host], "echo hello"), _sized(len(host) + 7)),
+    return (
+        [
+            Side("apssh", rig.apssh([host], "echo hello"), _sized(len(host) + 7)),
             Side("ssh", rig.ssh(host, "echo hello"), _sized(6)),
             Side("apssh --version", [str(rig.bin / "apssh"), "--version"]),
             Side("bare gather", rig.gather([host], "echo hello"), _sized(len(host) + 7)),
-            Side("apssh 0.27", rig.old([host], "echo hello"))], [Bar("first", "apssh", "ssh", 1, over="apssh --version")], 3
+            Side("apssh 0.27", rig.old([host], "echo hello")),
+        ],
+        [Bar("first", "apssh", "ssh", 1, over="apssh --version")],
+        3,
+    )
 
 
 LINES = 2_000_000
@@ -466,16 +648,24 @@ DIGITS = len("".join(f"{number}\n" for number in range(1, LINES + 1)))
 def _seq(rig: Rig) -> tuple[Any, ...]:
     rig.need_sshd()
     host, command = rig.real[0], f"seq 1 {LINES}"
-    prefixed, spaced = _sized(DIGITS + LINES * (len(host) + 1)), _sized(DIGITS + LINES * (len(host) + 2))
-    return [Side("apssh", rig.apssh([host], command), prefixed),
-            Side("ssh", rig.ssh(host, command), _sized(DIGITS)),
-            Side("pdsh", rig.pdsh([host], command), spaced),
-            Side("clush", rig.clush([host], command), spaced),
-            Side("pssh -P", rig.pssh([host], "-P", command)),
-            Side("parallel-ssh library", rig.library([host], command), prefixed),
-            Side("apssh 0.27", rig.old([host], command))], [
-        Bar("wall", "apssh", "ssh", 1.6), Bar("cpu", "apssh", "pdsh", 1 / 4), Bar("cpu", "apssh", "clush", 1 / 40),
-        Bar("memory", "apssh", "", 80)]
+    prefixed, spaced = (
+        _sized(DIGITS + LINES * (len(host) + 1)),
+        _sized(DIGITS + LINES * (len(host) + 2)),
+    )
+    return [
+        Side("apssh", rig.apssh([host], command), prefixed),
+        Side("ssh", rig.ssh(host, command), _sized(DIGITS)),
+        Side("pdsh", rig.pdsh([host], command), spaced),
+        Side("clush", rig.clush([host], command), spaced),
+        Side("pssh -P", rig.pssh([host], "-P", command)),
+        Side("parallel-ssh library", rig.library([host], command), prefixed),
+        Side("apssh 0.27", rig.old([host], command)),
+    ], [
+        Bar("wall", "apssh", "ssh", 1.6),
+        Bar("cpu", "apssh", "pdsh", 1 / 4),
+        Bar("cpu", "apssh", "clush", 1 / 40),
+        Bar("memory", "apssh", "", 80),
+    ]
 
 
 @row("forms", "the same in the other forms of output")
@@ -489,21 +679,47 @@ def _forms(rig: Rig) -> tuple[Any, ...]:
 
     stamped = len("00-00-00:") + len(host) + 1
     own = len("00-00-00 ") + len(f"{rig.user}@{host} ")
-    sides = [Side("plain prefix", rig.apssh([host], command), _sized(DIGITS + LINES * (len(host) + 1))),
-             Side("-o dir", rig.apssh([host], "-o", out, command), in_folder, lambda: shutil.rmtree(out, ignore_errors=True)),
-             Side("-tc", rig.apssh([host], "-tc", command), _sized(DIGITS + LINES * stamped)),
-             Side("-f", rig.apssh([host], "-f", "{time} {user}{fqdn} {linenl}", command), _sized(DIGITS + LINES * own)),
-             Side("-b", rig.apssh([host], "-b", command), _at_least(DIGITS)),
-             Side("--json", rig.apssh([host], "--json", command), _at_least(DIGITS)),
-             Side("captured", [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(rig.site)!r})\n{CAPTURED}", str(rig.key),
-                               str(rig.port), rig.user, host, command], _sized(len(f"{DIGITS}\n")))]
-    return sides, [Bar(what, side.name, "plain prefix", 2) for side in sides[1:] for what in ("wall", "cpu")]
+    sides = [
+        Side("plain prefix", rig.apssh([host], command), _sized(DIGITS + LINES * (len(host) + 1))),
+        Side(
+            "-o dir",
+            rig.apssh([host], "-o", out, command),
+            in_folder,
+            lambda: shutil.rmtree(out, ignore_errors=True),
+        ),
+        Side("-tc", rig.apssh([host], "-tc", command), _sized(DIGITS + LINES * stamped)),
+        Side(
+            "-f",
+            rig.apssh([host], "-f", "{time} {user}{fqdn} {linenl}", command),
+            _sized(DIGITS + LINES * own),
+        ),
+        Side("-b", rig.apssh([host], "-b", command), _at_least(DIGITS)),
+        Side("--json", rig.apssh([host], "--json", command), _at_least(DIGITS)),
+        Side(
+            "captured",
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, {str(rig.site)!r})\n{CAPTURED}",
+                str(rig.key),
+                str(rig.port),
+                rig.user,
+                host,
+                command,
+            ],
+            _sized(len(f"{DIGITS}\n")),
+        ),
+    ]
+    return sides, [
+        Bar(what, side.name, "plain prefix", 2) for side in sides[1:] for what in ("wall", "cpu")
+    ]
 
 
 def _at_least(size: int) -> Callable[[int, Path], None]:
     def check(found: int, path: Path) -> None:
         if found < size:
             raise Failure(f"{found:,} bytes of output, fewer than {size:,}")
+
     return check
 
 
@@ -523,8 +739,10 @@ def _twenty(rig: Rig) -> tuple[Any, ...]:
         if set(last.values()) != {200_000}:
             raise Failure(f"lines: {sorted(last.values())}")
 
-    return [Side("apssh", rig.apssh(rig.real, "seq 1 200000"), check, kept=True),
-            Side("pdsh", rig.pdsh(rig.real, "seq 1 200000"), check, kept=True)], [Bar("memory", "apssh", "", 120)]
+    return [
+        Side("apssh", rig.apssh(rig.real, "seq 1 200000"), check, kept=True),
+        Side("pdsh", rig.pdsh(rig.real, "seq 1 200000"), check, kept=True),
+    ], [Bar("memory", "apssh", "", 120)]
 
 
 @row("long-line", "one line of 200 MB without newline")
@@ -538,7 +756,11 @@ def _long_line(rig: Rig) -> tuple[Any, ...]:
         found, prefix = 0, f"{host}:".encode()
         with path.open("rb") as file:
             for line in file:
-                if not line.startswith(prefix) or line[len(prefix):-1].strip(b"x") or not line.endswith(b"\n"):
+                if (
+                    not line.startswith(prefix)
+                    or line[len(prefix) : -1].strip(b"x")
+                    or not line.endswith(b"\n")
+                ):
                     raise Failure("a line is broken")
                 found += len(line) - len(prefix) - 1
         _sized(size)(found, path)
@@ -550,10 +772,11 @@ def _long_line(rig: Rig) -> tuple[Any, ...]:
                 if data.strip(b"x"):
                     raise Failure("a byte is changed")
 
-    return [Side("apssh, prefixed", rig.apssh([host], command), prefixed, kept=True),
-            Side("apssh -r", rig.apssh([host], "-r", command), raw, kept=True),
-            Side("ssh", rig.ssh(host, command), raw, kept=True)], [
-        Bar("memory", "apssh, prefixed", "", 120), Bar("memory", "apssh -r", "", 120)]
+    return [
+        Side("apssh, prefixed", rig.apssh([host], command), prefixed, kept=True),
+        Side("apssh -r", rig.apssh([host], "-r", command), raw, kept=True),
+        Side("ssh", rig.ssh(host, command), raw, kept=True),
+    ], [Bar("memory", "apssh, prefixed", "", 120), Bar("memory", "apssh -r", "", 120)]
 
 
 @row("random", "100 MB of random bytes, raw")
@@ -565,8 +788,10 @@ def _random(rig: Rig) -> tuple[Any, ...]:
         if _digest(path) != _digest(data):
             raise Failure("not the same bytes")
 
-    return [Side("apssh -r", rig.apssh([rig.real[0]], "-r", f"cat {data}"), check, kept=True),
-            Side("ssh", rig.ssh(rig.real[0], f"cat {data}"), check, kept=True)], [Bar("memory", "apssh -r", "", 120)]
+    return [
+        Side("apssh -r", rig.apssh([rig.real[0]], "-r", f"cat {data}"), check, kept=True),
+        Side("ssh", rig.ssh(rig.real[0], f"cat {data}"), check, kept=True),
+    ], [Bar("memory", "apssh -r", "", 120)]
 
 
 def _digest(path: Path) -> str:
@@ -583,9 +808,15 @@ def _copied(rig: Rig, name: str, argv: Callable[[Path], list[str] | None], sourc
         place.mkdir()
 
     def check(size: int, path: Path) -> None:
-        """The same files with the same bytes; they are then removed, so that they weigh on nobody's turn."""
+        """The same files with the same bytes; they are then removed, so that they weigh on nobody's
+        turn.
+        """
         copy = place / "copy"
-        files = [each.relative_to(source) for each in source.rglob("*") if each.is_file()] if source.is_dir() else []
+        files = (
+            [each.relative_to(source) for each in source.rglob("*") if each.is_file()]
+            if source.is_dir()
+            else []
+        )
         if source.is_dir() and sum(each.is_file() for each in copy.rglob("*")) != len(files):
             raise Failure("the copy has other files")
         for each in files or [Path()]:
@@ -601,11 +832,24 @@ def _copies(rig: Rig, pushing: bool, size: int) -> list[Side]:
     rig.need_sshd()
     host, data = rig.real[0], rig.data(size)
     if pushing:
-        return [_copied(rig, "apssh", lambda to: rig.apssh([host], data, f"@:{to}", program="appush"), data),
-                _copied(rig, "scp", lambda to: rig.scp(data, f"{host}:{to}"), data),
-                _copied(rig, "apssh 0.27", lambda to: rig.old([host], data, f"@:{to}", program="appush"), data)]
-    return [_copied(rig, "apssh", lambda to: rig.apssh([host], f"@:{data}", to, program="appull"), data),
-            _copied(rig, "scp", lambda to: rig.scp(f"{host}:{data}", to), data)]
+        return [
+            _copied(
+                rig, "apssh", lambda to: rig.apssh([host], data, f"@:{to}", program="appush"), data
+            ),
+            _copied(rig, "scp", lambda to: rig.scp(data, f"{host}:{to}"), data),
+            _copied(
+                rig,
+                "apssh 0.27",
+                lambda to: rig.old([host], data, f"@:{to}", program="appush"),
+                data,
+            ),
+        ]
+    return [
+        _copied(
+            rig, "apssh", lambda to: rig.apssh([host], f"@:{data}", to, program="appull"), data
+        ),
+        _copied(rig, "scp", lambda to: rig.scp(f"{host}:{data}", to), data),
+    ]
 
 
 _COPY_BARS = [Bar("wall", "apssh", "scp", 1.25), Bar("cpu", "apssh", "scp", 1.5)]
@@ -635,18 +879,32 @@ def _pull_1024(rig: Rig) -> tuple[Any, ...]:
 def _push_tree(rig: Rig) -> tuple[Any, ...]:
     rig.need_sshd()
     host, tree = rig.real[0], rig.tree()
-    return [_copied(rig, "apssh", lambda to: rig.apssh([host], "-r", tree, f"@:{to}", program="appush"), tree),
-            _copied(rig, "scp -r", lambda to: rig.scp("-r", tree, f"{host}:{to}"), tree),
-            _copied(rig, "rsync -a", lambda to: rig.rsync(f"{tree}/", f"{host}:{to}"), tree)], [Bar("wall", "apssh", "scp -r", 0.9)]
+    return [
+        _copied(
+            rig,
+            "apssh",
+            lambda to: rig.apssh([host], "-r", tree, f"@:{to}", program="appush"),
+            tree,
+        ),
+        _copied(rig, "scp -r", lambda to: rig.scp("-r", tree, f"{host}:{to}"), tree),
+        _copied(rig, "rsync -a", lambda to: rig.rsync(f"{tree}/", f"{host}:{to}"), tree),
+    ], [Bar("wall", "apssh", "scp -r", 0.9)]
 
 
 @row("pull-tree", "pull 2,000 files of 2 KB in a tree")
 def _pull_tree(rig: Rig) -> tuple[Any, ...]:
     rig.need_sshd()
     host, tree = rig.real[0], rig.tree()
-    return [_copied(rig, "apssh", lambda to: rig.apssh([host], "-r", f"@:{tree}", to, program="appull"), tree),
-            _copied(rig, "scp -r", lambda to: rig.scp("-r", f"{host}:{tree}", to), tree),
-            _copied(rig, "rsync -a", lambda to: rig.rsync(f"{host}:{tree}/", to), tree)], [Bar("wall", "apssh", "scp -r", 0.9)]
+    return [
+        _copied(
+            rig,
+            "apssh",
+            lambda to: rig.apssh([host], "-r", f"@:{tree}", to, program="appull"),
+            tree,
+        ),
+        _copied(rig, "scp -r", lambda to: rig.scp("-r", f"{host}:{tree}", to), tree),
+        _copied(rig, "rsync -a", lambda to: rig.rsync(f"{host}:{tree}/", to), tree),
+    ], [Bar("wall", "apssh", "scp -r", 0.9)]
 
 
 @row("push-20", "push 64 MiB to 20 hosts")
@@ -666,22 +924,35 @@ def _push_20(rig: Rig) -> tuple[Any, ...]:
         filecmp.clear_cache()
         shutil.rmtree(rig.places)
 
-    return [Side("apssh", rig.apssh(hosts, data, "@:copy", program="appush"), check, before),
-            Side("parallel-scp", rig.pscp(hosts, str(data), "copy"), check, before),
-            Side("apssh 0.27", rig.old(hosts, data, "@:copy", program="appush"), check, before)], [
-        Bar("wall", "apssh", "parallel-scp", 1.3), Bar("cpu", "apssh", "parallel-scp", 1.3)]
+    return [
+        Side("apssh", rig.apssh(hosts, data, "@:copy", program="appush"), check, before),
+        Side("parallel-scp", rig.pscp(hosts, str(data), "copy"), check, before),
+        Side("apssh 0.27", rig.old(hosts, data, "@:copy", program="appush"), check, before),
+    ], [Bar("wall", "apssh", "parallel-scp", 1.3), Bar("cpu", "apssh", "parallel-scp", 1.3)]
 
 
 @row("start", "start-up: `apssh --version`, `apssh --help`")
 def _start(rig: Rig) -> tuple[Any, ...]:
     program = str(rig.bin / "apssh")
-    return [Side("apssh --version", [program, "--version"]), Side("apssh --help", [program, "--help"]),
+    return (
+        [
+            Side("apssh --version", [program, "--version"]),
+            Side("apssh --help", [program, "--help"]),
             Side("import asyncssh", [sys.executable, "-c", "import asyncssh"]),
-            Side("python apssh.py --version", [sys.executable, str(rig.site / "apssh.py"), "--version"])], [
-        Bar("wall", "apssh --version", "import asyncssh", 1.2), Bar("wall", "apssh --help", "import asyncssh", 1.2)], 4
+            Side(
+                "python apssh.py --version",
+                [sys.executable, str(rig.site / "apssh.py"), "--version"],
+            ),
+        ],
+        [
+            Bar("wall", "apssh --version", "import asyncssh", 1.2),
+            Bar("wall", "apssh --help", "import asyncssh", 1.2),
+        ],
+        4,
+    )
 
 
-# --- the run ---
+# --------------------------------------------------------------------------------------------------
 
 
 def _run(rig: Rig, each: Row) -> dict[str, Any]:
@@ -693,7 +964,7 @@ def _run(rig: Rig, each: Row) -> dict[str, Any]:
         missing["apssh 0.27"] = "missing: port 22 is not free here, and it knows no other"
     sides = [side for side in each.sides if side.argv]
     for turn in range(runs):
-        for side in sides[turn % len(sides):] + sides[:turn % len(sides)]:
+        for side in sides[turn % len(sides) :] + sides[: turn % len(sides)]:
             if side.name in missing:
                 continue
             try:
@@ -708,13 +979,34 @@ def _run(rig: Rig, each: Row) -> dict[str, Any]:
         if gone := sorted(name for name in needed if name not in turns):
             bars.append({**dataclasses.asdict(bar), "verdict": f"{gone[0]} {missing[gone[0]]}"})
             continue
-        singles = [bar.value({name: [turns[name][turn]] for name in needed}, lambda numbers: numbers[0]) for turn in range(runs)]
+        singles = [
+            bar.value({name: [turns[name][turn]] for name in needed}, lambda numbers: numbers[0])
+            for turn in range(runs)
+        ]
         value = bar.value(turns, statistics.median)
-        bars.append({**dataclasses.asdict(bar), "value": value, "least": min(singles), "most": max(singles),
-                     "verdict": "pass" if value <= bar.limit else "MISSED"})
-    return {"name": each.name, "work": each.work, "runs": runs, "bars": bars, "sides": [
-        {"name": side.name, "missing": missing.get(side.name), "turns": [dataclasses.asdict(turn) for turn in turns.get(side.name, [])]}
-        for side in each.sides]}
+        bars.append(
+            {
+                **dataclasses.asdict(bar),
+                "value": value,
+                "least": min(singles),
+                "most": max(singles),
+                "verdict": "pass" if value <= bar.limit else "MISSED",
+            }
+        )
+    return {
+        "name": each.name,
+        "work": each.work,
+        "runs": runs,
+        "bars": bars,
+        "sides": [
+            {
+                "name": side.name,
+                "missing": missing.get(side.name),
+                "turns": [dataclasses.asdict(turn) for turn in turns.get(side.name, [])],
+            }
+            for side in each.sides
+        ],
+    }
 
 
 def _progress(text: str) -> None:
@@ -740,8 +1032,18 @@ def _bars_table(results: list[dict[str, Any]]) -> Iterator[str]:
             measure = f"{who}{bar['what']}" + (f" less {bar['over']}" if bar["over"] else "")
             measure += f" / {bar['against']}" if bar["against"] else ", MiB"
             fine = _number if bar["limit"] >= 1 else "{:.3f}".format
-            measured = f"{fine(bar['value'])} ({fine(bar['least'])}-{fine(bar['most'])})" if "value" in bar else "-"
-            limit = f"{bar['limit']:g}" if bar["limit"] >= 1 else f"1/{1 / bar['limit']:g}" if bar["limit"] <= 0.5 else f"{bar['limit']:g}"
+            measured = (
+                f"{fine(bar['value'])} ({fine(bar['least'])}-{fine(bar['most'])})"
+                if "value" in bar
+                else "-"
+            )
+            limit = (
+                f"{bar['limit']:g}"
+                if bar["limit"] >= 1
+                else f"1/{1 / bar['limit']:g}"
+                if bar["limit"] <= 0.5
+                else f"{bar['limit']:g}"
+            )
             yield f"| {result['work']} | {measure} | {measured} | {limit} | {bar['verdict']} |"
 
 
@@ -753,17 +1055,36 @@ def _sides_table(results: list[dict[str, Any]]) -> Iterator[str]:
             if side["missing"]:
                 yield f"| {result['work']} | {side['name']} | {side['missing']} | | | |"
                 continue
-            yield "| " + " | ".join([result["work"], side["name"],
-                                     *(_spread(side["turns"], what) for what in ("wall", "first", "cpu", "memory"))]) + " |"
+            yield (
+                "| "
+                + " | ".join(
+                    [
+                        result["work"],
+                        side["name"],
+                        *(
+                            _spread(side["turns"], what)
+                            for what in ("wall", "first", "cpu", "memory")
+                        ),
+                    ]
+                )
+                + " |"
+            )
 
 
 def _versions() -> str:
     """What was compared, on what."""
     found = [f"Python {platform.python_version()}"]
-    for name, words in (("ssh", ["-V"]), ("parallel-ssh", ["--version"]), ("pdsh", ["-V"]), ("clush", ["--version"]),
-                        ("rsync", ["--version"])):
+    for name, words in (
+        ("ssh", ["-V"]),
+        ("parallel-ssh", ["--version"]),
+        ("pdsh", ["-V"]),
+        ("clush", ["--version"]),
+        ("rsync", ["--version"]),
+    ):
         if shutil.which(name):
-            run = subprocess.run([name, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            run = subprocess.run(
+                [name, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
             line = (run.stdout or run.stderr).partition("\n")[0].split("  ")[0]
             found.append(line if line[:1].isalpha() else f"{name} {line}")
         else:
@@ -775,21 +1096,51 @@ def _setup(peers: Path) -> None:
     """An environment for each peer from PyPI."""
     for name, packages in PEERS.items():
         subprocess.run([sys.executable, "-m", "venv", str(peers / name)], check=True)
-        subprocess.run([str(peers / name / "bin" / "pip"), "install", "--quiet", *packages], check=True)
+        subprocess.run(
+            [str(peers / name / "bin" / "pip"), "install", "--quiet", *packages], check=True
+        )
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--row", action="append", metavar="NAME", help="only these rows; * matches anything")
+    parser.add_argument(
+        "--row", action="append", metavar="NAME", help="only these rows; * matches anything"
+    )
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns of each side (default 5; quick rows take more)")
-    parser.add_argument("--hosts", type=int, default=100, metavar="N", help="hosts of the fleet (default 100)")
-    parser.add_argument("--program", type=Path, default=HERE.parent / "apssh.py", metavar="FILE", help="another apssh.py")
-    parser.add_argument("--peers", type=Path, default=Path("~/.cache/apssh-bench").expanduser(), metavar="DIR",
-                        help="environments of the peers from PyPI (default ~/.cache/apssh-bench)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="turns of each side (default 5; quick rows take more)",
+    )
+    parser.add_argument(
+        "--hosts", type=int, default=100, metavar="N", help="hosts of the fleet (default 100)"
+    )
+    parser.add_argument(
+        "--program",
+        type=Path,
+        default=HERE.parent / "apssh.py",
+        metavar="FILE",
+        help="another apssh.py",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=Path("~/.cache/apssh-bench").expanduser(),
+        metavar="DIR",
+        help="environments of the peers from PyPI (default ~/.cache/apssh-bench)",
+    )
     parser.add_argument("--setup", action="store_true", help="make these environments and stop")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to put the data of the run (default: as for all temporary files)")
-    parser.add_argument("--timeout", type=float, default=300, metavar="S", help="seconds for one turn (default 300)")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="where to put the data of the run (default: as for all temporary files)",
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="S", help="seconds for one turn (default 300)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every measure there too")
     return parser.parse_args()
 
@@ -808,7 +1159,11 @@ def main() -> int:
     if options.setup:
         _setup(options.peers)
         return 0
-    wanted = [name for name in ROWS if not options.row or any(fnmatch.fnmatch(name, pattern) for pattern in options.row)]
+    wanted = [
+        name
+        for name in ROWS
+        if not options.row or any(fnmatch.fnmatch(name, pattern) for pattern in options.row)
+    ]
     if options.list or not wanted:
         print("".join(f"{name:10} {ROWS[name][0]}\n" for name in ROWS), end="")
         return 0 if options.list else 2
@@ -816,14 +1171,18 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as folder, \
-            contextlib.closing(Rig(options, Path(folder))) as rig:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-", dir=options.folder) as folder,
+        contextlib.closing(Rig(options, Path(folder))) as rig,
+    ):
         for name in wanted:
             results.append(_run(rig, ROWS[name][1](rig)))
             _progress("")
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1))
-    print(f"{_versions()}; medians of {options.runs} turns or more, in brackets the least and the most\n")
+    print(
+        f"{_versions()}; medians of {options.runs} turns or more, in brackets the least and the most\n"
+    )
     print(*_bars_table(results), "", *_sides_table(results), sep="\n")
     return 0 if all(bar["verdict"] == "pass" for result in results for bar in result["bars"]) else 1
 

@@ -3,9 +3,9 @@
     python fleet.py servers PORT HOST_KEY AUTHORIZED_KEYS ADDRESS ...
     python fleet.py relay PORT DELAY FROM:TO ...
 
-Each server logs in whoever has an authorized key and ends every command at once, in this process, with status 0 and no output.
-The relay listens on each FROM and passes bytes on to TO, both on PORT, DELAY seconds late each way.
-Both print "ready" and end with their standard input.
+Each server logs in whoever has an authorized key and ends every command at once, in this process,
+with status 0 and no output. The relay listens on each FROM and passes bytes on to TO, both on PORT,
+DELAY seconds late each way. Both print "ready" and end with their standard input.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class Server(asyncssh.SSHServer):
 async def servers(port: int, host_key: str, authorized: str, *addresses: str) -> None:
     """A server on each address."""
     options = asyncssh.SSHServerConnectionOptions(
-        server_factory=Server, server_host_keys=[asyncssh.read_private_key(host_key)], encoding=None, compression_algs=None,
-        authorized_client_keys=asyncssh.read_authorized_keys(authorized), login_timeout=0)
+        server_factory=Server,
+        server_host_keys=[asyncssh.read_private_key(host_key)],
+        encoding=None,
+        compression_algs=None,
+        authorized_client_keys=asyncssh.read_authorized_keys(authorized),
+        login_timeout=0,
+    )
     for address in addresses:
         await asyncssh.listen(address, port, options=options, backlog=200)
 
@@ -65,7 +70,9 @@ class Late(asyncio.Protocol):
 
     async def _connect(self, address: str, port: int) -> None:
         try:
-            _, other = await asyncio.get_running_loop().create_connection(lambda: Late(self._delay), address, port)
+            _, other = await asyncio.get_running_loop().create_connection(
+                lambda: Late(self._delay), address, port
+            )
         except OSError:
             cast("asyncio.Transport", self.transport).abort()
             return
@@ -90,7 +97,9 @@ async def relay(port: int, delay: float, *pairs: str) -> None:
     """A listener for each pair."""
     for pair in pairs:
         near, far = pair.split(":")
-        await asyncio.get_running_loop().create_server(functools.partial(Late, delay, (far, port)), near, port, backlog=200)
+        await asyncio.get_running_loop().create_server(
+            functools.partial(Late, delay, (far, port)), near, port, backlog=200
+        )
 
 
 async def main(kind: str, port: str, *rest: str) -> None:

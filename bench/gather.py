@@ -1,6 +1,6 @@
 """The least that runs a command on many hosts with asyncssh: what apssh is measured against.
 
-    python gather.py KEY KNOWN_HOSTS PORT USER COMMAND HOST ...
+python gather.py KEY KNOWN_HOSTS PORT USER COMMAND HOST ...
 """
 
 import asyncio
@@ -9,9 +9,23 @@ import sys
 import asyncssh
 
 
-async def one(host: str, key: asyncssh.SSHKey, known_hosts: asyncssh.SSHKnownHosts, port: str, user: str, command: str) -> None:
-    async with asyncssh.connect(host, int(port), username=user, client_keys=[key], known_hosts=known_hosts, config=None,
-                                agent_path=None) as conn:
+async def one(
+    host: str,
+    key: asyncssh.SSHKey,
+    known_hosts: asyncssh.SSHKnownHosts,
+    port: str,
+    user: str,
+    command: str,
+) -> None:
+    async with asyncssh.connect(
+        host,
+        int(port),
+        username=user,
+        client_keys=[key],
+        known_hosts=known_hosts,
+        config=None,
+        agent_path=None,
+    ) as conn:
         result = await conn.run(command, check=True)
         sys.stdout.write("".join(f"{host}:{line}\n" for line in str(result.stdout).splitlines()))
 

@@ -2,9 +2,10 @@
 
     python bench/scale.py [--hosts 5000] [--only NAME ...]
 
-A fleet of cheap ssh servers (asyncssh, a few processes, one listening socket for each 127.x.y.z address, one host key) stands
-for the hosts. apssh runs as a person would run it: default options, a HOME of its own, the soft limit on open files at 1,024.
-Each case prints what came of it; the exit code is 1 when one misses its bar. Linux (all of 127/8 is loopback there).
+A fleet of cheap ssh servers (asyncssh, a few processes, one listening socket for each 127.x.y.z
+address, one host key) stands for the hosts. apssh runs as a person would run it: default options, a
+HOME of its own, the soft limit on open files at 1,024. Each case prints what came of it; the exit
+code is 1 when one misses its bar. Linux (all of 127/8 is loopback there).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import asyncssh
 
 PROGRAM = Path(__file__).resolve().parent.parent / "apssh.py"
 CPU_BAR, MEMORY_BAR = 5.0, 60.0  # milliseconds and KB of the client, a host
-SERVERS = 3                      # processes of the fleet
+SERVERS = 3  # processes of the fleet
 SOFT_LIMIT = 1024
 
 
@@ -50,7 +51,9 @@ class Counters:
     now: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
     most: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
     total: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))
-    working: Any = dataclasses.field(default_factory=lambda: mp.Value("i", 0))  # commands that sleep
+    working: Any = dataclasses.field(
+        default_factory=lambda: mp.Value("i", 0)
+    )  # commands that sleep
 
     def add(self, name: str, number: int) -> int:
         """The value then."""
@@ -85,7 +88,9 @@ class Server(asyncssh.SSHServer):
     def connection_lost(self, exc: Exception | None) -> None:
         self._counters.went()
 
-    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> bool:
         return True
 
 
@@ -105,7 +110,9 @@ class Silent(asyncio.Protocol):
     """Accepts and says nothing."""
 
 
-def serve(hosts: list[str], port: int, kind: str, folder: str, counters: Counters, ready: Any) -> None:
+def serve(
+    hosts: list[str], port: int, kind: str, folder: str, counters: Counters, ready: Any
+) -> None:
     """One process of the fleet, until it is terminated."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -116,8 +123,16 @@ def serve(hosts: list[str], port: int, kind: str, folder: str, counters: Counter
         else:
             key = asyncssh.read_private_key(f"{folder}/host_key")
             await asyncssh.create_server(
-                lambda: Server(counters), hosts, port, server_host_keys=[key], process_factory=functools.partial(session, counters), encoding=None, backlog=100,
-                authorized_client_keys=f"{folder}/home/.ssh/id_ed25519.pub", login_timeout=0)
+                lambda: Server(counters),
+                hosts,
+                port,
+                server_host_keys=[key],
+                process_factory=functools.partial(session, counters),
+                encoding=None,
+                backlog=100,
+                authorized_client_keys=f"{folder}/home/.ssh/id_ed25519.pub",
+                login_timeout=0,
+            )
         ready.release()
         await asyncio.Event().wait()
 
@@ -130,7 +145,12 @@ def fleet(hosts: list[str], port: int, kind: str, folder: str) -> Iterator[Count
     context = mp.get_context("fork")
     counters, ready = Counters(), context.Semaphore(0)
     shares = [share for number in range(SERVERS) if (share := hosts[number::SERVERS])]
-    servers = [context.Process(target=serve, args=(share, port, kind, folder, counters, ready), daemon=True) for share in shares]
+    servers = [
+        context.Process(
+            target=serve, args=(share, port, kind, folder, counters, ready), daemon=True
+        )
+        for share in shares
+    ]
     try:
         for server in servers:
             server.start()
@@ -157,8 +177,8 @@ class Outcome:
 
     code: int
     seconds: float
-    cpu: float     # seconds, user and system
-    memory: int    # KB, at most
+    cpu: float  # seconds, user and system
+    memory: int  # KB, at most
     errors: str
     lines: list[tuple[float, dict[str, Any]]]  # -j's, with the time of their coming
 
@@ -172,32 +192,68 @@ class Client:
     def __init__(self, folder: str, program: Path) -> None:
         self._folder, self._program = folder, program
 
-    def run(self, targets: list[str], *words: str, as_json: bool = False, interrupt: Callable[[], bool] | None = None) -> Outcome:
+    def run(
+        self,
+        targets: list[str],
+        *words: str,
+        as_json: bool = False,
+        interrupt: Callable[[], bool] | None = None,
+    ) -> Outcome:
         """``interrupt``: when to press Ctrl-C; the seconds then count from there."""
         hosts = Path(self._folder, "targets")
         hosts.write_text("".join(f"{target}\n" for target in targets))
         known = Path(self._folder, "home/.ssh/known_hosts")
         known.unlink(missing_ok=True)
         errors = Path(self._folder, "errors")
-        environment = {name: value for name, value in os.environ.items() if name not in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS")
+        }
         begin = time.monotonic()
         with open(errors, "wb") as err:
             process = subprocess.Popen(
-                [sys.executable, str(self._program), "-t", str(hosts), "-l", "root", *(["-j"] if as_json else []), *words],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, env=environment | {"HOME": f"{self._folder}/home"},
-                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (SOFT_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+                [
+                    sys.executable,
+                    str(self._program),
+                    "-t",
+                    str(hosts),
+                    "-l",
+                    "root",
+                    *(["-j"] if as_json else []),
+                    *words,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=err,
+                env=environment | {"HOME": f"{self._folder}/home"},
+                preexec_fn=lambda: resource.setrlimit(
+                    resource.RLIMIT_NOFILE,
+                    (SOFT_LIMIT, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+                ),
+            )
         assert process.stdout
         if interrupt:
             while not interrupt() and time.monotonic() < begin + 120:
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             begin = time.monotonic()
-        lines = [(time.monotonic() - begin, json.loads(line)) for line in process.stdout] if as_json else [(0, {}) for _ in process.stdout][:0]
+        lines = (
+            [(time.monotonic() - begin, json.loads(line)) for line in process.stdout]
+            if as_json
+            else [(0, {}) for _ in process.stdout][:0]
+        )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         process.stdout.close()
-        return Outcome(process.returncode, time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss,
-                       errors.read_text(errors="replace"), lines)
+        return Outcome(
+            process.returncode,
+            time.monotonic() - begin,
+            usage.ru_utime + usage.ru_stime,
+            usage.ru_maxrss,
+            errors.read_text(errors="replace"),
+            lines,
+        )
 
 
 class Cases:
@@ -214,25 +270,41 @@ class Cases:
         with fleet(self._plain, self._port, "ssh", self._folder) as self._counters:
             self._idle = self._client.run(self._hosts[:1], "true")
             good = True
-            for name in self._options.only or ("true", "sleep", "silent", "window", "gateway", "interrupt"):
+            for name in self._options.only or (
+                "true",
+                "sleep",
+                "silent",
+                "window",
+                "gateway",
+                "interrupt",
+            ):
                 self._counters.reset()
                 outcome, notes, fine = getattr(self, f"case_{name}")()
                 if not fine:
                     notes += f"; MISSED: {outcome.errors[-300:]!r}"
-                print(f"{name:8} {outcome.seconds:6.1f} s  exit {outcome.code}  {notes}", flush=True)
+                print(
+                    f"{name:8} {outcome.seconds:6.1f} s  exit {outcome.code}  {notes}", flush=True
+                )
                 good = good and fine
         return good
 
     def _cost(self, outcome: Outcome, count: int) -> tuple[str, bool]:
         cpu = (outcome.cpu - self._idle.cpu) * 1000 / count
         memory = (outcome.memory - self._idle.memory) / count
-        return f"{cpu:.2f} ms CPU and {memory:.1f} KB a host", cpu <= CPU_BAR and memory <= MEMORY_BAR
+        return (
+            f"{cpu:.2f} ms CPU and {memory:.1f} KB a host",
+            cpu <= CPU_BAR and memory <= MEMORY_BAR,
+        )
 
     def _all_ok(self, count: int, *words: str) -> tuple[Outcome, str, bool]:
         outcome = self._client.run(self._hosts[:count], *words)
         cost, fine = self._cost(outcome, count)
         fine = fine and outcome.code == 0
-        return outcome, f"{count} hosts, {' '.join(words)}: {cost}; most connections at once {self._counters.most.value}", fine
+        return (
+            outcome,
+            f"{count} hosts, {' '.join(words)}: {cost}; most connections at once {self._counters.most.value}",
+            fine,
+        )
 
     def case_true(self) -> tuple[Outcome, str, bool]:
         return self._all_ok(len(self._hosts), "true")
@@ -240,18 +312,39 @@ class Cases:
     def case_sleep(self) -> tuple[Outcome, str, bool]:
         count = min(self._options.sleepers, len(self._hosts))
         outcome, notes, fine = self._all_ok(count, "sleep", "20")
-        return outcome, notes, fine and self._counters.most.value == count  # all of them slept together
+        return (
+            outcome,
+            notes,
+            fine and self._counters.most.value == count,
+        )  # all of them slept together
 
     def case_window(self) -> tuple[Outcome, str, bool]:
         outcome, notes, fine = self._all_ok(min(1000, len(self._hosts)), "-w", "100", "true")
-        return outcome, notes, fine and self._counters.most.value <= 100 + SERVERS  # each may be late to see that one has ended
+        return (
+            outcome,
+            notes,
+            fine and self._counters.most.value <= 100 + SERVERS,
+        )  # each may be late to see that one has ended
 
     def case_interrupt(self) -> tuple[Outcome, str, bool]:
         """Ctrl-C when all of them are at work."""
         count = min(1000, len(self._hosts))
-        outcome = self._client.run(self._hosts[:count], "sleep", "60", interrupt=lambda: self._counters.working.value == count)
-        fine = outcome.code == 130 and outcome.seconds < 5 and outcome.errors.startswith(f"0 ok, {count} interrupted\n  interrupted: ")
-        return outcome, f"{count} hosts, sleep 60, Ctrl-C: gone after {outcome.seconds:.1f} s", fine and "Traceback" not in outcome.errors
+        outcome = self._client.run(
+            self._hosts[:count],
+            "sleep",
+            "60",
+            interrupt=lambda: self._counters.working.value == count,
+        )
+        fine = (
+            outcome.code == 130
+            and outcome.seconds < 5
+            and outcome.errors.startswith(f"0 ok, {count} interrupted\n  interrupted: ")
+        )
+        return (
+            outcome,
+            f"{count} hosts, sleep 60, Ctrl-C: gone after {outcome.seconds:.1f} s",
+            fine and "Traceback" not in outcome.errors,
+        )
 
     def case_silent(self) -> tuple[Outcome, str, bool]:
         """Silent hosts spread among the others, which must not notice."""
@@ -266,27 +359,44 @@ class Cases:
             outcome = self._client.run(targets, "true", as_json=True)
         kinds = outcome.kinds()
         last = max((when for when, line in outcome.lines if line["status"] == 0), default=0)
-        fine = kinds == {"ok": len(self._hosts), "timeout": len(silent)} and outcome.code == 1 and last < alone * 1.2 + 2
-        return outcome, f"{dict(kinds)}: the last of the others at {last:.1f} s ({alone:.1f} s without silent ones)", fine
+        fine = (
+            kinds == {"ok": len(self._hosts), "timeout": len(silent)}
+            and outcome.code == 1
+            and last < alone * 1.2 + 2
+        )
+        return (
+            outcome,
+            f"{dict(kinds)}: the last of the others at {last:.1f} s ({alone:.1f} s without silent ones)",
+            fine,
+        )
 
     def case_gateway(self) -> tuple[Outcome, str, bool]:
         count = min(self._options.behind, len(self._hosts))
         port = free_port()
         with fleet(["127.0.0.1"], port, "ssh", self._folder) as counters:
-            outcome = self._client.run(self._hosts[:count], "-g", f"127.0.0.1:{port}", "true", as_json=True)
+            outcome = self._client.run(
+                self._hosts[:count], "-g", f"127.0.0.1:{port}", "true", as_json=True
+            )
             connections = counters.total.value
         kinds, cost = outcome.kinds(), self._cost(outcome, count)[0]
-        return outcome, f"{count} hosts behind one: {dict(kinds)}; {connections} connection(s) to the gateway; {cost}", \
-            kinds == {"ok": count} and connections == 1 and outcome.code == 0
+        return (
+            outcome,
+            f"{count} hosts behind one: {dict(kinds)}; {connections} connection(s) to the gateway; {cost}",
+            kinds == {"ok": count} and connections == 1 and outcome.code == 0,
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What thousands of hosts cost.")
     parser.add_argument("--hosts", type=int, default=5000)
-    parser.add_argument("--sleepers", type=int, default=2000, help="hosts that run sleep 20 at once")
+    parser.add_argument(
+        "--sleepers", type=int, default=2000, help="hosts that run sleep 20 at once"
+    )
     parser.add_argument("--silent", type=int, default=300, help="hosts that accept and say nothing")
     parser.add_argument("--behind", type=int, default=500, help="hosts behind one gateway")
-    parser.add_argument("--only", nargs="+", choices=("true", "sleep", "silent", "window", "gateway", "interrupt"))
+    parser.add_argument(
+        "--only", nargs="+", choices=("true", "sleep", "silent", "window", "gateway", "interrupt")
+    )
     parser.add_argument("--program", type=Path, default=PROGRAM, help="apssh.py to run")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the fleet ends with us

@@ -1,10 +1,12 @@
-"""A long run of everything at once: commands, scripts, copies, cuts and interruptions on 50 hosts, in an order given by a seed.
+"""A long run of everything at once: commands, scripts, copies, cuts and interruptions on 50 hosts,
+in an order given by a seed.
 
     python bench/soak.py [--minutes 20] [--seed 1]
 
-The hosts are loopback addresses of OpenSSH servers, started here with a configuration and a home of their own. Afterwards, and after
-each round, nothing may be left of it: no process, no file in ~/.apssh-remote, no temporary file on either side, no task, and no growth
-of this process's memory and descriptors. The exit code is 1 when something is. Linux.
+The hosts are loopback addresses of OpenSSH servers, started here with a configuration and a home of
+their own. Afterwards, and after each round, nothing may be left of it: no process, no file in
+~/.apssh-remote, no temporary file on either side, no task, and no growth of this process's memory
+and descriptors. The exit code is 1 when something is. Linux.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import apssh
 
-ROUND = 20.0        # seconds of each event loop; the nodes live on in the next one
-WORKERS = 12        # things under way at once
-GRACE = 5.0         # seconds after which a command must be gone
+ROUND = 20.0  # seconds of each event loop; the nodes live on in the next one
+WORKERS = 12  # things under way at once
+GRACE = 5.0  # seconds after which a command must be gone
 MOST_GROWTH = 8192  # KB from the end of the warm-up to the end, what the allocator may keep
 ME = getpass.getuser()
 
@@ -55,14 +57,36 @@ class Server:
         asyncssh.generate_private_key("ssh-ed25519").write_private_key(folder / "host_key")
         (folder / "host_key").chmod(0o600)
         session = folder / "session"
-        session.write_text(f'#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n'
-                           'exec "$SHELL" -c "$c"\n')
+        session.write_text(
+            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
+            'exec "$SHELL" -c "$c"\n'
+        )
         session.chmod(0o755)
-        sftp = next(path for path in ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server", "/usr/libexec/sftp-server",
-                                      "/usr/lib/ssh/sftp-server", "sftp-server") if os.path.exists(path) or "/" not in path)
-        common = [f"HostKey {folder}/host_key", f"AuthorizedKeysFile {keys}.pub", "PidFile none", "StrictModes no", "UsePAM no",
-                  "PasswordAuthentication no", "KbdInteractiveAuthentication no", f"Subsystem sftp {sftp}", f"SetEnv HOME={self.home}",
-                  f"ForceCommand {session}", "PermitRootLogin yes", "MaxStartups 300"]
+        sftp = next(
+            path
+            for path in (
+                "/usr/lib/openssh/sftp-server",
+                "/usr/libexec/openssh/sftp-server",
+                "/usr/libexec/sftp-server",
+                "/usr/lib/ssh/sftp-server",
+                "sftp-server",
+            )
+            if os.path.exists(path) or "/" not in path
+        )
+        common = [
+            f"HostKey {folder}/host_key",
+            f"AuthorizedKeysFile {keys}.pub",
+            "PidFile none",
+            "StrictModes no",
+            "UsePAM no",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
+            f"Subsystem sftp {sftp}",
+            f"SetEnv HOME={self.home}",
+            f"ForceCommand {session}",
+            "PermitRootLogin yes",
+            "MaxStartups 300",
+        ]
         program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin:/sbin")
         if not program:
             raise SystemExit("no OpenSSH server (sshd) is installed here")
@@ -71,9 +95,27 @@ class Server:
         self._processes = []
         for start in range(0, len(hosts), 16):  # sshd has room for no more sockets
             config = folder / f"config{start}"
-            config.write_text("\n".join([*(f"ListenAddress {host}:{self.port}" for host in hosts[start:start + 16]), *common]) + "\n")
+            config.write_text(
+                "\n".join(
+                    [
+                        *(
+                            f"ListenAddress {host}:{self.port}"
+                            for host in hosts[start : start + 16]
+                        ),
+                        *common,
+                    ]
+                )
+                + "\n"
+            )
             with open(self._log, "ab") as log:
-                self._processes.append(subprocess.Popen([program, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+                self._processes.append(
+                    subprocess.Popen(
+                        [program, "-D", "-e", "-f", str(config)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
         for _ in range(100):
             if self._log.read_text().count("Server listening") == len(hosts):
                 return
@@ -82,7 +124,11 @@ class Server:
 
     def sessions(self) -> list[int]:
         """The servers' processes, one for each connection."""
-        return [int(pid) for process in self._processes for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        return [
+            int(pid)
+            for process in self._processes
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
 
     def stop(self) -> None:
         for pid in self.sessions():
@@ -107,20 +153,37 @@ def processes(token: str) -> list[tuple[int, str]]:
 class Soak:
     """What is done, at random, and what must come of it."""
 
-    def __init__(self, folder: Path, hosts: list[str], server: Server, key: Path, seed: int) -> None:
+    def __init__(
+        self, folder: Path, hosts: list[str], server: Server, key: Path, seed: int
+    ) -> None:
         self._folder, self._hosts, self._server, self._key = folder, hosts, server, key
         self._random = random.Random(seed)
-        self._token = f"77{os.getpid() % 100000:05}"  # the start of how long each command sleeps: tells our processes from others
+        # the start of how long each command sleeps: tells our processes from others
+        self._token = f"77{os.getpid() % 100000:05}"
         self.done: collections.Counter[str] = collections.Counter()
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self._number = 0
         self._lost_copies = 0  # a push whose connection is lost cannot take its temporary file away
         formatter = apssh.SubdirFormatter(str(folder / "out"))
-        self._nodes = [apssh.SshNode(host, username=ME, port=server.port, keys=[str(key)], formatter=formatter) for host in hosts]
-        self._gateway = apssh.SshNode(hosts[0], username=ME, port=server.port, keys=[str(key)], formatter=apssh.Formatter())
-        self._nodes += [apssh.SshNode(host, username=ME, port=server.port, keys=[str(key)], formatter=formatter, gateway=self._gateway)
-                        for host in hosts[:10]]
+        self._nodes = [
+            apssh.SshNode(host, username=ME, port=server.port, keys=[str(key)], formatter=formatter)
+            for host in hosts
+        ]
+        self._gateway = apssh.SshNode(
+            hosts[0], username=ME, port=server.port, keys=[str(key)], formatter=apssh.Formatter()
+        )
+        self._nodes += [
+            apssh.SshNode(
+                host,
+                username=ME,
+                port=server.port,
+                keys=[str(key)],
+                formatter=formatter,
+                gateway=self._gateway,
+            )
+            for host in hosts[:10]
+        ]
         (folder / "local").mkdir()
 
     def _fresh(self) -> int:
@@ -130,15 +193,27 @@ class Soak:
     def _sleep(self) -> str:
         """A command that does not end by itself, in one of several bad manners."""
         nap = f"sleep {self._token}{self._fresh():06}"
-        return self._random.choice([
-            nap, f"trap '' HUP TERM INT; {nap}; {nap}", f"{nap} & {nap} & wait", f"({nap}; {nap}) | cat", f"nohup {nap} >/dev/null 2>&1 & {nap}",
-            f"{nap} & while :; do echo noise; sleep 0.01; done", f"sh -c 'trap : TERM; while :; do {nap}; done'"])
+        return self._random.choice(
+            [
+                nap,
+                f"trap '' HUP TERM INT; {nap}; {nap}",
+                f"{nap} & {nap} & wait",
+                f"({nap}; {nap}) | cat",
+                f"nohup {nap} >/dev/null 2>&1 & {nap}",
+                f"{nap} & while :; do echo noise; sleep 0.01; done",
+                f"sh -c 'trap : TERM; while :; do {nap}; done'",
+            ]
+        )
 
     def _lost(self, error: BaseException | None) -> bool:
         """A cut may hit anything at any time."""
-        return isinstance(error, apssh.ApsshError) and (error.kind in ("lost", "refused") or "onnection" in error.message)
+        return isinstance(error, apssh.ApsshError) and (
+            error.kind in ("lost", "refused") or "onnection" in error.message
+        )
 
-    def _check(self, what: str, expected: object, got: object, error: BaseException | None = None) -> None:
+    def _check(
+        self, what: str, expected: object, got: object, error: BaseException | None = None
+    ) -> None:
         if error is not None and self._lost(error):
             self.outcomes["lost"] += 1
             self._lost_copies += what == "copy"
@@ -148,7 +223,13 @@ class Soak:
             self.outcomes["wrong"] += 1
             self.wrong.append(f"{what}: expected {expected!r}, got {got!r} {error!r}")
 
-    async def _status(self, what: str, expected: object, work: Coroutine[Any, Any, Any], cut_short: float | None = None) -> None:
+    async def _status(
+        self,
+        what: str,
+        expected: object,
+        work: Coroutine[Any, Any, Any],
+        cut_short: float | None = None,
+    ) -> None:
         """Run this; perhaps cancel it after a while."""
         task, got, error = asyncio.ensure_future(work), None, None
         if cut_short is not None:
@@ -173,20 +254,46 @@ class Soak:
 
     async def command(self) -> None:
         node, rnd = self._random.choice(self._nodes), self._random
-        text, status = rnd.choice([("true", 0), ("exit 7", 7), ("kill -TERM $$", "TERM"), ("kill -KILL $$", "KILL"), ("no-such-command", 127),
-                                   ("head -c 300000 /dev/zero | tr '\\0' x", 0), ("seq 20000; seq 10 >&2", 0), ("cat", 0)])
+        text, status = rnd.choice(
+            [
+                ("true", 0),
+                ("exit 7", 7),
+                ("kill -TERM $$", "TERM"),
+                ("kill -KILL $$", "KILL"),
+                ("no-such-command", 127),
+                ("head -c 300000 /dev/zero | tr '\\0' x", 0),
+                ("seq 20000; seq 10 >&2", 0),
+                ("cat", 0),
+            ]
+        )
         await self._status(f"command {text}", status, node.run(text))
 
     async def many(self) -> None:
         """More sessions on one node than its server takes."""
         node = self._random.choice(self._nodes)
-        await asyncio.gather(*(self._status("many", number % 3, node.run(f"sleep 0.2; exit {number % 3}")) for number in range(15)))
+        await asyncio.gather(
+            *(
+                self._status("many", number % 3, node.run(f"sleep 0.2; exit {number % 3}"))
+                for number in range(15)
+            )
+        )
 
     async def deadline(self) -> None:
-        await self._status("deadline", "timeout", self._random.choice(self._nodes).run(self._sleep(), timeout=self._random.uniform(0.3, 2)))
+        await self._status(
+            "deadline",
+            "timeout",
+            self._random.choice(self._nodes).run(
+                self._sleep(), timeout=self._random.uniform(0.3, 2)
+            ),
+        )
 
     async def cancelled(self) -> None:
-        await self._status("cancelled", "cancelled", self._random.choice(self._nodes).run(self._sleep()), self._random.uniform(0, 2))
+        await self._status(
+            "cancelled",
+            "cancelled",
+            self._random.choice(self._nodes).run(self._sleep()),
+            self._random.uniform(0, 2),
+        )
 
     async def script(self) -> None:
         node, rnd = self._random.choice(self._nodes), self._random
@@ -194,14 +301,23 @@ class Soak:
             step = apssh.RunString("#!/bin/sh\necho $0 $1\nexit $2\n", "one", 5)
             await self._status("script", 5, step._run(node, apssh.StepRecord()))
         else:
-            step = apssh.RunString(f"#!/bin/bash\n{self._sleep()}\n", timeout=rnd.choice([None, rnd.uniform(0.5, 2)]))
-            await self._status("endless script", "timeout", step._run(node, apssh.StepRecord()),
-                               rnd.uniform(0, 2) if step.timeout is None else None)
+            step = apssh.RunString(
+                f"#!/bin/bash\n{self._sleep()}\n", timeout=rnd.choice([None, rnd.uniform(0.5, 2)])
+            )
+            await self._status(
+                "endless script",
+                "timeout",
+                step._run(node, apssh.StepRecord()),
+                rnd.uniform(0, 2) if step.timeout is None else None,
+            )
 
     async def copy(self) -> None:
         """There and back, and the same; or cut short, and then whole or not there at all."""
         node, rnd, number = self._random.choice(self._nodes), self._random, self._fresh()
-        local, back = self._folder / "local" / f"from{number}", self._folder / "local" / f"back{number}"
+        local, back = (
+            self._folder / "local" / f"from{number}",
+            self._folder / "local" / f"back{number}",
+        )
         local.write_bytes(rnd.randbytes(rnd.choice([0, 10, 40_000, 3_000_000])))
         remote = f"copy{number}"
 
@@ -210,7 +326,9 @@ class Soak:
             await node.get_file_s(remote, str(back))
             return back.read_bytes() == local.read_bytes()
 
-        await self._status("copy", True, both(), rnd.uniform(0, 0.5) if rnd.random() < 0.3 else None)
+        await self._status(
+            "copy", True, both(), rnd.uniform(0, 0.5) if rnd.random() < 0.3 else None
+        )
         for path in (back, self._server.home / remote):
             if path.exists() and path.read_bytes() != local.read_bytes():
                 self.wrong.append(f"half a file: {path}")
@@ -229,31 +347,56 @@ class Soak:
         await self._random.choice(self._nodes).close()
 
     async def program(self) -> None:
-        """The program on some hosts: let alone, interrupted, terminated, killed, or its pipe closed."""
+        """The program on some hosts: let alone, interrupted, terminated, killed, or its pipe
+        closed.
+        """
         rnd = self._random
         hosts = [f"{host}:{self._server.port}" for host in rnd.sample(self._hosts, 8)]
         way = rnd.choice(["none", "int", "int twice", "term", "kill", "pipe"])
-        words = {"none": ["true"], "pipe": [f"while :; do echo noise; sleep 0.05; done # sleep {self._token}{self._fresh():06}"]}.get(way, [self._sleep()])
+        words = {
+            "none": ["true"],
+            "pipe": [
+                f"while :; do echo noise; sleep 0.05; done # sleep {self._token}{self._fresh():06}"
+            ],
+        }.get(way, [self._sleep()])
         if way != "pipe" and rnd.random() < 0.4:
             words = ["-s", "#!/bin/bash\n" + words[0]]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(Path(apssh.__file__)), "-t", ",".join(hosts), "-l", ME, "-k", str(self._key), *words,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            sys.executable,
+            str(Path(apssh.__file__)),
+            "-t",
+            ",".join(hosts),
+            "-l",
+            ME,
+            "-k",
+            str(self._key),
+            *words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         assert process.stdout and process.stderr
-        expected = {"none": 0, "int": 130, "int twice": 130, "term": 130, "kill": -9, "pipe": 1}[way]
+        expected = {"none": 0, "int": 130, "int twice": 130, "term": 130, "kill": -9, "pipe": 1}[
+            way
+        ]
         reading = [asyncio.ensure_future(process.stderr.read())]
         if way == "pipe":
             await process.stdout.read(10)
-            process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]  # asyncio has no other way
+            # asyncio has no other way
+            process._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined]
         else:
             reading.append(asyncio.ensure_future(process.stdout.read()))
-            naps = [word for word in words[-1].replace(";", " ").split() if word.startswith(self._token)]
+            naps = [
+                word for word in words[-1].replace(";", " ").split() if word.startswith(self._token)
+            ]
             for _ in range(100):
                 if way == "none" or process.returncode is not None or processes(naps[0]):
                     break
                 await asyncio.sleep(0.1)  # until it runs somewhere
             await asyncio.sleep(rnd.uniform(0, 1))
-        with contextlib.suppress(ProcessLookupError):  # not the process's own methods: these reap it behind asyncio's back (status 255)
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # not the process's own methods: these reap it behind asyncio's back (status 255)
             if way in ("int", "int twice"):
                 os.kill(process.pid, signal.SIGINT)
             if way == "int twice":
@@ -281,13 +424,23 @@ class Soak:
     async def round(self, seconds: float) -> int:
         """So many seconds of it; the number of tasks left."""
         things: list[tuple[Callable[[], Coroutine[Any, Any, None]], int]] = [
-            (self.command, 10), (self.many, 1), (self.deadline, 4), (self.cancelled, 6), (self.script, 5), (self.copy, 5), (self.cut, 3),
-            (self.closed, 1), (self.program, 2)]
+            (self.command, 10),
+            (self.many, 1),
+            (self.deadline, 4),
+            (self.cancelled, 6),
+            (self.script, 5),
+            (self.copy, 5),
+            (self.cut, 3),
+            (self.closed, 1),
+            (self.program, 2),
+        ]
         end = time.monotonic() + seconds
 
         async def worker() -> None:
             while time.monotonic() < end:
-                (thing,) = self._random.choices([each for each, _ in things], [weight for _, weight in things])
+                (thing,) = self._random.choices(
+                    [each for each, _ in things], [weight for _, weight in things]
+                )
                 self.done[thing.__name__] += 1
                 await thing()
 
@@ -310,7 +463,9 @@ class Soak:
         left = [f"process {pid}: {line}" for pid, line in found]
         left += [f"file {path}" for path in self._server.home.glob(".apssh-remote/*")]
         left += [f"temporary file {path}" for path in (self._folder / "local").glob(".*.apssh-*")]
-        left += [f"temporary file {path}" for path in self._server.home.glob(".*.apssh-*")][self._lost_copies:]
+        left += [f"temporary file {path}" for path in self._server.home.glob(".*.apssh-*")][
+            self._lost_copies :
+        ]
         self._lost_copies = 0
         for pid, _ in found:
             with contextlib.suppress(ProcessLookupError):
@@ -365,16 +520,23 @@ def main() -> int:
                 figures.append((used, files))
                 left += [*found, *([f"{tasks} tasks"] if tasks else [])]
                 if options.verbose:
-                    print(f"{gone:6.0f} s: {sum(soak.done.values())} things, {dict(soak.outcomes)}, {used} KB, {files} descriptors, "
-                          f"{tasks} tasks, left {found}", flush=True)
+                    print(
+                        f"{gone:6.0f} s: {sum(soak.done.values())} things, {dict(soak.outcomes)}, {used} KB, {files} descriptors, "
+                        f"{tasks} tasks, left {found}",
+                        flush=True,
+                    )
         finally:
             server.stop()
     warm = figures[min(len(figures) // 4, 6)]
     growth = figures[-1][0] - warm[0], figures[-1][1] - warm[1]
-    print(f"seed {options.seed}, {options.minutes:g} minutes, {options.hosts} hosts: {dict(soak.done)}")
+    print(
+        f"seed {options.seed}, {options.minutes:g} minutes, {options.hosts} hosts: {dict(soak.done)}"
+    )
     print(f"outcomes: {dict(soak.outcomes)}")
-    print(f"left over: {len(left)}; memory {figures[-1][0]} KB, {growth[0]:+} KB since the warm-up; "
-          f"descriptors {figures[-1][1]}, {growth[1]:+}")
+    print(
+        f"left over: {len(left)}; memory {figures[-1][0]} KB, {growth[0]:+} KB since the warm-up; "
+        f"descriptors {figures[-1][1]}, {growth[1]:+}"
+    )
     for line in [*left[:20], *soak.wrong[:20]]:
         print(f"  {line}")
     return 1 if left or soak.wrong or growth[0] > MOST_GROWTH or growth[1] > 0 else 0

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Two nodes behind a gateway: one sends, one receives, over a range of bit rates; the loss comes back as files.
+"""Two nodes behind a gateway: one sends, one receives, over a range of bit rates; the loss comes
+back as files.
 
-    python two_nodes.py --demo                                   on throw-away hosts inside this process
-    python two_nodes.py slice@gw.example.org node1 node2         on your own
+    python two_nodes.py --demo                              on throw-away hosts inside this process
+    python two_nodes.py slice@gw.example.org node1 node2    on your own
 
-Leaves in --out: a file per rate, run.json (the record), run.svg (who did what when) and topology.dot.
+Leaves in --out: a file per rate, run.json (the record), run.svg (who did what when) and
+topology.dot.
 """
 
 import argparse
@@ -16,7 +18,19 @@ from pathlib import Path
 from asynciojobs import PrintJob, Scheduler, Sequence
 
 import apssh
-from apssh import Capture, Deferred, LocalNode, Pull, Push, Run, RunScript, RunString, SshJob, SshNode, Variables
+from apssh import (
+    Capture,
+    Deferred,
+    LocalNode,
+    Pull,
+    Push,
+    Run,
+    RunScript,
+    RunString,
+    SshJob,
+    SshNode,
+    Variables,
+)
 
 HERE = Path(__file__).parent
 RATES = (1, 6, 24, 54)  # Mbit/s
@@ -26,25 +40,56 @@ def scenario(gateway: SshNode, sender: SshNode, receiver: SshNode, out: Path) ->
     """The jobs; nothing runs yet."""
     found, scheduler = Variables(), Scheduler(label="two nodes")
     check = SshJob(gateway, command="echo the gateway is there: $(uname -s)", scheduler=scheduler)
-    ready = [SshJob(node, commands=[Run("mkdir -p measure"), Push(HERE / "lib.sh", "measure/")], required=check, scheduler=scheduler)
-             for node in (sender, receiver)]
-    address = SshJob(receiver, command=Run("echo 192.0.2.$((RANDOM % 100 + 1))", capture=Capture("address", found)),
-                     required=ready, scheduler=scheduler)
+    ready = [
+        SshJob(
+            node,
+            commands=[Run("mkdir -p measure"), Push(HERE / "lib.sh", "measure/")],
+            required=check,
+            scheduler=scheduler,
+        )
+        for node in (sender, receiver)
+    ]
+    address = SshJob(
+        receiver,
+        command=Run("echo 192.0.2.$((RANDOM % 100 + 1))", capture=Capture("address", found)),
+        required=ready,
+        scheduler=scheduler,
+    )
     steps: list = [PrintJob("measuring")]
     for rate in RATES:
-        send = RunScript(HERE / "measure.sh", Deferred("{{address}}", found), rate, f"> measure/rate-{rate}", includes=[HERE / "lib.sh"])
+        send = RunScript(
+            HERE / "measure.sh",
+            Deferred("{{address}}", found),
+            rate,
+            f"> measure/rate-{rate}",
+            includes=[HERE / "lib.sh"],
+        )
         steps.append(SshJob(sender, commands=[send, Pull(f"measure/rate-{rate}", out)]))
     measured = Sequence(*steps, required=address, scheduler=scheduler)
-    SshJob(receiver, command=Run("while :; do echo listening; sleep 1; done", ignore_outputs=True), forever=True, required=address,
-           scheduler=scheduler)
-    SshJob(LocalNode(), command=RunString(f"cd '{out}'; echo loss by rate:; grep . rate-* | sort -t- -k2n"), required=measured,
-           scheduler=scheduler)
+    SshJob(
+        receiver,
+        command=Run("while :; do echo listening; sleep 1; done", ignore_outputs=True),
+        forever=True,
+        required=address,
+        scheduler=scheduler,
+    )
+    SshJob(
+        LocalNode(),
+        command=RunString(f"cd '{out}'; echo loss by rate:; grep . rate-* | sort -t- -k2n"),
+        required=measured,
+        scheduler=scheduler,
+    )
     return scheduler
 
 
 async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("hosts", nargs="*", metavar="HOST", help="gateway, sender, receiver; user@ may stand before the gateway")
+    parser.add_argument(
+        "hosts",
+        nargs="*",
+        metavar="HOST",
+        help="gateway, sender, receiver; user@ may stand before the gateway",
+    )
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("two_nodes.out"))
     options = parser.parse_args()
@@ -56,7 +101,10 @@ async def main() -> int:
         elif len(options.hosts) == 3:
             user, _, host = options.hosts[0].rpartition("@")
             gateway = SshNode(host, username=user or None)
-            sender, receiver = (SshNode(host, gateway=gateway, formatter=gateway.formatter) for host in options.hosts[1:])
+            sender, receiver = (
+                SshNode(host, gateway=gateway, formatter=gateway.formatter)
+                for host in options.hosts[1:]
+            )
         else:
             parser.error("give a gateway and two hosts, or --demo")
         scheduler = scenario(gateway, sender, receiver, options.out)
