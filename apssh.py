@@ -561,6 +561,17 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     return Hop(host, name, port)
 
 
+def _reason(exc: BaseException) -> str:
+    """Why a file operation failed, in a few words."""
+    if isinstance(exc, asyncssh.SFTPError):
+        return _brief(exc.reason[:1].lower() + exc.reason[1:], 200)
+    return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 # --------------------------------------------------------------------------------------------------
 # formatters: events in, bytes out
 # --------------------------------------------------------------------------------------------------
@@ -975,7 +986,7 @@ class CaptureFormatter(Formatter):
 
 
 # --------------------------------------------------------------------------------------------------
-# credentials: keys, agent and passphrases; known hosts and their policy; what ssh -G says of a host
+# credentials: keys, agent, passphrases; known hosts and their policy; what ssh -G says of a host
 # --------------------------------------------------------------------------------------------------
 
 Key = Any  # asyncssh.SSHKey, an SSHKeyPair, a (key, certificate) pair, or an _AgentKey
@@ -1973,6 +1984,1021 @@ def _guarded(
 
 
 # --------------------------------------------------------------------------------------------------
+# values: what one step finds and a later one uses
+# --------------------------------------------------------------------------------------------------
+
+
+class Variables(dict[str, Any]):
+    """A dict whose keys are attributes too: ``v.x = 1``. A missing one raises AttributeError."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no variable {name!r}") from None
+
+    __setattr__ = dict.__setitem__
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"no variable {name!r}") from None
+
+
+class Capture:
+    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(...,
+    capture=Capture("x", v))``.
+    """
+
+    def __init__(self, varname: str, variables: dict[str, Any]) -> None:
+        self.varname, self.variables = varname, variables
+
+    def store(self, text: str) -> None:
+        """Keep this output."""
+        self.variables[self.varname] = text.removesuffix("\n")
+
+
+class Deferred:
+    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions
+    need Jinja2 (extra yaml).
+
+    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never
+    read as templates.
+    """
+
+    _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
+
+    def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
+        self.template, self.variables = template, variables
+
+    def __repr__(self) -> str:
+        return f"Deferred({self.template!r})"
+
+    def __str__(self) -> str:
+        return re.sub(
+            self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template
+        )
+
+    def render(self) -> str:
+        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
+        expression that cannot be.
+        """
+        if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
+            return self._render_jinja()
+        if missing := [
+            name for name in re.findall(self._PLAIN, self.template) if name not in self.variables
+        ]:
+            raise UndefinedVariableError(
+                f"no value yet for {', '.join(missing)} in {escape(self.template)}"
+            )
+        return str(self)
+
+    def _render_jinja(self) -> str:
+        jinja2 = _extra("jinja2")
+        try:
+            environment = jinja2.Environment(
+                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+            )
+            return cast("str", environment.from_string(self.template).render(self.variables))
+        except jinja2.UndefinedError as exc:
+            raise UndefinedVariableError(
+                f"no value yet in {escape(self.template)}: {exc}"
+            ) from None
+        except Exception as exc:  # an expression may compute anything
+            raise UsageError(f"{escape(self.template)}: {exc}") from None
+
+
+def _text_of(value: Any) -> str:
+    """The text of what a job is given, when it runs."""
+    return (
+        value.render()
+        if isinstance(value, Deferred)
+        else os.fspath(value)
+        if isinstance(value, os.PathLike)
+        else str(value)
+    )
+
+
+class _Quoted(Deferred):
+    """What is made of another text, as one word of the remote shell."""
+
+    def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
+        super().__init__(
+            inner.template if isinstance(inner, Deferred) else "",
+            inner.variables if isinstance(inner, Deferred) else {},
+        )
+        self._inner, self._make = inner, make
+
+    def __str__(self) -> str:
+        return shlex.quote(self._make(str(self._inner)))
+
+    def render(self) -> str:
+        return shlex.quote(self._make(_text_of(self._inner)))
+
+
+def _extra(module: str) -> Any:
+    """A module of the extra ``yaml``."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UsageError(f"this needs {module}: pip install 'apssh[yaml]'") from None
+
+
+@dataclasses.dataclass(eq=False)
+class StepRecord:
+    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the
+    epoch) and of a monotonic one; ``kind`` None is a success.
+    """
+
+    label: str = ""
+    command: str = ""
+    start_wall: float | None = None
+    start: float | None = None
+    end: float | None = None
+    status: int | str | None = None
+    kind: str | None = None
+    error: str | None = None
+    bytes_out: int = 0
+    bytes_err: int = 0
+    bytes_transferred: int = 0
+    end_wall: float | None = None
+    script_sha256: str | None = None
+    may_run: bool = False  # the command may still be running over there
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Notes the times, and how it failed."""
+        self.start_wall, self.start = time.time(), time.monotonic()
+        try:
+            yield
+        except ApsshError as exc:
+            self.kind, self.error = exc.kind, str(exc)
+            raise
+        except BaseException as exc:
+            cancelled = isinstance(exc, asyncio.CancelledError)
+            self.kind, self.error = (
+                "cancelled" if cancelled else "local",
+                "cancelled" if cancelled else repr(exc),
+            )
+            raise
+        finally:
+            self.end_wall, self.end = time.time(), time.monotonic()
+
+
+# --------------------------------------------------------------------------------------------------
+# transfers: one SFTP engine; what arrives is whole, and stays inside the destination
+# --------------------------------------------------------------------------------------------------
+
+CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under way
+FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
+TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
+DEPTH_LIMIT = 100  # folders in folders
+SURPLUS_LIMIT = (
+    1 << 30
+)  # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
+
+_LOST = (
+    asyncssh.SFTPConnectionLost,
+    asyncssh.SFTPNoConnection,
+    asyncssh.ConnectionLost,
+    ConnectionError,
+)
+
+
+def _safe_name(name: str) -> str:
+    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
+    system has longer ones.
+    """
+    if (
+        not name
+        or name in (".", "..")
+        or "/" in name
+        or "\0" in name
+        or len(os.fsencode(name)) > 255
+    ):
+        raise TransferError(f"refused the name '{_brief(name)}' sent by the server")
+    return name
+
+
+def _temporary_name(name: str) -> str:
+    """One that nobody guesses, and that no file system finds too long."""
+    return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
+
+
+def _write_all(fd: int, data: bytes, position: int) -> None:
+    """A full disk takes a part without an error: the next write tells."""
+    while (written := os.pwrite(fd, data, position)) < len(data):
+        data, position = data[written:], position + written
+
+
+def _paths(paths: Any) -> tuple[list[Any], bool]:
+    """One path or several, as a list; whether they were several, be it a list of one (they then
+    need a folder).
+    """
+    many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
+    each = list(paths) if many else [paths]
+    if not each or not all(
+        isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
+    ):
+        raise UsageError(f"a path or a list of paths, not {paths!r}")
+    return each, many
+
+
+def _remote(path: str) -> str:
+    """A remote path; the remote home is where SFTP starts, so ``~`` and nothing are the same."""
+    return (
+        path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
+    )
+
+
+class _Folder:
+    """A local folder held by descriptor, so that no name can be swapped for a link under us. Its
+    files and subfolders refer to it: when the last is done it gets its final mode and times, and is
+    closed.
+    """
+
+    def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
+        self.fd, self.path, self.parent = fd, path, parent
+        self.real = ""  # where its source really is, when links are followed
+        self.depth: int = parent.depth + 1 if parent else 0
+        self.mode: int | None = None
+        self.times: tuple[float, float] | None = None
+
+    def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
+        """The subfolder of this name, made if need be (one that was there keeps its mode, unless
+        preserve); never through a link.
+        """
+        made = True
+        try:
+            os.mkdir(name, 0o700, dir_fd=self.fd)
+        except FileExistsError:
+            made = False
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+        except NotADirectoryError:
+            link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
+            raise TransferError(f"a {'link' if link else 'file'} has that name") from None
+        folder = _Folder(fd, os.path.join(self.path, name), self)
+        folder.mode = (
+            attrs.permissions & 0o777
+            if attrs.permissions is not None and (made or preserve)
+            else None
+        )
+        if preserve and attrs.mtime is not None:
+            folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
+        return folder
+
+    def put_link(self, name: str, target: str) -> None:
+        """A link of this name, in place of what is there."""
+        temporary = _temporary_name(name)
+        os.symlink(target, temporary, dir_fd=self.fd)
+        try:
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except OSError as exc:
+            os.unlink(temporary, dir_fd=self.fd)
+            if isinstance(exc, IsADirectoryError):
+                raise TransferError("a folder has that name") from exc
+            raise
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.times:
+                os.utime(self.fd, self.times)
+            if self.mode is not None:
+                os.fchmod(self.fd, self.mode)
+        os.close(self.fd)
+
+
+class _UnderWay:
+    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them,
+    or, on a failure, cancels them. No asyncio.TaskGroup: that takes a cancellation from outside for
+    its own, when one of its tasks has just failed.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
+        self._failure: BaseException | None = None
+
+    async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+        """One more, when there is room. Raises what an earlier one raised."""
+        await self._room.acquire()
+        if self._failure:
+            raise self._failure
+        self._tasks.add(task := asyncio.create_task(work(*args)))
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._room.release()
+        failure = (
+            None if task.cancelled() else task.exception()
+        )  # retrieved, whether or not it is the first
+        self._failure = self._failure or failure
+
+    async def __aenter__(self) -> _UnderWay:
+        return self
+
+    async def __aexit__(self, kind: object, *exc_info: object) -> None:
+        try:
+            while kind is None and self._tasks and not self._failure:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if kind is None and self._failure:
+                raise self._failure
+        finally:
+            for task in (left := set(self._tasks)):
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
+            self._failure = (
+                None  # kept here, it would keep its frames, and the folder they hold open
+            )
+
+
+class _Copy:
+    """One Push or Pull with one node: its options, what it has moved, what failed (the other files
+    go on).
+    """
+
+    def __init__(
+        self,
+        node: _Node,
+        step: StepRecord,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+    ) -> None:
+        self.node, self.step = node, step
+        self.preserve, self.recurse, self.follow, self.inplace = (
+            preserve,
+            recurse,
+            follow_symlinks,
+            inplace,
+        )
+        self.failure, self.failed = (
+            "",
+            0,
+        )  # the first, and how many: a hostile server has no end of them
+        self.count = 0
+        self._files = _UnderWay(FILES_IN_FLIGHT)
+
+    @contextlib.contextmanager
+    def _failing(self, path: str) -> Iterator[None]:
+        """A failure of this path is noted; only the loss of the connection stops the rest."""
+        try:
+            yield
+        except _LOST as exc:
+            raise ConnectionFailedError(
+                f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname
+            ) from exc
+        except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
+            reason = exc.message if isinstance(exc, TransferError) else _reason(exc)
+            self.failure, self.failed = (
+                self.failure or f"{_brief(path, 200)}: {reason}",
+                self.failed + 1,
+            )
+
+    def _counted(self, path: str) -> None:
+        """Every name that a folder is said to have counts, whatever becomes of it."""
+        self.count += 1
+        if self.count > TREE_LIMIT:
+            raise ApsshError(
+                f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
+                host=self.node.hostname,
+            )
+
+    def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
+        """What is no file and no link must be a folder that can be copied, in a folder of this
+        depth.
+        """
+        for wrong, why in (
+            (not is_folder, "not a regular file, folder or link"),
+            (not self.recurse, "is a folder (recurse, -r, copies folders)"),
+            (depth >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
+            (inside_itself, "a link to a folder it is in"),
+        ):
+            if wrong:
+                raise TransferError(why)
+
+    async def _spawn(
+        self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
+    ) -> None:
+        """Run this beside the others, as soon as there is room."""
+
+        async def guarded() -> None:
+            with self._failing(path):
+                await work(*args)
+
+        await self._files.start(guarded)
+
+    async def run(self, walk: Coroutine[Any, Any, None]) -> None:
+        """Walk, then tell what failed. Cancelling it leaves no temporary file."""
+        await walk
+        if self.failed:
+            more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
+            raise TransferError(self.failure + more, host=self.node.hostname)
+
+    # push
+
+    async def push(
+        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
+    ) -> None:
+        """Local sources onto a remote file, or into a remote folder."""
+        target = _remote(destination)
+        with self._failing(destination):
+            existing = await self._remote_stat(sftp, target, follow=True)
+        if self.failed:
+            return
+        folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
+        into = many or folder or destination.endswith("/")
+        if into and not folder:
+            raise TransferError(
+                f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}",
+                host=self.node.hostname,
+            )
+        late: list[tuple[str, asyncssh.SFTPAttrs]] = []
+        names = [os.path.basename(os.path.abspath(source)) for source in sources]
+        async with self._files:
+            for source, name in zip(sources, names, strict=True):
+                with self._failing(source):
+                    if into and names.count(name) > 1:
+                        raise TransferError(f"two sources are called {escape(name)}")
+                    path = posixpath.join(target, name) if into else target
+                    await self._push_entry(
+                        sftp, source, path, await self._remote_stat(sftp, path), late, 0
+                    )
+        for path, attrs in reversed(late):
+            with self._failing(path):
+                await sftp.setstat(path, attrs)
+
+    @staticmethod
+    async def _remote_stat(
+        sftp: asyncssh.SFTPClient, path: str, follow: bool = False
+    ) -> asyncssh.SFTPAttrs | None:
+        try:
+            return await (sftp.stat(path) if follow else sftp.lstat(path))
+        except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
+            return None
+
+    async def _push_entry(
+        self,
+        sftp: asyncssh.SFTPClient,
+        source: str,
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        late: list[tuple[str, asyncssh.SFTPAttrs]],
+        depth: int,
+        within: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """One local entry, named (depth 0: a link is followed) or found in a tree."""
+        self._counted(source)
+        info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
+        if stat.S_ISREG(info.st_mode):
+            if (
+                depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK
+            ):  # the user named no link: it is replaced
+                if self.inplace:
+                    raise TransferError("a link has that name")
+                existing = None
+            await self._spawn(
+                source, self._push_file, sftp, source, target, existing, self.follow or depth == 0
+            )
+        elif stat.S_ISLNK(info.st_mode):
+            await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
+        else:
+            self._check_folder(
+                stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within
+            )
+            present: dict[str, asyncssh.SFTPAttrs] = {}
+            if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
+                existing = await self._remote_stat(
+                    sftp, target, follow=True
+                )  # what is named may be a link, over there too
+            if existing and existing.type in (
+                asyncssh.FILEXFER_TYPE_SYMLINK,
+                asyncssh.FILEXFER_TYPE_REGULAR,
+            ):
+                raise TransferError(
+                    f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name"
+                )
+            within += ((info.st_dev, info.st_ino),)
+            if existing is None:
+                await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
+            else:
+                ours = set(os.listdir(source))
+                async for found in sftp.scandir(target):
+                    self._counted(target)
+                    if (name := str(found.filename)) in ours:
+                        present[name] = found.attrs
+            if existing is None or self.preserve:
+                late.append((target, self._attrs(info)))
+            with os.scandir(source) as entries:
+                for entry in entries:
+                    with self._failing(entry.path):
+                        await self._push_entry(
+                            sftp,
+                            entry.path,
+                            posixpath.join(target, entry.name),
+                            present.get(entry.name),
+                            late,
+                            depth + 1,
+                            within,
+                        )
+
+    def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
+        """The mode bits to give; times with preserve."""
+        mode = stat.S_IMODE(info.st_mode) if self.preserve else info.st_mode & 0o777
+        times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
+        return asyncssh.SFTPAttrs(permissions=mode, **times)
+
+    async def _push_file(
+        self,
+        sftp: asyncssh.SFTPClient,
+        source: str,
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        follow: bool,
+    ) -> None:
+        """One file, under a temporary name until it is whole."""
+        fd = os.open(
+            source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+        )  # a FIFO put there meanwhile blocks nobody
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                raise TransferError("not a regular file")
+            await self.push_content(
+                sftp,
+                lambda size, position: os.pread(fd, size, position),
+                target,
+                existing,
+                self._attrs(info),
+            )
+        finally:
+            os.close(fd)
+
+    async def push_content(
+        self,
+        sftp: asyncssh.SFTPClient,
+        read: Callable[[int, int], bytes],
+        target: str,
+        existing: asyncssh.SFTPAttrs | None,
+        attrs: asyncssh.SFTPAttrs,
+    ) -> None:
+        """Content onto a remote file: whole, or not at all."""
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
+            target = str(await sftp.realpath(target))
+            existing = await self._remote_stat(sftp, target)
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
+            raise TransferError("a folder has that name")
+        if existing and existing.type not in (
+            asyncssh.FILEXFER_TYPE_REGULAR,
+            asyncssh.FILEXFER_TYPE_UNKNOWN,
+        ):
+            raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
+        folder = _brief(posixpath.dirname(target) or ".", 200)
+        flags = (
+            asyncssh.FXF_WRITE
+            | asyncssh.FXF_CREAT
+            | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
+        )
+        async with (
+            contextlib.nullcontext(target)
+            if self.inplace
+            else self._replacing(sftp, target) as path
+        ):
+            try:
+                opened = await sftp.open(
+                    path,
+                    flags,
+                    asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
+                    encoding=None,
+                    block_size=0,
+                )
+            except asyncssh.SFTPPermissionDenied as exc:
+                if self.inplace:
+                    raise
+                raise TransferError(
+                    f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)"
+                ) from exc
+            except asyncssh.SFTPNoSuchFile:
+                raise TransferError(f"{folder}: no such folder") from None
+            async with self._closing(opened) as file:
+                if existing and not self.inplace:
+                    mine = await file.stat()
+                    if (mine.uid, mine.gid) != (existing.uid, existing.gid):
+                        with contextlib.suppress(
+                            asyncssh.SFTPError
+                        ):  # only root may: the file then becomes ours
+                            await file.setstat(
+                                asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid)
+                            )
+                await self._push_bytes(sftp, file, read)
+                await file.setstat(attrs)
+
+    @contextlib.asynccontextmanager
+    async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
+        """A name beside the target that nobody guesses; what is made there becomes the target, or
+        is removed.
+        """
+        folder, name = posixpath.split(target)
+        temporary = posixpath.join(folder, _temporary_name(name))
+        try:
+            yield temporary
+            try:
+                await self._replace(sftp, temporary, target)
+            except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
+                raise TransferError(
+                    f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
+                    "(inplace writes onto the file itself)"
+                ) from exc
+        except BaseException as exc:
+            full = False
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(
+                        sftp, target
+                    )
+                    await sftp.remove(temporary)
+            if full:
+                raise TransferError("no space left on the device") from exc
+            raise
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def _closing(file: asyncssh.SFTPClientFile) -> AsyncIterator[asyncssh.SFTPClientFile]:
+        """Closed at the end; after a failure or a cancellation without waiting for ever for a host
+        that answers no more.
+        """
+        try:
+            yield file
+        except BaseException:
+            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await file.close()
+            raise
+        await file.close()
+
+    async def _push_bytes(
+        self,
+        sftp: asyncssh.SFTPClient,
+        file: asyncssh.SFTPClientFile,
+        read: Callable[[int, int], bytes],
+    ) -> None:
+        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a
+        loss or a cancellation.
+        """
+        size = max(min(sftp.limits.max_write_len, CHUNK // 4), 1)
+        position, under_way = 0, _UnderWay(2 * CHUNK // size)
+        async with under_way:
+            while data := read(size, position):
+                await under_way.start(file.write, data, position)
+                position += len(data)
+                self.step.bytes_transferred += len(data)
+
+    @staticmethod
+    async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
+        """Rename over the target (posix-rename@openssh.com); a server without that must remove it
+        first.
+        """
+        try:
+            await sftp.posix_rename(temporary, target)
+        except asyncssh.SFTPOpUnsupported:
+            try:
+                await sftp.rename(temporary, target)
+            except asyncssh.SFTPError:
+                await sftp.remove(target)
+                await sftp.rename(temporary, target)
+
+    @staticmethod
+    async def _disk_full(sftp: asyncssh.SFTPClient, target: str) -> bool:
+        """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
+        with contextlib.suppress(asyncssh.Error, ValueError):
+            disk = await sftp.statvfs(posixpath.dirname(target) or ".")
+            return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
+        return False
+
+    async def _push_link(
+        self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None
+    ) -> None:
+        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
+            raise TransferError("a folder has that name")
+        async with self._replacing(sftp, target) as temporary:
+            await sftp.symlink(link, temporary)
+
+    # pull: the server is not trusted
+
+    async def pull(
+        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
+    ) -> None:
+        """Remote sources (globs in them expanded) onto a local file, or into a local folder."""
+        found: list[str] = []
+        for source in sources:
+            path = _remote(source)
+            with self._failing(source):
+                matches = (
+                    [each async for each in self._glob(sftp, path)]
+                    if re.search(r"[*?[]", path)
+                    else []
+                )
+                many = many or len(matches) > 1
+                found += matches or [path]
+        folder, name = self._landing(destination, many)
+        taken: set[str] = set()
+        async with self._files:
+            for path in found:
+                with self._failing(path):
+                    own = name or posixpath.basename(path.rstrip("/"))
+                    if own in ("", ".", ".."):
+                        own = posixpath.basename(str(await sftp.realpath(path)))
+                    attrs = await sftp.stat(path)
+                    self._counted(path)
+                    await self._pull_entry(
+                        sftp, path, folder, self._unique(own, taken), attrs, followed=True
+                    )
+
+    def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
+        """The local folder that sources arrive in, and the name there, if it is not their own."""
+        into = many or destination.endswith("/") or os.path.isdir(destination)
+        if into and not os.path.isdir(destination):
+            what = "not a folder" if os.path.exists(destination.rstrip("/")) else "no such folder"
+            raise TransferError(f"{escape(destination)}: {what}", host=self.node.hostname)
+        place = (
+            os.path.realpath(destination) if os.path.islink(destination) else destination
+        )  # a link that the user named is resolved
+        path = place if into else os.path.dirname(place)
+        folder = _Folder(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY), path)
+        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
+        return folder, "" if into else os.path.basename(place)
+
+    @staticmethod
+    def _unique(name: str, taken: set[str]) -> str:
+        """This name, checked, once in a folder (some file systems ignore case: so do we there)."""
+        key = _safe_name(name).casefold() if sys.platform == "darwin" else _safe_name(name)
+        if key in taken:
+            raise TransferError(f"the name {escape(name)} comes twice")
+        taken.add(key)
+        return name
+
+    async def _glob(self, sftp: asyncssh.SFTPClient, pattern: str) -> AsyncIterator[str]:
+        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no
+        leading dot.
+        """
+        head, _, last = pattern.rpartition("/")
+        folders = [head or ("/" if pattern.startswith("/") else ".")]
+        if re.search(r"[*?[]", head):
+            folders = [each async for each in self._glob(sftp, head)]
+        for folder in folders:
+            names: list[str] = []
+            with contextlib.suppress(
+                asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure
+            ):
+                async for entry in sftp.scandir(folder):
+                    self._counted(pattern)
+                    name = str(entry.filename)
+                    if (
+                        fnmatch.fnmatchcase(name, last)
+                        and name not in (".", "..")
+                        and name.startswith(".") <= last.startswith(".")
+                    ):
+                        with self._failing(pattern):
+                            names.append(_safe_name(name))
+            for name in sorted(set(names)):
+                yield (
+                    name
+                    if folder == "." and not pattern.startswith("./")
+                    else posixpath.join(folder, name)
+                )
+
+    async def _pull_entry(
+        self,
+        sftp: asyncssh.SFTPClient,
+        path: str,
+        folder: _Folder,
+        name: str,
+        attrs: asyncssh.SFTPAttrs,
+        *,
+        followed: bool = False,
+    ) -> None:
+        """One remote entry to a checked name in an open folder; ``followed``: the attributes are
+        those that a link leads to.
+        """
+        if attrs.type == asyncssh.FILEXFER_TYPE_UNKNOWN and not followed:
+            attrs = await sftp.lstat(path)  # some servers list names only
+        if linked := attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow and not followed:
+            attrs, followed = await sftp.stat(path), True
+        kind = attrs.type
+        if kind == asyncssh.FILEXFER_TYPE_REGULAR:
+            await self._spawn(path, self._pull_file, sftp, path, folder, name, attrs)
+        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
+            self._make_link(folder, name, str(await sftp.readlink(path)))
+        else:
+            real = str(await sftp.realpath(path)) if self.follow else ""
+            self._check_folder(
+                kind == asyncssh.FILEXFER_TYPE_DIRECTORY,
+                folder.depth,
+                linked and f"{folder.real}/".startswith(f"{real}/"),
+            )
+            inner = folder.enter(name, attrs, self.preserve)
+            inner.real = real
+            taken: set[str] = set()
+            links: list[str] = []  # made when the rest of the folder is on its way
+            async for entry in sftp.scandir(path):
+                child = str(entry.filename)
+                self._counted(posixpath.join(path, child))
+                if child in (".", ".."):
+                    continue
+                with self._failing(posixpath.join(path, child)):
+                    self._unique(child, taken)
+                    if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
+                        links.append(child)
+                    else:
+                        await self._pull_entry(
+                            sftp, posixpath.join(path, child), inner, child, entry.attrs
+                        )
+            for child in links:
+                with self._failing(posixpath.join(path, child)):
+                    self._make_link(
+                        inner, child, str(await sftp.readlink(posixpath.join(path, child)))
+                    )
+
+    async def _pull_file(
+        self,
+        sftp: asyncssh.SFTPClient,
+        path: str,
+        folder: _Folder,
+        name: str,
+        attrs: asyncssh.SFTPAttrs,
+    ) -> None:
+        """One file, read to its end, whatever size was announced."""
+        with self._arriving(folder, name, attrs) as fd:
+            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
+
+    @contextlib.contextmanager
+    def _arriving(self, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> Iterator[int]:
+        """A local file to write, under a temporary name until it is whole; what is there and is no
+        file is left alone.
+        """
+        try:
+            existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            existing = None
+        place = escape(os.path.join(folder.path, name))
+        if existing and stat.S_ISDIR(existing.st_mode):
+            raise TransferError("a folder has that name")
+        if (
+            existing
+            and not stat.S_ISREG(existing.st_mode)
+            and (self.inplace or not stat.S_ISLNK(existing.st_mode))
+        ):
+            raise TransferError(f"{place} is there and not a regular file")
+        inplace = self.inplace and existing
+        temporary = name if inplace else _temporary_name(name)
+        creation = os.O_NONBLOCK if inplace else os.O_CREAT | os.O_EXCL
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
+        except OSError as exc:
+            if inplace or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise TransferError(
+                f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
+                "(inplace writes onto the file itself)"
+            ) from exc
+        try:
+            if inplace:
+                os.ftruncate(fd, 0)
+            yield fd
+            if existing and not inplace and stat.S_ISREG(existing.st_mode):
+                with contextlib.suppress(OSError):  # only root may
+                    os.fchown(fd, existing.st_uid, existing.st_gid)
+            if attrs.permissions is not None:
+                os.fchmod(fd, attrs.permissions & 0o777)
+            if self.preserve and attrs.mtime is not None:
+                os.utime(fd, (attrs.atime or attrs.mtime, attrs.mtime))
+            if not inplace:
+                try:
+                    os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
+                except OSError as exc:
+                    raise TransferError(
+                        f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)"
+                    ) from exc
+        except BaseException:
+            if not inplace:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder.fd)
+            raise
+        finally:
+            os.close(fd)
+
+    async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
+        """The announced size in parallel, then on to the real end, unless asking for one byte more
+        than announced has shown it.
+        """
+        end, ended = 0, False
+        block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
+        async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
+
+            async def fetch(position: int, wanted: int) -> None:
+                nonlocal end, ended
+                while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
+                    _write_all(fd, data, position)
+                    position, wanted, end = (
+                        position + len(data),
+                        wanted - len(data),
+                        max(end, position + len(data)),
+                    )
+                    self.step.bytes_transferred += len(data)
+                    if position == size and wanted == 1:
+                        break
+                ended |= wanted > 0
+
+            async with _UnderWay(2 * CHUNK // block) as under_way:
+                for position in range(0, size, block):
+                    if ended:
+                        break
+                    await under_way.start(fetch, position, min(block, size + 1 - position))
+            while not ended and (data := cast("bytes", await file.read(CHUNK // 4, end))):
+                _write_all(fd, data, end)
+                end += len(data)
+                self.step.bytes_transferred += len(data)
+                if end > size + SURPLUS_LIMIT:
+                    raise TransferError("goes on far beyond its size: given up")
+
+    def _make_link(self, folder: _Folder, name: str, target: str) -> None:
+        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no
+        further than the top.
+        """
+        steps = [step for step in target.split("/") if step not in ("", ".")]
+        ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
+        if (
+            not target
+            or len(target) > 4000
+            or target.startswith("/")
+            or "\0" in target
+            or ups > folder.depth
+            or ".." in steps[ups:]
+        ):
+            raise TransferError(f"refused a link that leads out, to {_brief(target) or repr('')}")
+        folder.put_link(name, target)
+
+    # on this machine
+
+    async def local(self, sources: list[str], destination: str, many: bool) -> None:
+        """A plain copy, for LocalNode; the same rules about folders, links, names and what arrives."""
+        folder, name = self._landing(destination, many)
+        names = [name or os.path.basename(os.path.abspath(source)) for source in sources]
+        for source, own in zip(sources, names, strict=True):
+            with self._failing(source):
+                if names.count(own) > 1:
+                    raise TransferError(f"two sources are called {escape(own)}")
+                target = Path(folder.path, own).resolve()
+                if (
+                    Path(source).is_dir()
+                    and Path(source).resolve() in (target, *target.parents)
+                    and self.recurse
+                ):
+                    raise TransferError("cannot be copied into itself")
+                await self._local_entry(source, folder, own, ())
+
+    async def _local_entry(
+        self,
+        source: str,
+        folder: _Folder,
+        name: str,
+        within: tuple[tuple[int, int], ...],
+        named: bool = True,
+    ) -> None:
+        self._counted(source)
+        info = os.stat(source) if self.follow or named else os.lstat(source)
+        if stat.S_ISREG(info.st_mode):
+            await asyncio.to_thread(self._local_file, source, folder, name)
+        elif stat.S_ISLNK(info.st_mode):
+            folder.put_link(name, os.readlink(source))
+        else:
+            self._check_folder(
+                stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within
+            )
+            inner = folder.enter(name, self._attrs(info), self.preserve)
+            for child in os.listdir(source):
+                path = os.path.join(source, child)
+                with self._failing(path):
+                    await self._local_entry(
+                        path, inner, child, (*within, (info.st_dev, info.st_ino)), False
+                    )
+
+    def _local_file(self, source: str, folder: _Folder, name: str) -> None:
+        with (
+            open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
+            self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd,
+            open(fd, "wb", closefd=False) as copied,
+        ):
+            shutil.copyfileobj(file, copied, CHUNK)
+            self.step.bytes_transferred += copied.tell()
+
+
+# --------------------------------------------------------------------------------------------------
 # nodes: connections, sessions, SshNode and LocalNode
 # --------------------------------------------------------------------------------------------------
 
@@ -2684,12 +3710,6 @@ def _timed_out(timeout: float | None, node: _Node, command: str) -> ApsshError:
     )
 
 
-_LOST = (
-    asyncssh.SFTPConnectionLost,
-    asyncssh.SFTPNoConnection,
-    asyncssh.ConnectionLost,
-    ConnectionError,
-)
 _VERIFY = object()  # known_hosts: the default policy
 
 
@@ -3648,1023 +4668,8 @@ class LocalNode(_Node):
 
 
 # --------------------------------------------------------------------------------------------------
-# transfers: one SFTP engine; what arrives is whole, and stays inside the destination
-# --------------------------------------------------------------------------------------------------
-
-CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under way
-FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
-TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
-DEPTH_LIMIT = 100  # folders in folders
-SURPLUS_LIMIT = (
-    1 << 30
-)  # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
-
-
-def _reason(exc: BaseException) -> str:
-    """Why a file operation failed, in a few words."""
-    if isinstance(exc, asyncssh.SFTPError):
-        return _brief(exc.reason[:1].lower() + exc.reason[1:], 200)
-    return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
-
-
-def _safe_name(name: str) -> str:
-    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
-    system has longer ones.
-    """
-    if (
-        not name
-        or name in (".", "..")
-        or "/" in name
-        or "\0" in name
-        or len(os.fsencode(name)) > 255
-    ):
-        raise TransferError(f"refused the name '{_brief(name)}' sent by the server")
-    return name
-
-
-def _temporary_name(name: str) -> str:
-    """One that nobody guesses, and that no file system finds too long."""
-    return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
-
-
-def _write_all(fd: int, data: bytes, position: int) -> None:
-    """A full disk takes a part without an error: the next write tells."""
-    while (written := os.pwrite(fd, data, position)) < len(data):
-        data, position = data[written:], position + written
-
-
-def _paths(paths: Any) -> tuple[list[Any], bool]:
-    """One path or several, as a list; whether they were several, be it a list of one (they then
-    need a folder).
-    """
-    many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
-    each = list(paths) if many else [paths]
-    if not each or not all(
-        isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
-    ):
-        raise UsageError(f"a path or a list of paths, not {paths!r}")
-    return each, many
-
-
-def _remote(path: str) -> str:
-    """A remote path; the remote home is where SFTP starts, so ``~`` and nothing are the same."""
-    return (
-        path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
-    )
-
-
-class _Folder:
-    """A local folder held by descriptor, so that no name can be swapped for a link under us. Its
-    files and subfolders refer to it: when the last is done it gets its final mode and times, and is
-    closed.
-    """
-
-    def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
-        self.fd, self.path, self.parent = fd, path, parent
-        self.real = ""  # where its source really is, when links are followed
-        self.depth: int = parent.depth + 1 if parent else 0
-        self.mode: int | None = None
-        self.times: tuple[float, float] | None = None
-
-    def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
-        """The subfolder of this name, made if need be (one that was there keeps its mode, unless
-        preserve); never through a link.
-        """
-        made = True
-        try:
-            os.mkdir(name, 0o700, dir_fd=self.fd)
-        except FileExistsError:
-            made = False
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
-        except NotADirectoryError:
-            link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
-            raise TransferError(f"a {'link' if link else 'file'} has that name") from None
-        folder = _Folder(fd, os.path.join(self.path, name), self)
-        folder.mode = (
-            attrs.permissions & 0o777
-            if attrs.permissions is not None and (made or preserve)
-            else None
-        )
-        if preserve and attrs.mtime is not None:
-            folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
-        return folder
-
-    def put_link(self, name: str, target: str) -> None:
-        """A link of this name, in place of what is there."""
-        temporary = _temporary_name(name)
-        os.symlink(target, temporary, dir_fd=self.fd)
-        try:
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        except OSError as exc:
-            os.unlink(temporary, dir_fd=self.fd)
-            if isinstance(exc, IsADirectoryError):
-                raise TransferError("a folder has that name") from exc
-            raise
-
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.times:
-                os.utime(self.fd, self.times)
-            if self.mode is not None:
-                os.fchmod(self.fd, self.mode)
-        os.close(self.fd)
-
-
-class _UnderWay:
-    """Files, or requests on one file, under way, at most so many; leaving it waits for all of them,
-    or, on a failure, cancels them. No asyncio.TaskGroup: that takes a cancellation from outside for
-    its own, when one of its tasks has just failed.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
-        self._failure: BaseException | None = None
-
-    async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """One more, when there is room. Raises what an earlier one raised."""
-        await self._room.acquire()
-        if self._failure:
-            raise self._failure
-        self._tasks.add(task := asyncio.create_task(work(*args)))
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
-        failure = (
-            None if task.cancelled() else task.exception()
-        )  # retrieved, whether or not it is the first
-        self._failure = self._failure or failure
-
-    async def __aenter__(self) -> _UnderWay:
-        return self
-
-    async def __aexit__(self, kind: object, *exc_info: object) -> None:
-        try:
-            while kind is None and self._tasks and not self._failure:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-            if kind is None and self._failure:
-                raise self._failure
-        finally:
-            for task in (left := set(self._tasks)):
-                task.cancel()
-            if left:
-                await asyncio.wait(left)
-            self._failure = (
-                None  # kept here, it would keep its frames, and the folder they hold open
-            )
-
-
-class _Copy:
-    """One Push or Pull with one node: its options, what it has moved, what failed (the other files
-    go on).
-    """
-
-    def __init__(
-        self,
-        node: _Node,
-        step: StepRecord,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-    ) -> None:
-        self.node, self.step = node, step
-        self.preserve, self.recurse, self.follow, self.inplace = (
-            preserve,
-            recurse,
-            follow_symlinks,
-            inplace,
-        )
-        self.failure, self.failed = (
-            "",
-            0,
-        )  # the first, and how many: a hostile server has no end of them
-        self.count = 0
-        self._files = _UnderWay(FILES_IN_FLIGHT)
-
-    @contextlib.contextmanager
-    def _failing(self, path: str) -> Iterator[None]:
-        """A failure of this path is noted; only the loss of the connection stops the rest."""
-        try:
-            yield
-        except _LOST as exc:
-            raise ConnectionFailedError(
-                f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname
-            ) from exc
-        except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
-            reason = exc.message if isinstance(exc, TransferError) else _reason(exc)
-            self.failure, self.failed = (
-                self.failure or f"{_brief(path, 200)}: {reason}",
-                self.failed + 1,
-            )
-
-    def _counted(self, path: str) -> None:
-        """Every name that a folder is said to have counts, whatever becomes of it."""
-        self.count += 1
-        if self.count > TREE_LIMIT:
-            raise ApsshError(
-                f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
-                host=self.node.hostname,
-            )
-
-    def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
-        """What is no file and no link must be a folder that can be copied, in a folder of this
-        depth.
-        """
-        for wrong, why in (
-            (not is_folder, "not a regular file, folder or link"),
-            (not self.recurse, "is a folder (recurse, -r, copies folders)"),
-            (depth >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
-            (inside_itself, "a link to a folder it is in"),
-        ):
-            if wrong:
-                raise TransferError(why)
-
-    async def _spawn(
-        self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
-    ) -> None:
-        """Run this beside the others, as soon as there is room."""
-
-        async def guarded() -> None:
-            with self._failing(path):
-                await work(*args)
-
-        await self._files.start(guarded)
-
-    async def run(self, walk: Coroutine[Any, Any, None]) -> None:
-        """Walk, then tell what failed. Cancelling it leaves no temporary file."""
-        await walk
-        if self.failed:
-            more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
-            raise TransferError(self.failure + more, host=self.node.hostname)
-
-    # push
-
-    async def push(
-        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
-    ) -> None:
-        """Local sources onto a remote file, or into a remote folder."""
-        target = _remote(destination)
-        with self._failing(destination):
-            existing = await self._remote_stat(sftp, target, follow=True)
-        if self.failed:
-            return
-        folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
-        into = many or folder or destination.endswith("/")
-        if into and not folder:
-            raise TransferError(
-                f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}",
-                host=self.node.hostname,
-            )
-        late: list[tuple[str, asyncssh.SFTPAttrs]] = []
-        names = [os.path.basename(os.path.abspath(source)) for source in sources]
-        async with self._files:
-            for source, name in zip(sources, names, strict=True):
-                with self._failing(source):
-                    if into and names.count(name) > 1:
-                        raise TransferError(f"two sources are called {escape(name)}")
-                    path = posixpath.join(target, name) if into else target
-                    await self._push_entry(
-                        sftp, source, path, await self._remote_stat(sftp, path), late, 0
-                    )
-        for path, attrs in reversed(late):
-            with self._failing(path):
-                await sftp.setstat(path, attrs)
-
-    @staticmethod
-    async def _remote_stat(
-        sftp: asyncssh.SFTPClient, path: str, follow: bool = False
-    ) -> asyncssh.SFTPAttrs | None:
-        try:
-            return await (sftp.stat(path) if follow else sftp.lstat(path))
-        except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
-            return None
-
-    async def _push_entry(
-        self,
-        sftp: asyncssh.SFTPClient,
-        source: str,
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        late: list[tuple[str, asyncssh.SFTPAttrs]],
-        depth: int,
-        within: tuple[tuple[int, int], ...] = (),
-    ) -> None:
-        """One local entry, named (depth 0: a link is followed) or found in a tree."""
-        self._counted(source)
-        info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
-        if stat.S_ISREG(info.st_mode):
-            if (
-                depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK
-            ):  # the user named no link: it is replaced
-                if self.inplace:
-                    raise TransferError("a link has that name")
-                existing = None
-            await self._spawn(
-                source, self._push_file, sftp, source, target, existing, self.follow or depth == 0
-            )
-        elif stat.S_ISLNK(info.st_mode):
-            await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
-        else:
-            self._check_folder(
-                stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within
-            )
-            present: dict[str, asyncssh.SFTPAttrs] = {}
-            if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
-                existing = await self._remote_stat(
-                    sftp, target, follow=True
-                )  # what is named may be a link, over there too
-            if existing and existing.type in (
-                asyncssh.FILEXFER_TYPE_SYMLINK,
-                asyncssh.FILEXFER_TYPE_REGULAR,
-            ):
-                raise TransferError(
-                    f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name"
-                )
-            within += ((info.st_dev, info.st_ino),)
-            if existing is None:
-                await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
-            else:
-                ours = set(os.listdir(source))
-                async for found in sftp.scandir(target):
-                    self._counted(target)
-                    if (name := str(found.filename)) in ours:
-                        present[name] = found.attrs
-            if existing is None or self.preserve:
-                late.append((target, self._attrs(info)))
-            with os.scandir(source) as entries:
-                for entry in entries:
-                    with self._failing(entry.path):
-                        await self._push_entry(
-                            sftp,
-                            entry.path,
-                            posixpath.join(target, entry.name),
-                            present.get(entry.name),
-                            late,
-                            depth + 1,
-                            within,
-                        )
-
-    def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
-        """The mode bits to give; times with preserve."""
-        mode = stat.S_IMODE(info.st_mode) if self.preserve else info.st_mode & 0o777
-        times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
-        return asyncssh.SFTPAttrs(permissions=mode, **times)
-
-    async def _push_file(
-        self,
-        sftp: asyncssh.SFTPClient,
-        source: str,
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        follow: bool,
-    ) -> None:
-        """One file, under a temporary name until it is whole."""
-        fd = os.open(
-            source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-        )  # a FIFO put there meanwhile blocks nobody
-        try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise TransferError("not a regular file")
-            await self.push_content(
-                sftp,
-                lambda size, position: os.pread(fd, size, position),
-                target,
-                existing,
-                self._attrs(info),
-            )
-        finally:
-            os.close(fd)
-
-    async def push_content(
-        self,
-        sftp: asyncssh.SFTPClient,
-        read: Callable[[int, int], bytes],
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        attrs: asyncssh.SFTPAttrs,
-    ) -> None:
-        """Content onto a remote file: whole, or not at all."""
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
-            target = str(await sftp.realpath(target))
-            existing = await self._remote_stat(sftp, target)
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError("a folder has that name")
-        if existing and existing.type not in (
-            asyncssh.FILEXFER_TYPE_REGULAR,
-            asyncssh.FILEXFER_TYPE_UNKNOWN,
-        ):
-            raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
-        folder = _brief(posixpath.dirname(target) or ".", 200)
-        flags = (
-            asyncssh.FXF_WRITE
-            | asyncssh.FXF_CREAT
-            | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
-        )
-        async with (
-            contextlib.nullcontext(target)
-            if self.inplace
-            else self._replacing(sftp, target) as path
-        ):
-            try:
-                opened = await sftp.open(
-                    path,
-                    flags,
-                    asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
-                    encoding=None,
-                    block_size=0,
-                )
-            except asyncssh.SFTPPermissionDenied as exc:
-                if self.inplace:
-                    raise
-                raise TransferError(
-                    f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)"
-                ) from exc
-            except asyncssh.SFTPNoSuchFile:
-                raise TransferError(f"{folder}: no such folder") from None
-            async with self._closing(opened) as file:
-                if existing and not self.inplace:
-                    mine = await file.stat()
-                    if (mine.uid, mine.gid) != (existing.uid, existing.gid):
-                        with contextlib.suppress(
-                            asyncssh.SFTPError
-                        ):  # only root may: the file then becomes ours
-                            await file.setstat(
-                                asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid)
-                            )
-                await self._push_bytes(sftp, file, read)
-                await file.setstat(attrs)
-
-    @contextlib.asynccontextmanager
-    async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
-        """A name beside the target that nobody guesses; what is made there becomes the target, or
-        is removed.
-        """
-        folder, name = posixpath.split(target)
-        temporary = posixpath.join(folder, _temporary_name(name))
-        try:
-            yield temporary
-            try:
-                await self._replace(sftp, temporary, target)
-            except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
-                raise TransferError(
-                    f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
-                    "(inplace writes onto the file itself)"
-                ) from exc
-        except BaseException as exc:
-            full = False
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(
-                        sftp, target
-                    )
-                    await sftp.remove(temporary)
-            if full:
-                raise TransferError("no space left on the device") from exc
-            raise
-
-    @staticmethod
-    @contextlib.asynccontextmanager
-    async def _closing(file: asyncssh.SFTPClientFile) -> AsyncIterator[asyncssh.SFTPClientFile]:
-        """Closed at the end; after a failure or a cancellation without waiting for ever for a host
-        that answers no more.
-        """
-        try:
-            yield file
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await file.close()
-            raise
-        await file.close()
-
-    async def _push_bytes(
-        self,
-        sftp: asyncssh.SFTPClient,
-        file: asyncssh.SFTPClientFile,
-        read: Callable[[int, int], bytes],
-    ) -> None:
-        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a
-        loss or a cancellation.
-        """
-        size = max(min(sftp.limits.max_write_len, CHUNK // 4), 1)
-        position, under_way = 0, _UnderWay(2 * CHUNK // size)
-        async with under_way:
-            while data := read(size, position):
-                await under_way.start(file.write, data, position)
-                position += len(data)
-                self.step.bytes_transferred += len(data)
-
-    @staticmethod
-    async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
-        """Rename over the target (posix-rename@openssh.com); a server without that must remove it
-        first.
-        """
-        try:
-            await sftp.posix_rename(temporary, target)
-        except asyncssh.SFTPOpUnsupported:
-            try:
-                await sftp.rename(temporary, target)
-            except asyncssh.SFTPError:
-                await sftp.remove(target)
-                await sftp.rename(temporary, target)
-
-    @staticmethod
-    async def _disk_full(sftp: asyncssh.SFTPClient, target: str) -> bool:
-        """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
-        with contextlib.suppress(asyncssh.Error, ValueError):
-            disk = await sftp.statvfs(posixpath.dirname(target) or ".")
-            return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
-        return False
-
-    async def _push_link(
-        self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None
-    ) -> None:
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError("a folder has that name")
-        async with self._replacing(sftp, target) as temporary:
-            await sftp.symlink(link, temporary)
-
-    # pull: the server is not trusted
-
-    async def pull(
-        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
-    ) -> None:
-        """Remote sources (globs in them expanded) onto a local file, or into a local folder."""
-        found: list[str] = []
-        for source in sources:
-            path = _remote(source)
-            with self._failing(source):
-                matches = (
-                    [each async for each in self._glob(sftp, path)]
-                    if re.search(r"[*?[]", path)
-                    else []
-                )
-                many = many or len(matches) > 1
-                found += matches or [path]
-        folder, name = self._landing(destination, many)
-        taken: set[str] = set()
-        async with self._files:
-            for path in found:
-                with self._failing(path):
-                    own = name or posixpath.basename(path.rstrip("/"))
-                    if own in ("", ".", ".."):
-                        own = posixpath.basename(str(await sftp.realpath(path)))
-                    attrs = await sftp.stat(path)
-                    self._counted(path)
-                    await self._pull_entry(
-                        sftp, path, folder, self._unique(own, taken), attrs, followed=True
-                    )
-
-    def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
-        """The local folder that sources arrive in, and the name there, if it is not their own."""
-        into = many or destination.endswith("/") or os.path.isdir(destination)
-        if into and not os.path.isdir(destination):
-            what = "not a folder" if os.path.exists(destination.rstrip("/")) else "no such folder"
-            raise TransferError(f"{escape(destination)}: {what}", host=self.node.hostname)
-        place = (
-            os.path.realpath(destination) if os.path.islink(destination) else destination
-        )  # a link that the user named is resolved
-        path = place if into else os.path.dirname(place)
-        folder = _Folder(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY), path)
-        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
-        return folder, "" if into else os.path.basename(place)
-
-    @staticmethod
-    def _unique(name: str, taken: set[str]) -> str:
-        """This name, checked, once in a folder (some file systems ignore case: so do we there)."""
-        key = _safe_name(name).casefold() if sys.platform == "darwin" else _safe_name(name)
-        if key in taken:
-            raise TransferError(f"the name {escape(name)} comes twice")
-        taken.add(key)
-        return name
-
-    async def _glob(self, sftp: asyncssh.SFTPClient, pattern: str) -> AsyncIterator[str]:
-        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no
-        leading dot.
-        """
-        head, _, last = pattern.rpartition("/")
-        folders = [head or ("/" if pattern.startswith("/") else ".")]
-        if re.search(r"[*?[]", head):
-            folders = [each async for each in self._glob(sftp, head)]
-        for folder in folders:
-            names: list[str] = []
-            with contextlib.suppress(
-                asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure
-            ):
-                async for entry in sftp.scandir(folder):
-                    self._counted(pattern)
-                    name = str(entry.filename)
-                    if (
-                        fnmatch.fnmatchcase(name, last)
-                        and name not in (".", "..")
-                        and name.startswith(".") <= last.startswith(".")
-                    ):
-                        with self._failing(pattern):
-                            names.append(_safe_name(name))
-            for name in sorted(set(names)):
-                yield (
-                    name
-                    if folder == "." and not pattern.startswith("./")
-                    else posixpath.join(folder, name)
-                )
-
-    async def _pull_entry(
-        self,
-        sftp: asyncssh.SFTPClient,
-        path: str,
-        folder: _Folder,
-        name: str,
-        attrs: asyncssh.SFTPAttrs,
-        *,
-        followed: bool = False,
-    ) -> None:
-        """One remote entry to a checked name in an open folder; ``followed``: the attributes are
-        those that a link leads to.
-        """
-        if attrs.type == asyncssh.FILEXFER_TYPE_UNKNOWN and not followed:
-            attrs = await sftp.lstat(path)  # some servers list names only
-        if linked := attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow and not followed:
-            attrs, followed = await sftp.stat(path), True
-        kind = attrs.type
-        if kind == asyncssh.FILEXFER_TYPE_REGULAR:
-            await self._spawn(path, self._pull_file, sftp, path, folder, name, attrs)
-        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
-            self._make_link(folder, name, str(await sftp.readlink(path)))
-        else:
-            real = str(await sftp.realpath(path)) if self.follow else ""
-            self._check_folder(
-                kind == asyncssh.FILEXFER_TYPE_DIRECTORY,
-                folder.depth,
-                linked and f"{folder.real}/".startswith(f"{real}/"),
-            )
-            inner = folder.enter(name, attrs, self.preserve)
-            inner.real = real
-            taken: set[str] = set()
-            links: list[str] = []  # made when the rest of the folder is on its way
-            async for entry in sftp.scandir(path):
-                child = str(entry.filename)
-                self._counted(posixpath.join(path, child))
-                if child in (".", ".."):
-                    continue
-                with self._failing(posixpath.join(path, child)):
-                    self._unique(child, taken)
-                    if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
-                        links.append(child)
-                    else:
-                        await self._pull_entry(
-                            sftp, posixpath.join(path, child), inner, child, entry.attrs
-                        )
-            for child in links:
-                with self._failing(posixpath.join(path, child)):
-                    self._make_link(
-                        inner, child, str(await sftp.readlink(posixpath.join(path, child)))
-                    )
-
-    async def _pull_file(
-        self,
-        sftp: asyncssh.SFTPClient,
-        path: str,
-        folder: _Folder,
-        name: str,
-        attrs: asyncssh.SFTPAttrs,
-    ) -> None:
-        """One file, read to its end, whatever size was announced."""
-        with self._arriving(folder, name, attrs) as fd:
-            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
-
-    @contextlib.contextmanager
-    def _arriving(self, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> Iterator[int]:
-        """A local file to write, under a temporary name until it is whole; what is there and is no
-        file is left alone.
-        """
-        try:
-            existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            existing = None
-        place = escape(os.path.join(folder.path, name))
-        if existing and stat.S_ISDIR(existing.st_mode):
-            raise TransferError("a folder has that name")
-        if (
-            existing
-            and not stat.S_ISREG(existing.st_mode)
-            and (self.inplace or not stat.S_ISLNK(existing.st_mode))
-        ):
-            raise TransferError(f"{place} is there and not a regular file")
-        inplace = self.inplace and existing
-        temporary = name if inplace else _temporary_name(name)
-        creation = os.O_NONBLOCK if inplace else os.O_CREAT | os.O_EXCL
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
-        except OSError as exc:
-            if inplace or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise TransferError(
-                f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
-                "(inplace writes onto the file itself)"
-            ) from exc
-        try:
-            if inplace:
-                os.ftruncate(fd, 0)
-            yield fd
-            if existing and not inplace and stat.S_ISREG(existing.st_mode):
-                with contextlib.suppress(OSError):  # only root may
-                    os.fchown(fd, existing.st_uid, existing.st_gid)
-            if attrs.permissions is not None:
-                os.fchmod(fd, attrs.permissions & 0o777)
-            if self.preserve and attrs.mtime is not None:
-                os.utime(fd, (attrs.atime or attrs.mtime, attrs.mtime))
-            if not inplace:
-                try:
-                    os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-                except OSError as exc:
-                    raise TransferError(
-                        f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)"
-                    ) from exc
-        except BaseException:
-            if not inplace:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder.fd)
-            raise
-        finally:
-            os.close(fd)
-
-    async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
-        """The announced size in parallel, then on to the real end, unless asking for one byte more
-        than announced has shown it.
-        """
-        end, ended = 0, False
-        block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
-        async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
-
-            async def fetch(position: int, wanted: int) -> None:
-                nonlocal end, ended
-                while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
-                    _write_all(fd, data, position)
-                    position, wanted, end = (
-                        position + len(data),
-                        wanted - len(data),
-                        max(end, position + len(data)),
-                    )
-                    self.step.bytes_transferred += len(data)
-                    if position == size and wanted == 1:
-                        break
-                ended |= wanted > 0
-
-            async with _UnderWay(2 * CHUNK // block) as under_way:
-                for position in range(0, size, block):
-                    if ended:
-                        break
-                    await under_way.start(fetch, position, min(block, size + 1 - position))
-            while not ended and (data := cast("bytes", await file.read(CHUNK // 4, end))):
-                _write_all(fd, data, end)
-                end += len(data)
-                self.step.bytes_transferred += len(data)
-                if end > size + SURPLUS_LIMIT:
-                    raise TransferError("goes on far beyond its size: given up")
-
-    def _make_link(self, folder: _Folder, name: str, target: str) -> None:
-        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no
-        further than the top.
-        """
-        steps = [step for step in target.split("/") if step not in ("", ".")]
-        ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
-        if (
-            not target
-            or len(target) > 4000
-            or target.startswith("/")
-            or "\0" in target
-            or ups > folder.depth
-            or ".." in steps[ups:]
-        ):
-            raise TransferError(f"refused a link that leads out, to {_brief(target) or repr('')}")
-        folder.put_link(name, target)
-
-    # on this machine
-
-    async def local(self, sources: list[str], destination: str, many: bool) -> None:
-        """A plain copy, for LocalNode; the same rules about folders, links, names and what arrives."""
-        folder, name = self._landing(destination, many)
-        names = [name or os.path.basename(os.path.abspath(source)) for source in sources]
-        for source, own in zip(sources, names, strict=True):
-            with self._failing(source):
-                if names.count(own) > 1:
-                    raise TransferError(f"two sources are called {escape(own)}")
-                target = Path(folder.path, own).resolve()
-                if (
-                    Path(source).is_dir()
-                    and Path(source).resolve() in (target, *target.parents)
-                    and self.recurse
-                ):
-                    raise TransferError("cannot be copied into itself")
-                await self._local_entry(source, folder, own, ())
-
-    async def _local_entry(
-        self,
-        source: str,
-        folder: _Folder,
-        name: str,
-        within: tuple[tuple[int, int], ...],
-        named: bool = True,
-    ) -> None:
-        self._counted(source)
-        info = os.stat(source) if self.follow or named else os.lstat(source)
-        if stat.S_ISREG(info.st_mode):
-            await asyncio.to_thread(self._local_file, source, folder, name)
-        elif stat.S_ISLNK(info.st_mode):
-            folder.put_link(name, os.readlink(source))
-        else:
-            self._check_folder(
-                stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within
-            )
-            inner = folder.enter(name, self._attrs(info), self.preserve)
-            for child in os.listdir(source):
-                path = os.path.join(source, child)
-                with self._failing(path):
-                    await self._local_entry(
-                        path, inner, child, (*within, (info.st_dev, info.st_ino)), False
-                    )
-
-    def _local_file(self, source: str, folder: _Folder, name: str) -> None:
-        with (
-            open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
-            self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd,
-            open(fd, "wb", closefd=False) as copied,
-        ):
-            shutil.copyfileobj(file, copied, CHUNK)
-            self.step.bytes_transferred += copied.tell()
-
-
-# --------------------------------------------------------------------------------------------------
-# values: what one step finds and a later one uses
-# --------------------------------------------------------------------------------------------------
-
-
-class Variables(dict[str, Any]):
-    """A dict whose keys are attributes too: ``v.x = 1``. A missing one raises AttributeError."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
-
-    __setattr__ = dict.__setitem__
-
-    def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
-
-
-class Capture:
-    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(...,
-    capture=Capture("x", v))``.
-    """
-
-    def __init__(self, varname: str, variables: dict[str, Any]) -> None:
-        self.varname, self.variables = varname, variables
-
-    def store(self, text: str) -> None:
-        """Keep this output."""
-        self.variables[self.varname] = text.removesuffix("\n")
-
-
-class Deferred:
-    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions
-    need Jinja2 (extra yaml).
-
-    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never
-    read as templates.
-    """
-
-    _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
-
-    def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
-        self.template, self.variables = template, variables
-
-    def __repr__(self) -> str:
-        return f"Deferred({self.template!r})"
-
-    def __str__(self) -> str:
-        return re.sub(
-            self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template
-        )
-
-    def render(self) -> str:
-        """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
-        expression that cannot be.
-        """
-        if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
-            return self._render_jinja()
-        if missing := [
-            name for name in re.findall(self._PLAIN, self.template) if name not in self.variables
-        ]:
-            raise UndefinedVariableError(
-                f"no value yet for {', '.join(missing)} in {escape(self.template)}"
-            )
-        return str(self)
-
-    def _render_jinja(self) -> str:
-        jinja2 = _extra("jinja2")
-        try:
-            environment = jinja2.Environment(
-                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-            )
-            return cast("str", environment.from_string(self.template).render(self.variables))
-        except jinja2.UndefinedError as exc:
-            raise UndefinedVariableError(
-                f"no value yet in {escape(self.template)}: {exc}"
-            ) from None
-        except Exception as exc:  # an expression may compute anything
-            raise UsageError(f"{escape(self.template)}: {exc}") from None
-
-
-def _text_of(value: Any) -> str:
-    """The text of what a job is given, when it runs."""
-    return (
-        value.render()
-        if isinstance(value, Deferred)
-        else os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else str(value)
-    )
-
-
-class _Quoted(Deferred):
-    """What is made of another text, as one word of the remote shell."""
-
-    def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
-        super().__init__(
-            inner.template if isinstance(inner, Deferred) else "",
-            inner.variables if isinstance(inner, Deferred) else {},
-        )
-        self._inner, self._make = inner, make
-
-    def __str__(self) -> str:
-        return shlex.quote(self._make(str(self._inner)))
-
-    def render(self) -> str:
-        return shlex.quote(self._make(_text_of(self._inner)))
-
-
-def _extra(module: str) -> Any:
-    """A module of the extra ``yaml``."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UsageError(f"this needs {module}: pip install 'apssh[yaml]'") from None
-
-
-# --------------------------------------------------------------------------------------------------
 # commands: the steps of a job; a step gets its node as an argument and keeps none
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(eq=False)
-class StepRecord:
-    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the
-    epoch) and of a monotonic one; ``kind`` None is a success.
-    """
-
-    label: str = ""
-    command: str = ""
-    start_wall: float | None = None
-    start: float | None = None
-    end: float | None = None
-    status: int | str | None = None
-    kind: str | None = None
-    error: str | None = None
-    bytes_out: int = 0
-    bytes_err: int = 0
-    bytes_transferred: int = 0
-    end_wall: float | None = None
-    script_sha256: str | None = None
-    may_run: bool = False  # the command may still be running over there
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Notes the times, and how it failed."""
-        self.start_wall, self.start = time.time(), time.monotonic()
-        try:
-            yield
-        except ApsshError as exc:
-            self.kind, self.error = exc.kind, str(exc)
-            raise
-        except BaseException as exc:
-            cancelled = isinstance(exc, asyncio.CancelledError)
-            self.kind, self.error = (
-                "cancelled" if cancelled else "local",
-                "cancelled" if cancelled else repr(exc),
-            )
-            raise
-        finally:
-            self.end_wall, self.end = time.time(), time.monotonic()
 
 
 class AbstractCommand:
@@ -7153,10 +7158,6 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
 # --------------------------------------------------------------------------------------------------
 # views: what the programs show of a fan-out; each sees every result
 # --------------------------------------------------------------------------------------------------
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 class _Marks:

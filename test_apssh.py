@@ -3855,1017 +3855,53 @@ def test_connect_timeout(
 
 
 # --------------------------------------------------------------------------------------------------
-# the guard
+# values
 # --------------------------------------------------------------------------------------------------
 
 
-# command lines whose exit status, outputs and reading by the shell must be those of plain ssh
-AS_PLAIN_SSH = [
-    "true",
-    "exit 7",
-    "false",
-    "no-such-command-here",
-    "echo one; echo two >&2; exit 3",
-    "kill -TERM $$",
-    "kill -KILL $$",
-    "kill -HUP $$",
-    "sh -c 'kill -INT $$'",
-    "cat",
-    "wc -c",
-    'read x; echo "[$x]"',
-    "echo 'single' \"double\" $HOME",
-    "echo a\\ b  c",
-    "echo '!x' \\!",
-    "printf '%s\\n' \"a'b\" 'c\"d'",
-    "echo $0",
-    "echo $#",
-    "cd /; pwd",
-    "pwd",
-    "echo ~",
-    "umask",
-    "echo {1..3} $((2 + 3))",
-    "if true; then echo yes; fi",
-    "echo $(echo nested $(echo deep))",
-    "x=5; echo $x ${x:-6}",
-    "(exit 4)",
-    "true | false",
-    "false | true",
-    "echo a && false || echo b",
-    "cat <<EOF\nhere $((1 + 1))\nEOF",
-    "echo one\necho two",
-    "printf 'no newline'",
-    "printf '\\000\\377' | od -c",
-    "trap 'echo bye' EXIT; echo hi",
-    "exec echo replaced",
-    "test -t 0; echo $?",
-    "test -t 1; echo $?",
-    "echo é 名",
-    "set | grep -c '^apssh'",
-    "env | grep -c apssh",
-    "ps -o pgid= -p $$ | tr -d ' ' | grep -qx $$ && echo leader",
-    "# only a comment",
-    ": &",
-    "sleep 0.1 & wait; echo waited",
-    "echo -n; echo -e 'a\\tb'",
-    "ls -l /proc/self/fd | wc -l",
-    "ulimit -c",
-    "echo ${BASH_VERSION:+bash} $-",
-    "seq 1 3 | while read i; do echo $i; done",
-]
+def test_variables() -> None:
+    variables = Variables(a=1)
+    variables.b = 2
+    assert (variables["b"], variables.a, dict(variables)) == (2, 1, {"a": 1, "b": 2})
+    del variables.a
+    for read in (lambda: variables.a, lambda: delattr(variables, "a")):
+        with pytest.raises(AttributeError, match=r"^no variable 'a'$"):
+            read()
 
 
-def plain_ssh(server: Sshd, keys: Path, command: str) -> tuple[int, bytes, bytes]:
-    done = subprocess.run(
-        [
-            "ssh",
-            "-F",
-            "none",
-            "-n",
-            "-i",
-            str(keys / "id_ed25519"),
-            "-o",
-            "IdentitiesOnly=yes",
-            "-o",
-            "StrictHostKeyChecking=no",
-            "-o",
-            "UserKnownHostsFile=/dev/null",
-            "-o",
-            "LogLevel=ERROR",
-            "-p",
-            str(server.port),
-            f"{ME}@127.0.0.1",
-            command,
-        ],
-        capture_output=True,
-        check=False,
-        timeout=30,
+def test_deferred() -> None:
+    variables = Variables()
+    deferred = Deferred("ping {{ host }} {{count}}", variables)
+    assert (str(deferred), repr(deferred)) == (
+        "ping {{ host }} {{count}}",
+        "Deferred('ping {{ host }} {{count}}')",
     )
-    return done.returncode, done.stdout, done.stderr
+    variables.host = "{{count}}"
+    assert str(deferred) == "ping {{count}} {{count}}"
+    with pytest.raises(apssh.UndefinedVariableError) as caught:
+        deferred.render()
+    assert str(caught.value) == "no value yet for count in ping {{ host }} {{count}}"
+    variables.count = 3
+    assert deferred.render() == "ping {{count}} 3"  # a value is never read as a template
 
 
-def same_as_plain_ssh(command: str, ours: apssh.Result, theirs: tuple[int, bytes, bytes]) -> None:
-    status, out, err = theirs
-    assert (ours.stdout_bytes, ours.stderr_bytes) == (out, err), command
-    if ours.signal:
-        assert status == 255, command  # all that ssh's own exit status tells of a signal
-    else:
-        assert ours.status == status, command
+def test_deferred_expressions_use_jinja() -> None:
+    assert Deferred("{{ '%02d' % n }}{% if n > 1 %}s{% endif %}", {"n": 7}).render() == "07s"
+    with pytest.raises(apssh.UndefinedVariableError) as caught:
+        Deferred("{{ n + 1 }}", {}).render()
+    assert str(caught.value) == "no value yet in {{ n + 1 }}: 'n' is undefined"
+    with pytest.raises(UsageError, match=r"^\{\{ n \+ \}\}: "):
+        Deferred("{{ n + }}", {}).render()
+    with pytest.raises(UsageError, match=r"^\{\{ n \+ 1 \}\}: can only concatenate str"):
+        Deferred("{{ n + 1 }}", {"n": "7"}).render()
 
 
-def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
-    if not shutil.which("ssh"):
-        pytest.skip("no OpenSSH client (ssh) is installed here")
-
-    async def both() -> None:
-        formatter = apssh._HoldingFormatter()
-        node = sshd.node(formatter=formatter)
-        room = asyncio.Semaphore(4)
-
-        async def one(command: str) -> None:
-            async with room:
-                theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
-                held = apssh._HeldSink()
-                status = await node._execute(command, apssh.StepRecord(), sink=held)
-                result = apssh.Result(
-                    "h",
-                    "u",
-                    22,
-                    "h",
-                    "h",
-                    stdout_bytes=held.stdout(),
-                    stderr_bytes=held.stderr(),
-                    error=None,
-                )
-                result.status, result.signal = (
-                    (status, None) if isinstance(status, int) else (None, status)
-                )
-                same_as_plain_ssh(command, result, theirs)
-
-        async with node:
-            await asyncio.gather(*map(one, AS_PLAIN_SSH))
-
-    run(both())
-
-
-ENDINGS = ["cancel", "timeout", "close", "abort"]
-STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run, "leader gone": Run}
-
-
-@pytest.mark.parametrize("kind", STEPS)
-@pytest.mark.parametrize("how", ENDINGS)
-def test_no_process_outlives_its_command(
-    sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path
-) -> None:
-    token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
-    command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
-    if kind == "leader gone":  # but not the outputs: the command has not ended
-        command = f"sleep {token} & sleep {token} & sleep {token} >/dev/null & echo hi"
-    (home / "script").write_text(f"#!/bin/sh\n{command}\n")
-
-    async def main() -> None:
-        node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
-        what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
-        task = asyncio.create_task(
-            STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node)
-        )
-        await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
-        if how == "cancel":
-            task.cancel()
-        elif how == "close":
-            await node.close()
-        elif how == "abort":
-            (await node.connect_lazy()).abort()
-        with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
-            await task
-        if how == "timeout" and STEPS[kind] is Run:
-            assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
-        await eventually_async(
-            lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
-            8,
-        )
-        for each in node._hops()[::-1]:
-            await each.close()
-
-    run(main())
-
-
-as_root = pytest.mark.skipif(
-    os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions"
-)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
-    ids=["stdin", "script", "pty"],
-)
-def test_no_process_outlives_a_timeout_when_stdin_is_data(
-    sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
-    monkeypatch.setenv("TERM", "dumb")
-
-    async def endless() -> AsyncIterator[bytes]:
-        while True:
-            yield b"data\n"
-            await asyncio.sleep(0.1)
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            other = asyncio.create_task(node.run("sleep 3"))
-            given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
-            step = (RunString if "script" in options else Run)(
-                f"sleep {token} & sleep {token}", timeout=1, **given
-            )
-            with pytest.raises(CommandFailedError):
-                await step._run(node, apssh.StepRecord())
-            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-            await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
-            assert await other == 0  # what runs on other connections of the node is not disturbed
-
-    run(main())
-
-
-@pytest.mark.parametrize("freeze", [False, True], ids=["there", "gone"])
-@pytest.mark.parametrize("stdin", [False, True], ids=["no stdin", "stdin"])
-def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, freeze: bool) -> None:
-    """It may still be running only where the network has gone."""
-
-    async def given() -> AsyncIterator[bytes]:
-        yield b"data\n"
-        await asyncio.sleep(60)
-
-    async def main() -> None:
-        frozen = asyncio.Event()
-        async with (
-            raw_server(network(sshd.port, frozen)) as port,
-            SshNode("127.0.0.1", port=port, username=ME) as node,
-        ):
-            step = apssh.StepRecord()
-            task = asyncio.create_task(
-                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(
-                    node, step
-                )
-            )
-            await eventually_async((sshd.home / "up").exists)
-            if freeze:
-                frozen.set()
-            with pytest.raises(CommandFailedError):
-                await task
-            assert step.may_run == freeze
-
-    run(main())
-
-
-def test_connection_that_is_to_be_cut_takes_nobody_else(
-    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """That of a command whose shell has gone, while its outputs are held: what begins meanwhile
-    runs on another.
-    """
-
-    async def main() -> None:
-        given_up = asyncio.Event()
-        monkeypatch.setattr(
-            asyncssh.SSHClientConnection, "set_keepalive", lambda *_: given_up.set()
-        )
-        async with sshd.node() as node:
-            first = asyncio.create_task(node.run("sleep 30 & true", timeout=1))
-            await given_up.wait()
-            assert await node.run("sleep 2") == 0
-            with pytest.raises(CommandFailedError):
-                await first
-
-    run(main())
-
-
-def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
-    token = f"90{os.getpid()}"
-
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
-            for _ in range(5):
-                with pytest.raises(CommandFailedError):
-                    await node.run(
-                        f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3
-                    )
-            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-
-    run(main())
-
-
-def test_what_left_its_group_lives(sshd: Sshd) -> None:
-    token = f"98{os.getpid()}"
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            assert (
-                await node.run(f"nohup setsid sleep {token} >/dev/null 2>&1 & sleep 0.2; exit 0")
-                == 0
-            )
-            assert await node.run(f"sleep {token}1 > /dev/null 2>&1 &") == 0
-
-    run(main())
-    assert len(processes(f"sleep {token}")) >= 2
-    subprocess.run(["pkill", "-f", f"^sleep {token}"], check=True)
-
-
-def test_without_the_guard(sshd: Sshd) -> None:
-    async def main() -> None:
-        async with sshd.node(guard=False) as node:
-            assert await node.run("cat; exit 5") == 5
-            assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
-            with pytest.raises(CommandFailedError):
-                await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
-
-    run(main())
-
-
-# --------------------------------------------------------------------------------------------------
-# nodes
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("hostname", "options", "message"),
-    [
-        ("", {}, "'' is not a host name or an address"),
-        ("a b", {}, "'a b' is not a host name or an address"),
-        ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"),
-        ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
-        ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
-        ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"),
-        ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
-    ],
-)
-def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> None:
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert Deferred("{{ n }}", {"n": 7}).render() == "7"
     with pytest.raises(UsageError) as caught:
-        SshNode(hostname, **options)
-    assert str(caught.value) == message
-
-
-def test_node_attributes() -> None:
-    gateway = SshNode("gw")
-    node = SshNode("box", username="me", port=2200, gateway=gateway)
-    assert (node.hostname, node.username, node.port, node.gateway, gateway.username) == (
-        "box",
-        "me",
-        2200,
-        gateway,
-        "root",
-    )
-    assert type(node.formatter) is apssh.HostFormatter
-    assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
-    assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
-    assert not node.is_connected() and not node.is_sftp_connected()
-
-
-def test_node_is_its_own_gateway() -> None:
-    node = SshNode("box")
-    node.gateway = node
-    with pytest.raises(UsageError) as caught:
-        run(node.run("true"))
-    assert str(caught.value) == "box: its gateways go in a circle, through box"
-
-
-def test_keys_are_known_by_name() -> None:
-    """Keys are loaded once for all nodes that name the same: an object's id may come again."""
-    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode(
-        "h", keys=Path("a")
-    ).keys == ["a"]
-
-
-def test_hundreds_of_nodes_open_no_file() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    nodes = [SshNode(f"box{number}") for number in range(500)]
-    assert len(os.listdir("/proc/self/fd")) == before and nodes
-
-
-def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
-    async def main() -> None:
-        async with sshd.node() as node:
-            assert node.is_connected()
-            assert await node.run("echo out; echo err >&2; exit 3") == 3
-            assert await node.run("kill -TERM $$") == "TERM"
-            with pytest.raises(UsageError, match="an empty command"):
-                await node.run("  ")
-        assert not node.is_connected()
-
-    run(main())
-    assert capfd.readouterr() == ("127.0.0.1:out\n", "127.0.0.1:err\n")
-
-
-def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) -> None:
-    sshd = make_sshd()
-    before = sshd.logins()
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            assert await asyncio.gather(*(node.run("true") for _ in range(9))) == [0] * 9
-            assert sshd.connections() == 1
-
-    run(main())
-    assert sshd.logins() == before + 1
-
-
-def test_closed_while_it_connects(
-    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The connection that comes later is not left to nobody."""
-    sshd = make_sshd()
-
-    async def main() -> None:
-        node, connected, go_on = sshd.node(), asyncio.Event(), asyncio.Event()
-        log_in = SshNode._log_in
-
-        async def late(*args: Any) -> Any:
-            link = await log_in(*args)
-            connected.set()
-            await go_on.wait()
-            return link
-
-        monkeypatch.setattr(SshNode, "_log_in", late)
-        task = asyncio.create_task(node.run("true"))
-        await connected.wait()
-        await node.close()
-        go_on.set()
-        with pytest.raises(ConnectionFailedError) as caught:
-            await task
-        assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
-        await eventually_async(lambda: not sshd.connections())
-
-    run(main())
-
-
-def test_sink_that_fails_ends_a_command_with_stdin(
-    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whose channel does not end by itself."""
-    monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1000)
-    token = f"85{os.getpid()}"
-
-    async def given() -> AsyncIterator[bytes]:
-        yield b"data\n"
-        await asyncio.sleep(60)
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            step = Run(
-                f"sleep {token} & seq 1000; sleep {token}",
-                stdin=given(),
-                capture=Capture("x", Variables()),
-            )
-            with pytest.raises(ApsshError, match="of output to hold"):
-                await asyncio.wait_for(step.co_run_remote(node), 5)
-            await eventually_async(lambda: not processes(f"sleep {token}"))
-
-    run(main())
-
-
-def test_standard_input_that_fails(sshd: Sshd) -> None:
-    async def given() -> AsyncIterator[bytes]:
-        yield b"data\n"
-        raise ValueError("no more")
-
-    error = failure_of(Run("cat >/dev/null; sleep 30", stdin=given()).co_run_remote(sshd.node()))
-    assert str(error) == "127.0.0.1: local: standard input: no more"
-
-
-@pytest.mark.parametrize(
-    "subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"]
-)
-def test_sftp_that_does_not_come_holds_no_session(
-    make_sshd: Callable[..., Sshd], subsystem: str
-) -> None:
-    """Whether it was cancelled as it opened, or a start-up file printed into it."""
-    program = re.search(r"Subsystem sftp (.*)", (make_sshd().folder / "config").read_text())
-    assert program
-    sshd = make_sshd(
-        MaxSessions=2,
-        **{"Subsystem": f"sftp {subsystem}{program[1]}", "ForceCommand": "none"}
-        if subsystem
-        else {},
-    )
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            for number in range(8):
-                task = asyncio.create_task(node.sftp_connect_lazy())
-                if subsystem:
-                    with pytest.raises(TransferError) as caught:
-                        await task
-                    assert str(caught.value).startswith("127.0.0.1: local: no SFTP over there: ")
-                else:
-                    await asyncio.sleep(0.001 * number)  # at each point of the way
-                    task.cancel()
-                    await asyncio.wait([task])
-            assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
-            assert sshd.connections() == 1
-
-    run(main())
-
-
-def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
-    sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
-    error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
-    assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
-
-
-def test_sftp_that_ended_gives_its_session_back(
-    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a host takes one session on one connection, it is the command's then."""
-    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
-    sshd = make_sshd(MaxSessions=1)
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            await node.sftp_connect_lazy()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await node.run("true")
-            assert (
-                str(caught.value)
-                == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
-            )
-            (server,) = [
-                process
-                for process in descendants(sshd._process.pid)
-                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
-            ]
-            os.kill(server, signal.SIGKILL)
-            await eventually_async(lambda: not node.is_sftp_connected())
-            assert await node.run("true") == 0
-            await node.sftp_connect_lazy()
-
-    run(main())
-
-
-def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
-    """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as
-    before.
-    """
-    sshd = make_sshd()
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            await node.put_file_s("/etc/passwd", "first")
-            (server,) = [
-                process
-                for process in descendants(sshd._process.pid)
-                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
-            ]
-            os.kill(server, signal.SIGKILL)
-            await eventually_async(lambda: not node.is_sftp_connected())
-            await node.put_file_s("/etc/passwd", "second")
-            assert sshd.logins() == 1
-            (link,) = node._live.links if node._live else ()
-            assert link.sessions == 1
-
-    run(main())
-    assert (sshd.home / "second").read_bytes() == Path("/etc/passwd").read_bytes()
-
-
-def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
-    server = make_sshd(MaxSessions=3)
-
-    async def main() -> None:
-        async with server.node() as node:
-            assert await asyncio.gather(*(node.run("sleep 0.2") for _ in range(30))) == [0] * 30
-            assert server.connections() <= apssh.CONNECTIONS_PER_NODE
-
-    run(main())
-
-
-@pytest.mark.parametrize("most", [1, 2, 4])
-def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd], most: int) -> None:
-    """Commands, one after the other and at once, scripts and copies: a refused session is asked for
-    again, or elsewhere.
-    """
-    server = make_sshd(MaxSessions=most)
-
-    async def main() -> None:
-        async with server.node() as node:
-            assert [await node.run("true") for _ in range(20)] == [0] * 20
-            busy = [asyncio.create_task(node.run("touch up; sleep 1")) for _ in range(most)]
-            await eventually_async((server.home / "up").exists)
-            await node.mkdir("made")
-            steps = [each for _ in range(6) for each in (Run("exit 3"), RunString("exit 3"))]
-            assert await asyncio.gather(*(each.co_run_remote(node) for each in steps)) == [3] * 12
-            assert await asyncio.gather(*busy) == [0] * most and (server.home / "made").is_dir()
-
-    run(main())
-
-
-def test_work_that_is_being_given_up_is_joined_by_nobody(
-    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
-    load = apssh._keys_of_run
-    slow = threading.Event()
-
-    def load_slowly(node: SshNode) -> Any:
-        slow.wait(5)
-        return load(node)
-
-    async def main() -> None:
-        monkeypatch.setattr(apssh, "_keys_of_run", load_slowly)
-        first = asyncio.create_task(sshd.node().run("true"))
-        await asyncio.sleep(0)
-        await eventually_async(lambda: apssh._Limits.here().keys)
-        first.cancel()
-        second = sshd.node()
-        task = asyncio.create_task(second.run("true"))
-        await asyncio.sleep(0.1)
-        slow.set()
-        assert await task == 0
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        await second.close()
-
-    run(main())
-
-
-def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: Path) -> None:
-    """The time of a step bounds the upload of its script too."""
-    over = asyncio.Event()
-
-    class Stuck(asyncssh.SFTPServer):
-        async def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:  # type: ignore[override]
-            await over.wait()
-
-    async def shell(process: Any) -> None:
-        process.stdout.write(b"/home/x/.apssh-remote/1\n")
-        process.exit(0)
-
-    async def main() -> None:
-        async with ssh_server(keys, process=shell, sftp=Stuck) as port:
-            node = SshNode("127.0.0.1", port=port, username=ME)
-            begin = time.monotonic()
-            error = await outcome(node, RunString("true", timeout=0.5))
-            assert (
-                error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..."
-                and time.monotonic() - begin < 6
-            )
-            over.set()
-            await node.close()
-
-    run(main())
-
-
-def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
-    server = make_sshd(MaxStartups="2:50:4")
-
-    async def main() -> None:
-        nodes = [server.node(timeout=60) for _ in range(25)]
-        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 25
-        await asyncio.gather(*(node.close() for node in nodes))
-
-    run(main())
-
-
-@pytest.mark.parametrize("hops", [2, 4])
-def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
-    servers = [make_sshd() for _ in range(hops)]
-
-    async def main() -> None:
-        gateway: SshNode | None = None
-        for server in servers[:-1]:
-            gateway = server.node(gateway=gateway)
-        nodes = [servers[-1].node(gateway=gateway) for _ in range(5)]
-        assert nodes[0].distance() == hops
-        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 5
-        assert [server.connections() for server in servers] == [1] * (hops - 1) + [5]
-        for node in (*nodes, *nodes[0]._hops()[:-1][::-1]):
-            await node.close()
-        await eventually_async(lambda: not any(server.connections() for server in servers))
-
-    run(main())
-
-
-def test_gateway_waits_apart_from_the_others(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
-    """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
-    other = make_sshd()
-
-    async def main() -> None:
-        slots = apssh._Limits.here().handshakes[False]
-        for _ in range(apssh.HANDSHAKES):
-            await slots.acquire()
-        direct, gateway = sshd.node(), sshd.node()
-        behind = other.node(gateway=gateway)
-        task = asyncio.create_task(direct.run("true"))
-        waiting = asyncio.create_task(behind.run("true"))
-        await eventually_async(gateway.is_connected)
-        assert not direct.is_connected()
-        for _ in range(apssh.HANDSHAKES):
-            slots.release()
-        assert await asyncio.gather(task, waiting) == [0, 0]
-        for node in (direct, behind, gateway):
-            await node.close()
-
-    run(main())
-
-
-def test_gateway_that_fails(sshd: Sshd) -> None:
-    port = free_port()
-
-    async def main() -> None:
-        node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
-        with pytest.raises(ConnectionFailedError) as caught:
-            await node.run("true")
-        assert (
-            str(caught.value)
-            == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
-        )
-        behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
-        with pytest.raises(ConnectionFailedError) as caught:
-            await behind.run("true")
-        assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
-        assert behind.gateway
-        await behind.gateway.close()
-
-    run(main())
-
-
-def descendants(process: int) -> list[int]:
-    children = [
-        int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
-    return [*children, *(each for child in children for each in descendants(child))]
-
-
-def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
-    """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
-    server, inner = make_sshd(), make_sshd()
-
-    async def main() -> None:
-        gateway = server.node()
-        nodes = [inner.node(gateway=gateway) for _ in range(50)]
-        tasks = [
-            asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes
-        ]
-        await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
-        for process in descendants(server._process.pid):
-            os.kill(process, signal.SIGKILL)
-        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        assert {type(each) for each in ended} == {ConnectionFailedError} and {
-            each.kind for each in ended
-        } == {"lost"}
-        assert await nodes[0].run("true") == 0
-        await asyncio.gather(*(node.close() for node in nodes))
-        await gateway.close()
-
-    run(main())
-
-
-def failure_of(work: Coroutine[Any, Any, Any]) -> ApsshError:
-    with pytest.raises(ApsshError) as caught:
-        run(work)
-    return caught.value
-
-
-def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    assert (
-        str(failure_of(SshNode("127.0.0.1", port=port).run("true")))
-        == f"127.0.0.1: refused: nothing listens on port {port}"
-    )
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")),
-    )
-    assert (
-        str(failure_of(SshNode("no-such-host").run("true")))
-        == "no-such-host: dns: unknown host name no-such-host"
-    )
-
-
-def test_refused_key(sshd: Sshd, keys: Path) -> None:
-    error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
-    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
-    assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
-
-
-@pytest.mark.parametrize("password", [None, "wrong"])
-def test_words_about_a_password(password: str | None, keys: Path) -> None:
-    """Only a password that there is was tried."""
-
-    async def main() -> None:
-        async with ssh_server(keys, server=password_server("password")) as port:
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode(
-                    "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
-                ).run("true")
-            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (
-                " and the password" if password else ""
-            )
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    ("sends", "endless", "message"),
-    [
-        (b"", False, "timeout: no connection within 0.5 s: connected, but the server says nothing"),
-        (
-            b"SSH-2.0-stalls\r\n",
-            False,
-            "timeout: no connection within 0.5 s: the key exchange does not end",
-        ),
-        (b"word\r\n" * 100, True, "refused: not an ssh server: it says 'word'"),
-        (
-            b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n",
-            False,
-            "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'",
-        ),
-    ],
-    ids=["silent", "stalls", "endless", "http"],
-)
-def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(sends)
-        while endless:
-            writer.write(sends)
-            await writer.drain()
-            await asyncio.sleep(0)
-        await reader.read()
-
-    async def main() -> None:
-        async with raw_server(talk) as port:
-            begin = time.monotonic()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port, timeout=0.5).run("true")
-            assert time.monotonic() - begin < 5
-            assert str(caught.value) == f"127.0.0.1: {message}"
-
-    run(main())
-
-
-@pytest.mark.parametrize("reset", [False, True])
-def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apssh, "RETRIES_BEFORE_LOGIN", 2)
-    tries = []
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tries.append(1)
-        if reset:
-            writer.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
-        writer.transport.abort() if reset else writer.close()
-
-    async def main() -> None:
-        async with raw_server(talk) as port:
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port).run("true")
-            assert str(caught.value) == "127.0.0.1: lost: dropped before login, 3 times"
-            assert len(tries) == 3
-
-    run(main())
-
-
-def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
-    async def main() -> None:
-        node = sshd.node()
-        task = asyncio.create_task(node.run("touch here; sleep 30"))
-        await eventually_async((sshd.home / "here").exists)
-        (await node.connect_lazy()).abort()
-        with pytest.raises(ConnectionFailedError) as caught:
-            await task
-        assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
-        assert await node.run("true") == 0  # connects anew, by itself
-        await node.close()
-
-    run(main())
-
-
-@pytest.mark.parametrize(
-    "keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)]
-)
-def test_frozen_peer_is_found(keepalive: float) -> None:
-    """A host that answers no more: keepalives tell, by default within 30 seconds."""
-
-    async def main() -> None:
-        async def sleeps(process: Any) -> None:
-            process.stdout.write(b"begun\n")
-            await process.channel.wait_closed()
-
-        frozen = asyncio.Event()
-        async with (
-            ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner,
-            raw_server(network(inner, frozen)) as port,
-        ):
-            node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
-            task = asyncio.create_task(node.run("anything"))
-            await eventually_async(lambda: node.is_connected())
-            frozen.set()
-            begin = time.monotonic()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await task
-            assert caught.value.kind == "lost" and time.monotonic() - begin < 30
-            await node.close()
-
-    run(main())
-
-
-def test_loop_that_is_gone_leaves_nothing(make_sshd: Callable[..., Sshd]) -> None:
-    sshd = make_sshd()
-    node = sshd.node()
-    for _ in range(2):  # the second use drops the socket of the first and connects anew
-        assert asyncio.run(node.run("true")) == 0
-        eventually(lambda: sshd.connections() == 1)
-    asyncio.run(node.close())
-    eventually(lambda: sshd.connections() == 0)
-
-
-def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd]) -> None:
-    sshd = make_sshd()
-    assert asyncio.run(sshd.node().run("true")) == 0
-    gc.collect()
-    eventually(lambda: sshd.connections() == 0)
-
-
-@pytest.mark.parametrize(
-    ("step", "out"),
-    [
-        (Run("echo $FOO", env={"FOO": 'a\'b "c" $d\n!'}), 'a\'b "c" $d !\n'),
-        pytest.param(Run("test -t 1 && echo terminal", pty=True), "terminal\n", marks=as_root),
-    ],
-    ids=["environment", "terminal"],
-)
-def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.RawFormatter()) as node:
-            await step.co_run_remote(node)
-
-    run(main())
-    assert capfd.readouterr().out.replace("\r", "") == out
-
-
-def test_methods_for_files(sshd: Sshd, home: Path) -> None:
-    async def main() -> None:
-        async with sshd.node() as node:
-            (home / "f").write_text("text")
-            await node.mkdir("a/b")
-            await node.mkdir("a/b")
-            await node.put_file_s(["f"], "a/b")
-            await node.get_file_s("a/b/f", "back")
-            await node.put_string_script("#!/bin/sh\nexit 4\n", "a/script")
-            assert await node.run("a/script") == 4
-            assert node.is_sftp_connected()
-            with pytest.raises(TransferError) as caught:
-                await node.mkdir("a/script/x")
-            assert str(caught.value).startswith("127.0.0.1: local: a/script/x: ")
-
-    run(main())
-    assert (home / "back").read_text() == "text"
-
-
-def test_local_node(home: Path, capfd: Any) -> None:
-    async def main() -> None:
-        node = LocalNode()
-        async with node:
-            assert (
-                node.hostname,
-                node.username,
-                node.is_connected(),
-                node.is_sftp_connected(),
-            ) == ("LOCALNODE", ME, True, True)
-            assert repr(node) == "<LocalNode>"
-            await node.sftp_connect_lazy()
-            assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
-            assert await node.run("kill -KILL $$") == "KILL"
-            await node.mkdir("d/e")
-            await node.put_string_script("exit 5", "d/script")
-            assert await node.run("d/script") == 5
-            await node.put_file_s("d/script", "d/e/")
-            await node.get_file_s("d/e", "f", recurse=True)
-            with pytest.raises(TransferError) as refused:
-                await node.get_file_s(["d"], "d/e", recurse=True)
-            assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
-            with pytest.raises(CommandFailedError) as caught:
-                await node.run("sleep 30", timeout=0.2)
-            assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
-            with pytest.raises(CommandFailedError):
-                await node.run(f"sleep 86{os.getpid()} &", timeout=0.5)
-            assert not processes(f"sleep 86{os.getpid()}")
-            with pytest.raises(UsageError) as misused:
-                await Run("tty", pty=True).co_run_local(node)
-            assert (
-                str(misused.value)
-                == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
-            )
-
-    run(main())
-    assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == [
-        "d/e",
-        "d/e/script",
-        "d/script",
-    ]
-    assert (home / "f" / "script").read_text() == "exit 5"
-    assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
-
-
-def test_local_node_knows_the_home_and_globs(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    build(tmp_path, {"one": "1", "two": "2", "in/": ""})
-    build(home, {"a.log": "a", "b.log": "b"})
-    run(Push(["one", "two"], "~/").co_run_local(LocalNode()))
-    run(Pull(["~/*.log", "one"], "in").co_run_local(LocalNode()))
-    assert (home / "one").read_text() + (home / "two").read_text() == "12"
-    assert sorted(os.listdir("in")) == ["a.log", "b.log", "one"]
-
-
-def test_local_script_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/proc/none")
-    with pytest.raises(TransferError) as caught:
-        run(RunString("true").co_run_local(LocalNode()))
-    assert re.fullmatch(
-        r"LOCALNODE: local: /proc/none/\.apssh-remote/\w+: .*(cannot create|can't cd).*",
-        str(caught.value),
-    )
+        Deferred("{{ n + 1 }}", {"n": 7}).render()
+    assert str(caught.value) == "this needs jinja2: pip install 'apssh[yaml]'"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6668,53 +5704,1017 @@ def test_two_sources_of_one_name_are_escaped(sshd: Sshd, home: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# values
+# the guard
 # --------------------------------------------------------------------------------------------------
 
 
-def test_variables() -> None:
-    variables = Variables(a=1)
-    variables.b = 2
-    assert (variables["b"], variables.a, dict(variables)) == (2, 1, {"a": 1, "b": 2})
-    del variables.a
-    for read in (lambda: variables.a, lambda: delattr(variables, "a")):
-        with pytest.raises(AttributeError, match=r"^no variable 'a'$"):
-            read()
+# command lines whose exit status, outputs and reading by the shell must be those of plain ssh
+AS_PLAIN_SSH = [
+    "true",
+    "exit 7",
+    "false",
+    "no-such-command-here",
+    "echo one; echo two >&2; exit 3",
+    "kill -TERM $$",
+    "kill -KILL $$",
+    "kill -HUP $$",
+    "sh -c 'kill -INT $$'",
+    "cat",
+    "wc -c",
+    'read x; echo "[$x]"',
+    "echo 'single' \"double\" $HOME",
+    "echo a\\ b  c",
+    "echo '!x' \\!",
+    "printf '%s\\n' \"a'b\" 'c\"d'",
+    "echo $0",
+    "echo $#",
+    "cd /; pwd",
+    "pwd",
+    "echo ~",
+    "umask",
+    "echo {1..3} $((2 + 3))",
+    "if true; then echo yes; fi",
+    "echo $(echo nested $(echo deep))",
+    "x=5; echo $x ${x:-6}",
+    "(exit 4)",
+    "true | false",
+    "false | true",
+    "echo a && false || echo b",
+    "cat <<EOF\nhere $((1 + 1))\nEOF",
+    "echo one\necho two",
+    "printf 'no newline'",
+    "printf '\\000\\377' | od -c",
+    "trap 'echo bye' EXIT; echo hi",
+    "exec echo replaced",
+    "test -t 0; echo $?",
+    "test -t 1; echo $?",
+    "echo é 名",
+    "set | grep -c '^apssh'",
+    "env | grep -c apssh",
+    "ps -o pgid= -p $$ | tr -d ' ' | grep -qx $$ && echo leader",
+    "# only a comment",
+    ": &",
+    "sleep 0.1 & wait; echo waited",
+    "echo -n; echo -e 'a\\tb'",
+    "ls -l /proc/self/fd | wc -l",
+    "ulimit -c",
+    "echo ${BASH_VERSION:+bash} $-",
+    "seq 1 3 | while read i; do echo $i; done",
+]
 
 
-def test_deferred() -> None:
-    variables = Variables()
-    deferred = Deferred("ping {{ host }} {{count}}", variables)
-    assert (str(deferred), repr(deferred)) == (
-        "ping {{ host }} {{count}}",
-        "Deferred('ping {{ host }} {{count}}')",
+def plain_ssh(server: Sshd, keys: Path, command: str) -> tuple[int, bytes, bytes]:
+    done = subprocess.run(
+        [
+            "ssh",
+            "-F",
+            "none",
+            "-n",
+            "-i",
+            str(keys / "id_ed25519"),
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "StrictHostKeyChecking=no",
+            "-o",
+            "UserKnownHostsFile=/dev/null",
+            "-o",
+            "LogLevel=ERROR",
+            "-p",
+            str(server.port),
+            f"{ME}@127.0.0.1",
+            command,
+        ],
+        capture_output=True,
+        check=False,
+        timeout=30,
     )
-    variables.host = "{{count}}"
-    assert str(deferred) == "ping {{count}} {{count}}"
-    with pytest.raises(apssh.UndefinedVariableError) as caught:
-        deferred.render()
-    assert str(caught.value) == "no value yet for count in ping {{ host }} {{count}}"
-    variables.count = 3
-    assert deferred.render() == "ping {{count}} 3"  # a value is never read as a template
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_deferred_expressions_use_jinja() -> None:
-    assert Deferred("{{ '%02d' % n }}{% if n > 1 %}s{% endif %}", {"n": 7}).render() == "07s"
-    with pytest.raises(apssh.UndefinedVariableError) as caught:
-        Deferred("{{ n + 1 }}", {}).render()
-    assert str(caught.value) == "no value yet in {{ n + 1 }}: 'n' is undefined"
-    with pytest.raises(UsageError, match=r"^\{\{ n \+ \}\}: "):
-        Deferred("{{ n + }}", {}).render()
-    with pytest.raises(UsageError, match=r"^\{\{ n \+ 1 \}\}: can only concatenate str"):
-        Deferred("{{ n + 1 }}", {"n": "7"}).render()
+def same_as_plain_ssh(command: str, ours: apssh.Result, theirs: tuple[int, bytes, bytes]) -> None:
+    status, out, err = theirs
+    assert (ours.stdout_bytes, ours.stderr_bytes) == (out, err), command
+    if ours.signal:
+        assert status == 255, command  # all that ssh's own exit status tells of a signal
+    else:
+        assert ours.status == status, command
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert Deferred("{{ n }}", {"n": 7}).render() == "7"
+def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
+    if not shutil.which("ssh"):
+        pytest.skip("no OpenSSH client (ssh) is installed here")
+
+    async def both() -> None:
+        formatter = apssh._HoldingFormatter()
+        node = sshd.node(formatter=formatter)
+        room = asyncio.Semaphore(4)
+
+        async def one(command: str) -> None:
+            async with room:
+                theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
+                held = apssh._HeldSink()
+                status = await node._execute(command, apssh.StepRecord(), sink=held)
+                result = apssh.Result(
+                    "h",
+                    "u",
+                    22,
+                    "h",
+                    "h",
+                    stdout_bytes=held.stdout(),
+                    stderr_bytes=held.stderr(),
+                    error=None,
+                )
+                result.status, result.signal = (
+                    (status, None) if isinstance(status, int) else (None, status)
+                )
+                same_as_plain_ssh(command, result, theirs)
+
+        async with node:
+            await asyncio.gather(*map(one, AS_PLAIN_SSH))
+
+    run(both())
+
+
+ENDINGS = ["cancel", "timeout", "close", "abort"]
+STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run, "leader gone": Run}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("how", ENDINGS)
+def test_no_process_outlives_its_command(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path
+) -> None:
+    token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
+    command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
+    if kind == "leader gone":  # but not the outputs: the command has not ended
+        command = f"sleep {token} & sleep {token} & sleep {token} >/dev/null & echo hi"
+    (home / "script").write_text(f"#!/bin/sh\n{command}\n")
+
+    async def main() -> None:
+        node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
+        what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
+        task = asyncio.create_task(
+            STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node)
+        )
+        await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
+        if how == "cancel":
+            task.cancel()
+        elif how == "close":
+            await node.close()
+        elif how == "abort":
+            (await node.connect_lazy()).abort()
+        with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
+            await task
+        if how == "timeout" and STEPS[kind] is Run:
+            assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
+        await eventually_async(
+            lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
+            8,
+        )
+        for each in node._hops()[::-1]:
+            await each.close()
+
+    run(main())
+
+
+as_root = pytest.mark.skipif(
+    os.getuid() != 0, reason="the sshd of an ordinary user cannot give a terminal to its sessions"
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
+    ids=["stdin", "script", "pty"],
+)
+def test_no_process_outlives_a_timeout_when_stdin_is_data(
+    sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
+    monkeypatch.setenv("TERM", "dumb")
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"data\n"
+            await asyncio.sleep(0.1)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            other = asyncio.create_task(node.run("sleep 3"))
+            given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
+            step = (RunString if "script" in options else Run)(
+                f"sleep {token} & sleep {token}", timeout=1, **given
+            )
+            with pytest.raises(CommandFailedError):
+                await step._run(node, apssh.StepRecord())
+            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+            await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
+            assert await other == 0  # what runs on other connections of the node is not disturbed
+
+    run(main())
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["there", "gone"])
+@pytest.mark.parametrize("stdin", [False, True], ids=["no stdin", "stdin"])
+def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, freeze: bool) -> None:
+    """It may still be running only where the network has gone."""
+
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        frozen = asyncio.Event()
+        async with (
+            raw_server(network(sshd.port, frozen)) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            step = apssh.StepRecord()
+            task = asyncio.create_task(
+                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(
+                    node, step
+                )
+            )
+            await eventually_async((sshd.home / "up").exists)
+            if freeze:
+                frozen.set()
+            with pytest.raises(CommandFailedError):
+                await task
+            assert step.may_run == freeze
+
+    run(main())
+
+
+def test_connection_that_is_to_be_cut_takes_nobody_else(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a command whose shell has gone, while its outputs are held: what begins meanwhile
+    runs on another.
+    """
+
+    async def main() -> None:
+        given_up = asyncio.Event()
+        monkeypatch.setattr(
+            asyncssh.SSHClientConnection, "set_keepalive", lambda *_: given_up.set()
+        )
+        async with sshd.node() as node:
+            first = asyncio.create_task(node.run("sleep 30 & true", timeout=1))
+            await given_up.wait()
+            assert await node.run("sleep 2") == 0
+            with pytest.raises(CommandFailedError):
+                await first
+
+    run(main())
+
+
+def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
+    token = f"90{os.getpid()}"
+
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
+            for _ in range(5):
+                with pytest.raises(CommandFailedError):
+                    await node.run(
+                        f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3
+                    )
+            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+    run(main())
+
+
+def test_what_left_its_group_lives(sshd: Sshd) -> None:
+    token = f"98{os.getpid()}"
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert (
+                await node.run(f"nohup setsid sleep {token} >/dev/null 2>&1 & sleep 0.2; exit 0")
+                == 0
+            )
+            assert await node.run(f"sleep {token}1 > /dev/null 2>&1 &") == 0
+
+    run(main())
+    assert len(processes(f"sleep {token}")) >= 2
+    subprocess.run(["pkill", "-f", f"^sleep {token}"], check=True)
+
+
+def test_without_the_guard(sshd: Sshd) -> None:
+    async def main() -> None:
+        async with sshd.node(guard=False) as node:
+            assert await node.run("cat; exit 5") == 5
+            assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
+            with pytest.raises(CommandFailedError):
+                await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
+
+    run(main())
+
+
+# --------------------------------------------------------------------------------------------------
+# nodes
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "options", "message"),
+    [
+        ("", {}, "'' is not a host name or an address"),
+        ("a b", {}, "'a b' is not a host name or an address"),
+        ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"),
+        ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
+        ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
+        ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"),
+        ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
+    ],
+)
+def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Deferred("{{ n + 1 }}", {"n": 7}).render()
-    assert str(caught.value) == "this needs jinja2: pip install 'apssh[yaml]'"
+        SshNode(hostname, **options)
+    assert str(caught.value) == message
+
+
+def test_node_attributes() -> None:
+    gateway = SshNode("gw")
+    node = SshNode("box", username="me", port=2200, gateway=gateway)
+    assert (node.hostname, node.username, node.port, node.gateway, gateway.username) == (
+        "box",
+        "me",
+        2200,
+        gateway,
+        "root",
+    )
+    assert type(node.formatter) is apssh.HostFormatter
+    assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
+    assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
+    assert not node.is_connected() and not node.is_sftp_connected()
+
+
+def test_node_is_its_own_gateway() -> None:
+    node = SshNode("box")
+    node.gateway = node
+    with pytest.raises(UsageError) as caught:
+        run(node.run("true"))
+    assert str(caught.value) == "box: its gateways go in a circle, through box"
+
+
+def test_keys_are_known_by_name() -> None:
+    """Keys are loaded once for all nodes that name the same: an object's id may come again."""
+    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode(
+        "h", keys=Path("a")
+    ).keys == ["a"]
+
+
+def test_hundreds_of_nodes_open_no_file() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    nodes = [SshNode(f"box{number}") for number in range(500)]
+    assert len(os.listdir("/proc/self/fd")) == before and nodes
+
+
+def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert node.is_connected()
+            assert await node.run("echo out; echo err >&2; exit 3") == 3
+            assert await node.run("kill -TERM $$") == "TERM"
+            with pytest.raises(UsageError, match="an empty command"):
+                await node.run("  ")
+        assert not node.is_connected()
+
+    run(main())
+    assert capfd.readouterr() == ("127.0.0.1:out\n", "127.0.0.1:err\n")
+
+
+def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    before = sshd.logins()
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            assert await asyncio.gather(*(node.run("true") for _ in range(9))) == [0] * 9
+            assert sshd.connections() == 1
+
+    run(main())
+    assert sshd.logins() == before + 1
+
+
+def test_closed_while_it_connects(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection that comes later is not left to nobody."""
+    sshd = make_sshd()
+
+    async def main() -> None:
+        node, connected, go_on = sshd.node(), asyncio.Event(), asyncio.Event()
+        log_in = SshNode._log_in
+
+        async def late(*args: Any) -> Any:
+            link = await log_in(*args)
+            connected.set()
+            await go_on.wait()
+            return link
+
+        monkeypatch.setattr(SshNode, "_log_in", late)
+        task = asyncio.create_task(node.run("true"))
+        await connected.wait()
+        await node.close()
+        go_on.set()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await task
+        assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
+        await eventually_async(lambda: not sshd.connections())
+
+    run(main())
+
+
+def test_sink_that_fails_ends_a_command_with_stdin(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose channel does not end by itself."""
+    monkeypatch.setattr(apssh, "CAPTURE_LIMIT", 1000)
+    token = f"85{os.getpid()}"
+
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            step = Run(
+                f"sleep {token} & seq 1000; sleep {token}",
+                stdin=given(),
+                capture=Capture("x", Variables()),
+            )
+            with pytest.raises(ApsshError, match="of output to hold"):
+                await asyncio.wait_for(step.co_run_remote(node), 5)
+            await eventually_async(lambda: not processes(f"sleep {token}"))
+
+    run(main())
+
+
+def test_standard_input_that_fails(sshd: Sshd) -> None:
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        raise ValueError("no more")
+
+    error = failure_of(Run("cat >/dev/null; sleep 30", stdin=given()).co_run_remote(sshd.node()))
+    assert str(error) == "127.0.0.1: local: standard input: no more"
+
+
+@pytest.mark.parametrize(
+    "subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"]
+)
+def test_sftp_that_does_not_come_holds_no_session(
+    make_sshd: Callable[..., Sshd], subsystem: str
+) -> None:
+    """Whether it was cancelled as it opened, or a start-up file printed into it."""
+    program = re.search(r"Subsystem sftp (.*)", (make_sshd().folder / "config").read_text())
+    assert program
+    sshd = make_sshd(
+        MaxSessions=2,
+        **{"Subsystem": f"sftp {subsystem}{program[1]}", "ForceCommand": "none"}
+        if subsystem
+        else {},
+    )
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            for number in range(8):
+                task = asyncio.create_task(node.sftp_connect_lazy())
+                if subsystem:
+                    with pytest.raises(TransferError) as caught:
+                        await task
+                    assert str(caught.value).startswith("127.0.0.1: local: no SFTP over there: ")
+                else:
+                    await asyncio.sleep(0.001 * number)  # at each point of the way
+                    task.cancel()
+                    await asyncio.wait([task])
+            assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
+            assert sshd.connections() == 1
+
+    run(main())
+
+
+def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
+    error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
+    assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
+
+
+def test_sftp_that_ended_gives_its_session_back(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a host takes one session on one connection, it is the command's then."""
+    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
+    sshd = make_sshd(MaxSessions=1)
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            await node.sftp_connect_lazy()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert (
+                str(caught.value)
+                == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
+            )
+            (server,) = [
+                process
+                for process in descendants(sshd._process.pid)
+                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+            ]
+            os.kill(server, signal.SIGKILL)
+            await eventually_async(lambda: not node.is_sftp_connected())
+            assert await node.run("true") == 0
+            await node.sftp_connect_lazy()
+
+    run(main())
+
+
+def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
+    """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as
+    before.
+    """
+    sshd = make_sshd()
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            await node.put_file_s("/etc/passwd", "first")
+            (server,) = [
+                process
+                for process in descendants(sshd._process.pid)
+                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+            ]
+            os.kill(server, signal.SIGKILL)
+            await eventually_async(lambda: not node.is_sftp_connected())
+            await node.put_file_s("/etc/passwd", "second")
+            assert sshd.logins() == 1
+            (link,) = node._live.links if node._live else ()
+            assert link.sessions == 1
+
+    run(main())
+    assert (sshd.home / "second").read_bytes() == Path("/etc/passwd").read_bytes()
+
+
+def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
+    server = make_sshd(MaxSessions=3)
+
+    async def main() -> None:
+        async with server.node() as node:
+            assert await asyncio.gather(*(node.run("sleep 0.2") for _ in range(30))) == [0] * 30
+            assert server.connections() <= apssh.CONNECTIONS_PER_NODE
+
+    run(main())
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd], most: int) -> None:
+    """Commands, one after the other and at once, scripts and copies: a refused session is asked for
+    again, or elsewhere.
+    """
+    server = make_sshd(MaxSessions=most)
+
+    async def main() -> None:
+        async with server.node() as node:
+            assert [await node.run("true") for _ in range(20)] == [0] * 20
+            busy = [asyncio.create_task(node.run("touch up; sleep 1")) for _ in range(most)]
+            await eventually_async((server.home / "up").exists)
+            await node.mkdir("made")
+            steps = [each for _ in range(6) for each in (Run("exit 3"), RunString("exit 3"))]
+            assert await asyncio.gather(*(each.co_run_remote(node) for each in steps)) == [3] * 12
+            assert await asyncio.gather(*busy) == [0] * most and (server.home / "made").is_dir()
+
+    run(main())
+
+
+def test_work_that_is_being_given_up_is_joined_by_nobody(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
+    load = apssh._keys_of_run
+    slow = threading.Event()
+
+    def load_slowly(node: SshNode) -> Any:
+        slow.wait(5)
+        return load(node)
+
+    async def main() -> None:
+        monkeypatch.setattr(apssh, "_keys_of_run", load_slowly)
+        first = asyncio.create_task(sshd.node().run("true"))
+        await asyncio.sleep(0)
+        await eventually_async(lambda: apssh._Limits.here().keys)
+        first.cancel()
+        second = sshd.node()
+        task = asyncio.create_task(second.run("true"))
+        await asyncio.sleep(0.1)
+        slow.set()
+        assert await task == 0
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second.close()
+
+    run(main())
+
+
+def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: Path) -> None:
+    """The time of a step bounds the upload of its script too."""
+    over = asyncio.Event()
+
+    class Stuck(asyncssh.SFTPServer):
+        async def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:  # type: ignore[override]
+            await over.wait()
+
+    async def shell(process: Any) -> None:
+        process.stdout.write(b"/home/x/.apssh-remote/1\n")
+        process.exit(0)
+
+    async def main() -> None:
+        async with ssh_server(keys, process=shell, sftp=Stuck) as port:
+            node = SshNode("127.0.0.1", port=port, username=ME)
+            begin = time.monotonic()
+            error = await outcome(node, RunString("true", timeout=0.5))
+            assert (
+                error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..."
+                and time.monotonic() - begin < 6
+            )
+            over.set()
+            await node.close()
+
+    run(main())
+
+
+def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
+    server = make_sshd(MaxStartups="2:50:4")
+
+    async def main() -> None:
+        nodes = [server.node(timeout=60) for _ in range(25)]
+        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 25
+        await asyncio.gather(*(node.close() for node in nodes))
+
+    run(main())
+
+
+@pytest.mark.parametrize("hops", [2, 4])
+def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
+    servers = [make_sshd() for _ in range(hops)]
+
+    async def main() -> None:
+        gateway: SshNode | None = None
+        for server in servers[:-1]:
+            gateway = server.node(gateway=gateway)
+        nodes = [servers[-1].node(gateway=gateway) for _ in range(5)]
+        assert nodes[0].distance() == hops
+        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 5
+        assert [server.connections() for server in servers] == [1] * (hops - 1) + [5]
+        for node in (*nodes, *nodes[0]._hops()[:-1][::-1]):
+            await node.close()
+        await eventually_async(lambda: not any(server.connections() for server in servers))
+
+    run(main())
+
+
+def test_gateway_waits_apart_from_the_others(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
+    other = make_sshd()
+
+    async def main() -> None:
+        slots = apssh._Limits.here().handshakes[False]
+        for _ in range(apssh.HANDSHAKES):
+            await slots.acquire()
+        direct, gateway = sshd.node(), sshd.node()
+        behind = other.node(gateway=gateway)
+        task = asyncio.create_task(direct.run("true"))
+        waiting = asyncio.create_task(behind.run("true"))
+        await eventually_async(gateway.is_connected)
+        assert not direct.is_connected()
+        for _ in range(apssh.HANDSHAKES):
+            slots.release()
+        assert await asyncio.gather(task, waiting) == [0, 0]
+        for node in (direct, behind, gateway):
+            await node.close()
+
+    run(main())
+
+
+def test_gateway_that_fails(sshd: Sshd) -> None:
+    port = free_port()
+
+    async def main() -> None:
+        node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert (
+            str(caught.value)
+            == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
+        )
+        behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
+        with pytest.raises(ConnectionFailedError) as caught:
+            await behind.run("true")
+        assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
+        assert behind.gateway
+        await behind.gateway.close()
+
+    run(main())
+
+
+def descendants(process: int) -> list[int]:
+    children = [
+        int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
+    return [*children, *(each for child in children for each in descendants(child))]
+
+
+def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
+    """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
+    server, inner = make_sshd(), make_sshd()
+
+    async def main() -> None:
+        gateway = server.node()
+        nodes = [inner.node(gateway=gateway) for _ in range(50)]
+        tasks = [
+            asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes
+        ]
+        await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
+        for process in descendants(server._process.pid):
+            os.kill(process, signal.SIGKILL)
+        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+        assert {type(each) for each in ended} == {ConnectionFailedError} and {
+            each.kind for each in ended
+        } == {"lost"}
+        assert await nodes[0].run("true") == 0
+        await asyncio.gather(*(node.close() for node in nodes))
+        await gateway.close()
+
+    run(main())
+
+
+def failure_of(work: Coroutine[Any, Any, Any]) -> ApsshError:
+    with pytest.raises(ApsshError) as caught:
+        run(work)
+    return caught.value
+
+
+def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    assert (
+        str(failure_of(SshNode("127.0.0.1", port=port).run("true")))
+        == f"127.0.0.1: refused: nothing listens on port {port}"
+    )
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")),
+    )
+    assert (
+        str(failure_of(SshNode("no-such-host").run("true")))
+        == "no-such-host: dns: unknown host name no-such-host"
+    )
+
+
+def test_refused_key(sshd: Sshd, keys: Path) -> None:
+    error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
+    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
+    assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
+
+
+@pytest.mark.parametrize("password", [None, "wrong"])
+def test_words_about_a_password(password: str | None, keys: Path) -> None:
+    """Only a password that there is was tried."""
+
+    async def main() -> None:
+        async with ssh_server(keys, server=password_server("password")) as port:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode(
+                    "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
+                ).run("true")
+            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (
+                " and the password" if password else ""
+            )
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("sends", "endless", "message"),
+    [
+        (b"", False, "timeout: no connection within 0.5 s: connected, but the server says nothing"),
+        (
+            b"SSH-2.0-stalls\r\n",
+            False,
+            "timeout: no connection within 0.5 s: the key exchange does not end",
+        ),
+        (b"word\r\n" * 100, True, "refused: not an ssh server: it says 'word'"),
+        (
+            b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n",
+            False,
+            "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'",
+        ),
+    ],
+    ids=["silent", "stalls", "endless", "http"],
+)
+def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(sends)
+        while endless:
+            writer.write(sends)
+            await writer.drain()
+            await asyncio.sleep(0)
+        await reader.read()
+
+    async def main() -> None:
+        async with raw_server(talk) as port:
+            begin = time.monotonic()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port, timeout=0.5).run("true")
+            assert time.monotonic() - begin < 5
+            assert str(caught.value) == f"127.0.0.1: {message}"
+
+    run(main())
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apssh, "RETRIES_BEFORE_LOGIN", 2)
+    tries = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tries.append(1)
+        if reset:
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        writer.transport.abort() if reset else writer.close()
+
+    async def main() -> None:
+        async with raw_server(talk) as port:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await SshNode("127.0.0.1", port=port).run("true")
+            assert str(caught.value) == "127.0.0.1: lost: dropped before login, 3 times"
+            assert len(tries) == 3
+
+    run(main())
+
+
+def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
+    async def main() -> None:
+        node = sshd.node()
+        task = asyncio.create_task(node.run("touch here; sleep 30"))
+        await eventually_async((sshd.home / "here").exists)
+        (await node.connect_lazy()).abort()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await task
+        assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
+        assert await node.run("true") == 0  # connects anew, by itself
+        await node.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)]
+)
+def test_frozen_peer_is_found(keepalive: float) -> None:
+    """A host that answers no more: keepalives tell, by default within 30 seconds."""
+
+    async def main() -> None:
+        async def sleeps(process: Any) -> None:
+            process.stdout.write(b"begun\n")
+            await process.channel.wait_closed()
+
+        frozen = asyncio.Event()
+        async with (
+            ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner,
+            raw_server(network(inner, frozen)) as port,
+        ):
+            node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
+            task = asyncio.create_task(node.run("anything"))
+            await eventually_async(lambda: node.is_connected())
+            frozen.set()
+            begin = time.monotonic()
+            with pytest.raises(ConnectionFailedError) as caught:
+                await task
+            assert caught.value.kind == "lost" and time.monotonic() - begin < 30
+            await node.close()
+
+    run(main())
+
+
+def test_loop_that_is_gone_leaves_nothing(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    node = sshd.node()
+    for _ in range(2):  # the second use drops the socket of the first and connects anew
+        assert asyncio.run(node.run("true")) == 0
+        eventually(lambda: sshd.connections() == 1)
+    asyncio.run(node.close())
+    eventually(lambda: sshd.connections() == 0)
+
+
+def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd]) -> None:
+    sshd = make_sshd()
+    assert asyncio.run(sshd.node().run("true")) == 0
+    gc.collect()
+    eventually(lambda: sshd.connections() == 0)
+
+
+@pytest.mark.parametrize(
+    ("step", "out"),
+    [
+        (Run("echo $FOO", env={"FOO": 'a\'b "c" $d\n!'}), 'a\'b "c" $d !\n'),
+        pytest.param(Run("test -t 1 && echo terminal", pty=True), "terminal\n", marks=as_root),
+    ],
+    ids=["environment", "terminal"],
+)
+def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.RawFormatter()) as node:
+            await step.co_run_remote(node)
+
+    run(main())
+    assert capfd.readouterr().out.replace("\r", "") == out
+
+
+def test_methods_for_files(sshd: Sshd, home: Path) -> None:
+    async def main() -> None:
+        async with sshd.node() as node:
+            (home / "f").write_text("text")
+            await node.mkdir("a/b")
+            await node.mkdir("a/b")
+            await node.put_file_s(["f"], "a/b")
+            await node.get_file_s("a/b/f", "back")
+            await node.put_string_script("#!/bin/sh\nexit 4\n", "a/script")
+            assert await node.run("a/script") == 4
+            assert node.is_sftp_connected()
+            with pytest.raises(TransferError) as caught:
+                await node.mkdir("a/script/x")
+            assert str(caught.value).startswith("127.0.0.1: local: a/script/x: ")
+
+    run(main())
+    assert (home / "back").read_text() == "text"
+
+
+def test_local_node(home: Path, capfd: Any) -> None:
+    async def main() -> None:
+        node = LocalNode()
+        async with node:
+            assert (
+                node.hostname,
+                node.username,
+                node.is_connected(),
+                node.is_sftp_connected(),
+            ) == ("LOCALNODE", ME, True, True)
+            assert repr(node) == "<LocalNode>"
+            await node.sftp_connect_lazy()
+            assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
+            assert await node.run("kill -KILL $$") == "KILL"
+            await node.mkdir("d/e")
+            await node.put_string_script("exit 5", "d/script")
+            assert await node.run("d/script") == 5
+            await node.put_file_s("d/script", "d/e/")
+            await node.get_file_s("d/e", "f", recurse=True)
+            with pytest.raises(TransferError) as refused:
+                await node.get_file_s(["d"], "d/e", recurse=True)
+            assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
+            with pytest.raises(CommandFailedError) as caught:
+                await node.run("sleep 30", timeout=0.2)
+            assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
+            with pytest.raises(CommandFailedError):
+                await node.run(f"sleep 86{os.getpid()} &", timeout=0.5)
+            assert not processes(f"sleep 86{os.getpid()}")
+            with pytest.raises(UsageError) as misused:
+                await Run("tty", pty=True).co_run_local(node)
+            assert (
+                str(misused.value)
+                == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
+            )
+
+    run(main())
+    assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == [
+        "d/e",
+        "d/e/script",
+        "d/script",
+    ]
+    assert (home / "f" / "script").read_text() == "exit 5"
+    assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
+
+
+def test_local_node_knows_the_home_and_globs(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, {"one": "1", "two": "2", "in/": ""})
+    build(home, {"a.log": "a", "b.log": "b"})
+    run(Push(["one", "two"], "~/").co_run_local(LocalNode()))
+    run(Pull(["~/*.log", "one"], "in").co_run_local(LocalNode()))
+    assert (home / "one").read_text() + (home / "two").read_text() == "12"
+    assert sorted(os.listdir("in")) == ["a.log", "b.log", "one"]
+
+
+def test_local_script_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/proc/none")
+    with pytest.raises(TransferError) as caught:
+        run(RunString("true").co_run_local(LocalNode()))
+    assert re.fullmatch(
+        r"LOCALNODE: local: /proc/none/\.apssh-remote/\w+: .*(cannot create|can't cd).*",
+        str(caught.value),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
