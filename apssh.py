@@ -27,6 +27,7 @@ the rest.
 
 from __future__ import annotations
 
+import abc
 import argparse
 import asyncio
 import atexit
@@ -37,6 +38,7 @@ import copy
 import dataclasses
 import datetime
 import difflib
+import enum
 import errno
 import fcntl
 import fnmatch
@@ -182,6 +184,7 @@ CONNECTIONS_PER_NODE = (
     8  # connections that one node may open to run more sessions than that at once
 )
 RETRIES_BEFORE_LOGIN = 6  # when sshd drops us before login: 0.2 s, then twice as long each time
+GUARD_TIMEOUT = 2.6  # seconds until the guard has ended a command: 2 from TERM to KILL, and the way
 CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
 SESSION_WINDOW = (
     128 * 1024
@@ -1905,84 +1908,6 @@ def _keys_of_run(node: SshNode) -> list[Key]:
     return certified + keys
 
 
-# The guard: what ends a command over there when its channel closes before it. sshd made the
-# session's process leader of a process group; it starts a watchdog (outside of the group, where
-# setsid is to be had) that holds the channel's stdin, takes /dev/null itself, and becomes the login
-# shell of the user with the command, as under plain ssh. When stdin ends while the leader lives,
-# the watchdog ends the group. It also keeps the reading ends of the outputs (where they are pipes,
-# and /proc is there): else a command that prints could die of SIGPIPE before it, and the children
-# be taken for left on purpose. When the leader ends first (sshd then closes stdin) it stays as long
-# as the group and the connection do: whoever holds an output after that is ended too, for the
-# command had not ended; who does not was left on purpose. All on one line without quote,
-# exclamation mark and backslash, so that any login shell (csh, fish) can pass it on.
-_WATCH_STDIN = "while read -r x; do :; done; "
-# stdin is data: look for sshd's process
-_WATCH_PARENT = "while [ $2 -gt 1 ] && kill -0 $2 && kill -0 $1; do sleep 1; done; "
-_WATCHDOG = (
-    "trap : HUP INT TERM; e=; {wait}"
-    "if kill -0 $1; then e=1; else while [ $2 -gt 1 ] && kill -0 $2 && kill -s 0 -- -$1; do sleep 1; done; "
-    "kill -s 0 -- -$1 && {{ {{ cat <&4; cat <&5; }} & sleep 0.2 || sleep 1; kill $! && e=1; }}; fi; "
-    "if [ $e ]; then kill -s TERM -- -$1; kill -s CONT -- -$1; "
-    "for x in 1 2 3 4; do kill -s 0 -- -$1 || break; sleep 0.5 || sleep 1; done; kill -s KILL -- -$1; fi"
-)
-_GUARD = (
-    'd() {{ apssh_x=$(printf %b. "$1"); apssh_x=${{apssh_x%.}}; }}; '
-    "exec 4<&- 5<&-; [ -p /proc/$$/fd/1 ] && command exec 4</proc/$$/fd/1; [ -p /proc/$$/fd/2 ] && command exec 5</proc/$$/fd/2; "
-    '( set -- /bin/sh -c "$2" apssh-guard $$ $PPID; '
-    'if command -v setsid >/dev/null 2>&1; then set -- setsid "$@"; fi; '
-    '"$@" {stdin} >/dev/null 2>&1 & ){closing}; '
-    'd "$1"; shift 2; set -- "$apssh_x" "$@"; '
-    'while [ $# -gt 1 ]; do d "$2"; export "$apssh_x"; apssh_x=$1; shift 2; set -- "$apssh_x" "$@"; done; '
-    # sshd gives the shell its short name: $0 and messages show it
-    "{quiet}apssh_x=${{SHELL##*/}}; "
-    'if [ "$(command -v "$apssh_x")" -ef "$SHELL" ] 2>/dev/null; then exec "$apssh_x" -c "$1"; fi; exec "$SHELL" -c "$1"'
-)
-# A private folder in the home, and who removes it when sshd's process of this connection is gone
-# before it. A start-up file may have changed the folder and printed half a line; csh leaves copies
-# of its outputs in 3 to 5.
-_FOLDER = "cd; umask 077; mkdir -p {0} || exit; {sentinel}( cd {0} && echo && pwd -P )"
-_SENTINEL = (
-    "( trap : HUP INT TERM; while [ $PPID -gt 1 ] && kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) "
-    "</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & "
-)
-
-
-def _inert(text: str) -> str:
-    """Text in an alphabet that no shell reads inside single quotes, for printf %b."""
-    return re.sub(
-        r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]|[\\'!]",
-        lambda match: "".join(f"\\0{byte:03o}" for byte in os.fsencode(match[0])),
-        text,
-    )
-
-
-def _guarded(
-    command: str,
-    *,
-    stdin_is_data: bool = False,
-    pty: bool = False,
-    env: Mapping[str, str] | None = None,
-    quiet: bool = False,
-) -> str:
-    """The command line to send so that this command runs as it would anyway, under the guard.
-    ``env``: exported to it; ``quiet``: its outputs are /dev/null."""
-    own = stdin_is_data or pty
-    watchdog = _WATCHDOG.format(wait=_WATCH_PARENT if own else _WATCH_STDIN)
-    script = _GUARD.format(
-        stdin="</dev/null" if own else "<&3 3<&-",
-        closing="; exec 4<&- 5<&-" if own else "; exec 3<&- 4<&- 5<&-",
-        quiet="exec >/dev/null 2>&1; " if quiet else "",
-    )
-    if not own:
-        script = f"exec 3<&0 </dev/null; {script}"
-    words = [
-        _inert(command),
-        watchdog,
-        *(_inert(f"{name}={value}") for name, value in (env or {}).items()),
-    ]
-    return f"exec /bin/sh -c '{script}' apssh " + " ".join(f"'{word}'" for word in words)
-
-
 # --------------------------------------------------------------------------------------------------
 # values: what one step finds and a later one uses
 # --------------------------------------------------------------------------------------------------
@@ -2999,16 +2924,17 @@ class _Copy:
 
 
 # --------------------------------------------------------------------------------------------------
-# nodes: connections, sessions, SshNode and LocalNode
+# nodes: connections, sessions and their guard, SshNode and LocalNode
 # --------------------------------------------------------------------------------------------------
 
 
 def _in_daemon(function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
-    """In a thread that nobody waits for at the end: a resolver may never answer, who types may
-    never type.
+    """Run it in a thread that nobody waits for at the end: a resolver may never answer, who types
+    may never type.
     """
     came: Future[_T] = Future()
-    came.set_running_or_notify_cancel()  # the thread may end it, whatever becomes of us
+    # the thread may end it, whatever becomes of us
+    came.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
@@ -3024,7 +2950,7 @@ class _Loop(asyncio.SelectorEventLoop):
     """The programs' event loop: names are looked up in threads that do not keep it from ending."""
 
     async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
-        """As socket.getaddrinfo, LOOKUPS at once."""
+        """Look a name up as socket.getaddrinfo does, LOOKUPS of them at once."""
         async with _Limits.here().lookups:
             return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
 
@@ -3032,27 +2958,23 @@ class _Loop(asyncio.SelectorEventLoop):
 class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
-    _of_loop: ClassVar[weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Limits]] = (
-        weakref.WeakKeyDictionary()
-    )
-
     def __init__(self) -> None:
         self.connects = asyncio.Semaphore(CONNECTS)
         self.lookups = asyncio.Semaphore(LOOKUPS)
-        self.handshakes = {
-            leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)
-        }  # gateways wait apart: others wait for them
+        # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
+        self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}
         self.keys: dict[object, _Shared] = {}
-        self._startups: weakref.WeakValueDictionary[tuple[Any, ...], asyncio.Semaphore] = (
-            weakref.WeakValueDictionary()
-        )
+        self._startups: weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]
+        self._startups = weakref.WeakValueDictionary()
 
     @classmethod
     def here(cls) -> _Limits:
-        """Those of the running loop."""
-        return cls._of_loop.setdefault(asyncio.get_running_loop(), cls())
+        """Those of the running loop, kept by the loop itself: they refer to it, and go with it."""
+        state = vars(asyncio.get_running_loop())
+        limits: _Limits = state.setdefault("_apssh_limits", cls())
+        return limits
 
-    def startups(self, *endpoint: Any) -> asyncio.Semaphore:
+    def startups(self, *endpoint: object) -> asyncio.Semaphore:
         """How many logins may be under way on one endpoint."""
         return self._startups.setdefault(endpoint, asyncio.Semaphore(STARTUPS_PER_HOST))
 
@@ -3067,13 +2989,19 @@ def _raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def _settle(future: asyncio.Future[None]) -> None:
+    """It has happened, unless that was known."""
+    if not future.done():
+        future.set_result(None)
+
+
 class _Clock:
-    """The time one connection may take; it stands still while the connection queues for its turn."""
+    """The time one connection may take; it stands still while the connection queues for a turn."""
 
     def __init__(self, scope: asyncio.Timeout) -> None:
         self._scope = scope
-        self.progress = ""  # how far it came
-        self.drops = 0  # how often the server cut the connection before login
+        self.progress = ""  # how far the connection came
+        self.drops = 0  # how often the server cut it before login
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -3082,15 +3010,15 @@ class _Clock:
         """Take a slot of this gate; it is given back after ``at_most`` seconds, when the work takes
         longer.
         """
-        when, now = self._scope.when(), asyncio.get_running_loop().time
-        queued = now()
+        loop = asyncio.get_running_loop()
+        when, queued = self._scope.when(), loop.time()
         self._scope.reschedule(None)
         await gate.acquire()
         give_back = functools.cache(gate.release)  # once
-        timer = asyncio.get_running_loop().call_later(at_most, give_back) if at_most else None
+        timer = loop.call_later(at_most, give_back) if at_most else None
         try:
             if when is not None:
-                self._scope.reschedule(when + now() - queued)
+                self._scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
@@ -3099,15 +3027,12 @@ class _Clock:
 
 
 class _Shared:
-    """One task that several coroutines wait for; it is cancelled when the last of them has given
-    up.
-    """
+    """One task that several coroutines wait for; cancelled when the last of them has given up."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
         self._task = asyncio.ensure_future(work)
-        self._task.add_done_callback(
-            lambda task: task.cancelled() or task.exception()
-        )  # retrieved, if nobody waits
+        # its exception is retrieved even if nobody waits
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._waiters = 0
         self.abandoned = False  # being cancelled: nobody may join any more
 
@@ -3127,7 +3052,10 @@ class _Shared:
 
     @classmethod
     async def once(
-        cls, tasks: dict[str, _Shared], name: str, work: Callable[[], Coroutine[Any, Any, Any]]
+        cls,
+        tasks: dict[str, _Shared],
+        name: str,
+        work: Callable[[], Coroutine[Any, Any, Any]],
     ) -> Any:
         """The result of this work; who asks while it is under way waits for the same."""
         if name not in tasks or tasks[name].abandoned:
@@ -3140,204 +3068,139 @@ class _Shared:
                 del tasks[name]
 
 
-class _Gathered:
-    """A transport as asyncssh sees it: what it writes in one turn of the loop leaves in one piece.
-    It writes each packet by itself, and an empty one before each; of 2,000 small files a third of
-    the time was such calls.
+# The guard: what ends a command over there when its channel closes before it.
+#
+# sshd made the session's process leader of a process group. Before it becomes the user's login
+# shell with the command, as under plain ssh, it leaves a watchdog in that group (so that the
+# group's number cannot be used again), which waits for the end of the channel's stdin; the command
+# itself gets /dev/null. Where stdin is data the watchdog looks each second for sshd's process of
+# this connection and for the leader instead. When the leader ends first sshd closes stdin, and
+# the watchdog goes; when the leader still lives, it sends TERM to the group, and 2 s later KILL,
+# which takes the watchdog too. Without these details it fails:
+#
+# - TMOUT, which hardening guides export, is the default time of `read` where sh is bash.
+# - Signals are ignored by an empty trap: with a handler the `read` of dash and busybox ends at a
+#   TERM or HUP, and the command with it. Its `sleep` inherits that, and survives its own TERM.
+# - It keeps the reading ends of the outputs (where /proc gives them): a command that prints would
+#   else die of SIGPIPE before its children are ended, and these be taken for left on purpose.
+#   A dropbear server's cannot be opened, nor any without /proc; the attempt is silent.
+# - Its outputs are /dev/null, or the channel would never close; csh leaves copies of its own
+#   outputs in 3 to 5, so these are closed first.
+# - Its text comes in the environment, so that its argument list holds no word that an
+#   administrator's `pkill -f` looks for; nor the command's.
+# - An ordinary user may not signal root's processes (sudo, dropbear's server): EPERM is no sign of
+#   a process that has gone, so /proc is asked as well.
+#
+# All of it travels as one word without quote, exclamation mark and backslash, so that any login
+# shell (csh, fish) passes it on; printf %b decodes it.
+_WATCHDOG = (
+    'unset TMOUT; trap "" HUP INT TERM; lives() {{ kill -0 $1 || [ -d /proc/$1 ]; }}; {wait}; '
+    "if lives $1; then kill -s TERM 0; kill -s CONT 0; sleep 2; {cleanup}kill -s KILL 0; fi"
+)
+_WAIT_FOR_STDIN = "while read -r x; do :; done"
+_WAIT_FOR_SSHD = "while [ $2 -gt 1 ] && lives $2 && lives $1; do sleep 1; done"
+_LEAVE_WATCHDOG = (
+    "( ( exec 4<&- 5<&- 6>&2 2>/dev/null; "
+    "command exec 4</proc/self/fd/1; command exec 5</proc/self/fd/6; exec 6>&- >/dev/null; "
+    "apssh_guard={watchdog} exec /bin/sh -c 'eval \"$apssh_guard\"' apssh-guard $$ $PPID ) "
+    "{stdin} 3<&- & ); "
+)
+# sshd gives the login shell its short name, which $0 and its messages show
+_LOGIN_SHELL = (
+    "apssh_x=${SHELL:=/bin/sh}; apssh_y=${apssh_x##*/}; "
+    '[ "$(command -v "$apssh_y")" -ef "$apssh_x" ] 2>/dev/null && apssh_x=$apssh_y; '
+    'exec "$apssh_x" -c '
+)
+
+
+def _inert(text: str) -> str:
+    """Text in an alphabet that no shell reads inside single quotes, for printf %b."""
+    return re.sub(
+        r"[^ -~\xa0-\ud7ff\ue000-\U0010ffff]|[\\'!]",
+        lambda match: "".join(f"\\0{byte:03o}" for byte in os.fsencode(match[0])),
+        text,
+    )
+
+
+def _guarded(
+    command: str,
+    *,
+    watch: str = "stdin",
+    env: Mapping[str, str] | None = None,
+    quiet: bool = False,
+    folder: str = "",
+) -> str:
+    """The command line to send so that this command runs as it would anyway, under the guard.
+
+    ``watch``: what tells the guard that it must end the command: the end of "stdin", the end of
+    the "connection", or "" for no guard (a terminal hangs up). ``env``: variables exported to the
+    command; ``quiet``: its outputs are /dev/null; ``folder``: what is to be removed with it.
     """
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        self._pieces: list[bytes] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Soon."""
-        if not self._pieces and len(data) < SEND_AT_ONCE:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._pieces.append(data)
-        if len(data) >= SEND_AT_ONCE:
-            self._flush()
-
-    def _flush(self) -> None:
-        pieces, self._pieces = self._pieces, []
-        if pieces:
-            with contextlib.suppress(
-                ConnectionError
-            ):  # its loss is told to the other side of the wire
-                self._transport.write(b"".join(pieces) if len(pieces) > 1 else pieces[0])
-
-    def close(self) -> None:
-        """After what was written."""
-        self._flush()
-        self._transport.close()
-
-
-class _Wire(asyncssh.SSHTCPSession[bytes]):
-    """Stands between a transport (TCP, or a gateway's channel) and asyncssh's connection. It holds
-    the server's first bytes until a key exchange may start, so that silent hosts take nobody's
-    turn; and it acknowledges at once, since the first command would else stall for 40 ms (server's
-    Nagle, our delayed ack).
-    """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-        self.banner: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._held: list[bytes] | None = []
-        self._lost: Exception | None = None
-        self.greeting = b""
-        self.transport: Any = None
-        self._socket: Any = None
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        if hasattr(socket, "TCP_QUICKACK") and isinstance(transport, asyncio.Transport):
-            sock = transport.get_extra_info("socket")
-            self._socket = sock if sock.family in (socket.AF_INET, socket.AF_INET6) else None
-        self._inner.connection_made(_Gathered(transport))
-
-    def session_started(self) -> None:
-        self._inner.session_started()
-
-    def data_received(self, data: bytes, datatype: int | None = None) -> None:
-        if self._socket:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        if self._held is None:
-            self._inner.data_received(data)
-            return
-        self._held.append(data)
-        self.greeting = self.greeting or data[:100]
-        self.transport.pause_reading()
-        if not self.banner.done():
-            self.banner.set_result(None)
-
-    def release(self) -> None:
-        """The key exchange may start."""
-        held, self._held = self._held or [], None
-        for data in held:
-            self._inner.data_received(data)
-        if self._lost:
-            self._inner.connection_lost(self._lost)
-        else:
-            self.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        return self._held is None and bool(self._inner.eof_received())
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._lost = exc or asyncssh.ConnectionLost("Connection lost")
-        if not self.banner.done():
-            self.banner.set_exception(self._lost)
-            self.banner.exception()
-        if (
-            self._held is None
-        ):  # before, asyncssh waits for nothing, and would leave its exception to nobody
-            self._inner.connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
-
-
-class _Route:
-    """How the bytes of one connection travel: TCP, a channel of the gateway, or a proxy command.
-    asyncssh takes it for a tunnel: so its sockets, their turns and their failures are ours."""
-
-    def __init__(self, node: SshNode, clock: _Clock, turns: contextlib.AsyncExitStack) -> None:
-        self._node, self._clock, self._turns = weakref.proxy(node), clock, turns
-        self.wire: _Wire | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-
-    async def create_connection(
-        self, factory: Callable[[], Any], host: str, port: int
-    ) -> tuple[Any, Any]:
-        """Connect, wait for the server's banner, then for the turn to shake hands."""
-        limits, loop = _Limits.here(), asyncio.get_running_loop()
-        inner = factory()
-
-        def wire() -> _Wire:
-            self.wire = _Wire(inner)
-            return self.wire
-
-        protocol = cast("Callable[[], asyncio.Protocol]", wire)
-        if self._node.gateway:
-            self._node.gateway._leads = True
-            gateway = await self._node.gateway._connected()
-            gateway.forwards = True
-            await gateway.conn.create_connection(wire, host, port)
-        elif self._node._proxy_command:
-            ours, theirs = socket.socketpair()
-            with theirs:
-                self.process = subprocess.Popen(
-                    ["/bin/sh", "-c", f"exec {self._node._proxy_command}"],
-                    stdin=theirs.fileno(),
-                    stdout=theirs.fileno(),
-                    start_new_session=True,
-                )
-            await loop.create_connection(protocol, sock=ours)
-        else:
-            numeric = host.replace(".", "").isdigit() or ":" in host
-            async with self._clock.turn(limits.connects):
-                await loop.create_connection(
-                    protocol,
-                    host,
-                    port,
-                    happy_eyeballs_delay=None if numeric else 0.25,
-                    **self._node._host_config.socket,
-                )
-        assert self.wire
-        self._node._formatter_event("connection_made", self._node.username, not self._node.gateway)
-        await self.wire.banner
-        await self._turns.enter_async_context(
-            self._clock.turn(limits.handshakes[self._node._leads], HANDSHAKE_TURN)
+    steps = []
+    if watch:
+        cleanup = f"rm -rf {shlex.quote(folder)}; " if folder else ""
+        by_stdin = watch == "stdin"
+        watchdog = _WATCHDOG.format(
+            wait=_WAIT_FOR_STDIN if by_stdin else _WAIT_FOR_SSHD, cleanup=cleanup
         )
-        self.wire.release()
-        return self.wire.transport, inner
+        leave = _LEAVE_WATCHDOG.format(
+            watchdog=shlex.quote(watchdog), stdin="<&3" if by_stdin else "</dev/null"
+        )
+        steps.append(f"exec 3<&0 </dev/null; {leave}exec 3<&-; " if by_stdin else leave)
+    steps += [f"export {name}={shlex.quote(value)}; " for name, value in (env or {}).items()]
+    if quiet:
+        steps.append("exec >/dev/null 2>&1; ")
+    script = "".join([*steps, _LOGIN_SHELL, shlex.quote(command)])
+    return f"exec /bin/sh -c 'eval \"$(printf %b \"$1\")\"' apssh '{_inert(script)}'"
 
-    @property
-    def greeted(self) -> bool:
-        """Whether the server has shown itself as one of ssh."""
-        return self.wire is not None and b"SSH-" in self.wire.greeting
 
-    def foreign(self) -> str:
-        """What the server said instead of an ssh banner; empty, as a rule."""
-        text = self.wire.greeting if self.wire else b""
-        said = _brief(text.splitlines()[0].decode("ascii", "replace")) if text.strip() else ""
-        return "" if not text or self.greeted else f"not an ssh server: it says {said!r}"
+class _ProxyCommand:
+    """A proxy command of ssh_config(5): a process whose standard input and output lead to the
+    server.
+    """
 
-    def progress(self) -> str:
-        """How far it came, for somebody who has waited in vain."""
-        if not self.wire:
-            gateway = self._node.gateway
-            return (
-                f"gateway {escape(gateway.hostname)} does not answer"
-                if gateway and not gateway.is_connected()
-                else "no answer"
+    def __init__(self, command: str) -> None:
+        self.command = command
+        self.last_words = b""  # of its standard error
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", f"exec {command}"],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.PIPE,
+                start_new_session=True,
             )
-        return self.foreign() or (
-            "the key exchange does not end"
-            if self.wire.greeting
-            else "connected, but the server says nothing"
-        )
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
-    def abandon(self) -> None:
-        """Leave nothing of an attempt that gave no connection."""
-        if self.wire and self.wire.transport:
-            self.wire.transport.abort()
-        self.reap()
+    def _listen(self) -> None:
+        """Keep the end of what it says, and leave no zombie."""
+        assert self._process.stderr
+        with self._process.stderr as stderr:
+            while said := os.read(stderr.fileno(), 4096):
+                self.last_words = (self.last_words + said)[-2000:]
+        self._process.wait()
 
-    def reap(self) -> None:
-        """End the proxy command, and wait for nobody."""
-        process, self.process = self.process, None
-        if process:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGTERM)
-            with contextlib.suppress(RuntimeError):
-                threading.Thread(target=process.wait, daemon=True).start()  # it leaves no zombie
+    def end(self) -> None:
+        """Send TERM to its process group, and wait for nobody."""
+        with contextlib.suppress(OSError):
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGTERM)
+
+    async def epitaph(self) -> str:
+        """What is to be said of one that gave no connection."""
+        await asyncio.to_thread(self._listener.join, CLOSE_TIMEOUT)
+        lines = self.last_words.decode("utf-8", "replace").strip().splitlines()
+        said = f": {_brief(lines[-1], 200)}" if lines else ""
+        return f"the proxy command ended: {_brief(self.command, 200)}{said}"
+
+
+class _PausedProtocol(asyncio.Protocol):
+    """Of a transport that connects, and reads nothing."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.Transport", transport).pause_reading()
 
 
 class _Client(asyncssh.SSHClient):
@@ -3346,19 +3209,28 @@ class _Client(asyncssh.SSHClient):
     """
 
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
-        self._node, self._trust = (
-            weakref.proxy(node),
-            trust,
-        )  # a node that is forgotten is gone at once, and its sockets with it
-        self._pairs = pairs
-        self.route: _Route | None = None
+        # no reference to the node: one that is forgotten is gone at once, and its sockets with it
+        self._host, self._username, self._direct = node.hostname, node.username, not node.gateway
+        self._formatter, self._password = node.formatter, node._password
+        self._talks = bool(node.verbose or node.formatter.verbose)
+        self._trust, self._pairs = trust, pairs
+        self.conn: asyncssh.SSHClientConnection | None = None
+        self.proxy: _ProxyCommand | None = None
         self.offered: list[asyncssh.SSHKeyPair] = []
         self.begun = False  # the server's key was accepted and the login has begun
         self.lost = False
         self.why: Exception | None = None
         self.host_key_error: HostKeyError | None = None
-        self._password_tried: set[str] = set()
+        self.password_tried: set[str] = set()
         self._kbdint_begun = False
+        self._greeted = False
+
+    @property
+    def greeted(self) -> bool:
+        """Whether the server has shown itself as one of ssh."""
+        if self.conn and self.conn.get_extra_info("server_version"):
+            self._greeted = True
+        return self._greeted
 
     def _check(self, check: Callable[[], bool | None]) -> bool:
         try:
@@ -3376,20 +3248,24 @@ class _Client(asyncssh.SSHClient):
         return self._check(lambda: self._trust.check_authority(key))
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-        self._conn = weakref.proxy(conn)
+        self.conn = conn
+        if self._direct:
+            _acknowledge_at_once(conn)
+        self._formatter.connection_made(self._host, self._username, self._direct)
 
     def begin_auth(self, username: str) -> None:
-        if self._trust.certified and not self._check(
-            lambda: self._trust.check_certified(self._conn.get_server_host_key())
-        ):
-            raise asyncssh.HostKeyNotVerifiable("revoked")
+        if self._trust.certified:
+            key = self.conn.get_server_host_key() if self.conn else None
+            assert key
+            if not self._check(lambda: self._trust.check_certified(key)):
+                raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
         if trouble := self._trust.record():
-            self._node._say(trouble)
+            _tell(self._host, trouble)
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
-        if self._node.verbose or self._node.formatter.verbose:
-            self._node._say("banner: " + " ".join(msg.split()))
+        if self._talks:
+            _tell(self._host, "banner: " + " ".join(msg.split()))
 
     def public_key_auth_requested(self) -> asyncssh.SSHKeyPair | None:
         if not self._pairs:
@@ -3401,54 +3277,231 @@ class _Client(asyncssh.SSHClient):
         """The password, once for each method: PAM may refuse it in the one and take it in the
         other.
         """
-        if method in self._password_tried or self._node._password is None:
+        if method in self.password_tried or self._password is None:
             return None
         if self._trust.changed:
-            self._node._say(
-                "no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None"
+            _tell(
+                self._host,
+                "no password for a host whose key has changed: "
+                "forget the old key (ssh-keygen -R), or known_hosts=None",
             )
             return None
-        self._password_tried.add(method)
-        return cast("str | None", self._node._password)
+        self.password_tried.add(method)
+        return self._password
 
     def password_auth_requested(self) -> str | None:
         return self._password_once("password")
 
     def kbdint_auth_requested(self) -> str | None:
         begun, self._kbdint_begun = self._kbdint_begun, True
-        return "" if self._node._password is not None and not begun else None
+        return "" if self._password is not None and not begun else None
 
     def kbdint_challenge_received(
         self, name: str, instructions: str, lang: str, prompts: Sequence[tuple[str, bool]]
     ) -> list[str] | None:
         if not prompts:
             return []
-        hidden = (
-            len(prompts) == 1 and not prompts[0][1]
-        )  # a question whose answer is echoed is no password's
+        # a question whose answer is echoed is no password's
+        hidden = len(prompts) == 1 and not prompts[0][1]
         secret = self._password_once("kbdint") if hidden else None
         return None if secret is None else [secret]
 
     def auth_completed(self) -> None:
         if self.offered:
             _accepted_keys.add(self.offered[-1].public_data)
-        self._node._formatter_event("auth_completed", self._node.username)
+        self._formatter.auth_completed(self._host, self._username)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lost, self.why = True, exc
-        if self.route:
-            self.route.reap()
-        with contextlib.suppress(ReferenceError):
-            if self.begun:
-                self._node._formatter_event("connection_lost", exc, self._node.username)
+        self._greeted = self.greeted
+        self.conn = None
+        if self.proxy:
+            self.proxy.end()
+        if self.begun:
+            self._formatter.connection_lost(self._host, exc, self._username)
+
+
+def _acknowledge_at_once(conn: asyncssh.SSHClientConnection) -> None:
+    """Acknowledge what a connection receives without the usual delay, which the kernel falls back
+    to by itself: the first command would else stall for 40 ms (the server's Nagle against our
+    delayed acknowledgement).
+    """
+    sock = conn.get_extra_info("socket")
+    if not hasattr(socket, "TCP_QUICKACK") or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    receive = conn.data_received
+
+    def data_received(data: bytes, datatype: int | None = None) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        receive(data, datatype)
+
+    vars(conn)["data_received"] = data_received
+
+
+class _Attempt:
+    """One attempt to connect a node: its socket, its proxy command, and how far it came."""
+
+    def __init__(self, node: SshNode, clock: _Clock, client: _Client) -> None:
+        self._node, self._clock, self.client = node, clock, client
+        self.greeting = b""  # the first bytes of the server, which asyncssh will read
+        self._socket: socket.socket | None = None
+
+    async def log_in(
+        self, turns: contextlib.AsyncExitStack, arguments: Mapping[str, Any]
+    ) -> asyncssh.SSHClientConnection:
+        """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
+        shake hands; then take that turn and log in.
+        """
+        node, way = self._node, dict[str, Any]()
+        if node.gateway:
+            node.gateway._leads = True
+            link = await node.gateway._connected()
+            link.forwards = True
+            way["tunnel"] = link.conn
+        else:
+            way["sock"] = self._socket = await self._open()
+            await self._hear(self._socket)
+        gate = _Limits.here().handshakes[node._leads]
+        await turns.enter_async_context(self._clock.turn(gate, HANDSHAKE_TURN))
+        return await asyncssh.connect(
+            node._address or node.hostname,
+            node.port,
+            client_factory=lambda: self.client,
+            **way,
+            **arguments,
+        )
+
+    async def _open(self) -> socket.socket:
+        """A connected socket. asyncio's transport for it has all of happy eyeballs (RFC 8305), and
+        is only there to connect.
+        """
+        node, loop = self._node, asyncio.get_running_loop()
+        if node._proxy_command:
+            proxy = self.client.proxy = _ProxyCommand(node._proxy_command)
+            proxy.socket.setblocking(False)
+            return proxy.socket
+        host = node._address or node.hostname
+        how = dict(node._host_config.socket)
+        numeric = ":" in host or host.replace(".", "").isdigit()
+        if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
+            how["happy_eyeballs_delay"] = 0.25
+        async with self._clock.turn(_Limits.here().connects):
+            transport, _ = await loop.create_connection(_PausedProtocol, host, node.port, **how)
+        sock = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        sock.setblocking(False)
+        transport.abort()
+        return sock
+
+    async def _hear(self, sock: socket.socket) -> None:
+        """Wait for the first bytes of the server, and look at them."""
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+        loop.add_reader(sock, _settle, readable)
+        try:
+            await readable
+        finally:
+            loop.remove_reader(sock)
+        self.greeting = sock.recv(100, socket.MSG_PEEK)
+        if not self.greeting:
+            raise asyncssh.ConnectionLost("Connection lost")
+
+    def foreign(self) -> str:
+        """What the server said instead of an ssh banner; empty, as a rule."""
+        if not self.greeting or b"SSH-" in self.greeting:
+            return ""
+        lines = self.greeting.strip().splitlines() or [b""]
+        return f"not an ssh server: it says {_brief(lines[0].decode('ascii', 'replace'))!r}"
+
+    def progress(self) -> str:
+        """How far it came, for somebody who has waited in vain."""
+        if self._clock.drops:
+            return f"dropped before login, {_count(self._clock.drops, 'time')}"
+        if self.client.begun:
+            return "the login does not end"
+        if self.client.greeted or b"SSH-" in self.greeting:
+            return "the key exchange does not end"
+        if self._socket:
+            return self.foreign() or "connected, but the server says nothing"
+        gateway = self._node.gateway
+        if gateway and not gateway.is_connected():
+            return f"gateway {escape(gateway.hostname)} does not answer"
+        return "no answer"
+
+    def abandon(self) -> None:
+        """Leave nothing of an attempt that gave no connection."""
+        if self._socket:
+            self._socket.close()
+        if self.client.proxy:
+            self.client.proxy.end()
+
+
+class _Verdict(enum.Enum):
+    """What to do after an attempt to log in that failed."""
+
+    AGAIN = "after a pause, for the server dropped it before the login (sshd's MaxStartups)"
+    PLAIN_KEY = "with the plain host key: its certificate did not count, as ssh does"
+    NEXT_KEYS = "with the keys that were not offered: the server takes a few only (MaxAuthTries)"
+    FAIL = "not at all"
+
+
+def _verdict(
+    attempt: _Attempt, exc: Exception, *, certified: bool, keys_left: bool, rounds: int
+) -> _Verdict:
+    """What to do after an attempt that ended so: ``rounds`` connections were spent on keys."""
+    client, drops = attempt.client, attempt._clock.drops
+    if not client.begun:
+        if _is_drop(attempt, exc):
+            # a server that has shown itself has begun the key exchange: MaxStartups comes earlier
+            most = 1 if client.greeted else RETRIES_BEFORE_LOGIN
+            return _Verdict.AGAIN if drops <= most else _Verdict.FAIL
+        unverified = isinstance(exc, asyncssh.HostKeyNotVerifiable)
+        if unverified and certified and not client.host_key_error:
+            return _Verdict.PLAIN_KEY
+    refused = isinstance(exc, asyncssh.PermissionDenied)
+    if client.begun and client.offered and keys_left and not refused and rounds < MAX_AUTH_ROUNDS:
+        return _Verdict.NEXT_KEYS
+    return _Verdict.FAIL
+
+
+def _is_drop(attempt: _Attempt, exc: Exception) -> bool:
+    """Whether the server, or what leads to it, cut the connection before the login began."""
+    cut = isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError)
+    foreign = attempt.foreign()
+    said_so = not foreign or "MaxStartups" in foreign
+    client = attempt.client
+    return cut and said_so and not client.begun and not client.host_key_error and not client.proxy
+
+
+def _failure_of_host(exc: Exception, host: str, port: int) -> tuple[str, str]:
+    """The kind of a failure to reach a host, and its cause, by class and code; behind a gateway
+    the words of its server are all there is.
+    """
+    words = str(exc) if isinstance(exc, asyncssh.ChannelOpenError) else ""
+    if isinstance(exc, socket.gaierror) or "not known" in words or "name resolution" in words:
+        return "dns", f"unknown host name {host}"
+    if isinstance(exc, ConnectionRefusedError) or "refused" in words:
+        return "refused", f"nothing listens on port {port}"
+    if isinstance(exc, TimeoutError) or "timed out" in words:
+        return "timeout", "no answer"
+    if isinstance(exc, asyncssh.ChannelOpenError):
+        return "refused", words
+    if isinstance(exc, asyncssh.Error):
+        return "lost", exc.reason
+    if isinstance(exc, ValueError):  # a config that leaves no algorithm
+        return "local", str(exc)
+    if isinstance(exc, OSError):
+        text = os.strerror(exc.errno).lower() if exc.errno else str(exc)
+        if isinstance(exc, ConnectionError):
+            return "lost", text
+        return "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused", text
+    return "lost", str(exc)
 
 
 class _Link:
     """One ssh connection, and the sessions open on it."""
 
-    def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client, route: _Route) -> None:
-        self.conn = conn
-        self.client, self._route = client, route
+    def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client) -> None:
+        self.conn, self.client = conn, client
         self._loop = asyncio.get_running_loop()
         self.sessions = 0
         self.limit = SESSIONS_PER_CONNECTION
@@ -3459,24 +3512,30 @@ class _Link:
     def alive(self) -> bool:
         return not self.client.lost
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more session may open on it."""
+        return self.alive and not self.reserved and self.sessions < self.limit
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing depends on it, so that a session that opens on it may cut it."""
+        return self.has_room and not self.sessions and not self.forwards
+
     def drop(self) -> None:
         """Cut the connection at once, even when its event loop is gone."""
         self.client.lost = True
-        with contextlib.suppress(
-            RuntimeError
-        ):  # raised by a closed loop, which can run no callback
+        with contextlib.suppress(RuntimeError):  # raised by a closed loop, which runs no callback
             self.conn.abort()
-        transport = self._route.wire.transport if self._route.wire else None
-        if (
-            self._loop.is_closed()
-            and isinstance(transport, asyncio.Transport)
-            and (sock := vars(transport).get("_sock"))
-        ):
-            # asyncio has no call to close a transport whose loop is gone, and it would warn
-            # when collected
+        transport = vars(self.conn).get("_transport")
+        sock = vars(transport).get("_sock") if isinstance(transport, asyncio.Transport) else None
+        if self._loop.is_closed() and sock:
+            # asyncio has no call to close a transport whose loop is gone, and it would warn when
+            # collected
             sock.close()
             vars(transport)["_sock"] = None
-        self._route.reap()
+        if self.client.proxy:
+            self.client.proxy.end()
 
     async def close(self) -> None:
         """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
@@ -3485,7 +3544,8 @@ class _Link:
             self.conn.close()
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self.conn.wait_closed()
-            self._route.reap()
+            if self.client.proxy:
+                self.client.proxy.end()
         except BaseException as exc:
             self.drop()
             if not isinstance(exc, TimeoutError | OSError | asyncssh.Error):
@@ -3493,21 +3553,21 @@ class _Link:
 
 
 class _Session(asyncssh.SSHClientSession[bytes]):
-    """One command's channel: bytes to the sink as they come, and how it ended."""
+    """One command's channel: bytes to the sink as they come, and how it ended. A local command's
+    outputs go through it too.
+    """
 
     def __init__(self, sink: _Sink, step: StepRecord) -> None:
         self._sink, self._step = sink, step
         self.chan: asyncssh.SSHClientChannel[bytes] | None = None
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.failed: asyncio.Future[None] = (
-            asyncio.get_running_loop().create_future()
-        )  # on this side
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self.failed: asyncio.Future[None] = loop.create_future()  # on this side
         self.status: int | str | None = None
         self.error: Exception | None = None
-        self.guarded = False  # the guard over there waits for the end of stdin
         self.whole = False  # all of the output has come
-        self.writable = asyncio.Event()
-        self.writable.set()
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
         self.chan = chan
@@ -3537,33 +3597,35 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status = _brief(signal)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.writable.set()
-        if not self.ended.done():
-            self.ended.set_result(None)
+        self._writable.set()
+        _settle(self.ended)
 
     def pause_writing(self) -> None:
-        self.writable.clear()
+        self._writable.clear()
 
     def resume_writing(self) -> None:
-        self.writable.set()
+        self._writable.set()
 
-    def abort(self) -> None:
-        """Over there, the end of stdin is what ends the command; the channel closes soon after.
-        Closed at once, a command that prints could die of SIGPIPE before the guard sees that it was
-        alive, and its children would be taken for left on purpose.
+    async def run(self, stdin: AsyncIterator[bytes] | None, *, end_of_file: bool) -> None:
+        """Wait for the end, of the command or of this side; meanwhile give standard input, or the
+        end of it. Cancelling it ends nothing over there.
         """
-        if self.chan and self.guarded:
-            self.chan.write_eof()
-            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT / 4, self.chan.abort)
-        elif self.chan:
-            self.chan.abort()
+        feeder = asyncio.create_task(self._feed(stdin)) if stdin else None
+        try:
+            if end_of_file and self.chan:
+                self.chan.write_eof()
+            # not awaited themselves: that would cancel them with us
+            await asyncio.wait([self.ended, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if feeder:
+                feeder.cancel()
 
-    async def feed(self, stdin: AsyncIterator[bytes]) -> None:
+    async def _feed(self, stdin: AsyncIterator[bytes]) -> None:
         """Give standard input at the pace of the command, then its end."""
         assert self.chan
         try:
             async for data in stdin:
-                await self.writable.wait()
+                await self._writable.wait()
                 if self.ended.done() or self.chan.is_closing():
                     return
                 self.chan.write(data)
@@ -3579,7 +3641,12 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.failed.set_result(None)
 
 
-class _Node:
+def _tell(host: str, text: str) -> None:
+    """A word about a host on stderr, in apssh's own name."""
+    _screen.say(f"{escape(host)}: {escape(text)}")
+
+
+class _Node(abc.ABC):
     """What SshNode and LocalNode share: running commands of a user's, and showing what happens."""
 
     hostname: str
@@ -3592,16 +3659,38 @@ class _Node:
     debug = False
     _host_key_shown: str | None = None
 
+    @abc.abstractmethod
+    async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
+        """Connect unless it is done."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Close what is open."""
+
+    @abc.abstractmethod
+    async def _session(
+        self,
+        command: str,
+        step: StepRecord,
+        sink: _Sink,
+        *,
+        timeout: float | None,
+        x11: bool = False,
+        pty: bool = False,
+        stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        folder: str = "",
+    ) -> int | str:
+        """Run one command line to its end, in a channel or a process of its own."""
+
     @property
     def _endpoint(self) -> Endpoint:
         return self.username, self.hostname, self.port
 
-    def _formatter_event(self, event: str, *args: Any) -> None:
-        getattr(self.formatter, event)(self.hostname, *args)
-
     def _say(self, text: str) -> None:
         """A word about this host on stderr, in apssh's own name."""
-        _screen.say(f"{escape(self.hostname)}: {escape(text)}")
+        _tell(self.hostname, text)
 
     def _adopt(self, formatter: Formatter | None, verbose: bool | None) -> None:
         self.verbose = verbose
@@ -3631,10 +3720,14 @@ class _Node:
         be reached or is lost, CommandFailedError (kind timeout) when the command had to be ended.
         Cancelling it ends the command over there.
         """
-        step = Run(
-            command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture
+        return await self._execute(
+            command,
+            StepRecord(),
+            timeout=timeout,
+            x11=x11,
+            quiet=ignore_outputs,
+            capture=capture,
         )
-        return await step._run(self, StepRecord())
 
     async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
         """Copy local files there, as the command Push does."""
@@ -3650,27 +3743,47 @@ class _Node:
         step: StepRecord,
         *,
         sink: _Sink | None = None,
+        capture: Capture | None = None,
         timeout: float | None = None,
-        **options: Any,
+        x11: bool = False,
+        pty: bool = False,
+        stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        folder: str = "",
     ) -> int | str:
-        """Run a command line within a time; every way to run something comes through here."""
+        """Run a command line within a time; every way to run something comes through here.
+
+        ``sink``: where the outputs go (default: the formatter); ``capture``: stores stdout of a
+        command that ended; ``quiet``: /dev/null over there; ``folder``: removed with the command.
+        """
         if not command.strip():
             raise UsageError(
                 "an empty command: it would open a shell that nobody talks to", host=self.hostname
             )
+        await self._apply_config()  # it may tell the user and the port, by which outputs are named
         sink = sink or self.formatter._sink(self._endpoint)
+        held = _HeldSink(sink) if capture else None
         step.command = step.command or command
         try:
-            try:
-                return await self._session(command, step, sink, timeout, **options)
-            finally:
-                sink.end()
+            status = await self._session(
+                command,
+                step,
+                held or sink,
+                timeout=timeout,
+                x11=x11,
+                pty=pty,
+                stdin=stdin,
+                env=env,
+                quiet=quiet,
+                folder=folder,
+            )
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a sink, or standard input, knows no host
                 exc.host = exc.host or self.hostname
             raise
         except TimeoutError:
-            raise _timed_out(timeout, self, command) from None
+            raise _timed_out(timeout, self, command, step) from None
         except BrokenPipeError:
             raise
         except OSError as exc:
@@ -3679,31 +3792,33 @@ class _Node:
                 host=self.hostname,
                 command=command,
             ) from exc
+        finally:
+            (held or sink).end()
+        if held and capture:  # of a command that ended: half of an output, or none, is no value
+            capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        return status
 
-    async def _apply_config(self) -> None:
-        """Nothing to complete, as a rule."""
+    async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
+        """Complete what was not given."""
 
     @contextlib.contextmanager
     def _shown(self, command: str) -> Iterator[None]:
         """What the formatter hears of a session that is open."""
         self.formatter._started(self._endpoint)
-        self._formatter_event("session_start", command)
+        self.formatter.session_start(self.hostname, command)
         try:
             yield
         finally:
-            self._formatter_event("session_stop", command)
-
-    connect_lazy: Callable[[], Coroutine[Any, Any, Any]]
-    close: Callable[[], Coroutine[Any, Any, None]]
-    _session: Callable[..., Coroutine[Any, Any, int | str]]
+            self.formatter.session_stop(self.hostname, command)
 
 
-def _timed_out(timeout: float | None, node: _Node, command: str) -> ApsshError:
+def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
     """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
     if timeout is None:
         return ApsshError(f"timed out: {escape(command)}", host=node.hostname, command=command)
+    left = " (it may still be running)" if step.may_run else ""
     return CommandFailedError(
-        f"no end within {timeout:g} s: {escape(command)}",
+        f"no end within {timeout:g} s: {escape(command)}{left}",
         host=node.hostname,
         kind="timeout",
         command=command,
@@ -3726,11 +3841,11 @@ class SshNode(_Node):
 
     Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``:
     an ssh_config file, or True for the user's own (the user is then its User, else yours);
-    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection);
-    ``keepalive``: seconds between probes of a silent connection (9; dead after two unanswered);
-    ``forward_agent``; ``address``: what to connect to when it is not ``hostname``;
-    ``proxy_command``, as in ssh_config(5). Raises UsageError for a host name, port or time that
-    cannot be.
+    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection, and
+    a channel that closes without an exit status is a success); ``keepalive``: seconds between
+    probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``:
+    what to connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
+    Raises UsageError for a host name, port or time that cannot be.
     """
 
     def __init__(
@@ -3770,10 +3885,8 @@ class SshNode(_Node):
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         self.port, self.gateway = port, gateway
-        self.keys = [
-            os.fspath(key) if isinstance(key, os.PathLike) else key
-            for key in ([keys] if isinstance(keys, str | os.PathLike) else keys or ())
-        ]
+        named = [keys] if isinstance(keys, str | os.PathLike) else keys or ()
+        self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key for key in named]
         self.known_hosts, self.host_keys = known_hosts, host_keys
         self.timeout, self.debug, self.guard = timeout, debug, guard
         self.keepalive, self.forward_agent = keepalive, forward_agent
@@ -3784,22 +3897,19 @@ class SshNode(_Node):
         self._target = self.hostname  # as the command line named it
         self._known_hosts_files: tuple[str, ...] = KNOWN_HOSTS_FILES
         self._host_key_shown: str | None = None  # the fingerprint that it presented last
+        self._guard_works: bool | None = None  # not known yet
         self._live: _Live | None = None
         self._leads = False  # others go through it
         self._adopt(formatter, verbose)
 
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
-        return (
-            f"<SshNode {self.username}@{self.hostname}"
-            + (f":{self.port}" if self.port != 22 else "")
-            + f"{via}>"
-        )
+        port = f":{self.port}" if self.port != 22 else ""
+        return f"<SshNode {self.username}@{self.hostname}{port}{via}>"
 
     def __del__(self) -> None:
-        if live := vars(self).get(
-            "_live"
-        ):  # a node that is forgotten once its loop has gone leaves no socket
+        # a node that is forgotten once its loop has gone leaves no socket
+        if live := vars(self).get("_live"):
             live.drop()
 
     # connection
@@ -3829,7 +3939,7 @@ class SshNode(_Node):
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
-        return bool(self._live and self._live.sftp and not self._live.sftp_ended())
+        return bool(self._live and self._live.sftp and self._live.sftp.alive)
 
     async def connect_lazy(self) -> asyncssh.SSHClientConnection:
         """Connect unless it is done; concurrent calls make one connection. Raises
@@ -3838,14 +3948,14 @@ class SshNode(_Node):
         return (await self._connected()).conn
 
     async def sftp_connect_lazy(self) -> asyncssh.SFTPClient:
-        """Open an SFTP session (names are bytes) unless it is done. Raises ConnectionFailedError,
-        TransferError.
+        """Open an SFTP session (names are text with surrogateescape) unless it is done. Raises
+        ConnectionFailedError, TransferError.
         """
         live = self._here()
         if not self.is_sftp_connected():
             await _Shared.once(live.opening, "sftp", functools.partial(self._open_sftp, live))
         assert live.sftp
-        return live.sftp[0]
+        return live.sftp.client
 
     async def close(self) -> None:
         """Close the connections, politely if their loop runs, else at once. The gateway's stay
@@ -3858,14 +3968,22 @@ class SshNode(_Node):
             live.drop()
             return
         if live.sftp:
-            live.sftp[0].exit()
-            self._formatter_event("sftp_stop")
+            live.sftp.client.exit()
+            self.formatter.sftp_stop(self.hostname)
         await asyncio.gather(*(link.close() for link in live.links if link.alive))
 
     def _here(self) -> _Live:
-        """What is open in this event loop; what another loop has left is dropped."""
+        """What is open in this event loop; what another loop has left is dropped. Raises
+        UsageError while another loop, which runs, has something open.
+        """
         loop = asyncio.get_running_loop()
         if self._live and self._live.loop is not loop:
+            if self._live.loop.is_running() and self.is_connected():
+                raise UsageError(
+                    "it is connected in another event loop that runs: give each loop a node of "
+                    "its own, or close() it there first",
+                    host=self.hostname,
+                )
             self._live.drop()
             self._live = None
         if self._live is None:
@@ -3876,10 +3994,9 @@ class SshNode(_Node):
         """A link that is up, by preference the first."""
         live = self._here()
         while True:
-            if link := next(
-                (link for link in live.links if link.alive and not link.reserved), None
-            ):
-                return link
+            for link in live.links:
+                if link.alive and not link.reserved:
+                    return link
             await self._add_link(live)
 
     async def _add_link(self, live: _Live) -> None:
@@ -3893,36 +4010,22 @@ class SshNode(_Node):
 
     @contextlib.asynccontextmanager
     async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
-        """A link with room for one more session: sshd refuses the eleventh, so there may be further
-        connections. ``alone``: with nothing else on it, so that it can be cut.
+        """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
+
+        sshd refuses the eleventh session of a connection (MaxSessions), so there may be further
+        connections; a host that takes no more of them has its steps queue.
         """
         live = self._here()
         live.forget_sftp()
-        while not (
-            link := next(
-                (
-                    link
-                    for link in live.links
-                    if link.alive
-                    and not link.reserved
-                    and (
-                        not link.sessions and not link.forwards
-                        if alone
-                        else link.sessions < link.limit
-                    )
-                ),
-                None,
-            )
-        ):
-            alive = sum(link.alive for link in live.links)
-            if alive < live.max_links or "link" in live.opening:
+        while not (link := live.room(alone)):
+            if live.may_add_link:
                 try:
                     await self._add_link(live)
                 except ConnectionFailedError:
-                    if not any(link.alive for link in live.links):
+                    if not live.count_alive():
                         raise
-                    live.max_links = alive  # the host takes no more: queue
-            elif sum(link.sessions for link in live.links if link.alive) > bool(live.sftp):
+                    live.max_links = live.count_alive()
+            elif live.sessions_will_end:
                 await live.freed.wait()
             else:
                 raise ConnectionFailedError(
@@ -3951,176 +4054,144 @@ class SshNode(_Node):
             async with scope, _login_pairs(keys) as pairs:
                 return await self._log_in(clock, pairs)
         except TimeoutError:
+            colon = ": " if clock.progress else ""
             raise ConnectionFailedError(
-                f"no connection within {self.timeout:g} s{clock.progress and ': '}{clock.progress}",
+                f"no connection within {self.timeout:g} s{colon}{clock.progress}",
                 host=self.hostname,
                 kind="lost" if clock.drops else "timeout",
             ) from None
 
     async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair]) -> _Link:
-        """Attempts to connect: a drop before login (MaxStartups) is tried again after a pause; a
-        server that takes only a few keys on a connection (MaxAuthTries) is offered the others on
-        the next.
-        """
+        """Attempts to log in, until one succeeds or no other would."""
         rounds, certified = 0, True
-        startups = _Limits.here().startups(
-            self._address or self.hostname, self.port, id(self.gateway)
-        )
+        address = self._address or self.hostname
+        startups = _Limits.here().startups(address, self.port, id(self.gateway))
         while True:
-            trust = _Trust(
-                self, certified
-            )  # anew each time: the first attempt may have recorded the host
-            client, route, link = _Client(self, list(pairs), trust), None, None
+            trust = _Trust(self, certified)  # anew: the attempt before may have recorded the host
+            client = _Client(self, list(pairs), trust)
+            attempt, connected = _Attempt(self, clock, client), False
             try:
                 async with contextlib.AsyncExitStack() as turns:
                     await turns.enter_async_context(clock.turn(startups))
-                    client.route = route = _Route(self, clock, turns)
-                    conn = await asyncssh.connect(
-                        self._address or self.hostname,
-                        self.port,
-                        tunnel=cast("Any", route),
-                        username=self.username,
-                        client_factory=lambda client=client: client,
-                        config=None,
-                        client_keys=None,
-                        agent_path=None,
-                        agent_forwarding=os.environ.get("SSH_AUTH_SOCK", False)
-                        if self.forward_agent
-                        else False,
-                        host_key_alias=self._host_config.host_key_alias,
-                        known_hosts=([],) * 7,
-                        server_host_key_algs=trust.algorithms(),
-                        compression_algs=None,
-                        keepalive_interval=self.keepalive,
-                        keepalive_count_max=KEEPALIVE_COUNT,
-                        login_timeout=0,
-                        gss_host=None,
-                        **{"encryption_algs": CIPHERS, **self._host_config.login},
-                    )
-                    link = _Link(conn, client, route)
-                    return link
-            except ConnectionFailedError as exc:  # the gateway's
-                raise ConnectionFailedError(
+                    conn = await attempt.log_in(turns, self._login_arguments(trust))
+                connected = True
+                return _Link(conn, client)
+            except ConnectionFailedError as exc:  # the gateway's: it keeps its class and kind
+                raise type(exc)(
                     f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind
                 ) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
-                refused = isinstance(exc, asyncssh.PermissionDenied)
-                foreign = route.foreign() if route and not client.begun else ""
-                if (
-                    not client.begun
-                    and isinstance(
-                        exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError
-                    )
-                    and not client.host_key_error
-                    and (not foreign or "MaxStartups" in foreign)
-                ):
-                    clock.drops += 1
-                    exchanging = (
-                        route is not None and route.greeted
-                    )  # MaxStartups drops before the banner
-                    if clock.drops <= (1 if exchanging else RETRIES_BEFORE_LOGIN):
-                        await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2**clock.drops)
-                        continue
-                    raise ConnectionFailedError(
-                        f"dropped before login, {clock.drops} times"
-                        + (", in the key exchange (no algorithm in common?)" if exchanging else ""),
-                        host=self.hostname,
-                    ) from None
-                if foreign:
-                    raise ConnectionFailedError(
-                        foreign, host=self.hostname, kind="refused"
-                    ) from None
-                if (
-                    isinstance(exc, asyncssh.HostKeyNotVerifiable)
-                    and not client.host_key_error
-                    and trust.certified
-                ):
-                    # after a certificate that does not count try again with the plain key, as
-                    # ssh does
-                    certified = False
-                    continue
+                clock.drops += _is_drop(attempt, exc)
                 offered = {pair.public_data for pair in client.offered}
                 left = [pair for pair in pairs if pair.public_data not in offered]
-                if client.begun and not refused and offered and left and rounds < MAX_AUTH_ROUNDS:
-                    rounds, pairs = rounds + 1, left
-                    continue
-                raise (client.host_key_error or self._failure(exc, client)) from None
+                verdict = _verdict(
+                    attempt,
+                    exc,
+                    certified=trust.certified,
+                    keys_left=bool(left),
+                    rounds=rounds,
+                )
+                if verdict is _Verdict.FAIL:
+                    raise await self._login_failure(exc, attempt) from None
             finally:
-                if route and not link:
-                    clock.progress = (
-                        f"dropped before login, {_count(clock.drops, 'time')}"
-                        if clock.drops
-                        else "the login does not end"
-                        if client.begun
-                        else route.progress()
-                    )
-                    route.abandon()
+                clock.progress = attempt.progress()
+                if not connected:
+                    attempt.abandon()
+            if verdict is _Verdict.AGAIN:
+                await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2**clock.drops)
+            elif verdict is _Verdict.PLAIN_KEY:
+                certified = False
+            else:
+                rounds, pairs = rounds + 1, left
 
-    def _failure(self, exc: Exception, client: _Client | None = None) -> ConnectionFailedError:
-        """The one line that says why there is no connection."""
-        text, kind = str(exc), "lost"
-        if (
-            isinstance(exc, socket.gaierror)
-            or "Name or service not known" in text
-            or "name resolution" in text
-        ):
-            kind, text = "dns", f"unknown host name {self._address or self.hostname}"
-        elif isinstance(exc, ConnectionRefusedError) or "Connection refused" in text:
-            kind, text = "refused", f"nothing listens on port {self.port}"
-        elif isinstance(exc, TimeoutError) or "timed out" in text:
-            kind, text = "timeout", "no answer"
+    def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
+        """What asyncssh.connect is told besides the way."""
+        agent = os.environ.get("SSH_AUTH_SOCK") if self.forward_agent else None
+        return {
+            "username": self.username,
+            "config": None,
+            "client_keys": None,
+            "agent_path": None,
+            "agent_forwarding": agent or False,
+            "host_key_alias": self._host_config.host_key_alias,
+            "known_hosts": ([],) * 7,
+            "server_host_key_algs": trust.algorithms(),
+            "compression_algs": None,
+            "keepalive_interval": self.keepalive,
+            "keepalive_count_max": KEEPALIVE_COUNT,
+            "login_timeout": 0,
+            "gss_host": None,
+            "encryption_algs": CIPHERS,
+            **self._host_config.login,
+        }
+
+    async def _login_failure(self, exc: Exception, attempt: _Attempt) -> ConnectionFailedError:
+        """The one line that says why an attempt gave no connection."""
+        client, foreign = attempt.client, attempt.foreign()
+        if client.host_key_error:
+            return client.host_key_error
+        if client.proxy and not client.greeted:
+            kind, text = "refused", await client.proxy.epitaph()
+        elif _is_drop(attempt, exc):
+            kind, text = "lost", f"dropped before login, {attempt._clock.drops} times"
+            if client.greeted:
+                text += ", in the key exchange (no algorithm in common?)"
+        elif foreign and not client.begun:
+            kind, text = "refused", foreign
         elif isinstance(exc, asyncssh.PermissionDenied) or (
-            client and client.begun and "authentication failures" in text
+            # sshd's "Too many authentication failures" has no code of its own
+            client.begun and isinstance(exc, asyncssh.ProtocolError)
         ):
-            tried = f"{len(client.offered)} key(s)" if client else "no key"
-            kind, text = (
-                "auth",
-                f"login as {self.username} refused, after {tried}"
-                + (" and the password" if client and client._password_tried else ""),
-            )
-        elif isinstance(exc, asyncssh.ChannelOpenError) and "SSH connection closed" not in text:
-            where = (
-                f"gateway {self.gateway.hostname}: "
-                if client and self.gateway
-                else "no session there: "
-            )
-            kind, text = "refused", f"{where}{text}"
-        elif isinstance(exc, asyncssh.Error):
-            text = exc.reason
-        elif isinstance(exc, ValueError):  # a config that leaves no algorithm
-            kind = "local"
-        elif isinstance(exc, OSError):
-            kind = (
-                "lost"
-                if isinstance(exc, ConnectionError)
-                else "local"
-                if exc.errno in (errno.EMFILE, errno.ENFILE)
-                else "refused"
-            )
-            text = os.strerror(exc.errno).lower() if exc.errno else text
+            kind, text = "auth", self._refused_login(client)
+            self._forget_keys()
+        else:
+            return self._failure(exc)
+        return ConnectionFailedError(text, host=self.hostname, kind=kind)
+
+    def _refused_login(self, client: _Client) -> str:
+        """What was tried in vain."""
+        default = "" if self._username_given or self._config else " (SshNode's default)"
+        password = " and the password" if client.password_tried else ""
+        tried = f"{len(client.offered)} key(s){password}"
+        return f"login as {self.username}{default} refused, after {tried}"
+
+    def _failure(self, exc: Exception) -> ConnectionFailedError:
+        """The one line that says why the host cannot be reached."""
+        kind, text = _failure_of_host(exc, self._address or self.hostname, self.port)
+        if isinstance(exc, asyncssh.ChannelOpenError) and text == str(exc):
+            where = f"gateway {self.gateway.hostname}" if self.gateway else "no session there"
+            text = f"{where}: {text}"
         return ConnectionFailedError(
             escape(text) or "connection lost", host=self.hostname, kind=kind
         )
 
-    async def _login_keys(self) -> list[Key]:
-        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
-        passphrase may be asked.
-        """
-        loaded, config = _Limits.here().keys, self._host_config
-        named = (
+    def _names_of_keys(self) -> tuple[object, ...]:
+        """What the keys to offer depend on."""
+        config = self._host_config
+        return (
             *(key if isinstance(key, str) else id(key) for key in self.keys),
             config.identity_files,
             config.certificate_files,
             config.identities_only,
             config.identity_agent,
         )
+
+    async def _login_keys(self) -> list[Key]:
+        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
+        passphrase may be asked.
+        """
+        loaded, named = _Limits.here().keys, self._names_of_keys()
         if named not in loaded or loaded[named].abandoned:
             loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
         try:
             return cast("list[Key]", await loaded[named].wait())
         except UsageError:
-            loaded.pop(named, None)
+            self._forget_keys()
             raise
+
+    def _forget_keys(self) -> None:
+        """Keys and agent are looked at anew at the next login: there may be others by then."""
+        _Limits.here().keys.pop(self._names_of_keys(), None)
 
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
@@ -4168,128 +4239,125 @@ class SshNode(_Node):
         command: str,
         step: StepRecord,
         sink: _Sink,
-        timeout: float | None,
         *,
+        timeout: float | None,
         x11: bool = False,
         pty: bool = False,
         stdin: AsyncIterator[bytes] | None = None,
         env: Mapping[str, str] | None = None,
         quiet: bool = False,
-        plain: bool = False,
+        folder: str = "",
     ) -> int | str:
-        """One channel; its time begins when it opens. Cancelling it closes the channel, which ends
-        the command. ``plain``: a command of our own, that needs no guard and interests nobody.
-        """
+        """One channel; its time begins when it opens. Cancelling it ends the command."""
         if x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        guard = self.guard and not plain
-        if guard:
-            text = _guarded(command, stdin_is_data=stdin is not None, pty=pty, env=env, quiet=quiet)
+        watch = "" if pty or not self.guard else "connection" if stdin else "stdin"
+        if self.guard:
+            text = _guarded(command, watch=watch, env=env, quiet=quiet, folder=folder)
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
+        options: dict[str, Any] = {
+            "encoding": None,
+            "window": SESSION_WINDOW,
+            "x11_forwarding": x11,
+            "env": None if self.guard else env,
+        }
+        if pty:
+            options["request_pty"] = "force"
+            options["term_type"] = os.environ.get("TERM", "dumb")
+            options["term_size"] = tuple(shutil.get_terminal_size())
         for attempt in itertools.count():
             async with (
-                self._slot(alone=guard and (stdin is not None or pty)) as link,
+                self._slot(alone=watch == "connection") as link,
                 asyncio.timeout(timeout),
             ):
-                session, feeder = _Session(sink, step), None
-                session.guarded = guard and stdin is None and not pty
+                session = _Session(sink, step)
                 try:
-                    await self._open(
-                        cast("Any", link.conn).create_session(
-                            lambda session=session: session,
-                            text,
-                            encoding=None,
-                            window=SESSION_WINDOW,
-                            x11_forwarding=x11,
-                            request_pty="force" if pty else False,
-                            term_type=os.environ.get("TERM", "dumb") if pty else None,
-                            term_size=tuple(shutil.get_terminal_size()) if pty else (),
-                            env=None if guard else env,
-                        ),
-                        lambda opened: opened[1].abort(),
-                    )
-                    assert session.chan
-                    if stdin:
-                        feeder = asyncio.create_task(session.feed(stdin))
-                    elif not guard:
-                        # with the guard, the end of stdin is what ends the command
-                        session.chan.write_eof()
-                    with contextlib.nullcontext() if plain else self._shown(command):
-                        # not awaited themselves: that would cancel them with us
-                        await asyncio.wait(
-                            [session.ended, session.failed], return_when=asyncio.FIRST_COMPLETED
-                        )
+                    await self._open_session(link, session, text, options)
                 except (asyncssh.Error, ConnectionError) as exc:
                     if await self._refused(link, exc, attempt):
                         continue
-                    step.may_run = not link.alive or isinstance(
-                        exc, ConnectionError
-                    )  # the request may have arrived
-                    raise (
-                        self._failure(exc)
-                        if link.alive
-                        else self._lost(link, step.command or command)
-                    ) from None
+                    # the request may have arrived
+                    step.may_run = not link.alive or isinstance(exc, ConnectionError)
+                    if link.alive:
+                        raise self._failure(exc) from None
+                    raise self._lost(link, step.command or command) from None
+                try:
+                    with self._shown(command):
+                        await session.run(stdin, end_of_file=not watch and not pty and not stdin)
                 finally:
-                    if feeder:
-                        feeder.cancel()
-                    if session.chan and not session.ended.done():
-                        step.may_run = True
-                        leaderless = (
-                            session.status is not None
-                        )  # it has ended, what holds its outputs has not
-                        session.abort()
-                        # for these, or where stdin is data, the guard waits for the end of the
-                        # connection
-                        if alone := not link.forwards and (
-                            link.reserved or (leaderless and link.sessions == 1)
-                        ):
-                            link.reserved = True  # nobody may join what is to be cut
-                            link.conn.set_keepalive(
-                                CLOSE_TIMEOUT / 5, 1
-                            )  # does the server hear us?
-                        try:
-                            # the slot is free when the server says so; the guard waits for 2 s
-                            # before it kills
-                            await asyncio.wait(
-                                [session.ended], timeout=CLOSE_TIMEOUT * (0.5 if alone else 1.3)
-                            )
-                            step.may_run = not (
-                                guard
-                                and link.alive
-                                and (alone or (session.ended.done() and not leaderless))
-                            )
-                        finally:
-                            # cancelled again; or it ended by itself just before the guard could end
-                            # it
-                            if alone or (
-                                guard
-                                and session.status not in ("TERM", "KILL")
-                                and link.sessions == 1
-                                and not link.forwards
-                            ):
-                                link.drop()
-                if session.error:
-                    raise session.error
-                if session.status is None or not (session.whole or link.alive):
-                    step.may_run = True
-                    raise self._lost(link, step.command or command)
-                return session.status
+                    if not session.ended.done():
+                        await self._end(link, session, watch, step)
+                return self._outcome(link, session, step, command)
         raise AssertionError
+
+    async def _open_session(
+        self, link: _Link, session: _Session, text: str, options: Mapping[str, Any]
+    ) -> None:
+        """Open the channel and start its command."""
+        await self._open(
+            cast("Any", link.conn).create_session(lambda: session, text, **options),
+            lambda opened: opened[1].abort(),
+        )
+
+    async def _end(self, link: _Link, session: _Session, watch: str, step: StepRecord) -> None:
+        """End a command whose channel is open, and tell ``step`` whether it may still be running.
+
+        What the guard watches ends; the slot is free when the server says so. A shell that has
+        ended by itself has left what holds its outputs, as under ssh: that stays. A second
+        cancellation only waits no longer.
+        """
+        assert session.chan
+        step.may_run = True
+        left_behind = session.status is not None
+        try:
+            if watch == "stdin" and not left_behind:
+                session.chan.write_eof()
+                # TERM, and KILL 2 s later
+                await asyncio.wait([session.ended], timeout=GUARD_TIMEOUT)
+                step.may_run = not session.ended.done()
+                return
+            session.chan.abort()
+            if watch == "connection":
+                # the guard waits for the end of the connection: does the server hear us?
+                link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
+            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)
+            heard = link.alive if watch == "connection" else session.ended.done()
+            step.may_run = left_behind or not heard or not self.guard
+        finally:
+            if not session.ended.done():
+                session.chan.abort()
+            if watch == "connection" and not left_behind:
+                link.drop()
+
+    def _outcome(self, link: _Link, session: _Session, step: StepRecord, command: str) -> int | str:
+        """The status of a session that has ended, or raises why there is none."""
+        if session.error:
+            raise session.error
+        if session.status is None and link.alive:
+            if not self.guard:  # some network devices tell no status
+                return 0
+            raise CommandFailedError(
+                f"ended without an exit status: {escape(step.command or command)} "
+                "(--no-guard, guard=False, takes that for a success)",
+                host=self.hostname,
+                command=command,
+            )
+        if session.status is None or not (session.whole or link.alive):
+            step.may_run = True
+            raise self._lost(link, step.command or command)
+        return session.status
 
     @staticmethod
     async def _refused(link: _Link, exc: Exception, attempt: int) -> bool:
         """Whether a session was refused because there are too many (this server's MaxSessions is
         lower, or it has not yet noticed that one ended), and it is worth to ask again.
         """
-        if (
-            not link.alive
-            or getattr(exc, "code", None) != asyncssh.OPEN_CONNECT_FAILED
-            or "SSH connection closed" in str(exc)
-            or attempt
-            >= (20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE)
-        ):
+        most = 20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+        refused = isinstance(exc, asyncssh.ChannelOpenError)
+        if not link.alive or link.conn.is_closed() or not refused or attempt >= most:
+            return False
+        if cast("asyncssh.ChannelOpenError", exc).code != asyncssh.OPEN_CONNECT_FAILED:
             return False
         link.limit = max(link.sessions - 1, 1)
         await asyncio.sleep(0.05)
@@ -4313,45 +4381,41 @@ class SshNode(_Node):
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(
-                lambda task: (
-                    close(task.result()) if not task.cancelled() and not task.exception() else None
-                )
-            )
+
+            def close_it(task: asyncio.Future[_T]) -> None:
+                if not task.cancelled() and not task.exception():
+                    close(task.result())
+
+            opening.add_done_callback(close_it)
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             raise
-        except (
-            AttributeError
-        ) as exc:  # asyncssh's, when the connection goes while the channel opens
+        except AttributeError as exc:
+            # asyncssh's, when the connection goes while the channel opens
             raise asyncssh.ConnectionLost(str(exc)) from None
 
     async def _open_sftp(self, live: _Live) -> None:
         """An SFTP session takes one of the connection's sessions, for as long as it lives."""
         for attempt in itertools.count():
             async with self._slot() as link:
-                opener = cast("Any", _SftpOpener(link.conn))
+                opener = _SftpOpener(link.conn)
                 try:
                     async with asyncio.timeout(self.timeout):
-                        sftp = await self._open(
-                            asyncssh.SSHClientConnection.start_sftp_client(
-                                opener, path_errors="surrogateescape"
-                            ),
-                            asyncssh.SFTPClient.exit,
-                        )
+                        client = await self._open(opener.start(), asyncssh.SFTPClient.exit)
                 except BaseException as exc:
-                    if opener.channel:  # nobody will use it: its session is free
-                        opener.channel.abort()
+                    said = await opener.give_up()
                     if not isinstance(exc, asyncssh.Error | OSError):
                         raise
                     if await self._refused(link, exc, attempt):
                         continue
-                    if not link.alive or "SSH connection closed" in str(exc):
+                    if not link.alive or link.conn.is_closed():
                         raise self._failure(exc) from None
                     why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
-                    raise TransferError(f"no SFTP over there: {why}", host=self.hostname) from None
-                live.sftp = sftp, link, opener.channel
+                    raise TransferError(
+                        f"no SFTP over there: {said or why}", host=self.hostname
+                    ) from None
+                live.sftp = _Sftp(client, link, opener.channel)
                 link.sessions += 1
-                self._formatter_event("sftp_start")
+                self.formatter.sftp_start(self.hostname)
                 return
 
     # files
@@ -4388,40 +4452,64 @@ class SshNode(_Node):
         await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
-        """A private folder of the host that holds these files, removed afterwards: its path."""
-        sftp, said = await self.sftp_connect_lazy(), _HeldSink()
-        folder = name = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
-        script = _FOLDER.format(folder, sentinel=_SENTINEL.format(folder) if self.guard else "")
-        making = StepRecord(command=f"the making of ~/{folder}")
+    async def _script_folder(
+        self, files: Mapping[str, tuple[bytes, int]], name: str
+    ) -> AsyncIterator[str]:
+        """A private folder of the host that holds these files, removed afterwards: its path.
+
+        It is called ``name``, unless there is one: hosts that share a home have one each.
+        """
+        sftp = await self.sftp_connect_lazy()
+        made: list[str] = []
         try:
-            try:
-                status = await self._session(
-                    f"exec /bin/sh -c '{script}'", making, said, None, plain=True
-                )
-                if status or not said.stdout():
-                    why = said.stderr().decode("utf-8", "replace").strip() or f"status {status}"
-                    raise TransferError(f"~/{name}: {_brief(why, 200)}", host=self.hostname)
-                folder = os.fsdecode(
-                    said.stdout().splitlines()[-1]
-                )  # absolute: SFTP may begin elsewhere (internal-sftp -d)
-                async with asyncio.TaskGroup() as group:
-                    for file, (data, mode) in files.items():
-                        group.create_task(self._write_private(sftp, f"{folder}/{file}", data, mode))
-            except* (asyncssh.Error, OSError, ValueError) as group_exc:
-                exc = group_exc.exceptions[0]
-                if isinstance(exc, ApsshError):
-                    raise exc from None
-                if isinstance(exc, _LOST):
-                    raise ConnectionFailedError(
-                        f"connection lost while ~/{name} was made", host=self.hostname
-                    ) from None
-                raise TransferError(f"~/{name}: {_reason(exc)}", host=self.hostname) from None
-            yield folder
+            yield await self._fill_script_folder(sftp, files, name, made)
         finally:
             with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await sftp.rmtree(folder, ignore_errors=True)
+                    for folder in made:
+                        await sftp.rmtree(folder, ignore_errors=True)
+
+    async def _fill_script_folder(
+        self,
+        sftp: asyncssh.SFTPClient,
+        files: Mapping[str, tuple[bytes, int]],
+        name: str,
+        made: list[str],
+    ) -> str:
+        """Make the folder, which ``made`` then holds, and its files, all at once."""
+        place = f"~/{REMOTE_FOLDER}/{name}"
+        try:
+            folder = await self._make_script_folder(sftp, name)
+            made.append(folder)
+            writes = [
+                self._write_private(sftp, f"{folder}/{file}", data, mode)
+                for file, (data, mode) in files.items()
+            ]
+            for failure in await asyncio.gather(*writes, return_exceptions=True):
+                if failure:
+                    raise failure
+            return folder
+        except _LOST:
+            raise ConnectionFailedError(
+                f"connection lost while {place} was made", host=self.hostname
+            ) from None
+        except (asyncssh.Error, OSError, ValueError) as exc:
+            raise TransferError(f"{place}: {_reason(exc)}", host=self.hostname) from None
+
+    async def _make_script_folder(self, sftp: asyncssh.SFTPClient, name: str) -> str:
+        """Make the folder; its absolute path, for SFTP may begin elsewhere (internal-sftp -d)."""
+        top = f"{await sftp.realpath('.')}/{REMOTE_FOLDER}"
+        private = asyncssh.SFTPAttrs(permissions=0o700)
+        for folder in (f"{top}/{name}", f"{top}/{name}", f"{top}/{os.urandom(8).hex()}"):
+            try:
+                await sftp.mkdir(folder, private)
+                return folder
+            except asyncssh.SFTPNoSuchFile:
+                with contextlib.suppress(asyncssh.SFTPFailure):  # another job has just made it
+                    await sftp.mkdir(top, private)
+            except asyncssh.SFTPFailure:  # it is there
+                continue
+        raise TransferError("cannot be made", host=self.hostname)
 
     @staticmethod
     async def _write_private(sftp: asyncssh.SFTPClient, path: str, data: bytes, mode: int) -> None:
@@ -4436,28 +4524,64 @@ class SshNode(_Node):
 
 
 class _SftpOpener:
-    """A connection as asyncssh's start_sftp_client sees it. It keeps the channel, which asyncssh
-    would leave open when no SFTP server answers on it (a start-up file that prints), and which
-    tells when the server has ended SFTP but not the connection.
+    """A connection as asyncssh's start_sftp_client sees it.
+
+    It keeps the channel, which asyncssh would leave open when no SFTP server answers on it (a
+    start-up file that prints), and which tells what the server said instead, and when it has ended
+    SFTP but not the connection.
     """
 
     def __init__(self, conn: asyncssh.SSHClientConnection) -> None:
         self._conn = conn
         self.channel: asyncssh.SSHClientChannel[bytes] | None = None
+        self._stderr: asyncssh.SSHReader[bytes] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._conn, name)
 
+    def start(self) -> Awaitable[asyncssh.SFTPClient]:
+        """Open the session; names are text with surrogateescape."""
+        connection = cast("Any", self)  # it has all that the method asks of a connection
+        return asyncssh.SSHClientConnection.start_sftp_client(
+            connection, path_errors="surrogateescape"
+        )
+
     async def open_session(self, **options: Any) -> Any:
-        """As the connection's."""
+        """Open the channel, as the connection's method of this name."""
         opened: Any = await self._conn.open_session(**options)
-        self.channel = opened[0].channel
+        self.channel, self._stderr = opened[0].channel, opened[2]
         return opened
 
+    async def give_up(self) -> str:
+        """Close the channel, whose session is then free; what the server said before it ended."""
+        if not self.channel or not self._stderr:
+            return ""
+        said = b""
+        with contextlib.suppress(asyncssh.Error, OSError):
+            async with asyncio.timeout(CLOSE_TIMEOUT / 4):
+                said = await self._stderr.read(2000)
+        status = self.channel.get_exit_status()
+        self.channel.abort()
+        text = " ".join(said.decode("utf-8", "replace").split())
+        return _brief(text, 200) or (f"its server ended with status {status}" if status else "")
 
-_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = (
-    weakref.WeakValueDictionary()
-)  # one for all nodes behind it
+
+@dataclasses.dataclass
+class _Sftp:
+    """An SFTP session, and where it runs."""
+
+    client: asyncssh.SFTPClient
+    link: _Link
+    channel: asyncssh.SSHClientChannel[bytes] | None
+
+    @property
+    def alive(self) -> bool:
+        """Whether neither its connection nor its server has ended."""
+        return self.link.alive and not (self.channel and self.channel.is_closing())
+
+
+# one for all nodes behind it
+_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()
 _quiet = Formatter()  # for gateways: they run nothing
 
 
@@ -4469,22 +4593,35 @@ class _Live:
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
         self.opening: dict[str, _Shared] = {}
-        self.sftp: (
-            tuple[asyncssh.SFTPClient, _Link, asyncssh.SSHClientChannel[bytes] | None] | None
-        ) = None
+        self.sftp: _Sftp | None = None
         self.freed = asyncio.Event()
 
-    def sftp_ended(self) -> bool:
-        """Whether the SFTP session is over: its connection is, or its server ended it."""
-        return bool(
-            self.sftp
-            and not (self.sftp[1].alive and not (self.sftp[2] and self.sftp[2].is_closing()))
-        )
+    def count_alive(self) -> int:
+        """How many connections are up."""
+        return sum(link.alive for link in self.links)
+
+    @property
+    def may_add_link(self) -> bool:
+        """Whether one more connection may be made, or is being made."""
+        return self.count_alive() < self.max_links or "link" in self.opening
+
+    @property
+    def sessions_will_end(self) -> bool:
+        """Whether there are sessions to wait for; SFTP's ends with the node only."""
+        running = sum(link.sessions for link in self.links if link.alive)
+        return running > bool(self.sftp)
+
+    def room(self, alone: bool) -> _Link | None:
+        """A link with room for one more session; ``alone``: with nothing else on it."""
+        for link in self.links:
+            if link.is_empty if alone else link.has_room:
+                return link
+        return None
 
     def forget_sftp(self) -> None:
         """Give back the session of an SFTP that has ended."""
-        if self.sftp and self.sftp_ended():
-            self.sftp[1].sessions -= 1
+        if self.sftp and not self.sftp.alive:
+            self.sftp.link.sessions -= 1
             self.sftp = None
 
     def wake(self) -> None:
@@ -4499,27 +4636,19 @@ class _Live:
                 link.drop()
 
 
-class _LocalOutput(asyncio.Protocol):
-    """An output of a command of this machine: bytes to the sink as they come, its end, and what
-    broke.
-    """
+def _identity(value: _T) -> _T:
+    return value
 
-    def __init__(
-        self, sink: _Sink, step: StepRecord, datatype: int | None, broken: asyncio.Future[None]
-    ) -> None:
-        self._sink, self._step, self._datatype, self._broken = sink, step, datatype, broken
+
+class _LocalOutput(asyncio.Protocol):
+    """An output of a command of this machine, on its way to the command's session."""
+
+    def __init__(self, session: _Session, datatype: int | None) -> None:
+        self._session, self._datatype = session, datatype
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def data_received(self, data: bytes) -> None:
-        if self._datatype:
-            self._step.bytes_err += len(data)
-        else:
-            self._step.bytes_out += len(data)
-        try:
-            if not self._broken.done():
-                self._sink.data(data, self._datatype)
-        except Exception as exc:
-            self._broken.set_exception(exc)
+        self._session.data_received(data, self._datatype)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set_result(None)
@@ -4528,6 +4657,8 @@ class _LocalOutput(asyncio.Protocol):
 class LocalNode(_Node):
     """This machine, with the same commands: through /bin/sh, in the program's current folder; Push
     and Pull are plain copies.
+
+    ``formatter``: where output goes, by default a HostFormatter; ``verbose``: its events too.
     """
 
     def __init__(self, formatter: Formatter | None = None, verbose: bool | None = None) -> None:
@@ -4539,18 +4670,24 @@ class LocalNode(_Node):
         return "<LocalNode>"
 
     async def connect_lazy(self) -> None:
-        """Nothing to connect, nor to close."""
+        """Nothing to connect."""
 
-    sftp_connect_lazy = close = connect_lazy
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def sftp_connect_lazy(self) -> None:
+        """Nothing to connect."""
 
     def is_connected(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
-    is_sftp_connected = is_connected
+    def is_sftp_connected(self) -> bool:
+        """Always True."""
+        return True
 
     def distance(self) -> int:
-        """No hop."""
+        """No hop: 0."""
         return 0
 
     async def mkdir(self, path: str) -> None:
@@ -4567,23 +4704,24 @@ class LocalNode(_Node):
         command: str,
         step: StepRecord,
         sink: _Sink,
-        timeout: float | None,
         *,
+        timeout: float | None,
         x11: bool = False,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
         pty: bool = False,
         stdin: AsyncIterator[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+        quiet: bool = False,
+        folder: str = "",
     ) -> int | str:
-        """A process group of its own, under the same guard as over there: closing its stdin ends
-        it.
+        """A process group of its own, under the same guard as over there: it ends what is left
+        when this program is killed.
         """
         if pty or stdin:
             raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
-        loop = asyncio.get_running_loop()
-        broken: asyncio.Future[None] = loop.create_future()
+        session = _Session(sink, step)
+        line = _guarded(command, env=env, quiet=quiet, folder=folder)
         process = subprocess.Popen(
-            ["/bin/sh", "-c", _guarded(command, env=env, quiet=quiet)],
+            ["/bin/sh", "-c", line],
             env=os.environ | {"SHELL": "/bin/sh"},
             start_new_session=True,
             stdin=subprocess.PIPE,
@@ -4591,41 +4729,37 @@ class LocalNode(_Node):
             stderr=subprocess.PIPE,
         )
         assert process.stdin and process.stdout and process.stderr
-        ends: list[asyncio.Future[Any]] = [
-            _in_daemon(process.wait)
-        ]  # not asyncio's: it waits for ever when cancelled too early
+        # not asyncio's: its process waits for ever when cancelled too early
+        ends: list[asyncio.Future[Any]] = [_in_daemon(process.wait)]
         transports: list[asyncio.BaseTransport] = []
         try:
-            for pipe, datatype in ((process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)):
-                output = _LocalOutput(sink, step, datatype, broken)
-                transports.append(
-                    (
-                        await loop.connect_read_pipe(
-                            functools.partial(lambda each: each, output), pipe
-                        )
-                    )[0]
-                )
+            loop = asyncio.get_running_loop()
+            outputs = (process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)
+            for pipe, datatype in outputs:
+                output = _LocalOutput(session, datatype)
+                factory = functools.partial(_identity, output)
+                transports.append((await loop.connect_read_pipe(factory, pipe))[0])
                 ends.append(output.ended)
             with self._shown(command):
-                all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
                 async with asyncio.timeout(timeout):
-                    await asyncio.wait([all_ends, broken], return_when=asyncio.FIRST_COMPLETED)
+                    all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
+                    await asyncio.wait(
+                        [all_ends, session.failed], return_when=asyncio.FIRST_COMPLETED
+                    )
         finally:
-            process.stdin.close()  # ends what is left of it
-            if process.returncode is not None and not all(each.done() for each in ends):
-                with contextlib.suppress(
-                    ProcessLookupError
-                ):  # its leader has gone, who holds its outputs has not
-                    os.killpg(process.pid, signal.SIGKILL)
+            process.stdin.close()  # for the guard, the end of the command
             try:
-                await asyncio.wait(ends, timeout=5)
-            finally:  # cancelled again
+                left = [each for each in ends if not each.done()]
+                if left and process.returncode is None:
+                    await asyncio.wait(left, timeout=GUARD_TIMEOUT)
+                step.may_run = not all(each.done() for each in ends)
+            finally:  # cancelled again; or its shell has ended, who holds its outputs has not
                 for each in transports:
                     each.close()
-                process.stdout.close()
-                process.stderr.close()
-        if broken.done():
-            broken.result()
+                for pipe, _ in outputs:
+                    pipe.close()
+        if session.error:
+            raise session.error
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
@@ -4645,26 +4779,24 @@ class LocalNode(_Node):
         await copy_.run(copy_.local(sources, destination, many or len(sources) > 1))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
+    async def _script_folder(
+        self, files: Mapping[str, tuple[bytes, int]], name: str
+    ) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
-        folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
-        place = shlex.quote(str(folder))
-        made = subprocess.run(
-            ["/bin/sh", "-c", _FOLDER.format(place, sentinel=_SENTINEL.format(place))],
-            capture_output=True,
-            check=False,
-        )
-        if made.returncode:
-            raise TransferError(
-                f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname
-            )
+        top = Path("~", REMOTE_FOLDER).expanduser()
         try:
-            for name, (data, mode) in files.items():
-                (folder / name).write_bytes(data)
-                (folder / name).chmod(mode & 0o700)
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            top.mkdir(mode=0o700, parents=True, exist_ok=True)
+            made = tempfile.TemporaryDirectory(
+                dir=top, prefix=f"{name}-", ignore_cleanup_errors=True
+            )
+        except OSError as exc:
+            raise TransferError(f"{top}: {_reason(exc)}", host=self.hostname) from None
+        with made as folder:
+            for file, (data, mode) in files.items():
+                path = Path(folder, file)
+                path.write_bytes(data)
+                path.chmod(mode & 0o700)
+            yield folder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4737,9 +4869,8 @@ class AbstractCommand:
             async with asyncio.timeout(self.timeout):
                 yield
         except TimeoutError:
-            raise _timed_out(
-                self.timeout, node, step.command or self._line() or self._text()
-            ) from None
+            command = step.command or self._line() or self._text()
+            raise _timed_out(self.timeout, node, command, step) from None
 
     def _check(self) -> None:
         """What can be found wrong on this machine, before the first step of a job."""
@@ -4822,18 +4953,10 @@ class _ShellCommand(AbstractCommand):
         timeout: float | None = None,
         **options: Any,
     ) -> int | str:
-        await node._apply_config()  # it may tell the user and the port, by which outputs are named
-        options |= {
-            name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))
-        }
-        held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
-        status: int | str = await node._execute(
-            command, step, sink=held, timeout=timeout, **options
-        )
-        if (
-            held and self.capture
-        ):  # of a command that ended: half of an output, or none, is no value
-            self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        for name in ("x11", "env", "pty", "stdin", "capture"):
+            if value := getattr(self, name):
+                options[name] = value
+        status: int | str = await node._execute(command, step, timeout=timeout, **options)
         return status
 
 
@@ -4873,6 +4996,8 @@ class _Script(_ShellCommand):
     """A script with its includes, in a private folder of the host for as long as it runs."""
 
     includes: tuple[str, ...]
+    # the same on all hosts where it can be, so that equal messages of a script are equal texts
+    _folder = property(lambda self: vars(self).setdefault("_folder_name", os.urandom(8).hex()))
     _content: Callable[[], tuple[str, bytes]]  # the name and the text of the script
 
     def _beside(self) -> str:
@@ -4905,9 +5030,9 @@ class _Script(_ShellCommand):
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()
-        async with self._in_time(node, step), node._script_folder(files) as path:
+        async with self._in_time(node, step), node._script_folder(files, self._folder) as path:
             return await self._execute(
-                node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step
+                node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step, folder=path
             )
 
 
