@@ -2685,7 +2685,7 @@ class _Copy:
 
     def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
-        if not isinstance(self._source, _LocalFiles) or self._source is not self._destination:
+        if self._wary or not isinstance(self._destination, _LocalFiles):
             return
         real = os.path.realpath(path)
         inside = f"{os.path.realpath(target)}/".startswith(f"{real}/")
