@@ -2212,20 +2212,9 @@ def _safe_name(name: str) -> str:
     return name
 
 
-def _name_key(name: str) -> str:
-    """What two names of one folder may not share: some file systems ignore case, and so do we there."""
-    return name.casefold() if sys.platform == "darwin" else name
-
-
 def _temporary_name(name: str) -> str:
     """One that nobody guesses, and that no file system finds too long."""
     return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
-
-
-def _write_all(fd: int, data: bytes, position: int) -> None:
-    """A full disk takes a part without an error: the next write tells."""
-    while (written := os.pwrite(fd, data, position)) < len(data):
-        data, position = data[written:], position + written
 
 
 def _paths(paths: Any) -> list[Any]:
@@ -2268,7 +2257,10 @@ class _LocalFile:
         return os.pread(self._fd, size, offset)
 
     async def write(self, data: bytes, offset: int) -> None:
-        _write_all(self._fd, data, offset)
+        """A full disk takes a part without an error: the next write tells."""
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
 
     async def setstat(self, attrs: asyncssh.SFTPAttrs) -> None:
         if attrs.uid is not None and attrs.gid is not None:
@@ -2294,32 +2286,37 @@ class _LocalFiles:
 
     def __init__(self, top: str | None = None) -> None:
         self._top = top
-        self._fd = None if top is None else os.open(top or ".", _OPEN_FOLDER)
+        self._folder = ""  # below the top: the one that is open, beside the top itself
+        if top is not None:
+            self._top_fd = os.open(top or ".", _OPEN_FOLDER)
+            self._fd = os.dup(self._top_fd)
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
+        os.close(self._top_fd)
+        os.close(self._fd)
 
-    @contextlib.contextmanager
-    def _at(self, path: str) -> Iterator[tuple[int | None, str]]:
-        """The open folder that this path is in, and the name there."""
-        if self._fd is None or self._top is None:
-            yield None, path
-            return
-        *folders, name = path[len(self._top) :].lstrip("/").split("/")
-        fd = os.dup(self._fd)
-        try:
-            for folder in folders:
-                inner = os.open(folder, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+    def _at(self, path: str) -> tuple[int | None, str]:
+        """The open folder that this path is in, for the next call only, and the name there."""
+        if self._top is None:
+            return None, path
+        folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
+        if folder != self._folder:
+            fd = os.dup(self._top_fd)
+            try:
+                for each in folder.split("/") if folder else ():
+                    inner = os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+                    os.close(fd)
+                    fd = inner
+            except OSError:
                 os.close(fd)
-                fd = inner
-            yield fd, name
-        finally:
-            os.close(fd)
+                raise
+            os.close(self._fd)
+            self._folder, self._fd = folder, fd
+        return self._fd, name
 
     def _attrs(self, path: str, *, follow: bool) -> asyncssh.SFTPAttrs:
-        with self._at(path) as (fd, name):
-            info = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        fd, name = self._at(path)
+        info = os.stat(name, dir_fd=fd, follow_symlinks=follow)
         return asyncssh.SFTPAttrs(
             type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
             size=info.st_size,
@@ -2347,8 +2344,8 @@ class _LocalFiles:
             yield asyncssh.SFTPName(name)
 
     async def mkdir(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
-        with self._at(path) as (fd, name):
-            os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
+        fd, name = self._at(path)
+        os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
 
     async def makedirs(self, path: str, *, exist_ok: bool) -> None:
         os.makedirs(path, exist_ok=exist_ok)
@@ -2360,8 +2357,8 @@ class _LocalFiles:
         a FIFO would hold us for ever.
         """
         how = _OPEN_FLAGS[flags] | os.O_NOFOLLOW | os.O_NONBLOCK
-        with self._at(path) as (folder, name):
-            fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
+        folder, name = self._at(path)
+        fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise TransferError("not a regular file")
@@ -2369,28 +2366,33 @@ class _LocalFiles:
 
     async def setstat(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
         """Of a folder."""
-        with self._at(path) as (folder, name):
-            file = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=folder))
+        fd, name = self._at(path)
+        file = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd))
         async with _closing(file):
             await file.setstat(attrs)
 
     async def symlink(self, target: str, path: str) -> None:
-        with self._at(path) as (fd, name):
-            os.symlink(target, name, dir_fd=fd)
+        fd, name = self._at(path)
+        os.symlink(target, name, dir_fd=fd)
 
     async def posix_rename(self, path: str, target: str) -> None:
-        with self._at(path) as (fd, name), self._at(target) as (target_fd, target_name):
-            os.rename(name, target_name, src_dir_fd=fd, dst_dir_fd=target_fd)
+        """Within a folder."""
+        fd, name = self._at(path)
+        os.rename(name, self._at(target)[1], src_dir_fd=fd, dst_dir_fd=fd)
 
     rename = posix_rename
 
     async def remove(self, path: str) -> None:
-        with self._at(path) as (fd, name):
-            os.unlink(name, dir_fd=fd)
+        fd, name = self._at(path)
+        os.unlink(name, dir_fd=fd)
 
 
 _Files = _LocalFiles | asyncssh.SFTPClient
 _File = _LocalFile | asyncssh.SFTPClientFile
+
+
+def _side(files: _Files) -> str:
+    return "local" if isinstance(files, _LocalFiles) else "remote"
 
 
 def _there(files: _Files, path: str) -> str:
@@ -2420,13 +2422,6 @@ async def _closing(file: _File) -> AsyncIterator[_File]:
             await file.close()
         raise
     await file.close()
-
-
-def _mode(attrs: asyncssh.SFTPAttrs, *, special: bool) -> int | None:
-    """The mode bits that a copy may have; ``special``: setuid and the like too."""
-    if attrs.permissions is None:
-        return None
-    return attrs.permissions & (0o7777 if special else 0o777)
 
 
 class _UnderWay:
@@ -2509,6 +2504,7 @@ class _Copy:
         self._follow, self._inplace = follow_symlinks, inplace
         self._source: _Files = _LocalFiles()
         self._destination: _Files = self._source
+        self._pushing = False
         self._into = False  # the destination is a folder that sources arrive in
         self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
@@ -2518,7 +2514,7 @@ class _Copy:
 
     async def push(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
         """Copy local files onto a path over there. Raises TransferError, ConnectionFailedError."""
-        self._destination = sftp
+        self._destination, self._pushing = sftp, True
         with self._failing(destination):
             place = _there(sftp, destination)
             await self._land(place, several=len(sources) > 1)
@@ -2537,19 +2533,15 @@ class _Copy:
         with self._failing(destination):
             place = destination or "."
             await self._land(place, several=max(len(sources), len(paths)) > 1)
-            if self._wary:
-                place = os.path.realpath(place) if os.path.islink(place) else place
-                here = _LocalFiles(place if self._into else os.path.dirname(place))
-                self._destination = here
-                with contextlib.closing(here):
-                    await self._walk(paths, place)
-            else:
+            place = os.path.realpath(place) if os.path.islink(place) else place
+            here = _LocalFiles(place if self._into else os.path.dirname(place))
+            with contextlib.closing(here) as self._destination:
                 await self._walk(paths, place)
         self._tell()
 
     async def put(self, sftp: _Files, content: bytes, path: str, mode: int) -> None:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
-        self._destination, self._preserve = sftp, True
+        self._destination, self._pushing, self._preserve = sftp, True, True
         with self._failing(path):
             target, existing = await self._existing_file(_CopyItem(path, _there(sftp, path)))
             given = asyncssh.SFTPAttrs(permissions=mode)
@@ -2567,8 +2559,7 @@ class _Copy:
 
     def _wrong(self, files: _Files, message: str) -> TransferError:
         """An error of what this side has."""
-        kind = "local" if isinstance(files, _LocalFiles) else "remote"
-        return TransferError(message, host=self._host, kind=kind)
+        return TransferError(message, host=self._host, kind=_side(files))
 
     @contextlib.contextmanager
     def _failing(self, path: str) -> Iterator[None]:
@@ -2610,24 +2601,27 @@ class _Copy:
             raise ApsshError(
                 f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
                 host=self._host,
-                kind=self._wrong(self._source, "").kind,
+                kind=_side(self._source),
             )
 
     # the walk
 
     async def _land(self, place: str, *, several: bool) -> None:
         """Whether sources arrive in a folder, or one of them under this very name."""
-        existing = await self._look(place.rstrip("/") or "/", follow=True)
-        is_folder = existing is not None and existing.type == _FOLDER_TYPE
+        found = asyncssh.SFTPAttrs()
+        what = "no such folder"
+        with contextlib.suppress(*_MISSING):
+            found = await self._destination.stat(place.rstrip("/") or "/")
+            what = "not a folder"
+        is_folder = found.type == _FOLDER_TYPE
         self._into = several or is_folder or place.endswith("/")
         if self._into and not is_folder:
-            what = "not a folder" if existing else "no such folder"
             raise self._wrong(self._destination, what)
 
-    async def _look(self, path: str, *, follow: bool = False) -> asyncssh.SFTPAttrs | None:
+    async def _look(self, path: str) -> asyncssh.SFTPAttrs | None:
         """What is there on the destination's side."""
         try:
-            return await (self._destination.stat(path) if follow else self._destination.lstat(path))
+            return await self._destination.lstat(path)
         except _MISSING:
             return None
 
@@ -2661,11 +2655,11 @@ class _Copy:
         for path in dict.fromkeys(paths):
             with self._failing(path):
                 named.append((path, await self._own_name(path) if self._into else ""))
-        alike = collections.Counter(_name_key(name) for _, name in named)
+        alike = collections.Counter(name for _, name in named)
         async with self._under_way:
             for path, name in named:
                 with self._failing(path):
-                    if alike[_name_key(name)] > 1:
+                    if alike[name] > 1:
                         what = f"two sources are called {escape(name)}"
                         raise self._wrong(self._source, what)
                     attrs = await self._source.stat(path)
@@ -2746,10 +2740,9 @@ class _Copy:
             if name in (".", ".."):
                 continue
             with self._failing(path):
-                key = _name_key(_safe_name(name))
-                if key in taken:
+                if _safe_name(name) in taken:
                     raise self._wrong(self._source, f"the name {escape(name)} comes twice")
-                taken.add(key)
+                taken.add(name)
                 child = _CopyItem(
                     path,
                     posixpath.join(target, name),
@@ -2770,10 +2763,9 @@ class _Copy:
         """
         link = str(await self._source.readlink(item.path))
         steps = [step for step in link.split("/") if step not in ("", ".")]
-        ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
+        ups = steps.count("..")
         if self._wary and (
-            not link
-            or len(link) > 4000
+            not 0 < len(link) < 4000
             or link.startswith("/")
             or "\0" in link
             or ups > item.level - (not self._into)
@@ -2812,7 +2804,7 @@ class _Copy:
         """Where this entry goes, and what is there. What the user named may be a link over there."""
         target = item.target
         existing = None if item.fresh else await self._look(target)
-        if existing and existing.type == _LINK and item.level == 0 and not self._wary:
+        if self._pushing and item.level == 0 and existing and existing.type == _LINK:
             target = str(await self._destination.realpath(target))
             existing = await self._look(target)
         return target, existing
@@ -2822,9 +2814,9 @@ class _Copy:
         may have put it there; what is no file is left alone.
         """
         target, existing = await self._existing(item)
-        if existing is None or existing.type in (_REGULAR, _UNKNOWN):
+        if existing is None or existing.type == _REGULAR:
             return target, existing
-        if existing.type == _LINK and not self._inplace:
+        if existing.type == _UNKNOWN or (existing.type == _LINK and not self._inplace):
             return target, None
         why = f"{_brief(target, 200)} is there and not a regular file"
         if existing.type in (_LINK, _FOLDER_TYPE):
@@ -2833,13 +2825,16 @@ class _Copy:
 
     def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
-        times: tuple[int | None, int | None] = (None, None)
-        if self._preserve and attrs.mtime is not None:
-            times = (attrs.atime or attrs.mtime, attrs.mtime)
-        special = self._preserve and not self._wary
-        return asyncssh.SFTPAttrs(
-            permissions=_mode(attrs, special=special), atime=times[0], mtime=times[1]
-        )
+        given = asyncssh.SFTPAttrs(permissions=self._mode(attrs))
+        if not self._preserve:
+            given.permissions = self._mode(attrs) & 0o777
+        elif attrs.mtime is not None:
+            given.atime, given.mtime = attrs.atime or attrs.mtime, attrs.mtime
+        return given
+
+    def _mode(self, attrs: asyncssh.SFTPAttrs) -> int:
+        """The mode bits; setuid and the like not from a server."""
+        return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
 
     @contextlib.asynccontextmanager
     async def _arriving(
@@ -2856,7 +2851,7 @@ class _Copy:
                     await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
             yield file
             if existing and not self._preserve:
-                given = asyncssh.SFTPAttrs(permissions=_mode(existing, special=not self._wary))
+                given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
             try:
                 if not overwriting or self._preserve:
                     await file.setstat(given)
@@ -2911,11 +2906,9 @@ class _Copy:
             try:
                 await files.posix_rename(temporary, target)
             except asyncssh.SFTPOpUnsupported:
-                try:
-                    await files.rename(temporary, target)
-                except asyncssh.SFTPError:
+                with contextlib.suppress(*_MISSING):
                     await files.remove(target)
-                    await files.rename(temporary, target)
+                await files.rename(temporary, target)
         except _LOST:
             raise
         except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied, OSError) as exc:
