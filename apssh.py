@@ -90,7 +90,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol, Self, TextIO, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -305,7 +305,17 @@ class CommandFailedError(ApsshError):
 
 
 class TransferError(ApsshError):
-    """A file could not be copied; the message names the path and the reason."""
+    """Files could not be copied, or SFTP is not there; ``kind`` is the side: local, or remote.
+
+    The message names the first few paths, each with its reason, and counts the others.
+    ``failures``: all of them, a line each, up to 1,000.
+    """
+
+    def __init__(
+        self, message: str, *, host: str = "", kind: str = "local", failures: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, host=host, kind=kind)
+        self.failures = tuple(failures)
 
 
 class UndefinedVariableError(ApsshError, NameError):
@@ -2178,9 +2188,10 @@ CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under wa
 FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
 TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
 DEPTH_LIMIT = 100  # folders in folders
-SURPLUS_LIMIT = (
-    1 << 30
-)  # bytes past the announced size (/proc announces 0, a log grows): more is an endless file
+# bytes past the announced size (/proc announces 0, a log grows): more is an endless file
+SURPLUS_LIMIT = 1 << 30
+FAILURES_SHOWN = 5  # in the one line of an error
+FAILURES_KEPT = 1000  # in TransferError.failures: a hostile server has no end of them
 
 _LOST = (
     asyncssh.SFTPConnectionLost,
@@ -2188,20 +2199,40 @@ _LOST = (
     asyncssh.ConnectionLost,
     ConnectionError,
 )
+_MISSING = (FileNotFoundError, asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath)
+_DENIED = (PermissionError, asyncssh.SFTPPermissionDenied)
+_NO_FOLDER = (*_MISSING, NotADirectoryError, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure)
+_INPLACE = "inplace, or --inplace, writes onto the file itself"
+
+_REGULAR = asyncssh.FILEXFER_TYPE_REGULAR
+_FOLDER_TYPE = asyncssh.FILEXFER_TYPE_DIRECTORY
+_LINK = asyncssh.FILEXFER_TYPE_SYMLINK
+_SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
+_UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
+_TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
+
+# the three ways to open a file; a new one never takes what is there
+_TO_READ = asyncssh.FXF_READ
+_TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
+_TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
+_OPEN_FLAGS = {
+    _TO_READ: os.O_RDONLY,
+    _TO_MAKE: os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    _TO_OVERWRITE: os.O_WRONLY | os.O_TRUNC,
+}
+_OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
+
+_QUOTED = (
+    r"\\([][*?\\])"  # a backslash before what has a meaning in a pattern; elsewhere it is itself
+)
 
 
 def _safe_name(name: str) -> str:
     """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
     system has longer ones.
     """
-    if (
-        not name
-        or name in (".", "..")
-        or "/" in name
-        or "\0" in name
-        or len(os.fsencode(name)) > 255
-    ):
-        raise TransferError(f"refused the name '{_brief(name)}' sent by the server")
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
+        raise TransferError(f"refused the name '{_brief(name)}' sent by the server", kind="remote")
     return name
 
 
@@ -2210,88 +2241,211 @@ def _temporary_name(name: str) -> str:
     return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
 
 
-def _write_all(fd: int, data: bytes, position: int) -> None:
-    """A full disk takes a part without an error: the next write tells."""
-    while (written := os.pwrite(fd, data, position)) < len(data):
-        data, position = data[written:], position + written
-
-
-def _paths(paths: Any) -> tuple[list[Any], bool]:
-    """One path or several, as a list; whether they were several, be it a list of one (they then
-    need a folder).
-    """
+def _paths(paths: Any) -> list[Any]:
+    """One path or several, as a list; a list of one means that path."""
     many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
     each = list(paths) if many else [paths]
     if not each or not all(
         isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
     ):
         raise UsageError(f"a path or a list of paths, not {paths!r}")
-    return each, many
+    return each
 
 
-def _remote(path: str) -> str:
-    """A remote path; the remote home is where SFTP starts, so ``~`` and nothing are the same."""
-    return (
-        path[2:].lstrip("/") or "." if path.startswith("~/") else "." if path in ("", "~") else path
-    )
+def _is_pattern(path: str) -> bool:
+    """Whether a remote path has a ``*``, ``?`` or ``[`` that no backslash quotes."""
+    return re.search(r"[*?[]", re.sub(_QUOTED, "", path)) is not None
 
 
-class _Folder:
-    """A local folder held by descriptor, so that no name can be swapped for a link under us. Its
-    files and subfolders refer to it: when the last is done it gets its final mode and times, and is
-    closed.
+def _check_landing(destination: str, several: bool) -> None:
+    """The local folder that a Pull writes into is there. Raises UsageError."""
+    into = several or destination.endswith("/")
+    folder = destination if into else os.path.dirname(destination)
+    if folder and not os.path.isdir(folder):
+        what = "not a folder" if os.path.exists(folder.rstrip("/")) else "no such folder"
+        raise UsageError(f"{escape(folder)}: {what}")
+
+
+# The files of this machine have the methods of asyncssh's SFTP client that a copy calls, so that
+# one walk and one engine serve push, pull and LocalNode. An error tells on which side it was by its
+# class: OSError here, SFTPError over there.
+
+
+class _LocalFile:
+    """An open file of this machine, as asyncssh's SFTPClientFile."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    async def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._fd, size, offset)
+
+    async def write(self, data: bytes, offset: int) -> None:
+        """A full disk takes a part without an error: the next write tells."""
+        while data:
+            written = os.pwrite(self._fd, data, offset)
+            data, offset = data[written:], offset + written
+
+    async def setstat(self, attrs: asyncssh.SFTPAttrs) -> None:
+        if attrs.uid is not None and attrs.gid is not None:
+            os.fchown(self._fd, attrs.uid, attrs.gid)
+        if attrs.permissions is not None:
+            os.fchmod(self._fd, attrs.permissions)
+        if attrs.atime is not None and attrs.mtime is not None:
+            os.utime(self._fd, (attrs.atime, attrs.mtime))
+
+    async def close(self) -> None:
+        os.close(self._fd)
+
+
+class _LocalFiles:
+    """The files of this machine, as asyncssh's SFTPClient.
+
+    ``top``: a folder that is held by descriptor. All paths are then below it, and are reached from
+    there, one open folder after the other and never through a link: whoever swaps a name for a link
+    meanwhile gains nothing. Without it paths are the user's own, and mean what they say.
     """
 
-    def __init__(self, fd: int, path: str, parent: _Folder | None = None) -> None:
-        self.fd, self.path, self.parent = fd, path, parent
-        self.real = ""  # where its source really is, when links are followed
-        self.depth: int = parent.depth + 1 if parent else 0
-        self.mode: int | None = None
-        self.times: tuple[float, float] | None = None
+    limits = asyncssh.SFTPLimits(CHUNK, CHUNK, CHUNK, 0)
 
-    def enter(self, name: str, attrs: asyncssh.SFTPAttrs, preserve: bool) -> _Folder:
-        """The subfolder of this name, made if need be (one that was there keeps its mode, unless
-        preserve); never through a link.
-        """
-        made = True
-        try:
-            os.mkdir(name, 0o700, dir_fd=self.fd)
-        except FileExistsError:
-            made = False
-        try:
-            fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
-        except NotADirectoryError:
-            link = stat.S_ISLNK(os.stat(name, dir_fd=self.fd, follow_symlinks=False).st_mode)
-            raise TransferError(f"a {'link' if link else 'file'} has that name") from None
-        folder = _Folder(fd, os.path.join(self.path, name), self)
-        folder.mode = (
-            attrs.permissions & 0o777
-            if attrs.permissions is not None and (made or preserve)
-            else None
+    def __init__(self, top: str | None = None) -> None:
+        self._top = top
+        self._folder = ""  # below the top: the one that is open, beside the top itself
+        if top is not None:
+            self._top_fd = os.open(top or ".", _OPEN_FOLDER)
+            self._fd = os.dup(self._top_fd)
+
+    def close(self) -> None:
+        os.close(self._top_fd)
+        os.close(self._fd)
+
+    def _at(self, path: str) -> tuple[int | None, str]:
+        """The open folder that this path is in, for the next call only, and the name there."""
+        if self._top is None:
+            return None, path
+        folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
+        if folder != self._folder:
+            fd = os.dup(self._top_fd)
+            try:
+                for each in folder.split("/") if folder else ():
+                    inner = os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+                    os.close(fd)
+                    fd = inner
+            except OSError:
+                os.close(fd)
+                raise
+            os.close(self._fd)
+            self._folder, self._fd = folder, fd
+        return self._fd, name
+
+    def _attrs(self, path: str, *, follow: bool) -> asyncssh.SFTPAttrs:
+        fd, name = self._at(path)
+        info = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        return asyncssh.SFTPAttrs(
+            type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
+            size=info.st_size,
+            uid=info.st_uid,
+            gid=info.st_gid,
+            permissions=stat.S_IMODE(info.st_mode),
+            atime=int(info.st_atime),
+            mtime=int(info.st_mtime),
         )
-        if preserve and attrs.mtime is not None:
-            folder.times = (attrs.atime or attrs.mtime, attrs.mtime)
-        return folder
 
-    def put_link(self, name: str, target: str) -> None:
-        """A link of this name, in place of what is there."""
-        temporary = _temporary_name(name)
-        os.symlink(target, temporary, dir_fd=self.fd)
-        try:
-            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        except OSError as exc:
-            os.unlink(temporary, dir_fd=self.fd)
-            if isinstance(exc, IsADirectoryError):
-                raise TransferError("a folder has that name") from exc
-            raise
+    async def stat(self, path: str) -> asyncssh.SFTPAttrs:
+        return self._attrs(path, follow=True)
 
-    def __del__(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.times:
-                os.utime(self.fd, self.times)
-            if self.mode is not None:
-                os.fchmod(self.fd, self.mode)
-        os.close(self.fd)
+    async def lstat(self, path: str) -> asyncssh.SFTPAttrs:
+        return self._attrs(path, follow=False)
+
+    async def realpath(self, path: str) -> str:
+        return os.path.realpath(path)
+
+    async def readlink(self, path: str) -> str:
+        return os.readlink(path)
+
+    async def scandir(self, path: str) -> AsyncIterator[asyncssh.SFTPName]:
+        for name in os.listdir(path):
+            yield asyncssh.SFTPName(name)
+
+    async def mkdir(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+        fd, name = self._at(path)
+        os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
+
+    async def makedirs(self, path: str, *, exist_ok: bool) -> None:
+        os.makedirs(path, exist_ok=exist_ok)
+
+    async def open(
+        self, path: str, flags: int, attrs: asyncssh.SFTPAttrs, encoding: None, block_size: int
+    ) -> _LocalFile:
+        """Never through a link, and a regular file whatever was put there since it was looked at:
+        a FIFO would hold us for ever.
+        """
+        how = _OPEN_FLAGS[flags] | os.O_NOFOLLOW | os.O_NONBLOCK
+        folder, name = self._at(path)
+        fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise TransferError("not a regular file")
+        return _LocalFile(fd)
+
+    async def setstat(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+        """Of a folder."""
+        fd, name = self._at(path)
+        file = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+        async with _closing(file):
+            await file.setstat(attrs)
+
+    async def symlink(self, target: str, path: str) -> None:
+        fd, name = self._at(path)
+        os.symlink(target, name, dir_fd=fd)
+
+    async def posix_rename(self, path: str, target: str) -> None:
+        """Within a folder."""
+        fd, name = self._at(path)
+        os.rename(name, self._at(target)[1], src_dir_fd=fd, dst_dir_fd=fd)
+
+    rename = posix_rename
+
+    async def remove(self, path: str) -> None:
+        fd, name = self._at(path)
+        os.unlink(name, dir_fd=fd)
+
+
+_Files = _LocalFiles | asyncssh.SFTPClient
+_File = _LocalFile | asyncssh.SFTPClientFile
+
+
+def _side(files: _Files) -> str:
+    return "local" if isinstance(files, _LocalFiles) else "remote"
+
+
+def _there(files: _Files, path: str) -> str:
+    """A path of a step as its host has it: ``~`` and nothing are the home, where SFTP starts."""
+    if isinstance(files, _LocalFiles):
+        return os.path.expanduser(path) or "."
+    if path in ("", "~"):
+        return "."
+    return path[2:].lstrip("/") or "." if path.startswith("~/") else path
+
+
+@contextlib.asynccontextmanager
+async def _in_short() -> AsyncIterator[None]:
+    """To clean up after a failure: no further error, and no waiting for a host that is stuck."""
+    with contextlib.suppress(OSError, ValueError, asyncssh.Error):
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            yield
+
+
+@contextlib.asynccontextmanager
+async def _closing(file: _File) -> AsyncIterator[_File]:
+    """Closed at the end; after a failure or a cancellation within a short time."""
+    try:
+        yield file
+    except BaseException:
+        async with _in_short():
+            await file.close()
+        raise
+    await file.close()
 
 
 class _UnderWay:
@@ -2301,23 +2455,23 @@ class _UnderWay:
     """
 
     def __init__(self, most: int) -> None:
-        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[Any]]()
+        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[None]]()
         self._failure: BaseException | None = None
 
-    async def start(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
+    async def start(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """One more, when there is room. Raises what an earlier one raised."""
         await self._room.acquire()
         if self._failure:
             raise self._failure
-        self._tasks.add(task := asyncio.create_task(work(*args)))
+        task = asyncio.create_task(work(*args))
+        self._tasks.add(task)
         task.add_done_callback(self._done)
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
+    def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        failure = (
-            None if task.cancelled() else task.exception()
-        )  # retrieved, whether or not it is the first
+        # retrieved, whether or not it is the first
+        failure = None if task.cancelled() else task.exception()
         self._failure = self._failure or failure
 
     async def __aenter__(self) -> _UnderWay:
@@ -2330,23 +2484,38 @@ class _UnderWay:
             if kind is None and self._failure:
                 raise self._failure
         finally:
-            for task in (left := set(self._tasks)):
+            left = set(self._tasks)
+            for task in left:
                 task.cancel()
             if left:
                 await asyncio.wait(left)
-            self._failure = (
-                None  # kept here, it would keep its frames, and the folder they hold open
-            )
+            self._failure = None  # kept here, it would keep its frames
+
+
+class _CopyItem(NamedTuple):
+    """One entry on its way."""
+
+    path: str
+    target: str  # the path on the destination's side
+    level: int = 0  # how many folders lie between it and what was named
+    fresh: bool = False  # its folder was made by this copy: nothing can be there
+    inside: str = ""  # the real path of its folder, when links are followed
 
 
 class _Copy:
-    """One Push or Pull with one node: its options, what it has moved, what failed (the other files
-    go on).
+    """One Push or Pull with one host: its options, what it has moved (``step``), what failed while
+    the other files went on.
+
+    The source's side and the destination's are asyncssh's SFTPClient or the local one. In a tree,
+    folders are walked one after the other, files and links copied beside each other; modes and
+    times of folders are set when all is there, for a folder may forbid to write in it. What comes
+    from a server is not trusted: names and links are checked, and everything is made below an open
+    folder. Cancelling a copy leaves no temporary file.
     """
 
     def __init__(
         self,
-        node: _Node,
+        host: str,
         step: StepRecord,
         *,
         preserve: bool = False,
@@ -2354,59 +2523,209 @@ class _Copy:
         follow_symlinks: bool = False,
         inplace: bool = False,
     ) -> None:
-        self.node, self.step = node, step
-        self.preserve, self.recurse, self.follow, self.inplace = (
-            preserve,
-            recurse,
-            follow_symlinks,
-            inplace,
-        )
-        self.failure, self.failed = (
-            "",
-            0,
-        )  # the first, and how many: a hostile server has no end of them
-        self.count = 0
-        self._files = _UnderWay(FILES_IN_FLIGHT)
+        self._host, self._step = host, step
+        self._preserve, self._recurse = preserve, recurse
+        self._follow, self._inplace = follow_symlinks, inplace
+        self._source: _Files = _LocalFiles()
+        self._destination: _Files = self._source
+        self._pushing = False
+        self._into = False  # the destination is a folder that sources arrive in
+        self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
+        self._under_way = _UnderWay(FILES_IN_FLIGHT)
+        self._names = 0
+        self._failures: list[str] = []
+        self._failed, self._kind = 0, "local"
+
+    async def push(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
+        """Copy local files onto a path over there. Raises TransferError, ConnectionFailedError."""
+        self._destination, self._pushing = sftp, True
+        with self._failing(destination):
+            place = _there(sftp, destination)
+            await self._land(place, several=len(sources) > 1)
+            await self._walk(sources, place)
+        self._tell()
+
+    async def pull(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
+        """Copy files from over there (globs are expanded) onto a local path. Raises TransferError,
+        ConnectionFailedError.
+        """
+        self._source = sftp
+        paths: list[str] = []
+        for source in sources:
+            with self._failing(source):
+                paths += await self._matches(_there(sftp, source))
+        with self._failing(destination):
+            place = destination or "."
+            await self._land(place, several=max(len(sources), len(paths)) > 1)
+            place = os.path.realpath(place) if os.path.islink(place) else place
+            here = _LocalFiles(place if self._into else os.path.dirname(place))
+            with contextlib.closing(here) as self._destination:
+                await self._walk(paths, place)
+        self._tell()
+
+    async def put(self, sftp: _Files, content: bytes, path: str, mode: int) -> None:
+        """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
+        self._destination, self._pushing, self._preserve = sftp, True, True
+        with self._failing(path):
+            target, existing = await self._existing_file(_CopyItem(path, _there(sftp, path)))
+            given = asyncssh.SFTPAttrs(permissions=mode)
+            async with self._arriving(target, existing, given) as file:
+                size = self._block_size()
+                for position in range(0, len(content), size):
+                    await file.write(content[position : position + size], position)
+        self._tell()
+
+    # what goes wrong
+
+    @property
+    def _wary(self) -> bool:
+        return not isinstance(self._source, _LocalFiles)
+
+    def _wrong(self, files: _Files, message: str) -> TransferError:
+        """An error of what this side has."""
+        return TransferError(message, host=self._host, kind=_side(files))
 
     @contextlib.contextmanager
     def _failing(self, path: str) -> Iterator[None]:
         """A failure of this path is noted; only the loss of the connection stops the rest."""
+        shown = _brief(path, 200)
         try:
             yield
         except _LOST as exc:
             raise ConnectionFailedError(
-                f"connection lost during the copy of {_brief(path, 200)}", host=self.node.hostname
+                f"connection lost during the copy of {shown}", host=self._host
             ) from exc
         except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
-            reason = exc.message if isinstance(exc, TransferError) else _reason(exc)
-            self.failure, self.failed = (
-                self.failure or f"{_brief(path, 200)}: {reason}",
-                self.failed + 1,
+            self._failed += 1
+            kind = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+            reason = _reason(exc)
+            if isinstance(exc, TransferError):
+                kind, reason = exc.kind, exc.message
+            if self._failed == 1:
+                self._kind = kind
+            if self._failed <= FAILURES_KEPT:
+                self._failures.append(f"{shown}: {reason}")
+
+    def _tell(self) -> None:
+        """All that failed, the first few of it in the message."""
+        if self._failed:
+            more = self._failed - FAILURES_SHOWN
+            raise TransferError(
+                "; ".join(self._failures[:FAILURES_SHOWN])
+                + (f" (and {more} more)" if more > 0 else ""),
+                host=self._host,
+                kind=self._kind,
+                failures=self._failures,
             )
 
     def _counted(self, path: str) -> None:
         """Every name that a folder is said to have counts, whatever becomes of it."""
-        self.count += 1
-        if self.count > TREE_LIMIT:
+        self._names += 1
+        if self._names > TREE_LIMIT:
             raise ApsshError(
                 f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
-                host=self.node.hostname,
+                host=self._host,
+                kind=_side(self._source),
             )
 
-    def _check_folder(self, is_folder: bool, depth: int, inside_itself: bool = False) -> None:
-        """What is no file and no link must be a folder that can be copied, in a folder of this
-        depth.
-        """
-        for wrong, why in (
-            (not is_folder, "not a regular file, folder or link"),
-            (not self.recurse, "is a folder (recurse, -r, copies folders)"),
-            (depth >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
-            (inside_itself, "a link to a folder it is in"),
-        ):
-            if wrong:
-                raise TransferError(why)
+    # the walk
 
-    async def _spawn(
+    async def _land(self, place: str, *, several: bool) -> None:
+        """Whether sources arrive in a folder, or one of them under this very name."""
+        found = asyncssh.SFTPAttrs()
+        what = "no such folder"
+        with contextlib.suppress(*_MISSING):
+            found = await self._destination.stat(place.rstrip("/") or "/")
+            what = "not a folder"
+        is_folder = found.type == _FOLDER_TYPE
+        self._into = several or is_folder or place.endswith("/")
+        if self._into and not is_folder:
+            raise self._wrong(self._destination, what)
+
+    async def _look(self, path: str) -> asyncssh.SFTPAttrs | None:
+        """What is there on the destination's side."""
+        try:
+            return await self._destination.lstat(path)
+        except _MISSING:
+            return None
+
+    async def _matches(self, pattern: str) -> list[str]:
+        """The paths that a pattern matches, in order; as in a shell, ``*`` matches no leading dot,
+        and what matches nothing stands for itself.
+        """
+        literal = re.sub(_QUOTED, r"\1", pattern)
+        if not _is_pattern(pattern):
+            return [literal]
+        head, slash, last = pattern.rpartition("/")
+        wanted = re.sub(_QUOTED, r"[\1]", last)
+        found: list[str] = []
+        for folder in await self._matches(head) if head else [slash]:
+            names = set[str]()
+            with contextlib.suppress(*_NO_FOLDER):
+                async for entry in self._source.scandir(folder or "."):
+                    self._counted(pattern)
+                    name = str(entry.filename)
+                    hidden = name.startswith(".") and not last.startswith(".")
+                    if hidden or name in (".", "..") or not fnmatch.fnmatchcase(name, wanted):
+                        continue
+                    with self._failing(pattern):
+                        names.add(_safe_name(name))
+            found += [posixpath.join(folder, name) for name in sorted(names)]
+        return found or [literal]
+
+    async def _walk(self, paths: Iterable[str], place: str) -> None:
+        """Copy what was named, each to its own name in the folder or the only one to this name."""
+        named: list[tuple[str, str]] = []
+        for path in dict.fromkeys(paths):
+            with self._failing(path):
+                named.append((path, await self._own_name(path) if self._into else ""))
+        alike = collections.Counter(name for _, name in named)
+        async with self._under_way:
+            for path, name in named:
+                with self._failing(path):
+                    if alike[name] > 1:
+                        what = f"two sources are called {escape(name)}"
+                        raise self._wrong(self._source, what)
+                    attrs = await self._source.stat(path)
+                    self._counted(path)
+                    target = posixpath.join(place, name) if self._into else place
+                    self._check_apart(path, target, attrs)
+                    await self._enter(_CopyItem(path, target), attrs)
+        for target, attrs in reversed(self._late):
+            with self._failing(target):
+                await self._destination.setstat(target, attrs)
+
+    async def _own_name(self, path: str) -> str:
+        name = posixpath.basename(path.rstrip("/"))
+        if name in ("", ".", ".."):
+            name = posixpath.basename(str(await self._source.realpath(path)))
+        return _safe_name(name)
+
+    def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
+        """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
+        if self._wary or not isinstance(self._destination, _LocalFiles):
+            return
+        real = os.path.realpath(path)
+        inside = f"{os.path.realpath(target)}/".startswith(f"{real}/")
+        if inside and (self._inplace or attrs.type == _FOLDER_TYPE):
+            raise TransferError("cannot be copied into itself")
+
+    async def _enter(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+        """One item, that was named (a link is followed) or found in a folder."""
+        followed = item.level == 0
+        if attrs.type == _UNKNOWN and not followed:
+            attrs = await self._source.lstat(item.path)
+        if attrs.type == _LINK and self._follow and not followed:
+            attrs = await self._source.stat(item.path)
+            followed = True
+        if attrs.type == _REGULAR:
+            await self._beside(item.path, self._copy_file, item, attrs, followed)
+        elif attrs.type == _LINK and not followed:
+            await self._beside(item.path, self._copy_link, item)
+        else:
+            await self._copy_folder(item, attrs)
+
+    async def _beside(
         self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
     ) -> None:
         """Run this beside the others, as soon as there is room."""
@@ -2415,215 +2734,176 @@ class _Copy:
             with self._failing(path):
                 await work(*args)
 
-        await self._files.start(guarded)
+        await self._under_way.start(guarded)
 
-    async def run(self, walk: Coroutine[Any, Any, None]) -> None:
-        """Walk, then tell what failed. Cancelling it leaves no temporary file."""
-        await walk
-        if self.failed:
-            more = f" (and {self.failed - 1} more)" if self.failed > 1 else ""
-            raise TransferError(self.failure + more, host=self.node.hostname)
-
-    # push
-
-    async def push(
-        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
-    ) -> None:
-        """Local sources onto a remote file, or into a remote folder."""
-        target = _remote(destination)
-        with self._failing(destination):
-            existing = await self._remote_stat(sftp, target, follow=True)
-        if self.failed:
-            return
-        folder = existing is not None and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY
-        into = many or folder or destination.endswith("/")
-        if into and not folder:
-            raise TransferError(
-                f"{escape(destination)}: {'not a folder' if existing else 'no such folder'}",
-                host=self.node.hostname,
-            )
-        late: list[tuple[str, asyncssh.SFTPAttrs]] = []
-        names = [os.path.basename(os.path.abspath(source)) for source in sources]
-        async with self._files:
-            for source, name in zip(sources, names, strict=True):
-                with self._failing(source):
-                    if into and names.count(name) > 1:
-                        raise TransferError(f"two sources are called {escape(name)}")
-                    path = posixpath.join(target, name) if into else target
-                    await self._push_entry(
-                        sftp, source, path, await self._remote_stat(sftp, path), late, 0
-                    )
-        for path, attrs in reversed(late):
-            with self._failing(path):
-                await sftp.setstat(path, attrs)
-
-    @staticmethod
-    async def _remote_stat(
-        sftp: asyncssh.SFTPClient, path: str, follow: bool = False
-    ) -> asyncssh.SFTPAttrs | None:
-        try:
-            return await (sftp.stat(path) if follow else sftp.lstat(path))
-        except (asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath):
-            return None
-
-    async def _push_entry(
-        self,
-        sftp: asyncssh.SFTPClient,
-        source: str,
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        late: list[tuple[str, asyncssh.SFTPAttrs]],
-        depth: int,
-        within: tuple[tuple[int, int], ...] = (),
-    ) -> None:
-        """One local entry, named (depth 0: a link is followed) or found in a tree."""
-        self._counted(source)
-        info = os.stat(source) if self.follow or depth == 0 else os.lstat(source)
-        if stat.S_ISREG(info.st_mode):
-            if (
-                depth and existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK
-            ):  # the user named no link: it is replaced
-                if self.inplace:
-                    raise TransferError("a link has that name")
-                existing = None
-            await self._spawn(
-                source, self._push_file, sftp, source, target, existing, self.follow or depth == 0
-            )
-        elif stat.S_ISLNK(info.st_mode):
-            await self._spawn(source, self._push_link, sftp, os.readlink(source), target, existing)
-        else:
-            self._check_folder(
-                stat.S_ISDIR(info.st_mode), depth - 1, (info.st_dev, info.st_ino) in within
-            )
-            present: dict[str, asyncssh.SFTPAttrs] = {}
-            if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK and depth == 0:
-                existing = await self._remote_stat(
-                    sftp, target, follow=True
-                )  # what is named may be a link, over there too
-            if existing and existing.type in (
-                asyncssh.FILEXFER_TYPE_SYMLINK,
-                asyncssh.FILEXFER_TYPE_REGULAR,
-            ):
-                raise TransferError(
-                    f"a {'link' if existing.type == asyncssh.FILEXFER_TYPE_SYMLINK else 'file'} has that name"
-                )
-            within += ((info.st_dev, info.st_ino),)
-            if existing is None:
-                await sftp.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
-            else:
-                ours = set(os.listdir(source))
-                async for found in sftp.scandir(target):
-                    self._counted(target)
-                    if (name := str(found.filename)) in ours:
-                        present[name] = found.attrs
-            if existing is None or self.preserve:
-                late.append((target, self._attrs(info)))
-            with os.scandir(source) as entries:
-                for entry in entries:
-                    with self._failing(entry.path):
-                        await self._push_entry(
-                            sftp,
-                            entry.path,
-                            posixpath.join(target, entry.name),
-                            present.get(entry.name),
-                            late,
-                            depth + 1,
-                            within,
-                        )
-
-    def _attrs(self, info: os.stat_result) -> asyncssh.SFTPAttrs:
-        """The mode bits to give; times with preserve."""
-        mode = stat.S_IMODE(info.st_mode) if self.preserve else info.st_mode & 0o777
-        times = {"atime": int(info.st_atime), "mtime": int(info.st_mtime)} if self.preserve else {}
-        return asyncssh.SFTPAttrs(permissions=mode, **times)
-
-    async def _push_file(
-        self,
-        sftp: asyncssh.SFTPClient,
-        source: str,
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        follow: bool,
-    ) -> None:
-        """One file, under a temporary name until it is whole."""
-        fd = os.open(
-            source, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-        )  # a FIFO put there meanwhile blocks nobody
-        try:
-            info = os.fstat(fd)
-            if not stat.S_ISREG(info.st_mode):
-                raise TransferError("not a regular file")
-            await self.push_content(
-                sftp,
-                lambda size, position: os.pread(fd, size, position),
-                target,
-                existing,
-                self._attrs(info),
-            )
-        finally:
-            os.close(fd)
-
-    async def push_content(
-        self,
-        sftp: asyncssh.SFTPClient,
-        read: Callable[[int, int], bytes],
-        target: str,
-        existing: asyncssh.SFTPAttrs | None,
-        attrs: asyncssh.SFTPAttrs,
-    ) -> None:
-        """Content onto a remote file: whole, or not at all."""
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_SYMLINK:
-            target = str(await sftp.realpath(target))
-            existing = await self._remote_stat(sftp, target)
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError("a folder has that name")
-        if existing and existing.type not in (
-            asyncssh.FILEXFER_TYPE_REGULAR,
-            asyncssh.FILEXFER_TYPE_UNKNOWN,
+    async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+        """Make the folder, if need be, and enter what it holds, links last."""
+        real = str(await self._source.realpath(item.path)) if self._follow else ""
+        for wrong, why in (
+            (attrs.type != _FOLDER_TYPE, "not a regular file, folder or link"),
+            (not self._recurse, "is a folder (recurse, -r, copies folders)"),
+            (item.level >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
+            (real and f"{item.inside}/".startswith(f"{real}/"), "a link to a folder it is in"),
         ):
-            raise TransferError(f"{_brief(target, 200)} is there and not a regular file")
-        folder = _brief(posixpath.dirname(target) or ".", 200)
-        flags = (
-            asyncssh.FXF_WRITE
-            | asyncssh.FXF_CREAT
-            | (asyncssh.FXF_TRUNC if self.inplace else asyncssh.FXF_EXCL)
+            if wrong:
+                raise self._wrong(self._source, why)
+        target, existing = await self._existing(item)
+        if existing and existing.type not in (_FOLDER_TYPE, _UNKNOWN):
+            what = "link" if existing.type == _LINK else "file"
+            raise self._wrong(self._destination, f"a {what} has that name")
+        if not existing:
+            await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
+        if self._preserve or not existing:
+            self._late.append((target, self._given(attrs)))
+        links: list[_CopyItem] = []
+        taken = set[str]()
+        async for found in self._source.scandir(item.path):
+            name = str(found.filename)
+            path = posixpath.join(item.path, name)
+            self._counted(path)
+            if name in (".", ".."):
+                continue
+            with self._failing(path):
+                if _safe_name(name) in taken:
+                    raise self._wrong(self._source, f"the name {escape(name)} comes twice")
+                taken.add(name)
+                child = _CopyItem(
+                    path,
+                    posixpath.join(target, name),
+                    level=item.level + 1,
+                    fresh=not existing,
+                    inside=real,
+                )
+                if found.attrs.type == _LINK and not self._follow:
+                    links.append(child)
+                else:
+                    await self._enter(child, found.attrs)
+        for child in links:
+            await self._beside(child.path, self._copy_link, child)
+
+    async def _copy_link(self, item: _CopyItem) -> None:
+        """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
+        only in front and no further than the destination.
+        """
+        link = str(await self._source.readlink(item.path))
+        steps = [step for step in link.split("/") if step not in ("", ".")]
+        ups = steps.count("..")
+        if self._wary and (
+            not 0 < len(link) < 4000
+            or link.startswith("/")
+            or "\0" in link
+            or ups > item.level - (not self._into)
+            or ".." in steps[ups:]
+        ):
+            raise self._wrong(
+                self._source,
+                f"refused a link that leads out, to {_brief(link) or repr('')} "
+                "(follow_symlinks, --follow, copies what it leads to)",
+            )
+        existing = None if item.fresh else await self._look(item.target)
+        if existing and existing.type == _FOLDER_TYPE:
+            raise self._wrong(self._destination, "a folder has that name")
+        async with self._replacing(item.target) as temporary:
+            await self._destination.symlink(link, temporary)
+
+    async def _copy_file(
+        self, item: _CopyItem, attrs: asyncssh.SFTPAttrs, followed: bool = False
+    ) -> None:
+        target, existing = await self._existing_file(item)
+        path = item.path
+        if followed and not self._wary:
+            path = str(await self._source.realpath(path))
+        opened = await self._source.open(
+            path, _TO_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
         )
         async with (
-            contextlib.nullcontext(target)
-            if self.inplace
-            else self._replacing(sftp, target) as path
+            _closing(opened) as file,
+            self._arriving(target, existing, self._given(attrs)) as copied,
         ):
-            try:
-                opened = await sftp.open(
-                    path,
-                    flags,
-                    asyncssh.SFTPAttrs(permissions=None if self.inplace else 0o600),
-                    encoding=None,
-                    block_size=0,
-                )
-            except asyncssh.SFTPPermissionDenied as exc:
-                if self.inplace:
-                    raise
-                raise TransferError(
-                    f"{folder}: permission denied for a temporary file (inplace writes onto the file itself)"
-                ) from exc
-            except asyncssh.SFTPNoSuchFile:
-                raise TransferError(f"{folder}: no such folder") from None
-            async with self._closing(opened) as file:
-                if existing and not self.inplace:
-                    mine = await file.stat()
-                    if (mine.uid, mine.gid) != (existing.uid, existing.gid):
-                        with contextlib.suppress(
-                            asyncssh.SFTPError
-                        ):  # only root may: the file then becomes ours
-                            await file.setstat(
-                                asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid)
-                            )
-                await self._push_bytes(sftp, file, read)
-                await file.setstat(attrs)
+            await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
+
+    # one file
+
+    async def _existing(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
+        """Where this entry goes, and what is there. What the user named may be a link over there."""
+        target = item.target
+        existing = None if item.fresh else await self._look(target)
+        if self._pushing and item.level == 0 and existing and existing.type == _LINK:
+            target = str(await self._destination.realpath(target))
+            existing = await self._look(target)
+        return target, existing
+
+    async def _existing_file(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
+        """Where this file goes, and the file there. A link in a tree is replaced, for somebody else
+        may have put it there; what is no file is left alone.
+        """
+        target, existing = await self._existing(item)
+        if existing is None or existing.type == _REGULAR:
+            return target, existing
+        if existing.type == _UNKNOWN or (existing.type == _LINK and not self._inplace):
+            return target, None
+        why = f"{_brief(target, 200)} is there and not a regular file"
+        if existing.type in (_LINK, _FOLDER_TYPE):
+            why = f"a {'link' if existing.type == _LINK else 'folder'} has that name"
+        raise self._wrong(self._destination, why)
+
+    def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
+        """What a copy gets of its source: the mode bits, with preserve the times too."""
+        given = asyncssh.SFTPAttrs(permissions=self._mode(attrs))
+        if not self._preserve:
+            given.permissions = self._mode(attrs) & 0o777
+        elif attrs.mtime is not None:
+            given.atime, given.mtime = attrs.atime or attrs.mtime, attrs.mtime
+        return given
+
+    def _mode(self, attrs: asyncssh.SFTPAttrs) -> int:
+        """The mode bits; setuid and the like not from a server."""
+        return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
 
     @contextlib.asynccontextmanager
-    async def _replacing(self, sftp: asyncssh.SFTPClient, target: str) -> AsyncIterator[str]:
+    async def _arriving(
+        self, target: str, existing: asyncssh.SFTPAttrs | None, given: asyncssh.SFTPAttrs
+    ) -> AsyncIterator[_File]:
+        """A file to write, that becomes the target when it is whole. An existing one keeps its
+        owner, where that is permitted, and its mode, unless preserve asks for the source's.
+        """
+        overwriting = existing is not None and self._inplace
+        place = contextlib.nullcontext(target) if overwriting else self._replacing(target)
+        async with place as path, _closing(await self._open(path, overwriting)) as file:
+            if existing and not overwriting:
+                with contextlib.suppress(OSError, asyncssh.SFTPError):  # only root may
+                    await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
+            yield file
+            if existing and not self._preserve:
+                given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
+            try:
+                if not overwriting or self._preserve:
+                    await file.setstat(given)
+            except _DENIED:
+                if not existing:
+                    raise
+
+    async def _open(self, path: str, overwriting: bool) -> _File:
+        folder = _brief(posixpath.dirname(path) or ".", 200)
+        try:
+            return await self._destination.open(
+                path,
+                _TO_OVERWRITE if overwriting else _TO_MAKE,
+                asyncssh.SFTPAttrs(permissions=None if overwriting else 0o600),
+                encoding=None,
+                block_size=0,
+            )
+        except _MISSING:
+            raise self._wrong(self._destination, f"{folder}: no such folder") from None
+        except _DENIED as exc:
+            if overwriting:
+                raise
+            raise self._wrong(
+                self._destination, f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})"
+            ) from exc
+
+    @contextlib.asynccontextmanager
+    async def _replacing(self, target: str) -> AsyncIterator[str]:
         """A name beside the target that nobody guesses; what is made there becomes the target, or
         is removed.
         """
@@ -2631,395 +2911,76 @@ class _Copy:
         temporary = posixpath.join(folder, _temporary_name(name))
         try:
             yield temporary
-            try:
-                await self._replace(sftp, temporary, target)
-            except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied) as exc:
-                raise TransferError(
-                    f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} "
-                    "(inplace writes onto the file itself)"
-                ) from exc
+            await self._rename(temporary, target)
         except BaseException as exc:
             full = False
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(
-                        sftp, target
-                    )
-                    await sftp.remove(temporary)
+            async with _in_short():
+                full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(folder)
+                await self._destination.remove(temporary)
             if full:
-                raise TransferError("no space left on the device") from exc
+                raise self._wrong(self._destination, "no space left on the device") from exc
             raise
 
-    @staticmethod
-    @contextlib.asynccontextmanager
-    async def _closing(file: asyncssh.SFTPClientFile) -> AsyncIterator[asyncssh.SFTPClientFile]:
-        """Closed at the end; after a failure or a cancellation without waiting for ever for a host
-        that answers no more.
-        """
-        try:
-            yield file
-        except BaseException:
-            with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await file.close()
-            raise
-        await file.close()
-
-    async def _push_bytes(
-        self,
-        sftp: asyncssh.SFTPClient,
-        file: asyncssh.SFTPClientFile,
-        read: Callable[[int, int], bytes],
-    ) -> None:
-        """As many requests under way as fill the window; ours, for asyncssh's own would outlive a
-        loss or a cancellation.
-        """
-        size = max(min(sftp.limits.max_write_len, CHUNK // 4), 1)
-        position, under_way = 0, _UnderWay(2 * CHUNK // size)
-        async with under_way:
-            while data := read(size, position):
-                await under_way.start(file.write, data, position)
-                position += len(data)
-                self.step.bytes_transferred += len(data)
-
-    @staticmethod
-    async def _replace(sftp: asyncssh.SFTPClient, temporary: str, target: str) -> None:
+    async def _rename(self, temporary: str, target: str) -> None:
         """Rename over the target (posix-rename@openssh.com); a server without that must remove it
         first.
         """
+        files = self._destination
         try:
-            await sftp.posix_rename(temporary, target)
-        except asyncssh.SFTPOpUnsupported:
             try:
-                await sftp.rename(temporary, target)
-            except asyncssh.SFTPError:
-                await sftp.remove(target)
-                await sftp.rename(temporary, target)
+                await files.posix_rename(temporary, target)
+            except asyncssh.SFTPOpUnsupported:
+                with contextlib.suppress(*_MISSING):
+                    await files.remove(target)
+                await files.rename(temporary, target)
+        except _LOST:
+            raise
+        except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied, OSError) as exc:
+            raise self._wrong(
+                files, f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} ({_INPLACE})"
+            ) from exc
 
-    @staticmethod
-    async def _disk_full(sftp: asyncssh.SFTPClient, target: str) -> bool:
+    async def _disk_full(self, folder: str) -> bool:
         """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
-        with contextlib.suppress(asyncssh.Error, ValueError):
-            disk = await sftp.statvfs(posixpath.dirname(target) or ".")
-            return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
+        if isinstance(self._destination, asyncssh.SFTPClient):
+            with contextlib.suppress(asyncssh.Error, ValueError):
+                disk = await self._destination.statvfs(folder or ".")
+                return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
-    async def _push_link(
-        self, sftp: asyncssh.SFTPClient, link: str, target: str, existing: asyncssh.SFTPAttrs | None
-    ) -> None:
-        if existing and existing.type == asyncssh.FILEXFER_TYPE_DIRECTORY:
-            raise TransferError("a folder has that name")
-        async with self._replacing(sftp, target) as temporary:
-            await sftp.symlink(link, temporary)
+    def _block_size(self) -> int:
+        most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
+        return max(min(most, CHUNK // 4), 1)
 
-    # pull: the server is not trusted
-
-    async def pull(
-        self, sftp: asyncssh.SFTPClient, sources: list[str], destination: str, many: bool
-    ) -> None:
-        """Remote sources (globs in them expanded) onto a local file, or into a local folder."""
-        found: list[str] = []
-        for source in sources:
-            path = _remote(source)
-            with self._failing(source):
-                matches = (
-                    [each async for each in self._glob(sftp, path)]
-                    if re.search(r"[*?[]", path)
-                    else []
-                )
-                many = many or len(matches) > 1
-                found += matches or [path]
-        folder, name = self._landing(destination, many)
-        taken: set[str] = set()
-        async with self._files:
-            for path in found:
-                with self._failing(path):
-                    own = name or posixpath.basename(path.rstrip("/"))
-                    if own in ("", ".", ".."):
-                        own = posixpath.basename(str(await sftp.realpath(path)))
-                    attrs = await sftp.stat(path)
-                    self._counted(path)
-                    await self._pull_entry(
-                        sftp, path, folder, self._unique(own, taken), attrs, followed=True
-                    )
-
-    def _landing(self, destination: str, many: bool) -> tuple[_Folder, str]:
-        """The local folder that sources arrive in, and the name there, if it is not their own."""
-        into = many or destination.endswith("/") or os.path.isdir(destination)
-        if into and not os.path.isdir(destination):
-            what = "not a folder" if os.path.exists(destination.rstrip("/")) else "no such folder"
-            raise TransferError(f"{escape(destination)}: {what}", host=self.node.hostname)
-        place = (
-            os.path.realpath(destination) if os.path.islink(destination) else destination
-        )  # a link that the user named is resolved
-        path = place if into else os.path.dirname(place)
-        folder = _Folder(os.open(path or ".", os.O_RDONLY | os.O_DIRECTORY), path)
-        folder.depth = 0 if into else -1  # how many ``..`` a link in it may begin with
-        return folder, "" if into else os.path.basename(place)
-
-    @staticmethod
-    def _unique(name: str, taken: set[str]) -> str:
-        """This name, checked, once in a folder (some file systems ignore case: so do we there)."""
-        key = _safe_name(name).casefold() if sys.platform == "darwin" else _safe_name(name)
-        if key in taken:
-            raise TransferError(f"the name {escape(name)} comes twice")
-        taken.add(key)
-        return name
-
-    async def _glob(self, sftp: asyncssh.SFTPClient, pattern: str) -> AsyncIterator[str]:
-        """The remote paths that a pattern matches, in order; as in a shell, ``*`` matches no
-        leading dot.
+    async def _stream(self, file: _File, copied: _File, size: int) -> None:
+        """The announced size in parallel, as many requests under way as fill the window, then on to
+        the real end, unless asking for one byte more than announced has shown it. The requests are
+        ours, for asyncssh's own would outlive a loss or a cancellation.
         """
-        head, _, last = pattern.rpartition("/")
-        folders = [head or ("/" if pattern.startswith("/") else ".")]
-        if re.search(r"[*?[]", head):
-            folders = [each async for each in self._glob(sftp, head)]
-        for folder in folders:
-            names: list[str] = []
-            with contextlib.suppress(
-                asyncssh.SFTPNoSuchFile, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure
-            ):
-                async for entry in sftp.scandir(folder):
-                    self._counted(pattern)
-                    name = str(entry.filename)
-                    if (
-                        fnmatch.fnmatchcase(name, last)
-                        and name not in (".", "..")
-                        and name.startswith(".") <= last.startswith(".")
-                    ):
-                        with self._failing(pattern):
-                            names.append(_safe_name(name))
-            for name in sorted(set(names)):
-                yield (
-                    name
-                    if folder == "." and not pattern.startswith("./")
-                    else posixpath.join(folder, name)
-                )
-
-    async def _pull_entry(
-        self,
-        sftp: asyncssh.SFTPClient,
-        path: str,
-        folder: _Folder,
-        name: str,
-        attrs: asyncssh.SFTPAttrs,
-        *,
-        followed: bool = False,
-    ) -> None:
-        """One remote entry to a checked name in an open folder; ``followed``: the attributes are
-        those that a link leads to.
-        """
-        if attrs.type == asyncssh.FILEXFER_TYPE_UNKNOWN and not followed:
-            attrs = await sftp.lstat(path)  # some servers list names only
-        if linked := attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and self.follow and not followed:
-            attrs, followed = await sftp.stat(path), True
-        kind = attrs.type
-        if kind == asyncssh.FILEXFER_TYPE_REGULAR:
-            await self._spawn(path, self._pull_file, sftp, path, folder, name, attrs)
-        elif kind == asyncssh.FILEXFER_TYPE_SYMLINK and not followed:
-            self._make_link(folder, name, str(await sftp.readlink(path)))
-        else:
-            real = str(await sftp.realpath(path)) if self.follow else ""
-            self._check_folder(
-                kind == asyncssh.FILEXFER_TYPE_DIRECTORY,
-                folder.depth,
-                linked and f"{folder.real}/".startswith(f"{real}/"),
-            )
-            inner = folder.enter(name, attrs, self.preserve)
-            inner.real = real
-            taken: set[str] = set()
-            links: list[str] = []  # made when the rest of the folder is on its way
-            async for entry in sftp.scandir(path):
-                child = str(entry.filename)
-                self._counted(posixpath.join(path, child))
-                if child in (".", ".."):
-                    continue
-                with self._failing(posixpath.join(path, child)):
-                    self._unique(child, taken)
-                    if entry.attrs.type == asyncssh.FILEXFER_TYPE_SYMLINK and not self.follow:
-                        links.append(child)
-                    else:
-                        await self._pull_entry(
-                            sftp, posixpath.join(path, child), inner, child, entry.attrs
-                        )
-            for child in links:
-                with self._failing(posixpath.join(path, child)):
-                    self._make_link(
-                        inner, child, str(await sftp.readlink(posixpath.join(path, child)))
-                    )
-
-    async def _pull_file(
-        self,
-        sftp: asyncssh.SFTPClient,
-        path: str,
-        folder: _Folder,
-        name: str,
-        attrs: asyncssh.SFTPAttrs,
-    ) -> None:
-        """One file, read to its end, whatever size was announced."""
-        with self._arriving(folder, name, attrs) as fd:
-            await self._pull_bytes(sftp, path, fd, min(attrs.size or 0, 1 << 62))
-
-    @contextlib.contextmanager
-    def _arriving(self, folder: _Folder, name: str, attrs: asyncssh.SFTPAttrs) -> Iterator[int]:
-        """A local file to write, under a temporary name until it is whole; what is there and is no
-        file is left alone.
-        """
-        try:
-            existing: os.stat_result | None = os.stat(name, dir_fd=folder.fd, follow_symlinks=False)
-        except FileNotFoundError:
-            existing = None
-        place = escape(os.path.join(folder.path, name))
-        if existing and stat.S_ISDIR(existing.st_mode):
-            raise TransferError("a folder has that name")
-        if (
-            existing
-            and not stat.S_ISREG(existing.st_mode)
-            and (self.inplace or not stat.S_ISLNK(existing.st_mode))
-        ):
-            raise TransferError(f"{place} is there and not a regular file")
-        inplace = self.inplace and existing
-        temporary = name if inplace else _temporary_name(name)
-        creation = os.O_NONBLOCK if inplace else os.O_CREAT | os.O_EXCL
-        try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | creation, 0o600, dir_fd=folder.fd)
-        except OSError as exc:
-            if inplace or exc.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise TransferError(
-                f"{escape(folder.path) or '.'}: {_reason(exc)} for a temporary file "
-                "(inplace writes onto the file itself)"
-            ) from exc
-        try:
-            if inplace:
-                os.ftruncate(fd, 0)
-            yield fd
-            if existing and not inplace and stat.S_ISREG(existing.st_mode):
-                with contextlib.suppress(OSError):  # only root may
-                    os.fchown(fd, existing.st_uid, existing.st_gid)
-            if attrs.permissions is not None:
-                os.fchmod(fd, attrs.permissions & 0o777)
-            if self.preserve and attrs.mtime is not None:
-                os.utime(fd, (attrs.atime or attrs.mtime, attrs.mtime))
-            if not inplace:
-                try:
-                    os.rename(temporary, name, src_dir_fd=folder.fd, dst_dir_fd=folder.fd)
-                except OSError as exc:
-                    raise TransferError(
-                        f"{place} cannot be replaced: {_reason(exc)} (inplace writes onto the file itself)"
-                    ) from exc
-        except BaseException:
-            if not inplace:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder.fd)
-            raise
-        finally:
-            os.close(fd)
-
-    async def _pull_bytes(self, sftp: asyncssh.SFTPClient, path: str, fd: int, size: int) -> None:
-        """The announced size in parallel, then on to the real end, unless asking for one byte more
-        than announced has shown it.
-        """
+        block = self._block_size()
         end, ended = 0, False
-        block = max(min(sftp.limits.max_read_len, CHUNK // 4), 1)
-        async with self._closing(await sftp.open(path, "rb", encoding=None, block_size=0)) as file:
 
-            async def fetch(position: int, wanted: int) -> None:
-                nonlocal end, ended
-                while wanted > 0 and (data := cast("bytes", await file.read(wanted, position))):
-                    _write_all(fd, data, position)
-                    position, wanted, end = (
-                        position + len(data),
-                        wanted - len(data),
-                        max(end, position + len(data)),
-                    )
-                    self.step.bytes_transferred += len(data)
-                    if position == size and wanted == 1:
-                        break
-                ended |= wanted > 0
+        async def fetch(position: int, wanted: int) -> None:
+            nonlocal end, ended
+            while wanted > 0 and not ended:
+                data = cast("bytes", await file.read(wanted, position))
+                await copied.write(data, position)
+                position += len(data)
+                wanted -= len(data)
+                end = max(end, position)
+                self._step.bytes_transferred += len(data)
+                if not data or (position == size and wanted == 1):
+                    ended = True
 
-            async with _UnderWay(2 * CHUNK // block) as under_way:
-                for position in range(0, size, block):
-                    if ended:
-                        break
-                    await under_way.start(fetch, position, min(block, size + 1 - position))
-            while not ended and (data := cast("bytes", await file.read(CHUNK // 4, end))):
-                _write_all(fd, data, end)
-                end += len(data)
-                self.step.bytes_transferred += len(data)
-                if end > size + SURPLUS_LIMIT:
-                    raise TransferError("goes on far beyond its size: given up")
-
-    def _make_link(self, folder: _Folder, name: str, target: str) -> None:
-        """A link of the tree, only where it leads inside: relative, ``..`` only in front and no
-        further than the top.
-        """
-        steps = [step for step in target.split("/") if step not in ("", ".")]
-        ups = len(list(itertools.takewhile(lambda step: step == "..", steps)))
-        if (
-            not target
-            or len(target) > 4000
-            or target.startswith("/")
-            or "\0" in target
-            or ups > folder.depth
-            or ".." in steps[ups:]
-        ):
-            raise TransferError(f"refused a link that leads out, to {_brief(target) or repr('')}")
-        folder.put_link(name, target)
-
-    # on this machine
-
-    async def local(self, sources: list[str], destination: str, many: bool) -> None:
-        """A plain copy, for LocalNode; the same rules about folders, links, names and what arrives."""
-        folder, name = self._landing(destination, many)
-        names = [name or os.path.basename(os.path.abspath(source)) for source in sources]
-        for source, own in zip(sources, names, strict=True):
-            with self._failing(source):
-                if names.count(own) > 1:
-                    raise TransferError(f"two sources are called {escape(own)}")
-                target = Path(folder.path, own).resolve()
-                if (
-                    Path(source).is_dir()
-                    and Path(source).resolve() in (target, *target.parents)
-                    and self.recurse
-                ):
-                    raise TransferError("cannot be copied into itself")
-                await self._local_entry(source, folder, own, ())
-
-    async def _local_entry(
-        self,
-        source: str,
-        folder: _Folder,
-        name: str,
-        within: tuple[tuple[int, int], ...],
-        named: bool = True,
-    ) -> None:
-        self._counted(source)
-        info = os.stat(source) if self.follow or named else os.lstat(source)
-        if stat.S_ISREG(info.st_mode):
-            await asyncio.to_thread(self._local_file, source, folder, name)
-        elif stat.S_ISLNK(info.st_mode):
-            folder.put_link(name, os.readlink(source))
-        else:
-            self._check_folder(
-                stat.S_ISDIR(info.st_mode), folder.depth, (info.st_dev, info.st_ino) in within
-            )
-            inner = folder.enter(name, self._attrs(info), self.preserve)
-            for child in os.listdir(source):
-                path = os.path.join(source, child)
-                with self._failing(path):
-                    await self._local_entry(
-                        path, inner, child, (*within, (info.st_dev, info.st_ino)), False
-                    )
-
-    def _local_file(self, source: str, folder: _Folder, name: str) -> None:
-        with (
-            open(os.open(source, os.O_RDONLY | os.O_NONBLOCK), "rb") as file,
-            self._arriving(folder, name, self._attrs(os.fstat(file.fileno()))) as fd,
-            open(fd, "wb", closefd=False) as copied,
-        ):
-            shutil.copyfileobj(file, copied, CHUNK)
-            self.step.bytes_transferred += copied.tell()
+        async with _UnderWay(2 * CHUNK // block) as under_way:
+            for position in range(0, size, block):
+                if ended:
+                    break
+                await under_way.start(fetch, position, min(block, size + 1 - position))
+        while not ended:
+            await fetch(end, block)
+            if end > size + SURPLUS_LIMIT:
+                raise self._wrong(self._source, "goes on far beyond its size: given up")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4523,32 +4484,14 @@ class SshNode(_Node):
         """Make a remote folder, parents included; one that exists is fine. Raises TransferError."""
         sftp = await self.sftp_connect_lazy()
         try:
-            await sftp.makedirs(_remote(path), exist_ok=True)
+            await sftp.makedirs(_there(sftp, path), exist_ok=True)
         except (asyncssh.SFTPError, OSError) as exc:
             raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
 
     async def put_string_script(self, body: str, remotefile: str) -> None:
         """Write a text into a remote file that can be executed (mode 755). Raises TransferError."""
-        data, copy_ = os.fsencode(body), _Copy(self, StepRecord())
-        sftp, target = await self.sftp_connect_lazy(), _remote(remotefile)
-        try:
-            await copy_.push_content(
-                sftp,
-                lambda size, position: data[position : position + size],
-                target,
-                await copy_._remote_stat(sftp, target),
-                asyncssh.SFTPAttrs(permissions=0o755),
-            )
-        except asyncssh.SFTPError as exc:
-            raise TransferError(
-                f"{escape(remotefile)}: {_reason(exc)}", host=self.hostname
-            ) from None
-
-    async def _copy(
-        self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool
-    ) -> None:
         sftp = await self.sftp_connect_lazy()
-        await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
+        await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
 
     @contextlib.asynccontextmanager
     async def _script_folder(
@@ -4618,7 +4561,7 @@ class SshNode(_Node):
             asyncssh.SFTPAttrs(permissions=mode & 0o700),
             encoding=None,
         )
-        async with _Copy._closing(opened) as file:
+        async with _closing(opened) as file:
             await file.write(data, 0)
 
 
@@ -4774,8 +4717,9 @@ class LocalNode(_Node):
     async def close(self) -> None:
         """Nothing to close."""
 
-    async def sftp_connect_lazy(self) -> None:
-        """Nothing to connect."""
+    async def sftp_connect_lazy(self) -> _LocalFiles:
+        """The files of this machine, as an SFTP client has them."""
+        return _LocalFiles()
 
     def is_connected(self) -> bool:
         """Always True."""
@@ -4791,12 +4735,13 @@ class LocalNode(_Node):
 
     async def mkdir(self, path: str) -> None:
         """Make a folder, parents included; one that exists is fine."""
-        os.makedirs(path, exist_ok=True)
+        sftp = await self.sftp_connect_lazy()
+        await sftp.makedirs(_there(sftp, path), exist_ok=True)
 
     async def put_string_script(self, body: str, remotefile: str) -> None:
-        """Write a text into a file that can be executed (mode 755)."""
-        Path(remotefile).write_bytes(os.fsencode(body))
-        os.chmod(remotefile, 0o755)
+        """Write a text into a file that can be executed (mode 755). Raises TransferError."""
+        sftp = await self.sftp_connect_lazy()
+        await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
 
     async def _session(
         self,
@@ -4861,21 +4806,6 @@ class LocalNode(_Node):
             raise session.error
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
-
-    async def _copy(
-        self, copy_: _Copy, pushing: bool, sources: list[str], destination: str, many: bool
-    ) -> None:
-        """The side that is else remote knows ``~``, and globs to pull."""
-        if pushing:
-            destination = os.path.expanduser(destination)
-        else:
-            named = [os.path.expanduser(source) for source in sources]
-            sources = [
-                found
-                for source in named
-                for found in (not os.path.lexists(source) and sorted(glob.glob(source))) or [source]
-            ]
-        await copy_.run(copy_.local(sources, destination, many or len(sources) > 1))
 
     @contextlib.asynccontextmanager
     async def _script_folder(
@@ -5155,7 +5085,7 @@ class RunScript(_Script):
         super().__init__(args, x11=x11, capture=capture, **common)
         self.local_script, self.includes = (
             local_script,
-            tuple(map(os.fspath, _paths(includes)[0])) if includes else (),
+            tuple(map(os.fspath, _paths(includes))) if includes else (),
         )
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
@@ -5211,7 +5141,7 @@ class RunString(_Script):
     ) -> None:
         super().__init__(args, x11=x11, capture=capture, **common)
         self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
-        self.includes = tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
+        self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
@@ -5259,7 +5189,7 @@ class _CopyCommand(AbstractCommand):
             "follow_symlinks": follow_symlinks,
             "inplace": inplace,
         }
-        self._sources, self._many = _paths(sources)
+        self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
@@ -5281,26 +5211,11 @@ class _CopyCommand(AbstractCommand):
             _text_of(self.destination),
         )
         step.command = step.command or self._text()
-        try:
-            await node.sftp_connect_lazy()
-            async with self._in_time(node, step):
-                await node._copy(
-                    _Copy(node, step, **self.options),
-                    self.pushing,
-                    sources,
-                    destination,
-                    self._many,
-                )
-        except _LOST as exc:
-            raise ConnectionFailedError(
-                f"connection lost during {escape(self._text())}",
-                host=node.hostname,
-                command=self._text(),
-            ) from exc
-        except (asyncssh.SFTPError, OSError) as exc:
-            raise TransferError(
-                f"{escape(destination)}: {_reason(exc)}", host=node.hostname
-            ) from None
+        sftp = await node.sftp_connect_lazy()
+        async with self._in_time(node, step):
+            copying = _Copy(node.hostname, step, **self.options)
+            work = copying.push if self.pushing else copying.pull
+            await work(sftp, sources, destination)
         return 0
 
 
@@ -7273,7 +7188,7 @@ def _copies(
     """The copy of each node, and what raises UsageError before anything is copied; takes the copy's
     options out of ``options``.
     """
-    texts, many = _paths(sources)
+    texts = _paths(sources)
     copying = {
         name: options.pop(name)
         for name in ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
@@ -7287,12 +7202,14 @@ def _copies(
         )
         if command is Pull and place != destination and not dry:
             try:
-                os.makedirs(place if many else os.path.dirname(place) or ".", exist_ok=True)
+                os.makedirs(
+                    place if len(paths) > 1 else os.path.dirname(place) or ".", exist_ok=True
+                )
             except OSError as exc:  # this host's failure: the others go on
                 raise TransferError(
                     f"{escape(place)}: {_reason(exc)}", host=node.hostname
                 ) from None
-        return [command(paths if many else paths[0], place, **copying)]
+        return [command(paths, place, **copying)]
 
     def check(nodes: Sequence[SshNode]) -> None:
         if command is Pull:
