@@ -1992,39 +1992,37 @@ class Variables(dict[str, Any]):
     """A dict whose keys are attributes too: ``v.x = 1``. A missing one raises AttributeError."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
+        if name not in self:
+            raise AttributeError(f"no variable {name!r}")
+        return self[name]
 
     __setattr__ = dict.__setitem__
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
+        if self.pop(name, self) is self:
+            raise AttributeError(f"no variable {name!r}")
 
 
 class Capture:
-    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(...,
-    capture=Capture("x", v))``.
+    """Where a command's standard output is kept: ``Run(..., capture=Capture("x", variables))``.
+
+    ``varname``: the key; ``variables``: the dict that gets the text, its last newline removed, when
+    the command has ended. A command that did not end stores nothing.
     """
 
     def __init__(self, varname: str, variables: dict[str, Any]) -> None:
         self.varname, self.variables = varname, variables
 
     def store(self, text: str) -> None:
-        """Keep this output."""
+        """Keep this output, without its last newline."""
         self.variables[self.varname] = text.removesuffix("\n")
 
 
 class Deferred:
-    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions
-    need Jinja2 (extra yaml).
+    """A text made when its job runs: in ``template``, ``{{name}}`` stands for ``variables[name]``.
 
-    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never
-    read as templates.
+    Other Jinja2 expressions need Jinja2 (extra yaml). As a string (in graphs and listings) a name
+    with no value yet shows as it is. Values are never read as templates.
     """
 
     _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
@@ -2036,9 +2034,8 @@ class Deferred:
         return f"Deferred({self.template!r})"
 
     def __str__(self) -> str:
-        return re.sub(
-            self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template
-        )
+        values = self.variables
+        return re.sub(self._PLAIN, lambda name: str(values.get(name[1], name[0])), self.template)
 
     def render(self) -> str:
         """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
@@ -2046,48 +2043,35 @@ class Deferred:
         """
         if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
             return self._render_jinja()
-        if missing := [
-            name for name in re.findall(self._PLAIN, self.template) if name not in self.variables
-        ]:
-            raise UndefinedVariableError(
-                f"no value yet for {', '.join(missing)} in {escape(self.template)}"
-            )
+        names = re.findall(self._PLAIN, self.template)
+        if missing := ", ".join(name for name in names if name not in self.variables):
+            raise UndefinedVariableError(f"no value yet for {missing} in {escape(self.template)}")
         return str(self)
 
     def _render_jinja(self) -> str:
         jinja2 = _extra("jinja2")
+        made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
         try:
-            environment = jinja2.Environment(
-                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-            )
-            return cast("str", environment.from_string(self.template).render(self.variables))
+            return cast("str", made.from_string(self.template).render(self.variables))
         except jinja2.UndefinedError as exc:
-            raise UndefinedVariableError(
-                f"no value yet in {escape(self.template)}: {exc}"
-            ) from None
+            problem = f"no value yet in {escape(self.template)}: {exc}"
+            raise UndefinedVariableError(problem) from None
         except Exception as exc:  # an expression may compute anything
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     """The text of what a job is given, when it runs."""
-    return (
-        value.render()
-        if isinstance(value, Deferred)
-        else os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else str(value)
-    )
+    if isinstance(value, Deferred):
+        return value.render()
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
-    def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
-        super().__init__(
-            inner.template if isinstance(inner, Deferred) else "",
-            inner.variables if isinstance(inner, Deferred) else {},
-        )
+    def __init__(self, inner: object, make: Callable[[str], str]) -> None:
+        super().__init__(getattr(inner, "template", ""), getattr(inner, "variables", {}))
         self._inner, self._make = inner, make
 
     def __str__(self) -> str:
@@ -2107,8 +2091,14 @@ def _extra(module: str) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class StepRecord:
-    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the
-    epoch) and of a monotonic one; ``kind`` None is a success.
+    """What is known of one step that ran.
+
+    ``label``: its line in listings; ``command``: what ran. ``start`` and ``end``: seconds of a
+    monotonic clock; ``start_wall`` and ``end_wall``: seconds since the epoch; None before it began,
+    or ended. ``status``: exit status, or the signal's name. ``kind`` (see ApsshError; None is a
+    success) and ``error`` tell how it failed. ``bytes_out``, ``bytes_err``: what it printed;
+    ``bytes_transferred``: what a copy moved. ``script_sha256``: of the script that ran.
+    ``may_run``: the command may still be running over there.
     """
 
     label: str = ""
@@ -2124,7 +2114,7 @@ class StepRecord:
     bytes_transferred: int = 0
     end_wall: float | None = None
     script_sha256: str | None = None
-    may_run: bool = False  # the command may still be running over there
+    may_run: bool = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -2135,12 +2125,11 @@ class StepRecord:
         except ApsshError as exc:
             self.kind, self.error = exc.kind, str(exc)
             raise
+        except asyncio.CancelledError:
+            self.kind = self.error = "cancelled"
+            raise
         except BaseException as exc:
-            cancelled = isinstance(exc, asyncio.CancelledError)
-            self.kind, self.error = (
-                "cancelled" if cancelled else "local",
-                "cancelled" if cancelled else repr(exc),
-            )
+            self.kind, self.error = "local", repr(exc)
             raise
         finally:
             self.end_wall, self.end = time.time(), time.monotonic()
