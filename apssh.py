@@ -88,7 +88,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -224,6 +224,7 @@ CIPHERS = (
 )
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 Endpoint = tuple[
     str, str, int
 ]  # user, host, port: what tells two nodes apart in columns and file names
@@ -570,6 +571,34 @@ def _reason(exc: BaseException) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _unknown_keyword(name: str, known: Iterable[str]) -> UsageError:
+    """The answer to a keyword that nothing takes: the nearest that is taken, else all of them."""
+    names = list(known)
+    if near := difflib.get_close_matches(name, names, 1):
+        return UsageError(f"unknown option {name}: did you mean {near[0]}?")
+    return UsageError(f"unknown option {name}: there is {', '.join(names)}")
+
+
+def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function (or constructor); a keyword that it does not take raises UsageError.
+
+    Python's own answer names the constructor that found it, which is often that of a class of which
+    the user has never heard. The signature stays as it is for ``help()``.
+    """
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind in named and each.name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        for name in keywords:
+            if name not in known:
+                raise _unknown_keyword(name, known)
+        return function(*args, **keywords)
+
+    return checked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5098,6 +5127,30 @@ class Pull(_CopyCommand):
 # --------------------------------------------------------------------------------------------------
 # jobs: SshJob; closing a scheduler's nodes; topology; the record of a run, and its picture
 # --------------------------------------------------------------------------------------------------
+
+
+class _Job(Protocol):
+    """A job as asynciojobs has it, which has no annotations: SshJob, Job, PrintJob, Scheduler."""
+
+    label: str | None
+    critical: bool | None
+    forever: bool
+    required: Collection[_Job]
+
+    def is_scheduled(self) -> bool: ...
+    def is_running(self) -> bool: ...
+    def is_done(self) -> bool: ...
+    def result(self) -> Any: ...
+    def raised_exception(self) -> BaseException | None: ...
+    def text_label(self) -> str | None: ...
+    def co_run(self) -> Coroutine[Any, Any, Any]: ...
+
+
+class _Scheduler(Protocol):
+    """A Scheduler or a PureScheduler of asynciojobs."""
+
+    def iterate_jobs(self, scan_schedulers: bool = False) -> Iterator[_Job]: ...
+    def topological_order(self) -> Iterator[_Job]: ...
 
 
 def _steps(given: Any) -> list[AbstractCommand]:
