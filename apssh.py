@@ -1969,7 +1969,11 @@ _GUARD = (
 # A private folder in the home, and who removes it when sshd's process of this connection is gone
 # before it. A start-up file may have changed the folder and printed half a line; csh leaves copies
 # of its outputs in 3 to 5.
-_FOLDER = "cd; umask 077; mkdir -p {0} || exit; {sentinel}( cd {0} && echo && pwd -P )"
+_FOLDER = (
+    "cd; umask 077; mkdir -p .apssh-remote || exit; d=.apssh-remote/{0}; "
+    "mkdir $d 2>/dev/null || {{ d=.apssh-remote/{1}; mkdir $d || exit; }}; "
+    "{sentinel}( cd $d && echo && pwd -P )"
+)
 _SENTINEL = (
     "( trap : HUP INT TERM; while [ $PPID -gt 1 ] && kill -0 $PPID && [ -d {0} ]; do sleep 1; done; rm -rf {0} ) "
     "</dev/null >/dev/null 2>&1 3<&- 4<&- 5<&- & "
@@ -4406,11 +4410,16 @@ class SshNode(_Node):
         await copy_.run((copy_.push if pushing else copy_.pull)(sftp, sources, destination, many))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
-        """A private folder of the host that holds these files, removed afterwards: its path."""
+    async def _script_folder(
+        self, files: Mapping[str, tuple[bytes, int]], wanted: str
+    ) -> AsyncIterator[str]:
+        """A private folder of the host that holds these files, removed afterwards: its path, which
+        ends in the name that is wanted, unless another host of the same home has it.
+        """
         sftp, said = await self.sftp_connect_lazy(), _HeldSink()
-        folder = name = f"{REMOTE_FOLDER}/{os.urandom(8).hex()}"
-        script = _FOLDER.format(folder, sentinel=_SENTINEL.format(folder) if self.guard else "")
+        folder = name = f"{REMOTE_FOLDER}/{wanted}"
+        sentinel = _SENTINEL.format("$d") if self.guard else ""
+        script = _FOLDER.format(wanted, os.urandom(8).hex(), sentinel=sentinel)
         making = StepRecord(command=f"the making of ~/{folder}")
         try:
             try:
@@ -4663,19 +4672,25 @@ class LocalNode(_Node):
         await copy_.run(copy_.local(sources, destination, many or len(sources) > 1))
 
     @contextlib.asynccontextmanager
-    async def _script_folder(self, files: Mapping[str, tuple[bytes, int]]) -> AsyncIterator[str]:
+    async def _script_folder(
+        self, files: Mapping[str, tuple[bytes, int]], wanted: str
+    ) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
-        folder = Path("~", REMOTE_FOLDER, os.urandom(8).hex()).expanduser()
-        place = shlex.quote(str(folder))
         made = subprocess.run(
-            ["/bin/sh", "-c", _FOLDER.format(place, sentinel=_SENTINEL.format(place))],
+            [
+                "/bin/sh",
+                "-c",
+                _FOLDER.format(wanted, os.urandom(8).hex(), sentinel=_SENTINEL.format("$d")),
+            ],
             capture_output=True,
             check=False,
         )
         if made.returncode:
             raise TransferError(
-                f"{folder}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname
+                f"~/{REMOTE_FOLDER}: {_brief(os.fsdecode(made.stderr).strip(), 200)}",
+                host=self.hostname,
             )
+        folder = Path(os.fsdecode(made.stdout.splitlines()[-1]))
         try:
             for name, (data, mode) in files.items():
                 (folder / name).write_bytes(data)
