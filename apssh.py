@@ -88,7 +88,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -128,6 +128,7 @@ __all__ = [
     "UndefinedVariableError",
     "UsageError",
     "Variables",
+    "Wait",
     "YamlLoader",
     "close_ssh_in_scheduler",
     "co_close_ssh_in_scheduler",
@@ -3656,15 +3657,15 @@ class _Node:
         step = Run(
             command, timeout=timeout, x11=x11, ignore_outputs=ignore_outputs, capture=capture
         )
-        return await step._run(self, StepRecord())
+        return await step.co_run_remote(cast("SshNode", self)) or 0
 
-    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
+    async def put_file_s(self, localpaths: Any, remotepath: str, **options: Any) -> None:
         """Copy local files there, as the command Push does."""
-        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
+        await Push(localpaths, remotepath, **options).co_run_remote(cast("SshNode", self))
 
-    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
+    async def get_file_s(self, remotepaths: Any, localpath: str, **options: Any) -> None:
         """Copy remote files here, as the command Pull does."""
-        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
+        await Pull(remotepaths, localpath, **options).co_run_remote(cast("SshNode", self))
 
     async def _execute(
         self,
@@ -4705,141 +4706,276 @@ class LocalNode(_Node):
 # --------------------------------------------------------------------------------------------------
 
 
+_AnyNode = SshNode | LocalNode
+_Path = str | os.PathLike[str] | Deferred
+_Paths = _Path | Iterable[_Path]
+_Word: TypeAlias = "int | float | _Path | Run"
+_Files = dict[str, tuple[bytes, int]]  # by name: content and mode
+_StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
+
+
 class AbstractCommand:
-    """One step. A subclass defines ``co_run_remote(node)``, and ``co_run_local(node)`` for
-    LocalNode, which return a status.
+    """One step of a job.
+
+    A class of yours that derives from it defines the coroutine ``co_run_remote(node)``, and
+    ``co_run_local(node)`` to run on a LocalNode too; each returns an exit status (None: 0), or the
+    name of a signal.
 
     ``label``: the text in graphs and listings (None: made from the command; any other false value
-    hides the step's line). ``allowed_exits``: exit codes and signal names that are a success too,
-    as ``["TERM", 4]``; never hides a lost connection. ``timeout``: seconds for this step (None: no
-    limit). ``verbose``: a word on stderr when it runs.
+    hides the step's line). ``allowed_exits``: exit codes and signal names that count as success
+    too, as ``["TERM", 4]``; they never hide a lost connection. ``timeout``: seconds for this step,
+    from when its host is there (None: no limit). ``verbose``: a word on stderr when it runs.
     """
 
-    label: str | bool | None = (
-        None  # these are here for classes of users' whose constructor does not call ours
-    )
-    timeout: float | None = None
-    verbose = False
+    # these serve classes of users' whose constructor does not call ours
+    label: str | bool | None = None
     allowed_exits: Collection[int | str] = ()
+    timeout: float | None = None
+    verbose: bool | None = False
 
+    @_keywords_checked
     def __init__(
         self,
         *,
         label: str | bool | None = None,
         allowed_exits: Collection[int | str] | None = None,
         timeout: float | None = None,
-        verbose: bool = False,
+        verbose: bool | None = False,
     ) -> None:
         if timeout is not None and timeout <= 0:
             raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
         self.label, self.timeout, self.verbose = label, timeout, verbose
-        exits = [allowed_exits] if isinstance(allowed_exits, int | str) else allowed_exits or ()
+        if allowed_exits is None:
+            allowed_exits = ()
+        if isinstance(allowed_exits, int | str):
+            allowed_exits = (allowed_exits,)
         self.allowed_exits = {
-            each.removeprefix("SIG") if isinstance(each, str) else each for each in exits
+            each.removeprefix("SIG") if isinstance(each, str) else each for each in allowed_exits
         }
 
-    async def co_run_remote(self, node: Any) -> int | str | None:
-        """Run on a remote node; the exit status, or a signal's name without SIG."""
-        return await self._act(node, StepRecord())
+    async def co_run_remote(self, node: SshNode) -> int | str | None:
+        """Run on an SshNode; the exit status, or a signal's name without SIG."""
+        return await self._carry_out(node, StepRecord())
 
-    async def co_run_local(self, node: Any) -> int | str | None:
-        """Run on a LocalNode."""
-        return await self._act(node, StepRecord())
+    async def co_run_local(self, node: LocalNode) -> int | str | None:
+        """Run on a LocalNode; the exit status, or a signal's name without SIG."""
+        return await self._carry_out(node, StepRecord())
 
-    async def _run(self, node: Any, step: StepRecord) -> int | str:
-        """What a job does of it: the public method where a user's class defines that, else our own
-        way, which keeps a record.
+    async def attempt(self, node: _AnyNode, step: StepRecord) -> int | str:
+        """Run on this node, as jobs do; the status, which is a success.
+
+        ``step`` gets what becomes known. Raises CommandFailedError for any other status, and past
+        its time; ConnectionFailedError, TransferError or UsageError where it could not run or end.
+        Cancelling it ends its command over there.
         """
         if self.verbose:
-            node._say(f"runs: {self._line() or self._text()}")
+            node._say(f"runs: {self.step_name()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
-        if getattr(type(self), method) is getattr(AbstractCommand, method):
-            return await self._act(node, step)
-        async with self._in_time(node, step):
-            return await getattr(self, method)(node) or 0
+        try:
+            # what is ours keeps a record; what a user has redefined has only its node
+            if getattr(type(self), method) is getattr(AbstractCommand, method):
+                step.status = await self._carry_out(node, step)
+            else:
+                async with self._in_time(node, step):
+                    step.status = await getattr(self, method)(node) or 0
+            self._check_status(node, step)
+        except CommandFailedError as exc:
+            if self.label:
+                exc.message = f"{escape(self.listing_line())}: {exc.message}"
+            raise
+        return step.status
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
+    def _check_status(self, node: _AnyNode, step: StepRecord) -> None:
+        """Raise CommandFailedError unless this status is a success."""
+        if not self._is_success(step.status):
+            kind = "status" if isinstance(step.status, int) else "signal"
+            command = step.command or self.step_name()
+            raise CommandFailedError(
+                f"ended with {kind} {step.status}: {escape(command)}",
+                host=node.hostname,
+                kind=kind,
+                command=step.command,
+                status=step.status,
+            )
+
+    def _is_success(self, status: int | str | None) -> bool:
+        return status == 0 or status in self.allowed_exits
+
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        """What a step of ours is."""
         raise UsageError(
-            f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) to run on a LocalNode"
+            f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) "
+            "to run on a LocalNode"
         )
 
     @contextlib.asynccontextmanager
-    async def _in_time(self, node: _Node, step: StepRecord) -> AsyncIterator[None]:
+    async def _in_time(self, node: _AnyNode, step: StepRecord) -> AsyncIterator[None]:
         """The time of the step begins here: when its host is there."""
         try:
             async with asyncio.timeout(self.timeout):
                 yield
         except TimeoutError:
-            raise _timed_out(
-                self.timeout, node, step.command or self._line() or self._text()
-            ) from None
+            raise _timed_out(self.timeout, node, step.command or self.step_name()) from None
 
-    def _check(self) -> None:
-        """What can be found wrong on this machine, before the first step of a job."""
+    def check_files(self) -> None:
+        """Raise UsageError for what can be found wrong on this machine before anything runs."""
+
+    def listing_line(self) -> str:
+        """One line for graphs and listings; empty when it is hidden."""
+        text = self._text() if self.label is None else self.label
+        return " ".join(str(text).split()) if text else ""
+
+    def step_name(self) -> str:
+        """One line for messages: the label, or the text made from the command."""
+        return self.listing_line() or " ".join(self._text().split())
+
+    def dry_run_text(self) -> str:
+        """All of what would run, as far as it is known."""
+        return self._text()
 
     def _text(self) -> str:
         """The text made from the command."""
         return type(self).__name__
 
-    def _preview(self) -> str:
-        """All of what would run, as far as it is known."""
-        return self._text()
 
-    def _line(self) -> str | None:
-        """One line for graphs and listings; None when it is hidden."""
-        text = self._text() if self.label is None else self.label
-        return " ".join(str(text).split()) if text else None
+class _Stdin:
+    """What a step gives to its command as standard input.
 
-    def _succeeded(self, status: int | str) -> bool:
-        return status == 0 or status in self.allowed_exits
+    Each host reads it at its own pace, from its beginning: a file is read a piece at a time at the
+    place where this host is, whoever else reads it. Only what an asynchronous iterator gives cannot
+    be had again. Raises UsageError for what cannot be read so.
+    """
 
-    def _as_error(self, node: _Node, status: int | str, command: str) -> CommandFailedError:
-        kind = "status" if isinstance(status, int) else "signal"
-        return CommandFailedError(
-            f"ended with {kind} {status}: {escape(command or self._line() or '')}",
-            host=node.hostname,
-            kind=kind,
-            command=command,
-            status=status,
-        )
+    PIECE = 128 * 1024  # bytes
+
+    def __init__(self, source: _StdinSource) -> None:
+        self._source = source
+        self._used = False
+        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator):
+            return
+        if not hasattr(source, "read"):
+            raise UsageError(
+                "stdin: bytes, text, a path object, an open binary file or an asynchronous "
+                f"iterator, not {source!r}"
+            )
+        if hasattr(source, "encoding"):
+            raise UsageError("stdin: the file is open as text: open it in mode 'rb'")
+        if source.closed or not (source.readable() and source.seekable()):
+            raise UsageError(
+                "stdin: this file cannot be read from its beginning for each host: give the bytes "
+                "that it holds"
+            )
+
+    def check(self) -> None:
+        """A path must be that of a file by now."""
+        if isinstance(self._source, os.PathLike):
+            _check_file("stdin", self._source)
+
+    def reader(self) -> AsyncIterator[bytes]:
+        """All of it, for one host. Raises UsageError when it has been used up."""
+        source = self._source
+        if isinstance(source, AsyncIterator):
+            self._check_unused()
+            return self._read_once(source)
+        if isinstance(source, Deferred):
+            source = source.render()
+        if isinstance(source, str):
+            source = source.encode("utf-8", "surrogateescape")
+        return self._read(source)
+
+    def _check_unused(self) -> None:
+        if self._used:
+            raise UsageError(
+                "stdin: an asynchronous iterator serves one host, once: give each host its own, "
+                "or give bytes, a file or a path"
+            )
+
+    async def _read_once(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._check_unused()
+        self._used = True
+        async for data in source:
+            yield data
+
+    async def _read(self, source: bytes | os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, os.PathLike):
+                source = stack.enter_context(open(Path(source).expanduser(), "rb"))
+            if isinstance(source, bytes):
+                source = io.BytesIO(source)
+            place = 0
+            while True:
+                source.seek(place)
+                data = source.read(self.PIECE)
+                if not data:
+                    return
+                place += len(data)
+                yield data
+
+
+def _check_file(what: str, path: str | os.PathLike[str]) -> None:
+    """Raise UsageError, naming it, unless this is a file that is there."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        problem = "not a file" if place.exists() else "no such file"
+        raise UsageError(f"{what} {escape(str(path))}: {problem}")
+
+
+def _read_file(what: str, path: str | os.PathLike[str]) -> tuple[bytes, int]:
+    """Content and mode of a file of this machine. Raises UsageError, naming it."""
+    _check_file(what, path)
+    place = Path(path).expanduser()
+    try:
+        return place.read_bytes(), place.stat().st_mode
+    except OSError as exc:
+        raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
 
 class _ShellCommand(AbstractCommand):
-    """What Run, RunScript and RunString share: words read by the remote shell, and where the output
-    goes.
+    """What Run, RunScript and RunString share: words read by the remote shell, what the command is
+    given, and where its output goes.
     """
 
     def __init__(
         self,
-        words: tuple[Any, ...],
+        words: tuple[_Word, ...],
         *,
+        label: str | bool | None,
+        allowed_exits: Collection[int | str] | None,
+        timeout: float | None,
+        verbose: bool | None,
         x11: bool = False,
         capture: Capture | None = None,
         env: Mapping[str, str] | None = None,
         pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        **common: Any,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
     ) -> None:
-        super().__init__(**common)
-        self.words, self.x11, self.capture, self.env, self.pty, self.stdin = (
-            words,
-            x11,
-            capture,
-            env,
-            pty,
-            stdin,
-        )
+        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
+        self.words, self.x11, self.capture, self.pty, self.sudo = words, x11, capture, pty, sudo
+        self.env = dict(env or {})
+        self.stdin = None if stdin is None else _Stdin(stdin)
+        kind = type(self).__name__
         if capture is not None and not isinstance(capture, Capture):
-            raise UsageError(
-                f"{type(self).__name__}: capture is a Capture(name, variables), not {capture!r}"
-            )
+            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {capture!r}")
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(
-                    f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}"
+                    f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
+        for name, value in self.env.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+                raise UsageError(f"{kind}: env: {name!r} is not the name of a variable")
+            if value is None:
+                raise UsageError(
+                    f"{kind}: env: {name} has no value; 'env -u {name} ...' as the command unsets it"
+                )
+        if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
+            raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
+        # what follows a terminal's keys is an iterator, which ends when it likes
+        if pty and stdin is not None and not isinstance(stdin, AsyncIterator):
+            raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
 
-    def _words(self, text: Callable[[Any], str] = _text_of) -> str:
+    def _words(self, text: Callable[[_Word], str] = _text_of) -> str:
         """The words joined by blanks, each as ``text`` has it: with ``str``, Deferred ones as far
         as is known.
         """
@@ -4847,48 +4983,90 @@ class _ShellCommand(AbstractCommand):
             word._words(text) if isinstance(word, Run) else text(word) for word in self.words
         )
 
-    async def _execute(
+    def check_files(self) -> None:
+        if self.stdin:
+            self.stdin.check()
+
+    async def _by_shell(
         self,
-        node: Any,
-        command: str,
+        node: _AnyNode,
+        line: str,
         step: StepRecord,
+        *,
+        sink: _HeldSink | None = None,
         timeout: float | None = None,
-        **options: Any,
+        quiet: bool = False,
     ) -> int | str:
+        """Have the node run a command line with all that this step gives it; the status."""
+        stdin = self.stdin.reader() if self.stdin else None
         await node._apply_config()  # it may tell the user and the port, by which outputs are named
-        options |= {
-            name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))
-        }
-        held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
-        status: int | str = await node._execute(
-            command, step, sink=held, timeout=timeout, **options
+        if self.capture:
+            sink = _HeldSink(node.formatter._sink(node._endpoint))
+        sudo = {"sudo": self.sudo} if self.sudo else {}
+        status = await node._execute(
+            line,
+            step,
+            sink=sink,
+            timeout=timeout,
+            x11=self.x11,
+            env={name: _text_of(value) for name, value in self.env.items()},
+            pty=self.pty,
+            stdin=stdin,
+            quiet=quiet,
+            **sudo,
         )
-        if (
-            held and self.capture
-        ):  # of a command that ended: half of an output, or none, is no value
-            self.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        if self.capture and sink:  # the output of a command that did not end is no value
+            self.capture.store(sink.stdout().decode("utf-8", "surrogateescape"))
         return status
 
 
 class Run(_ShellCommand):
-    """Words that are joined by blanks and read by the user's login shell over there, as ssh does.
+    """A command line, read by the user's login shell over there, as ssh does.
 
-    A word is a string, a number, a Deferred, or another Run (its command line); ``x11`` forwards
-    the DISPLAY; ``ignore_outputs`` binds both streams to /dev/null over there; ``capture`` stores
-    stdout in a variable instead of showing it; ``env``: variables for the command, whatever the
-    server's AcceptEnv says; ``pty``: give it a terminal; ``stdin``: an asynchronous iterator of
-    bytes (None: end of file at once).
+    ``argv``: its words, joined by blanks: strings, numbers, paths, Deferred, or another Run, which
+    stands for its command line. ``x11``: forward the DISPLAY. ``ignore_outputs``: both streams are
+    /dev/null over there, which serves to leave something running. ``capture``: a Capture gets
+    standard output, which is not shown then. ``env``: variables for the command, whatever the
+    server's AcceptEnv says. ``pty``: give it a terminal. ``stdin``: what it reads: bytes, text, an
+    open binary file or a path object, each host getting all of it, or an asynchronous iterator of
+    bytes, which serves one host (None: end of file at once). ``sudo``: run as root (True) or as the
+    user of that name.
+
+    ``label``: the text in graphs and listings (None: the command; any other false value hides the
+    line). ``allowed_exits``: exit codes and signal names that count as success too. ``timeout``:
+    seconds, from when the host is there (None: no limit). ``verbose``: a word on stderr when it
+    runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
-        *argv: Any,
+        *argv: _Word,
         x11: bool = False,
         ignore_outputs: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(argv, x11=x11, capture=capture, **common)
+        super().__init__(
+            argv,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
         self.ignore_outputs = ignore_outputs
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
@@ -4896,146 +5074,269 @@ class Run(_ShellCommand):
     def _text(self) -> str:
         return self._words(str)
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
-        return await self._execute(
-            node, self._words(), step, self.timeout, quiet=self.ignore_outputs
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        line = self._words()
+        return await self._by_shell(
+            node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
         )
+
+
+class Wait(_ShellCommand):
+    """Wait until the host is there and a command succeeds on it.
+
+    ``argv``: the words of the command, as those of Run (none: ``true``). It is tried again and
+    again, each time over a new connection, so that the host may reboot meanwhile; what else uses
+    this very node at that time loses its connection. Its output is not shown. ``timeout``: seconds
+    in all (default 300; None: no limit), past which it raises CommandFailedError, saying what was
+    seen last. ``interval``: seconds between one try and the next (default 1). A wrong host key is
+    no matter of time, and raises HostKeyError at once.
+
+    ``label``: the text in graphs and listings (None: made from the command; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``verbose``: a word on stderr when it runs.
+    """
+
+    @_keywords_checked
+    def __init__(
+        self,
+        *argv: _Word,
+        timeout: float | None = 300,
+        interval: float = 1,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            argv, label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose
+        )
+        self.interval = interval
+        if interval <= 0:
+            raise UsageError(f"Wait: interval {interval!r}: seconds, more than 0")
+
+    def _text(self) -> str:
+        return f"Wait: {self._words(str) or 'true'}"
+
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        line = self._words() or "true"
+        seen = "no answer"
+        try:
+            async with asyncio.timeout(self.timeout):
+                while True:
+                    said = _HeldSink()
+                    try:
+                        await node.close()
+                        status = await self._by_shell(node, line, step, sink=said)
+                        if self._is_success(status):
+                            return status
+                        last = (said.stdout() + said.stderr()).strip().split(b"\n")[-1]
+                        seen = f"status {status} {_brief(os.fsdecode(last))}".strip()
+                    except HostKeyError:
+                        raise
+                    except ConnectionFailedError as exc:
+                        seen = f"{exc.kind}: {exc.message}"
+                    await asyncio.sleep(self.interval)
+        except TimeoutError:
+            raise CommandFailedError(
+                f"not there within {self.timeout:g} s: {escape(line)}; seen last: {seen}",
+                host=node.hostname,
+                kind="timeout",
+                command=line,
+            ) from None
+
+
+# The folder of a script has a name that is made from the script and from this: all hosts of one run
+# have it under the same name, so that equal messages of a script are equal texts (a shell's begin
+# with the path of the script), and no other run has it, nor can anybody guess it.
+_RUN_TOKEN = os.urandom(16)
 
 
 class _Script(_ShellCommand):
     """A script with its includes, in a private folder of the host for as long as it runs."""
 
     includes: tuple[str, ...]
-    _content: Callable[[], tuple[str, bytes]]  # the name and the text of the script
+
+    def _include(self, includes: Collection[str | os.PathLike[str]] | None) -> None:
+        self.includes = tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
+
+    def _script(self) -> _Files:
+        """The script alone: its name, with its content and mode."""
+        raise NotImplementedError
+
+    def _with_includes(self, files: _Files) -> _Files:
+        """All files of the folder, from those that come first. The same one may come twice."""
+        for include in self.includes:
+            name, (content, mode) = os.path.basename(include), _read_file("include", include)
+            if files.setdefault(name, (content, mode | 0o600))[0] != content:
+                raise UsageError(f"two different files for one folder are called {escape(name)}")
+        return files
 
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
-    def _files(self) -> dict[str, tuple[bytes, int]]:
-        """All files of the folder, the script first: name to content and mode."""
-        name, body = self._content()
-        files = {name: (body, 0o700)}
-        for include in self.includes:
-            try:
-                path = Path(include)
-                content = path.read_bytes(), path.stat().st_mode | 0o600
-            except OSError as exc:
-                raise UsageError(f"include {escape(include)}: {_reason(exc)}") from None
-            if files.setdefault(path.name, content) is not content:
-                raise UsageError(f"two files for one folder are called {escape(path.name)}")
-        return files
-
-    def _check(self) -> None:
-        for path in self.includes:
-            if not os.path.isfile(path):
-                raise UsageError(
-                    f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}"
-                )
-
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
-        files = self._files()
-        name, (body, _) = next(iter(files.items()))
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        script = self._script()
+        [(name, (body, _))] = script.items()
+        files = self._with_includes(script)
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
+        folder = hmac.digest(_RUN_TOKEN, body, "sha256")[:8].hex()
         await node.sftp_connect_lazy()
-        async with self._in_time(node, step), node._script_folder(files) as path:
-            return await self._execute(
-                node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step
-            )
+        async with self._in_time(node, step), node._script_folder(files, folder) as path:
+            line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
+            return await self._by_shell(node, line, step)
 
 
 class RunScript(_Script):
-    """Push a local script and run it with these arguments (joined by blanks, read by the remote
-    shell).
+    """Push a local script and run it over there, in the remote home.
 
-    ``includes``: local files that land beside it. The folder is private and removed afterwards. A
-    missing script or include raises UsageError when the job starts, before its first step.
+    ``local_script``: its path (a Deferred may name a file that an earlier step makes). ``args``:
+    its arguments, joined by blanks and read by the remote shell, so that quotes and redirections in
+    them work. ``includes``: local files that land beside it; one file may be named twice, two
+    different files of one name cannot be. The folder is private, and removed afterwards. A missing
+    script or include raises UsageError when the job starts, before its first step.
+
+    ``x11``: forward the DISPLAY. ``capture``: a Capture gets standard output, which is not shown
+    then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
+    a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
+    host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
+    of file at once). ``sudo``: run as root (True) or as the user of that name.
+
+    ``label``: the text in graphs and listings (None: made from the script; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``timeout``: seconds, from when the host is there (None: no limit). ``verbose``: a word on
+    stderr when it runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         local_script: str | os.PathLike[str] | Deferred,
-        *args: Any,
+        *args: _Word,
         includes: Collection[str | os.PathLike[str]] | None = (),
         x11: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(args, x11=x11, capture=capture, **common)
-        self.local_script, self.includes = (
-            local_script,
-            tuple(map(os.fspath, _paths(includes)[0])) if includes else (),
+        super().__init__(
+            args,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
         )
+        self.local_script = local_script
+        self._include(includes)
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
-    def _path(self) -> Path:
-        return Path(_text_of(self.local_script)).expanduser()
+    def check_files(self) -> None:
+        super().check_files()
+        self._with_includes({} if isinstance(self.local_script, Deferred) else self._script())
 
-    def _check(self) -> None:
-        if (
-            not isinstance(self.local_script, Deferred) and not self._path().is_file()
-        ):  # a Deferred may name what a step makes
-            raise UsageError(
-                f"script {escape(str(self.local_script))}: {'not a file' if self._path().exists() else 'no such file'}"
-            )
-        super()._check()
-
-    def _content(self) -> tuple[str, bytes]:
-        path = self._path()
-        try:
-            return path.name, path.read_bytes()
-        except OSError as exc:
-            raise UsageError(f"script {escape(str(path))}: {_reason(exc)}") from None
+    def _script(self) -> _Files:
+        path = _text_of(self.local_script)
+        return {os.path.basename(path): (_read_file("script", path)[0], 0o700)}
 
     def _text(self) -> str:
         return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
 
-    def _preview(self) -> str:
-        missing = (
-            ""
-            if os.path.isfile(os.path.expanduser(str(self.local_script)))
-            else " (no such file yet)"
-        )
-        return (
-            f"RunScript: {self.local_script} {self._words(str)}".rstrip() + missing + self._beside()
-        )
+    def dry_run_text(self) -> str:
+        text = f"RunScript: {self.local_script} {self._words(str)}".rstrip()
+        if not os.path.isfile(os.path.expanduser(str(self.local_script))):
+            text += " (no such file yet)"
+        return text + self._beside()
 
 
 class RunString(_Script):
-    """The same from a text: without a ``#!`` line it runs as the login shell runs such a file.
+    """Run a script that is given as a text, over there, in the remote home.
 
-    ``remote_name``: the file's name over there (default ``script``).
+    ``script_body``: the text; without a ``#!`` line it runs as the login shell runs such a file.
+    ``args``: its arguments, joined by blanks and read by the remote shell, so that quotes and
+    redirections in them work. ``remote_name``: the file's name over there (None: ``script``).
+    ``includes``: local files that land beside it; one file may be named twice, two different files
+    of one name cannot be. The folder is private, and removed afterwards. A missing include raises
+    UsageError when the job starts, before its first step.
+
+    ``x11``: forward the DISPLAY. ``capture``: a Capture gets standard output, which is not shown
+    then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
+    a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
+    host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
+    of file at once). ``sudo``: run as root (True) or as the user of that name.
+
+    ``label``: the text in graphs and listings (None: made from the script; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``timeout``: seconds, from when the host is there (None: no limit). ``verbose``: a word on
+    stderr when it runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         script_body: str | Deferred,
-        *args: Any,
+        *args: _Word,
         remote_name: str | None = None,
         includes: Collection[str | os.PathLike[str]] | None = (),
         x11: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(args, x11=x11, capture=capture, **common)
-        self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
-        self.includes = tuple(map(os.fspath, _paths(includes)[0])) if includes else ()
+        super().__init__(
+            args,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
+        self.script_body = script_body
+        self.remote_name = os.path.basename(remote_name or "script")
+        self._include(includes)
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
-    def _content(self) -> tuple[str, bytes]:
-        body = _text_of(self.script_body)
-        return self.remote_name, os.fsencode(body if body.endswith("\n") else body + "\n")
+    def check_files(self) -> None:
+        super().check_files()
+        self._with_includes({self.remote_name: (self._body(str(self.script_body)), 0o700)})
+
+    def _script(self) -> _Files:
+        return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
+
+    def _body(self, text: str) -> bytes:
+        return os.fsencode(text if text.endswith("\n") else text + "\n")
 
     def _text(self) -> str:
         lines = (line.strip() for line in str(self.script_body).splitlines())
         first = next((line for line in lines if line and not line.startswith("#")), "")
         return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
 
-    def _preview(self) -> str:
+    def dry_run_text(self) -> str:
         return f"RunString: {self._words(str)}".rstrip() + self._beside() + f"\n{self.script_body}"
 
 
@@ -5047,20 +5348,19 @@ class _CopyCommand(AbstractCommand):
 
     def __init__(
         self,
-        sources: Any,
-        destination: Any,
+        sources: _Paths,
+        destination: _Path,
         *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        **common: Any,
+        preserve: bool,
+        recurse: bool,
+        follow_symlinks: bool,
+        inplace: bool,
+        label: str | bool | None,
+        allowed_exits: Collection[int | str] | None,
+        timeout: float | None,
+        verbose: bool | None,
     ) -> None:
-        super().__init__(
-            **common
-        )  # the last two are asyncssh's, for published scripts: the engine chooses better itself
+        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
         self.sources, self.destination = sources, destination
         self.options = {
             "preserve": preserve,
@@ -5080,11 +5380,12 @@ class _CopyCommand(AbstractCommand):
             f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
         )
 
-    def _preview(self) -> str:
+    def dry_run_text(self) -> str:
+        sources = " ".join(map(str, self._sources))
         options = "".join(f", {name}" for name, value in self.options.items() if value)
-        return f"{type(self).__name__}: {' '.join(map(str, self._sources))} {self.preposition} {self.destination}{options}"
+        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}{options}"
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
         sources, destination = (
             [_text_of(path) for path in self._sources],
             _text_of(self.destination),
@@ -5114,29 +5415,103 @@ class _CopyCommand(AbstractCommand):
 
 
 class Push(_CopyCommand):
-    """Copy local files onto a remote path: into it when it is a folder, ends in ``/``, or there is
-    a list of them.
+    """Copy local files to a host.
 
-    ``recurse`` copies folders; ``preserve`` keeps times; ``follow_symlinks`` copies what links in a
-    tree point to; ``inplace`` writes onto existing files themselves instead of replacing them at
-    once. Raises TransferError.
+    ``localpaths``: a path or a list of paths, each may be Deferred; a list of one path means the
+    same as that path. ``remotepath``: where to; into it when it is a folder or ends in ``/``;
+    several sources need a folder; ``~`` is the remote home. ``preserve``: modes and times of the
+    sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links inside of a folder
+    point to (else they stay links). ``inplace``: write onto existing files themselves instead of
+    replacing them when the new one is complete. ``block_size`` and ``max_requests``: asyncssh's,
+    accepted for published scripts; the engine chooses better itself.
+
+    ``label``: the text in graphs and listings (None: made from the paths; any other false value
+    hides the line). ``allowed_exits``: of no use to a copy. ``timeout``: seconds, from when the
+    host is there (None: no limit). ``verbose``: a word on stderr when it runs. Raises UsageError
+    for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
     pushing, preposition = True, "onto"
 
-    def __init__(self, localpaths: Any, remotepath: Any, **options: Any) -> None:
-        super().__init__(localpaths, remotepath, **options)
+    @_keywords_checked
+    def __init__(
+        self,
+        localpaths: _Paths,
+        remotepath: _Path,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+        block_size: int | None = None,
+        max_requests: int | None = None,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            localpaths,
+            remotepath,
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
 
 
 class Pull(_CopyCommand):
-    """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written
-    outside of it. Raises TransferError.
+    """Copy files of a host here; nothing is written outside of the destination.
+
+    ``remotepaths``: a path or a list of paths, each may be Deferred or have wildcards; a list of
+    one path means the same as that path; ``~`` is the remote home. ``localpath``: where to; into it
+    when it is a folder or ends in ``/``; several sources need a folder. ``preserve``: modes and
+    times of the sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links
+    inside of a folder point to (else they stay links). ``inplace``: write onto existing files
+    themselves instead of replacing them when the new one is complete. ``block_size`` and
+    ``max_requests``: asyncssh's, accepted for published scripts; the engine chooses better itself.
+
+    ``label``: the text in graphs and listings (None: made from the paths; any other false value
+    hides the line). ``allowed_exits``: of no use to a copy. ``timeout``: seconds, from when the
+    host is there (None: no limit). ``verbose``: a word on stderr when it runs. Raises UsageError
+    for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
     pushing, preposition = False, "into"
 
-    def __init__(self, remotepaths: Any, localpath: Any, **options: Any) -> None:
-        super().__init__(remotepaths, localpath, **options)
+    @_keywords_checked
+    def __init__(
+        self,
+        remotepaths: _Paths,
+        localpath: _Path,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+        block_size: int | None = None,
+        max_requests: int | None = None,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            remotepaths,
+            localpath,
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5238,7 +5613,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         result: Any = 0
         try:
             for command in self.commands:
-                command._check()
+                command.check_files()
         except Exception as exc:
             return self._failed(exc)
         for command in self.commands:
@@ -5264,14 +5639,12 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return exc if exc.status is None else exc.status
 
     async def _run_step(self, command: AbstractCommand) -> None:
-        step = StepRecord(label=command._line() or "")
+        step = StepRecord(label=command.listing_line())
         self.records.append(step)
         if self.verbose:
-            self.node._say(f"step: {step.label or command._text()}")
+            self.node._say(f"step: {command.step_name()}")
         with step.running():
-            step.status = await command._run(self.node, step)
-            if not command._succeeded(step.status):
-                raise command._as_error(self.node, step.status, step.command)
+            await command.attempt(self.node, step)
 
     async def co_shutdown(self) -> None:
         """Nothing: connections stay open until they are closed on purpose."""
@@ -5284,7 +5657,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
 
     def text_label(self) -> str:
         """One line: the first step, and how many more."""
-        lines = [line for command in self.commands if (line := command._line())]
+        lines = [line for command in self.commands if (line := command.listing_line())]
         return (
             f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "")
             if lines
@@ -5293,7 +5666,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
 
     def graph_label(self) -> str:
         """Id and user@host, the job's label if it has one, then one line for each step."""
-        lines = [line for command in self.commands if (line := command._line())]
+        lines = [line for command in self.commands if (line := command.listing_line())]
         return "\n".join(
             [f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines]
         )
@@ -5309,7 +5682,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
                 if step.end
                 else " -> running"
             )
-            lines.append(f"  {self._where()}: {command._line() or '(hidden)'}{outcome}")
+            lines.append(f"  {self._where()}: {command.listing_line() or '(hidden)'}{outcome}")
         return "\n".join(lines)
 
     def repr_result(self) -> str:
@@ -6929,12 +7302,10 @@ async def _attempts(
     for attempt in itertools.count():
         try:
             for command in steps(node):
-                status = await command._run(node, step)
+                status = await command.attempt(node, step)
                 result.status, result.signal = (
                     (status, None) if isinstance(status, int) else (None, status)
                 )
-                if not command._succeeded(status):
-                    raise command._as_error(node, status, step.command)
         except ApsshError as exc:
             if (
                 isinstance(exc, ConnectionFailedError)
@@ -6949,8 +7320,8 @@ async def _attempts(
                 exc.kind,
                 not isinstance(exc, ConnectionFailedError),
             )
-            if exc.status is None:
-                result.status = result.signal = None
+            result.status = exc.status if isinstance(exc.status, int) else None
+            result.signal = exc.status if isinstance(exc.status, str) else None
         else:
             result.error, result.kind, result.reached = None, None, True
         return
@@ -7062,7 +7433,7 @@ async def co_run(
             f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself"
         )
     step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
-    step._check()
+    step.check_files()
     return await _co_quick(targets, options, lambda node: [step])
 
 
@@ -8153,7 +8524,7 @@ async def _work(
             for node in nodes:
                 for command in steps(node):
                     _screen.write(
-                        f"{_way(node)}: {escape(command._preview())}\n".encode(
+                        f"{_way(node)}: {escape(command.dry_run_text())}\n".encode(
                             "utf-8", "surrogateescape"
                         )
                     )
@@ -8352,7 +8723,7 @@ def _show_scenario(
             f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
         )
         for command in job.commands:
-            text = command._preview()
+            text = command.dry_run_text()
             lines += [f"    [{command.label}]"] * bool(command.label) + [
                 f"    {line}" for line in text.splitlines()
             ]
@@ -8418,7 +8789,7 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
             RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
         )
         common["includes"] = options.includes
-        make(*words, **common)._check()
+        make(*words, **common).check_files()
     return lambda spool: make(*words, stdin=spool.read() if spool else None, **common)
 
 
