@@ -1971,7 +1971,7 @@ _GUARD = (
 # before it. A start-up file may have changed the folder and printed half a line; csh leaves copies
 # of its outputs in 3 to 5.
 _FOLDER = (
-    "cd; umask 077; mkdir -p .apssh-remote || exit; d=.apssh-remote/{0}; "
+    "cd || exit; umask 077; mkdir -p .apssh-remote || exit; d=.apssh-remote/{0}; "
     "mkdir $d 2>/dev/null || {{ d=.apssh-remote/{1}; mkdir $d || exit; }}; "
     "{sentinel}( cd $d && echo && pwd -P )"
 )
@@ -4687,9 +4687,9 @@ class LocalNode(_Node):
             check=False,
         )
         if made.returncode:
+            place = Path("~", REMOTE_FOLDER, wanted).expanduser()
             raise TransferError(
-                f"~/{REMOTE_FOLDER}: {_brief(os.fsdecode(made.stderr).strip(), 200)}",
-                host=self.hostname,
+                f"{place}: {_brief(os.fsdecode(made.stderr).strip(), 200)}", host=self.hostname
             )
         folder = Path(os.fsdecode(made.stdout.splitlines()[-1]))
         try:
