@@ -137,6 +137,7 @@ __all__ = [
     "co_run",
     "demo_fleet",
     "escape",
+    "experiment",
     "fold_names",
     "import_private_key",
     "load_agent_keys",
@@ -4709,7 +4710,6 @@ class LocalNode(_Node):
 _AnyNode = SshNode | LocalNode
 _Path = str | os.PathLike[str] | Deferred
 _Paths = _Path | Iterable[_Path]
-_Word: TypeAlias = "int | float | _Path | Run"
 _Files = dict[str, tuple[bytes, int]]  # by name: content and mode
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
 
@@ -5079,6 +5079,9 @@ class Run(_ShellCommand):
         return await self._by_shell(
             node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
         )
+
+
+_Word = int | float | _Path | Run
 
 
 class Wait(_ShellCommand):
@@ -5543,7 +5546,11 @@ class _Scheduler(Protocol):
     def topological_order(self) -> Iterator[_Job]: ...
 
 
-def _steps(given: Any) -> list[AbstractCommand]:
+_Commands = AbstractCommand | str | Deferred | Sequence[AbstractCommand | _Word | None]
+_Required: TypeAlias = "_Job | asynciojobs.Sequence | Iterable[_Required] | None"
+
+
+def _steps(given: _Commands) -> list[AbstractCommand]:
     """What the user gave SshJob, as a list of commands; anything that is not clear raises
     UsageError.
     """
@@ -5553,98 +5560,128 @@ def _steps(given: Any) -> list[AbstractCommand]:
         return [Run(given)]
     if not isinstance(given, list | tuple):
         raise UsageError(
-            f"SshJob: a string, a Deferred, a command, or a list of commands or of words, not {given!r}"
+            "SshJob: a string, a Deferred, a command, or a list of commands or of words, "
+            f"not {given!r}"
         )
     items = [item for item in given if item is not None]
     if not items:
         raise UsageError("SshJob: an empty list of commands: give it one, or leave the job out")
-    if all(isinstance(item, AbstractCommand) for item in items):
-        return items
-    if any(isinstance(item, AbstractCommand) for item in items):
+    commands = [item for item in items if isinstance(item, AbstractCommand)]
+    if not commands:
+        return [Run(*items)]
+    if len(commands) < len(items):
         raise UsageError(
-            "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ..."
+            "SshJob: a mix of words and commands: write each command as Run(...), "
+            "RunScript(...), ..."
         )
-    return [Run(*items)]
+    return commands
 
 
 class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has no annotations
     """A list of steps on one node, run in order by an asynciojobs Scheduler.
 
-    Exactly one of ``command`` and ``commands``; each takes a string, a Deferred, a command, a list
-    of commands (None items dropped), or a list of words (one Run). A critical job stops at its
-    first failure with CommandFailedError, and the scheduler with it. A non-critical one runs all
-    its steps; ``result()`` is the last failing status, or 0; a host that cannot be reached, is
-    lost, or a step that cannot run is an ApsshError, returned and not raised (asynciojobs never
-    gives back the window slot of a job that raises). ``keep_connection`` is accepted and changes
-    nothing. The other arguments are asynciojobs': label, required, scheduler. Cancelling it ends
-    its remote command.
+    ``node``: an SshNode or a LocalNode. Exactly one of ``command`` and ``commands``: a string, a
+    Deferred, a command, a list of commands (None items dropped), or a list of words (one Run).
+    ``critical`` (default; None means True): the first failure stops the job, which raises
+    CommandFailedError (or what else happened), and the scheduler with it. A job that is not runs
+    all its steps, and tells its failure in one line where the host's stderr goes; ``result()`` is
+    the last failing status, or 0; a host that cannot be reached or is lost, or a step that cannot
+    run, is an ApsshError as ``result()`` and as ``raised_exception()``. ``forever``: the scheduler
+    does not wait for it, and cancels it in the end. ``verbose``: a word on stderr for each step.
+    ``keep_connection`` is accepted and changes nothing.
+
+    ``label``: the text in listings (None: made from the first step); ``required``: the jobs that
+    must be over before; ``scheduler``: the scheduler to add it to. Cancelling it ends its command
+    over there. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         node: SshNode | LocalNode,
         *,
-        command: Any = None,
-        commands: Any = None,
+        command: _Commands | None = None,
+        commands: _Commands | None = None,
         keep_connection: bool = False,
         verbose: bool | None = None,
         forever: bool = False,
-        critical: bool = True,
-        **asynciojobs_arguments: Any,
+        critical: bool | None = True,
+        label: str | None = None,
+        required: _Required = None,
+        scheduler: _Scheduler | None = None,
     ) -> None:
-        if not isinstance(node, _Node):
+        if not isinstance(node, SshNode | LocalNode):
             raise UsageError(f"SshJob: the node is an SshNode or a LocalNode, not {node!r}")
-        if (command is None) == (commands is None):
-            raise UsageError(
-                "SshJob: give one of command= and commands=, "
-                + ("not both" if commands is not None else "there is neither")
-            )
-        self.node, self.commands, self.verbose = (
-            node,
-            _steps(commands if command is None else command),
-            verbose,
-        )
+        given = [each for each in (command, commands) if each is not None]
+        if len(given) != 1:
+            found = "not both" if given else "there is neither"
+            raise UsageError(f"SshJob: give one of command= and commands=, {found}")
+        self.node, self.verbose = node, verbose
+        self.commands = _steps(given[0])
         self.records: list[StepRecord] = []
-        super().__init__(forever=forever, critical=critical, **asynciojobs_arguments)
+        super().__init__(
+            forever=forever,
+            critical=critical is None or critical,
+            label=label,
+            required=required,
+            scheduler=scheduler,
+        )
 
-    async def co_run(self) -> Any:
-        """Run the steps; called by the scheduler."""
+    async def co_run(self) -> ApsshError | int | str:
+        """Run the steps, as the scheduler asks. Cancelling it ends the command that runs."""
         self.records = []
-        result: Any = 0
+        failure: Exception | None = None
         try:
             for command in self.commands:
                 command.check_files()
+            for command in self.commands:
+                try:
+                    await self._run_step(command)
+                except Exception as exc:
+                    failure = exc
+                    if self.critical:
+                        raise
         except Exception as exc:
-            return self._failed(exc)
-        for command in self.commands:
-            try:
-                await self._run_step(command)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task and task.cancelling():
-                    raise
-                result = self._failed(ApsshError("cancelled from inside", host=self.node.hostname))
-            except Exception as exc:
-                result = self._failed(exc)
-        return result
-
-    def _failed(self, exc: Exception) -> ApsshError | int | str:
-        """Raise it (critical), or tell what it is as a result: a command's status, else an
-        ApsshError.
-        """
-        if self.critical:
-            raise exc
-        if not isinstance(exc, ApsshError):
-            return ApsshError(f"{type(exc).__name__}: {exc}", host=self.node.hostname)
-        return exc if exc.status is None else exc.status
+            if self.critical:
+                raise
+            failure = exc
+        return 0 if failure is None else self._result_of(failure)
 
     async def _run_step(self, command: AbstractCommand) -> None:
         step = StepRecord(label=command.listing_line())
         self.records.append(step)
         if self.verbose:
             self.node._say(f"step: {command.step_name()}")
-        with step.running():
-            await command.attempt(self.node, step)
+        try:
+            with step.running():
+                await command.attempt(self.node, step)
+        except asyncio.CancelledError:
+            # a job that ends in it breaks the scheduler, whose own must pass
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            raise ApsshError("cancelled from inside", host=self.node.hostname) from None
+
+    def _result_of(self, failure: Exception) -> ApsshError | int | str:
+        """Tell a failure that stops nothing; a command's status, else an ApsshError.
+
+        It is returned and not raised, since asynciojobs never gives back the window's slot of a
+        job that raises.
+        """
+        host = self.node.hostname
+        if not isinstance(failure, ApsshError):
+            failure = ApsshError(f"{type(failure).__name__}: {failure}", host=host)
+        job = f"job {escape(self.label)} failed" if self.label else "failed"
+        reason = str(failure).removeprefix(f"{escape(host)}: ")
+        self.node.formatter.stderr_line(f"{job} (not critical): {reason}\n", host)
+        return failure if failure.status is None else failure.status
+
+    def raised_exception(self) -> BaseException | None:
+        """What the job raised, or would have raised if it were critical and no command's status."""
+        if raised := super().raised_exception():
+            return cast("BaseException", raised)
+        result = self.result() if self.is_done() else None
+        return result if isinstance(result, ApsshError) else None
 
     async def co_shutdown(self) -> None:
         """Nothing: connections stay open until they are closed on purpose."""
@@ -5655,34 +5692,30 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
     def _where(self) -> str:
         return f"{self.node.username}@{self.node.hostname}"
 
+    def _lines(self) -> list[str]:
+        lines = [command.listing_line() for command in self.commands]
+        return [line for line in lines if line]
+
     def text_label(self) -> str:
         """One line: the first step, and how many more."""
-        lines = [line for command in self.commands if (line := command.listing_line())]
-        return (
-            f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "")
-            if lines
-            else self._where()
-        )
+        lines = self._lines()
+        text = ": ".join([self._where(), *lines[:1]])
+        return f"{text} (+{len(lines) - 1})" if len(lines) > 1 else text
 
     def graph_label(self) -> str:
         """Id and user@host, the job's label if it has one, then one line for each step."""
-        lines = [line for command in self.commands if (line := command.listing_line())]
-        return "\n".join(
-            [f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines]
-        )
+        where = "Local Node" if isinstance(self.node, LocalNode) else self._where()
+        label = [self.label] if self.label else []
+        return "\n".join([f"{self.repr_id()}: {where}", *label, *self._lines()])
 
     def details(self) -> str:
         """The steps, one a line, with what came of them."""
         lines = []
         for command, step in itertools.zip_longest(self.commands, self.records):
-            outcome = (
-                ""
-                if step is None
-                else f" -> {step.error or step.status}"
-                if step.end
-                else " -> running"
-            )
-            lines.append(f"  {self._where()}: {command.listing_line() or '(hidden)'}{outcome}")
+            line = f"  {self._where()}: {command.listing_line() or '(hidden)'}"
+            if step:
+                line += f" -> {step.error or step.status}" if step.end else " -> running"
+            lines.append(line)
         return "\n".join(lines)
 
     def repr_result(self) -> str:
@@ -5693,37 +5726,43 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return str(super().repr_result())
 
 
-def _ssh_jobs(scheduler: Any) -> list[SshJob]:
+def _ssh_jobs(scheduler: _Scheduler) -> list[SshJob]:
     """The SshJobs of a scheduler, nested ones included."""
-    return [job for job in scheduler.iterate_jobs(scan_schedulers=False) if isinstance(job, SshJob)]
+    return [job for job in scheduler.iterate_jobs() if isinstance(job, SshJob)]
 
 
-async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first,
-    then their gateways.
+async def _close_nodes(jobs: Iterable[SshJob], *, gateways: bool = True) -> None:
+    """Close the nodes of these jobs, the farthest first."""
+    nodes: set[SshNode] = set()
+    for job in jobs:
+        if isinstance(job.node, SshNode):
+            nodes.update(job.node._hops() if gateways else [job.node])
+    for distance in sorted({node.distance() for node in nodes}, reverse=True):
+        await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
+
+
+async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
+    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first.
+
+    ``manage_gateways``: their gateways too.
     """
-    nodes = {
-        node
-        for job in _ssh_jobs(scheduler)
-        if isinstance(job.node, SshNode)
-        for node in (job.node._hops() if manage_gateways else [job.node])
-    }
-    for _, group in itertools.groupby(
-        sorted(nodes, key=SshNode.distance, reverse=True), key=SshNode.distance
-    ):
-        await asyncio.gather(*(node.close() for node in group))
+    await _close_nodes(_ssh_jobs(scheduler), gateways=manage_gateways)
 
 
-def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """The same from code that is not a coroutine, once the scheduler has run. Raises UsageError
-    inside of a running loop.
+def close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
+    """Close the connections of all nodes of a scheduler that has run, the farthest first.
+
+    ``manage_gateways``: their gateways too. Raises UsageError inside of a running loop, where
+    ``await co_close_ssh_in_scheduler(scheduler)`` does it.
     """
+    _refuse_running_loop("close_ssh_in_scheduler", "await co_close_ssh_in_scheduler(scheduler)")
+    asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
+
+
+def _refuse_running_loop(what: str, remedy: str) -> None:
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
-        raise UsageError(
-            "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
-        )
-    asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
+        raise UsageError(f"{what} in a running loop: {remedy} there")
 
 
 def _node_label(node: SshNode | LocalNode) -> str:
@@ -6427,6 +6466,114 @@ def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
         )
         lines.append(" ".join(itertools.starmap(_fit, cells)))
     return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
+
+
+class experiment:
+    """What surrounds the run of a scheduler, so that it leaves nothing behind, however it ends.
+
+        with apssh.experiment(scheduler, record="run.json", teardown=[stop]):
+            scheduler.run()
+
+    In a running loop it is ``async with``, around ``await scheduler.co_run()``. When the block is
+    left (at its end, by an exception, by Ctrl-C) the jobs that still run are cancelled; then the
+    teardown jobs run, one after the other, each to its end or for 30 s at most, all of them though
+    one fails; then the files are written, and the nodes of all these jobs are closed, the farthest
+    first.
+
+    ``scheduler``: of asynciojobs. ``record``: a file for ``save_record``; ``timeline``: a file for
+    ``timeline_as_svgfile`` (None: neither). They are written when the block begins, too: OSError
+    tells at once of a place that cannot be. ``teardown``: jobs that are not in the scheduler; one
+    that is itself a Scheduler runs its jobs at once. What the block raised is raised; after a block
+    that raised nothing, the first failure of what follows; the other ones are words on stderr.
+    Raises UsageError for what cannot be torn down so. Another Ctrl-C, or cancelling it, leaves the
+    rest of the teardown undone.
+    """
+
+    teardown_timeout = 30.0  # seconds for each job
+
+    @_keywords_checked
+    def __init__(
+        self,
+        scheduler: _Scheduler,
+        record: str | os.PathLike[str] | None = None,
+        timeline: str | os.PathLike[str] | None = None,
+        teardown: Iterable[_Job] = (),
+    ) -> None:
+        self.scheduler, self.record, self.timeline = scheduler, record, timeline
+        self.teardown = list(teardown)
+        members = set(scheduler.iterate_jobs(scan_schedulers=True))
+        for job in self.teardown:
+            if not isinstance(job, asynciojobs.AbstractJob):
+                raise UsageError(f"experiment: teardown is a list of jobs: {job!r} is none")
+            if job in members:
+                raise UsageError(
+                    f"experiment: {job.text_label()} is in the scheduler: make a teardown job "
+                    "without scheduler="
+                )
+
+    def __enter__(self) -> Self:
+        _refuse_running_loop("experiment", "async with apssh.experiment(...)")
+        self._write()
+        return self
+
+    def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
+        asyncio.run(self._leave(failure))
+
+    async def __aenter__(self) -> Self:
+        self._write()
+        return self
+
+    async def __aexit__(
+        self, kind: object, failure: BaseException | None, traceback: object
+    ) -> None:
+        await self._leave(failure)
+
+    def _write(self) -> None:
+        if self.record is not None:
+            save_record(self.scheduler, self.record)
+        if self.timeline is not None:
+            timeline_as_svgfile(self.scheduler, self.timeline)
+
+    async def _leave(self, failure: BaseException | None) -> None:
+        failures = [] if failure is None else [failure]
+        try:
+            await self._cancel_running()
+            for job in self.teardown:
+                failures += await self._finish(job)
+        finally:
+            try:
+                self._write()
+            except OSError as exc:
+                failures.append(exc)
+            torn_down = asynciojobs.PureScheduler(*self.teardown)
+            await _close_nodes(_ssh_jobs(self.scheduler) + _ssh_jobs(torn_down))
+        for other in failures[1:]:
+            _screen.say(f"teardown: {escape(str(other))}")
+        if failures and failure is None:
+            raise failures[0]
+
+    async def _cancel_running(self) -> None:
+        """A scheduler that is cancelled leaves its jobs running; asynciojobs has no call for it."""
+        jobs = self.scheduler.iterate_jobs(scan_schedulers=True)
+        tasks = [task for job in jobs if (task := vars(job).get("_task")) and not task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self.teardown_timeout)
+
+    async def _finish(self, job: _Job) -> list[BaseException]:
+        """Run one teardown job; how it failed, if it did and has not told so itself."""
+        label = escape(str(job.label or job.text_label()))
+        work = asyncio.wait_for(job.co_run(), self.teardown_timeout)
+        outcome: object = (await asyncio.gather(work, return_exceptions=True))[0]
+        if isinstance(outcome, TimeoutError):
+            return [ApsshError(f"{label}: no end within {self.teardown_timeout:g} s")]
+        if isinstance(outcome, BaseException):
+            told = isinstance(job, SshJob) and not job.critical
+            return [] if told else [outcome]
+        if isinstance(job, asynciojobs.PureScheduler) and not outcome:
+            return [ApsshError(f"{label}: not all of its jobs succeeded")]
+        return []
 
 
 # --------------------------------------------------------------------------------------------------
