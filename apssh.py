@@ -90,7 +90,19 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, Self, TextIO, TypeVar, cast
+from typing import (
+    Any,
+    BinaryIO,
+    ClassVar,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    Self,
+    TextIO,
+    TypeAlias,
+    TypeVar,
+    cast,
+)
 
 import asynciojobs
 import asyncssh
@@ -132,6 +144,7 @@ __all__ = [
     "UndefinedVariableError",
     "UsageError",
     "Variables",
+    "Wait",
     "YamlLoader",
     "close_ssh_in_scheduler",
     "co_close_ssh_in_scheduler",
@@ -140,6 +153,7 @@ __all__ = [
     "co_run",
     "demo_fleet",
     "escape",
+    "experiment",
     "fold_names",
     "import_private_key",
     "load_agent_keys",
@@ -229,6 +243,7 @@ CIPHERS = (
 )
 
 _T = TypeVar("_T")
+_P = ParamSpec("_P")
 Endpoint = tuple[
     str, str, int
 ]  # user, host, port: what tells two nodes apart in columns and file names
@@ -620,6 +635,34 @@ def _reason(exc: BaseException) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _unknown_keyword(name: str, known: Iterable[str]) -> UsageError:
+    """The answer to a keyword that nothing takes: the nearest that is taken, else all of them."""
+    names = list(known)
+    if near := difflib.get_close_matches(name, names, 1):
+        return UsageError(f"unknown option {name}: did you mean {near[0]}?")
+    return UsageError(f"unknown option {name}: there is {', '.join(names)}")
+
+
+def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function (or constructor); a keyword that it does not take raises UsageError.
+
+    Python's own answer names the constructor that found it, which is often that of a class of which
+    the user has never heard. The signature stays as it is for ``help()``.
+    """
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind in named and each.name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        for name in keywords:
+            if name not in known:
+                raise _unknown_keyword(name, known)
+        return function(*args, **keywords)
+
+    return checked
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2026,39 +2069,37 @@ class Variables(dict[str, Any]):
     """A dict whose keys are attributes too: ``v.x = 1``. A missing one raises AttributeError."""
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
+        if name not in self:
+            raise AttributeError(f"no variable {name!r}")
+        return self[name]
 
     __setattr__ = dict.__setitem__
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"no variable {name!r}") from None
+        if self.pop(name, self) is self:
+            raise AttributeError(f"no variable {name!r}")
 
 
 class Capture:
-    """Stores a command's stdout in ``variables[varname]``, its last newline removed: ``Run(...,
-    capture=Capture("x", v))``.
+    """Where a command's standard output is kept: ``Run(..., capture=Capture("x", variables))``.
+
+    ``varname``: the key; ``variables``: the dict that gets the text, its last newline removed, when
+    the command has ended. A command that did not end stores nothing.
     """
 
     def __init__(self, varname: str, variables: dict[str, Any]) -> None:
         self.varname, self.variables = varname, variables
 
     def store(self, text: str) -> None:
-        """Keep this output."""
+        """Keep this output, without its last newline."""
         self.variables[self.varname] = text.removesuffix("\n")
 
 
 class Deferred:
-    """A text made when its job runs: ``{{name}}`` stands for a variable. Other Jinja2 expressions
-    need Jinja2 (extra yaml).
+    """A text made when its job runs: in ``template``, ``{{name}}`` stands for ``variables[name]``.
 
-    As a string (in graphs and listings) a name with no value yet shows as it is. Values are never
-    read as templates.
+    Other Jinja2 expressions need Jinja2 (extra yaml). As a string (in graphs and listings) a name
+    with no value yet shows as it is. Values are never read as templates.
     """
 
     _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
@@ -2070,9 +2111,8 @@ class Deferred:
         return f"Deferred({self.template!r})"
 
     def __str__(self) -> str:
-        return re.sub(
-            self._PLAIN, lambda match: str(self.variables.get(match[1], match[0])), self.template
-        )
+        values = self.variables
+        return re.sub(self._PLAIN, lambda name: str(values.get(name[1], name[0])), self.template)
 
     def render(self) -> str:
         """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
@@ -2080,48 +2120,35 @@ class Deferred:
         """
         if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
             return self._render_jinja()
-        if missing := [
-            name for name in re.findall(self._PLAIN, self.template) if name not in self.variables
-        ]:
-            raise UndefinedVariableError(
-                f"no value yet for {', '.join(missing)} in {escape(self.template)}"
-            )
+        names = re.findall(self._PLAIN, self.template)
+        if missing := ", ".join(name for name in names if name not in self.variables):
+            raise UndefinedVariableError(f"no value yet for {missing} in {escape(self.template)}")
         return str(self)
 
     def _render_jinja(self) -> str:
         jinja2 = _extra("jinja2")
+        made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
         try:
-            environment = jinja2.Environment(
-                undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-            )
-            return cast("str", environment.from_string(self.template).render(self.variables))
+            return cast("str", made.from_string(self.template).render(self.variables))
         except jinja2.UndefinedError as exc:
-            raise UndefinedVariableError(
-                f"no value yet in {escape(self.template)}: {exc}"
-            ) from None
+            problem = f"no value yet in {escape(self.template)}: {exc}"
+            raise UndefinedVariableError(problem) from None
         except Exception as exc:  # an expression may compute anything
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     """The text of what a job is given, when it runs."""
-    return (
-        value.render()
-        if isinstance(value, Deferred)
-        else os.fspath(value)
-        if isinstance(value, os.PathLike)
-        else str(value)
-    )
+    if isinstance(value, Deferred):
+        return value.render()
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
-    def __init__(self, inner: Any, make: Callable[[str], str]) -> None:
-        super().__init__(
-            inner.template if isinstance(inner, Deferred) else "",
-            inner.variables if isinstance(inner, Deferred) else {},
-        )
+    def __init__(self, inner: object, make: Callable[[str], str]) -> None:
+        super().__init__(getattr(inner, "template", ""), getattr(inner, "variables", {}))
         self._inner, self._make = inner, make
 
     def __str__(self) -> str:
@@ -2141,8 +2168,14 @@ def _extra(module: str) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class StepRecord:
-    """What is known of one step that ran: times in seconds, of the wall clock (``_wall``: since the
-    epoch) and of a monotonic one; ``kind`` None is a success.
+    """What is known of one step that ran.
+
+    ``label``: its line in listings; ``command``: what ran. ``start`` and ``end``: seconds of a
+    monotonic clock; ``start_wall`` and ``end_wall``: seconds since the epoch; None before it began,
+    or ended. ``status``: exit status, or the signal's name. ``kind`` (see ApsshError; None is a
+    success) and ``error`` tell how it failed. ``bytes_out``, ``bytes_err``: what it printed;
+    ``bytes_transferred``: what a copy moved. ``script_sha256``: of the script that ran.
+    ``may_run``: the command may still be running over there.
     """
 
     label: str = ""
@@ -2158,7 +2191,7 @@ class StepRecord:
     bytes_transferred: int = 0
     end_wall: float | None = None
     script_sha256: str | None = None
-    may_run: bool = False  # the command may still be running over there
+    may_run: bool = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -2169,12 +2202,11 @@ class StepRecord:
         except ApsshError as exc:
             self.kind, self.error = exc.kind, str(exc)
             raise
+        except asyncio.CancelledError:
+            self.kind = self.error = "cancelled"
+            raise
         except BaseException as exc:
-            cancelled = isinstance(exc, asyncio.CancelledError)
-            self.kind, self.error = (
-                "cancelled" if cancelled else "local",
-                "cancelled" if cancelled else repr(exc),
-            )
+            self.kind, self.error = "local", repr(exc)
             raise
         finally:
             self.end_wall, self.end = time.time(), time.monotonic()
@@ -3182,23 +3214,15 @@ def _inert(text: str) -> str:
     )
 
 
-def _guarded(
-    command: str,
-    *,
-    watch: str = "stdin",
-    env: Mapping[str, str] | None = None,
-    quiet: bool = False,
-    folder: str = "",
-) -> str:
+def _guarded(command: str, how: _How, watch: str) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
 
     ``watch``: what tells the guard that it must end the command: the end of "stdin", the end of
-    the "connection", or "" for no guard (a terminal hangs up). ``env``: variables exported to the
-    command; ``quiet``: its outputs are /dev/null; ``folder``: what is to be removed with it.
+    the "connection", or "" for no guard (a terminal hangs up).
     """
     steps = []
     if watch:
-        cleanup = f"rm -rf {shlex.quote(folder)}; " if folder else ""
+        cleanup = f"rm -rf {shlex.quote(how.folder)}; " if how.folder else ""
         by_stdin = watch == "stdin"
         watchdog = _WATCHDOG.format(
             wait=_WAIT_FOR_STDIN if by_stdin else _WAIT_FOR_SSHD, cleanup=cleanup
@@ -3207,8 +3231,8 @@ def _guarded(
             watchdog=shlex.quote(watchdog), stdin="<&3" if by_stdin else "</dev/null"
         )
         steps.append(f"exec 3<&0 </dev/null; {leave}exec 3<&-; " if by_stdin else leave)
-    steps += [f"export {name}={shlex.quote(value)}; " for name, value in (env or {}).items()]
-    if quiet:
+    steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
+    if how.quiet:
         steps.append("exec >/dev/null 2>&1; ")
     script = "".join([*steps, _LOGIN_SHELL, shlex.quote(command)])
     return f"exec /bin/sh -c 'eval \"$(printf %b \"$1\")\"' apssh '{_inert(script)}'"
@@ -3706,6 +3730,21 @@ def _tell(host: str, text: str) -> None:
     _screen.say(f"{escape(host)}: {escape(text)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
+    /dev/null over there; ``folder``: what is removed with it.
+    """
+
+    x11: bool = False
+    pty: bool = False
+    stdin: AsyncIterator[bytes] | None = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sudo: bool | str = False
+    quiet: bool = False
+    folder: str = ""
+
+
 class _Node(abc.ABC):
     """What SshNode and LocalNode share: running commands of a user's, and showing what happens."""
 
@@ -3733,14 +3772,8 @@ class _Node(abc.ABC):
         command: str,
         step: StepRecord,
         sink: _Sink,
-        *,
+        how: _How,
         timeout: float | None,
-        x11: bool = False,
-        pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
-        folder: str = "",
     ) -> int | str:
         """Run one command line to its end, in a channel or a process of its own."""
 
@@ -3780,42 +3813,31 @@ class _Node(abc.ABC):
         be reached or is lost, CommandFailedError (kind timeout) when the command had to be ended.
         Cancelling it ends the command over there.
         """
-        return await self._execute(
-            command,
-            StepRecord(),
-            timeout=timeout,
-            x11=x11,
-            quiet=ignore_outputs,
-            capture=capture,
-        )
+        how = _How(x11=x11, quiet=ignore_outputs)
+        return await self._execute(command, StepRecord(), how, timeout=timeout, capture=capture)
 
-    async def put_file_s(self, localpaths: Any, remotepath: str, **options: bool) -> None:
+    async def put_file_s(self, localpaths: Any, remotepath: str, **options: Any) -> None:
         """Copy local files there, as the command Push does."""
-        await Push(localpaths, remotepath, **options)._run(self, StepRecord())
+        await Push(localpaths, remotepath, **options).co_run_remote(cast("SshNode", self))
 
-    async def get_file_s(self, remotepaths: Any, localpath: str, **options: bool) -> None:
+    async def get_file_s(self, remotepaths: Any, localpath: str, **options: Any) -> None:
         """Copy remote files here, as the command Pull does."""
-        await Pull(remotepaths, localpath, **options)._run(self, StepRecord())
+        await Pull(remotepaths, localpath, **options).co_run_remote(cast("SshNode", self))
 
     async def _execute(
         self,
         command: str,
         step: StepRecord,
+        how: _How,
         *,
         sink: _Sink | None = None,
         capture: Capture | None = None,
         timeout: float | None = None,
-        x11: bool = False,
-        pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
-        folder: str = "",
     ) -> int | str:
         """Run a command line within a time; every way to run something comes through here.
 
         ``sink``: where the outputs go (default: the formatter); ``capture``: stores stdout of a
-        command that ended; ``quiet``: /dev/null over there; ``folder``: removed with the command.
+        command that ended.
         """
         if not command.strip():
             raise UsageError(
@@ -3826,18 +3848,7 @@ class _Node(abc.ABC):
         held = _HeldSink(sink) if capture else None
         step.command = step.command or command
         try:
-            status = await self._session(
-                command,
-                step,
-                held or sink,
-                timeout=timeout,
-                x11=x11,
-                pty=pty,
-                stdin=stdin,
-                env=env,
-                quiet=quiet,
-                folder=folder,
-            )
+            status = await self._session(command, step, held or sink, how, timeout)
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a sink, or standard input, knows no host
                 exc.host = exc.host or self.hostname
@@ -4299,30 +4310,26 @@ class SshNode(_Node):
         command: str,
         step: StepRecord,
         sink: _Sink,
-        *,
+        how: _How,
         timeout: float | None,
-        x11: bool = False,
-        pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
-        folder: str = "",
     ) -> int | str:
         """One channel; its time begins when it opens. Cancelling it ends the command."""
-        if x11 and not os.environ.get("DISPLAY"):
+        if how.x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        watch = "" if pty or not self.guard else "connection" if stdin else "stdin"
+        watch = "connection" if how.stdin else "stdin"
+        if how.pty or not self.guard:
+            watch = ""
         if self.guard:
-            text = _guarded(command, watch=watch, env=env, quiet=quiet, folder=folder)
+            text = _guarded(command, how, watch)
         else:
-            text = f"{{ {command}\n}} >/dev/null 2>&1" if quiet else command
+            text = f"{{ {command}\n}} >/dev/null 2>&1" if how.quiet else command
         options: dict[str, Any] = {
             "encoding": None,
             "window": SESSION_WINDOW,
-            "x11_forwarding": x11,
-            "env": None if self.guard else env,
+            "x11_forwarding": how.x11,
+            "env": None if self.guard else how.env,
         }
-        if pty:
+        if how.pty:
             options["request_pty"] = "force"
             options["term_type"] = os.environ.get("TERM", "dumb")
             options["term_size"] = tuple(shutil.get_terminal_size())
@@ -4344,7 +4351,8 @@ class SshNode(_Node):
                     raise self._lost(link, step.command or command) from None
                 try:
                     with self._shown(command):
-                        await session.run(stdin, end_of_file=not watch and not pty and not stdin)
+                        ends_at_once = not watch and not how.pty and not how.stdin
+                        await session.run(how.stdin, end_of_file=ends_at_once)
                 finally:
                     if not session.ended.done():
                         await self._end(link, session, watch, step)
@@ -4748,22 +4756,16 @@ class LocalNode(_Node):
         command: str,
         step: StepRecord,
         sink: _Sink,
-        *,
+        how: _How,
         timeout: float | None,
-        x11: bool = False,
-        pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        env: Mapping[str, str] | None = None,
-        quiet: bool = False,
-        folder: str = "",
     ) -> int | str:
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        if pty or stdin:
+        if how.pty or how.stdin:
             raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
         session = _Session(sink, step)
-        line = _guarded(command, env=env, quiet=quiet, folder=folder)
+        line = _guarded(command, how, "stdin")
         process = subprocess.Popen(
             ["/bin/sh", "-c", line],
             env=os.environ | {"SHELL": "/bin/sh"},
@@ -4833,140 +4835,276 @@ class LocalNode(_Node):
 # --------------------------------------------------------------------------------------------------
 
 
+_AnyNode = SshNode | LocalNode
+_Path = str | os.PathLike[str] | Deferred
+_Paths = _Path | Iterable[_Path]
+_ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
+_StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
+
+
 class AbstractCommand:
-    """One step. A subclass defines ``co_run_remote(node)``, and ``co_run_local(node)`` for
-    LocalNode, which return a status.
+    """One step of a job.
+
+    A class of yours that derives from it defines the coroutine ``co_run_remote(node)``, and
+    ``co_run_local(node)`` to run on a LocalNode too; each returns an exit status (None: 0), or the
+    name of a signal.
 
     ``label``: the text in graphs and listings (None: made from the command; any other false value
-    hides the step's line). ``allowed_exits``: exit codes and signal names that are a success too,
-    as ``["TERM", 4]``; never hides a lost connection. ``timeout``: seconds for this step (None: no
-    limit). ``verbose``: a word on stderr when it runs.
+    hides the step's line). ``allowed_exits``: exit codes and signal names that count as success
+    too, as ``["TERM", 4]``; they never hide a lost connection. ``timeout``: seconds for this step,
+    from when its host is there (None: no limit). ``verbose``: a word on stderr when it runs.
     """
 
-    label: str | bool | None = (
-        None  # these are here for classes of users' whose constructor does not call ours
-    )
-    timeout: float | None = None
-    verbose = False
+    # these serve classes of users' whose constructor does not call ours
+    label: str | bool | None = None
     allowed_exits: Collection[int | str] = ()
+    timeout: float | None = None
+    verbose: bool | None = False
 
+    @_keywords_checked
     def __init__(
         self,
         *,
         label: str | bool | None = None,
         allowed_exits: Collection[int | str] | None = None,
         timeout: float | None = None,
-        verbose: bool = False,
+        verbose: bool | None = False,
     ) -> None:
         if timeout is not None and timeout <= 0:
             raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
         self.label, self.timeout, self.verbose = label, timeout, verbose
-        exits = [allowed_exits] if isinstance(allowed_exits, int | str) else allowed_exits or ()
+        if allowed_exits is None:
+            allowed_exits = ()
+        if isinstance(allowed_exits, int | str):
+            allowed_exits = (allowed_exits,)
         self.allowed_exits = {
-            each.removeprefix("SIG") if isinstance(each, str) else each for each in exits
+            each.removeprefix("SIG") if isinstance(each, str) else each for each in allowed_exits
         }
 
-    async def co_run_remote(self, node: Any) -> int | str | None:
-        """Run on a remote node; the exit status, or a signal's name without SIG."""
-        return await self._act(node, StepRecord())
+    async def co_run_remote(self, node: SshNode) -> int | str | None:
+        """Run on an SshNode; the exit status, or a signal's name without SIG."""
+        return await self._carry_out(node, StepRecord())
 
-    async def co_run_local(self, node: Any) -> int | str | None:
-        """Run on a LocalNode."""
-        return await self._act(node, StepRecord())
+    async def co_run_local(self, node: LocalNode) -> int | str | None:
+        """Run on a LocalNode; the exit status, or a signal's name without SIG."""
+        return await self._carry_out(node, StepRecord())
 
-    async def _run(self, node: Any, step: StepRecord) -> int | str:
-        """What a job does of it: the public method where a user's class defines that, else our own
-        way, which keeps a record.
+    async def attempt(self, node: _AnyNode, step: StepRecord) -> int | str:
+        """Run on this node, as jobs do; the status, which is a success.
+
+        ``step`` gets what becomes known. Raises CommandFailedError for any other status, and past
+        its time; ConnectionFailedError, TransferError or UsageError where it could not run or end.
+        Cancelling it ends its command over there.
         """
         if self.verbose:
-            node._say(f"runs: {self._line() or self._text()}")
+            node._say(f"runs: {self.step_name()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
-        if getattr(type(self), method) is getattr(AbstractCommand, method):
-            return await self._act(node, step)
-        async with self._in_time(node, step):
-            return await getattr(self, method)(node) or 0
+        try:
+            # what is ours keeps a record; what a user has redefined has only its node
+            if getattr(type(self), method) is getattr(AbstractCommand, method):
+                step.status = await self._carry_out(node, step)
+            else:
+                async with self._in_time(node, step):
+                    step.status = await getattr(self, method)(node) or 0
+            self._check_status(node, step)
+        except CommandFailedError as exc:
+            if self.label:
+                exc.message = f"{escape(self.listing_line())}: {exc.message}"
+            raise
+        return step.status
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
+    def _check_status(self, node: _AnyNode, step: StepRecord) -> None:
+        """Raise CommandFailedError unless this status is a success."""
+        if not self._is_success(step.status):
+            kind = "status" if isinstance(step.status, int) else "signal"
+            command = step.command or self.step_name()
+            raise CommandFailedError(
+                f"ended with {kind} {step.status}: {escape(command)}",
+                host=node.hostname,
+                kind=kind,
+                command=step.command,
+                status=step.status,
+            )
+
+    def _is_success(self, status: int | str | None) -> bool:
+        return status == 0 or status in self.allowed_exits
+
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        """What a step of ours is."""
         raise UsageError(
-            f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) to run on a LocalNode"
+            f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) "
+            "to run on a LocalNode"
         )
 
     @contextlib.asynccontextmanager
-    async def _in_time(self, node: _Node, step: StepRecord) -> AsyncIterator[None]:
+    async def _in_time(self, node: _AnyNode, step: StepRecord) -> AsyncIterator[None]:
         """The time of the step begins here: when its host is there."""
         try:
             async with asyncio.timeout(self.timeout):
                 yield
         except TimeoutError:
-            command = step.command or self._line() or self._text()
+            command = step.command or self.step_name()
             raise _timed_out(self.timeout, node, command, step) from None
 
-    def _check(self) -> None:
-        """What can be found wrong on this machine, before the first step of a job."""
+    def check_files(self) -> None:
+        """Raise UsageError for what can be found wrong on this machine before anything runs."""
+
+    def listing_line(self) -> str:
+        """One line for graphs and listings; empty when it is hidden."""
+        text = self._text() if self.label is None else self.label
+        return " ".join(str(text).split()) if text else ""
+
+    def step_name(self) -> str:
+        """One line for messages: the label, or the text made from the command."""
+        return self.listing_line() or " ".join(self._text().split())
+
+    def dry_run_text(self) -> str:
+        """All of what would run, as far as it is known."""
+        return self._text()
 
     def _text(self) -> str:
         """The text made from the command."""
         return type(self).__name__
 
-    def _preview(self) -> str:
-        """All of what would run, as far as it is known."""
-        return self._text()
 
-    def _line(self) -> str | None:
-        """One line for graphs and listings; None when it is hidden."""
-        text = self._text() if self.label is None else self.label
-        return " ".join(str(text).split()) if text else None
+class _Stdin:
+    """What a step gives to its command as standard input.
 
-    def _succeeded(self, status: int | str) -> bool:
-        return status == 0 or status in self.allowed_exits
+    Each host reads it at its own pace, from its beginning: a file is read a piece at a time at the
+    place where this host is, whoever else reads it. Only what an asynchronous iterator gives cannot
+    be had again. Raises UsageError for what cannot be read so.
+    """
 
-    def _as_error(self, node: _Node, status: int | str, command: str) -> CommandFailedError:
-        kind = "status" if isinstance(status, int) else "signal"
-        return CommandFailedError(
-            f"ended with {kind} {status}: {escape(command or self._line() or '')}",
-            host=node.hostname,
-            kind=kind,
-            command=command,
-            status=status,
-        )
+    PIECE = 128 * 1024  # bytes
+
+    def __init__(self, source: _StdinSource) -> None:
+        self._source = source
+        self._used = False
+        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator):
+            return
+        if not hasattr(source, "read"):
+            raise UsageError(
+                "stdin: bytes, text, a path object, an open binary file or an asynchronous "
+                f"iterator, not {source!r}"
+            )
+        if hasattr(source, "encoding"):
+            raise UsageError("stdin: the file is open as text: open it in mode 'rb'")
+        if source.closed or not (source.readable() and source.seekable()):
+            raise UsageError(
+                "stdin: this file cannot be read from its beginning for each host: give the bytes "
+                "that it holds"
+            )
+
+    def check(self) -> None:
+        """A path must be that of a file by now."""
+        if isinstance(self._source, os.PathLike):
+            _check_file("stdin", self._source)
+
+    def reader(self) -> AsyncIterator[bytes]:
+        """All of it, for one host. Raises UsageError when it has been used up."""
+        source = self._source
+        if isinstance(source, AsyncIterator):
+            self._check_unused()
+            return self._read_once(source)
+        if isinstance(source, Deferred):
+            source = source.render()
+        if isinstance(source, str):
+            source = source.encode("utf-8", "surrogateescape")
+        return self._read(source)
+
+    def _check_unused(self) -> None:
+        if self._used:
+            raise UsageError(
+                "stdin: an asynchronous iterator serves one host, once: give each host its own, "
+                "or give bytes, a file or a path"
+            )
+
+    async def _read_once(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._check_unused()
+        self._used = True
+        async for data in source:
+            yield data
+
+    async def _read(self, source: bytes | os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
+        with contextlib.ExitStack() as stack:
+            if isinstance(source, os.PathLike):
+                source = stack.enter_context(open(Path(source).expanduser(), "rb"))
+            if isinstance(source, bytes):
+                source = io.BytesIO(source)
+            place = 0
+            while True:
+                source.seek(place)
+                data = source.read(self.PIECE)
+                if not data:
+                    return
+                place += len(data)
+                yield data
+
+
+def _check_file(what: str, path: str | os.PathLike[str]) -> None:
+    """Raise UsageError, naming it, unless this is a file that is there."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        problem = "not a file" if place.exists() else "no such file"
+        raise UsageError(f"{what} {escape(str(path))}: {problem}")
+
+
+def _read_file(what: str, path: str | os.PathLike[str]) -> tuple[bytes, int]:
+    """Content and mode of a file of this machine. Raises UsageError, naming it."""
+    _check_file(what, path)
+    place = Path(path).expanduser()
+    try:
+        return place.read_bytes(), place.stat().st_mode
+    except OSError as exc:
+        raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
 
 class _ShellCommand(AbstractCommand):
-    """What Run, RunScript and RunString share: words read by the remote shell, and where the output
-    goes.
+    """What Run, RunScript and RunString share: words read by the remote shell, what the command is
+    given, and where its output goes.
     """
 
     def __init__(
         self,
-        words: tuple[Any, ...],
+        words: tuple[_Word, ...],
         *,
+        label: str | bool | None,
+        allowed_exits: Collection[int | str] | None,
+        timeout: float | None,
+        verbose: bool | None,
         x11: bool = False,
         capture: Capture | None = None,
         env: Mapping[str, str] | None = None,
         pty: bool = False,
-        stdin: AsyncIterator[bytes] | None = None,
-        **common: Any,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
     ) -> None:
-        super().__init__(**common)
-        self.words, self.x11, self.capture, self.env, self.pty, self.stdin = (
-            words,
-            x11,
-            capture,
-            env,
-            pty,
-            stdin,
-        )
+        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
+        self.words, self.x11, self.capture, self.pty, self.sudo = words, x11, capture, pty, sudo
+        self.env = dict(env or {})
+        self.stdin = None if stdin is None else _Stdin(stdin)
+        kind = type(self).__name__
         if capture is not None and not isinstance(capture, Capture):
-            raise UsageError(
-                f"{type(self).__name__}: capture is a Capture(name, variables), not {capture!r}"
-            )
+            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {capture!r}")
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(
-                    f"{type(self).__name__}: a word is a string, a number, a Deferred or a Run, not {word!r}"
+                    f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
+        for name, value in self.env.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+                raise UsageError(f"{kind}: env: {name!r} is not the name of a variable")
+            if value is None:
+                raise UsageError(
+                    f"{kind}: env: {name} has no value; 'env -u {name} ...' as the command unsets it"
+                )
+        if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
+            raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
+        # what follows a terminal's keys is an iterator, which ends when it likes
+        if pty and stdin is not None and not isinstance(stdin, AsyncIterator):
+            raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
 
-    def _words(self, text: Callable[[Any], str] = _text_of) -> str:
+    def _words(self, text: Callable[[_Word], str] = _text_of) -> str:
         """The words joined by blanks, each as ``text`` has it: with ``str``, Deferred ones as far
         as is known.
         """
@@ -4974,40 +5112,83 @@ class _ShellCommand(AbstractCommand):
             word._words(text) if isinstance(word, Run) else text(word) for word in self.words
         )
 
-    async def _execute(
+    def check_files(self) -> None:
+        if self.stdin:
+            self.stdin.check()
+
+    async def _by_shell(
         self,
-        node: Any,
-        command: str,
+        node: _AnyNode,
+        line: str,
         step: StepRecord,
+        *,
+        sink: _HeldSink | None = None,
         timeout: float | None = None,
-        **options: Any,
+        quiet: bool = False,
+        folder: str = "",
     ) -> int | str:
-        for name in ("x11", "env", "pty", "stdin", "capture"):
-            if value := getattr(self, name):
-                options[name] = value
-        status: int | str = await node._execute(command, step, timeout=timeout, **options)
-        return status
+        """Have the node run a command line with all that this step gives it; the status."""
+        how = _How(
+            x11=self.x11,
+            pty=self.pty,
+            stdin=self.stdin.reader() if self.stdin else None,
+            env={name: _text_of(value) for name, value in self.env.items()},
+            sudo=self.sudo,
+            quiet=quiet,
+            folder=folder,
+        )
+        return await node._execute(
+            line, step, how, sink=sink, capture=self.capture, timeout=timeout
+        )
 
 
 class Run(_ShellCommand):
-    """Words that are joined by blanks and read by the user's login shell over there, as ssh does.
+    """A command line, read by the user's login shell over there, as ssh does.
 
-    A word is a string, a number, a Deferred, or another Run (its command line); ``x11`` forwards
-    the DISPLAY; ``ignore_outputs`` binds both streams to /dev/null over there; ``capture`` stores
-    stdout in a variable instead of showing it; ``env``: variables for the command, whatever the
-    server's AcceptEnv says; ``pty``: give it a terminal; ``stdin``: an asynchronous iterator of
-    bytes (None: end of file at once).
+    ``argv``: its words, joined by blanks: strings, numbers, paths, Deferred, or another Run, which
+    stands for its command line. ``x11``: forward the DISPLAY. ``ignore_outputs``: both streams are
+    /dev/null over there, which serves to leave something running. ``capture``: a Capture gets
+    standard output, which is not shown then. ``env``: variables for the command, whatever the
+    server's AcceptEnv says. ``pty``: give it a terminal. ``stdin``: what it reads: bytes, text, an
+    open binary file or a path object, each host getting all of it, or an asynchronous iterator of
+    bytes, which serves one host (None: end of file at once). ``sudo``: run as root (True) or as the
+    user of that name.
+
+    ``label``: the text in graphs and listings (None: the command; any other false value hides the
+    line). ``allowed_exits``: exit codes and signal names that count as success too. ``timeout``:
+    seconds, from when the host is there (None: no limit). ``verbose``: a word on stderr when it
+    runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
-        *argv: Any,
+        *argv: _Word,
         x11: bool = False,
         ignore_outputs: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(argv, x11=x11, capture=capture, **common)
+        super().__init__(
+            argv,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
         self.ignore_outputs = ignore_outputs
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
@@ -5015,148 +5196,272 @@ class Run(_ShellCommand):
     def _text(self) -> str:
         return self._words(str)
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
-        return await self._execute(
-            node, self._words(), step, self.timeout, quiet=self.ignore_outputs
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        line = self._words()
+        return await self._by_shell(
+            node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
         )
+
+
+_Word = int | float | _Path | Run
+
+
+class Wait(_ShellCommand):
+    """Wait until the host is there and a command succeeds on it.
+
+    ``argv``: the words of the command, as those of Run (none: ``true``). It is tried again and
+    again, each time over a new connection, so that the host may reboot meanwhile; what else uses
+    this very node at that time loses its connection. Its output is not shown. ``timeout``: seconds
+    in all (default 300; None: no limit), past which it raises CommandFailedError, saying what was
+    seen last. ``interval``: seconds between one try and the next (default 1). A wrong host key is
+    no matter of time, and raises HostKeyError at once.
+
+    ``label``: the text in graphs and listings (None: made from the command; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``verbose``: a word on stderr when it runs.
+    """
+
+    @_keywords_checked
+    def __init__(
+        self,
+        *argv: _Word,
+        timeout: float | None = 300,
+        interval: float = 1,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            argv, label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose
+        )
+        self.interval = interval
+        if interval <= 0:
+            raise UsageError(f"Wait: interval {interval!r}: seconds, more than 0")
+
+    def _text(self) -> str:
+        return f"Wait: {self._words(str) or 'true'}"
+
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        line = self._words() or "true"
+        seen = "no answer"
+        try:
+            async with asyncio.timeout(self.timeout):
+                while True:
+                    said = _HeldSink()
+                    try:
+                        await node.close()
+                        status = await self._by_shell(node, line, step, sink=said)
+                        if self._is_success(status):
+                            return status
+                        last = (said.stdout() + said.stderr()).strip().split(b"\n")[-1]
+                        seen = f"status {status} {_brief(os.fsdecode(last))}".strip()
+                    except HostKeyError:
+                        raise
+                    except ConnectionFailedError as exc:
+                        seen = f"{exc.kind}: {exc.message}"
+                    await asyncio.sleep(self.interval)
+        except TimeoutError:
+            raise CommandFailedError(
+                f"not there within {self.timeout:g} s: {escape(line)}; seen last: {seen}",
+                host=node.hostname,
+                kind="timeout",
+                command=line,
+            ) from None
+
+
+# The folder of a script has a name that is made from the script and from this: all hosts of one run
+# have it under the same name, so that equal messages of a script are equal texts (a shell's begin
+# with the path of the script), and no other run has it, nor can anybody guess it.
+_RUN_TOKEN = os.urandom(16)
 
 
 class _Script(_ShellCommand):
     """A script with its includes, in a private folder of the host for as long as it runs."""
 
     includes: tuple[str, ...]
-    # the same on all hosts where it can be, so that equal messages of a script are equal texts
-    _folder = property(lambda self: vars(self).setdefault("_folder_name", os.urandom(8).hex()))
-    _content: Callable[[], tuple[str, bytes]]  # the name and the text of the script
+
+    def _include(self, includes: Collection[str | os.PathLike[str]] | None) -> None:
+        self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
+
+    def _script(self) -> _ScriptFiles:
+        """The script alone: its name, with its content and mode."""
+        raise NotImplementedError
+
+    def _with_includes(self, files: _ScriptFiles) -> _ScriptFiles:
+        """All files of the folder, from those that come first. The same one may come twice."""
+        for include in self.includes:
+            name, (content, mode) = os.path.basename(include), _read_file("include", include)
+            if files.setdefault(name, (content, mode | 0o600))[0] != content:
+                raise UsageError(f"two different files for one folder are called {escape(name)}")
+        return files
 
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
-    def _files(self) -> dict[str, tuple[bytes, int]]:
-        """All files of the folder, the script first: name to content and mode."""
-        name, body = self._content()
-        files = {name: (body, 0o700)}
-        for include in self.includes:
-            try:
-                path = Path(include)
-                content = path.read_bytes(), path.stat().st_mode | 0o600
-            except OSError as exc:
-                raise UsageError(f"include {escape(include)}: {_reason(exc)}") from None
-            if files.setdefault(path.name, content) is not content:
-                raise UsageError(f"two files for one folder are called {escape(path.name)}")
-        return files
-
-    def _check(self) -> None:
-        for path in self.includes:
-            if not os.path.isfile(path):
-                raise UsageError(
-                    f"include {escape(path)}: {'not a file' if os.path.exists(path) else 'no such file'}"
-                )
-
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
-        files = self._files()
-        name, (body, _) = next(iter(files.items()))
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        script = self._script()
+        [(name, (body, _))] = script.items()
+        files = self._with_includes(script)
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
+        folder = hmac.digest(_RUN_TOKEN, body, "sha256")[:8].hex()
         await node.sftp_connect_lazy()
-        async with self._in_time(node, step), node._script_folder(files, self._folder) as path:
-            return await self._execute(
-                node, f"{shlex.quote(f'{path}/{name}')} {words}".strip(), step, folder=path
-            )
+        async with self._in_time(node, step), node._script_folder(files, folder) as path:
+            line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
+            return await self._by_shell(node, line, step, folder=path)
 
 
 class RunScript(_Script):
-    """Push a local script and run it with these arguments (joined by blanks, read by the remote
-    shell).
+    """Push a local script and run it over there, in the remote home.
 
-    ``includes``: local files that land beside it. The folder is private and removed afterwards. A
-    missing script or include raises UsageError when the job starts, before its first step.
+    ``local_script``: its path (a Deferred may name a file that an earlier step makes). ``args``:
+    its arguments, joined by blanks and read by the remote shell, so that quotes and redirections in
+    them work. ``includes``: local files that land beside it; one file may be named twice, two
+    different files of one name cannot be. The folder is private, and removed afterwards. A missing
+    script or include raises UsageError when the job starts, before its first step.
+
+    ``x11``: forward the DISPLAY. ``capture``: a Capture gets standard output, which is not shown
+    then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
+    a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
+    host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
+    of file at once). ``sudo``: run as root (True) or as the user of that name.
+
+    ``label``: the text in graphs and listings (None: made from the script; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``timeout``: seconds, from when the host is there (None: no limit). ``verbose``: a word on
+    stderr when it runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         local_script: str | os.PathLike[str] | Deferred,
-        *args: Any,
+        *args: _Word,
         includes: Collection[str | os.PathLike[str]] | None = (),
         x11: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(args, x11=x11, capture=capture, **common)
-        self.local_script, self.includes = (
-            local_script,
-            tuple(map(os.fspath, _paths(includes))) if includes else (),
+        super().__init__(
+            args,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
         )
+        self.local_script = local_script
+        self._include(includes)
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
-    def _path(self) -> Path:
-        return Path(_text_of(self.local_script)).expanduser()
+    def check_files(self) -> None:
+        super().check_files()
+        self._with_includes({} if isinstance(self.local_script, Deferred) else self._script())
 
-    def _check(self) -> None:
-        if (
-            not isinstance(self.local_script, Deferred) and not self._path().is_file()
-        ):  # a Deferred may name what a step makes
-            raise UsageError(
-                f"script {escape(str(self.local_script))}: {'not a file' if self._path().exists() else 'no such file'}"
-            )
-        super()._check()
-
-    def _content(self) -> tuple[str, bytes]:
-        path = self._path()
-        try:
-            return path.name, path.read_bytes()
-        except OSError as exc:
-            raise UsageError(f"script {escape(str(path))}: {_reason(exc)}") from None
+    def _script(self) -> _ScriptFiles:
+        path = _text_of(self.local_script)
+        return {os.path.basename(path): (_read_file("script", path)[0], 0o700)}
 
     def _text(self) -> str:
         return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
 
-    def _preview(self) -> str:
-        missing = (
-            ""
-            if os.path.isfile(os.path.expanduser(str(self.local_script)))
-            else " (no such file yet)"
-        )
-        return (
-            f"RunScript: {self.local_script} {self._words(str)}".rstrip() + missing + self._beside()
-        )
+    def dry_run_text(self) -> str:
+        text = f"RunScript: {self.local_script} {self._words(str)}".rstrip()
+        if not os.path.isfile(os.path.expanduser(str(self.local_script))):
+            text += " (no such file yet)"
+        return text + self._beside()
 
 
 class RunString(_Script):
-    """The same from a text: without a ``#!`` line it runs as the login shell runs such a file.
+    """Run a script that is given as a text, over there, in the remote home.
 
-    ``remote_name``: the file's name over there (default ``script``).
+    ``script_body``: the text; without a ``#!`` line it runs as the login shell runs such a file.
+    ``args``: its arguments, joined by blanks and read by the remote shell, so that quotes and
+    redirections in them work. ``remote_name``: the file's name over there (None: ``script``).
+    ``includes``: local files that land beside it; one file may be named twice, two different files
+    of one name cannot be. The folder is private, and removed afterwards. A missing include raises
+    UsageError when the job starts, before its first step.
+
+    ``x11``: forward the DISPLAY. ``capture``: a Capture gets standard output, which is not shown
+    then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
+    a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
+    host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
+    of file at once). ``sudo``: run as root (True) or as the user of that name.
+
+    ``label``: the text in graphs and listings (None: made from the script; any other false value
+    hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
+    ``timeout``: seconds, from when the host is there (None: no limit). ``verbose``: a word on
+    stderr when it runs. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         script_body: str | Deferred,
-        *args: Any,
+        *args: _Word,
         remote_name: str | None = None,
         includes: Collection[str | os.PathLike[str]] | None = (),
         x11: bool = False,
         capture: Capture | None = None,
-        **common: Any,
+        env: Mapping[str, str] | None = None,
+        pty: bool = False,
+        stdin: _StdinSource | None = None,
+        sudo: bool | str = False,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
     ) -> None:
-        super().__init__(args, x11=x11, capture=capture, **common)
-        self.script_body, self.remote_name = script_body, os.path.basename(remote_name or "script")
-        self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
+        super().__init__(
+            args,
+            x11=x11,
+            capture=capture,
+            env=env,
+            pty=pty,
+            stdin=stdin,
+            sudo=sudo,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
+        self.script_body = script_body
+        self.remote_name = os.path.basename(remote_name or "script")
+        self._include(includes)
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
-    def _content(self) -> tuple[str, bytes]:
-        body = _text_of(self.script_body)
-        return self.remote_name, os.fsencode(body if body.endswith("\n") else body + "\n")
+    def check_files(self) -> None:
+        super().check_files()
+        self._with_includes({self.remote_name: (self._body(str(self.script_body)), 0o700)})
+
+    def _script(self) -> _ScriptFiles:
+        return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
+
+    def _body(self, text: str) -> bytes:
+        return os.fsencode(text if text.endswith("\n") else text + "\n")
 
     def _text(self) -> str:
         lines = (line.strip() for line in str(self.script_body).splitlines())
         first = next((line for line in lines if line and not line.startswith("#")), "")
         return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
 
-    def _preview(self) -> str:
+    def dry_run_text(self) -> str:
         return f"RunString: {self._words(str)}".rstrip() + self._beside() + f"\n{self.script_body}"
 
 
@@ -5168,20 +5473,19 @@ class _CopyCommand(AbstractCommand):
 
     def __init__(
         self,
-        sources: Any,
-        destination: Any,
+        sources: _Paths,
+        destination: _Path,
         *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        **common: Any,
+        preserve: bool,
+        recurse: bool,
+        follow_symlinks: bool,
+        inplace: bool,
+        label: str | bool | None,
+        allowed_exits: Collection[int | str] | None,
+        timeout: float | None,
+        verbose: bool | None,
     ) -> None:
-        super().__init__(
-            **common
-        )  # the last two are asyncssh's, for published scripts: the engine chooses better itself
+        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
         self.sources, self.destination = sources, destination
         self.options = {
             "preserve": preserve,
@@ -5201,11 +5505,12 @@ class _CopyCommand(AbstractCommand):
             f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
         )
 
-    def _preview(self) -> str:
+    def dry_run_text(self) -> str:
+        sources = " ".join(map(str, self._sources))
         options = "".join(f", {name}" for name, value in self.options.items() if value)
-        return f"{type(self).__name__}: {' '.join(map(str, self._sources))} {self.preposition} {self.destination}{options}"
+        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}{options}"
 
-    async def _act(self, node: Any, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
         sources, destination = (
             [_text_of(path) for path in self._sources],
             _text_of(self.destination),
@@ -5220,29 +5525,103 @@ class _CopyCommand(AbstractCommand):
 
 
 class Push(_CopyCommand):
-    """Copy local files onto a remote path: into it when it is a folder, ends in ``/``, or there is
-    a list of them.
+    """Copy local files to a host.
 
-    ``recurse`` copies folders; ``preserve`` keeps times; ``follow_symlinks`` copies what links in a
-    tree point to; ``inplace`` writes onto existing files themselves instead of replacing them at
-    once. Raises TransferError.
+    ``localpaths``: a path or a list of paths, each may be Deferred; a list of one path means the
+    same as that path. ``remotepath``: where to; into it when it is a folder or ends in ``/``;
+    several sources need a folder; ``~`` is the remote home. ``preserve``: modes and times of the
+    sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links inside of a folder
+    point to (else they stay links). ``inplace``: write onto existing files themselves instead of
+    replacing them when the new one is complete. ``block_size`` and ``max_requests``: asyncssh's,
+    accepted for published scripts; the engine chooses better itself.
+
+    ``label``: the text in graphs and listings (None: made from the paths; any other false value
+    hides the line). ``allowed_exits``: of no use to a copy. ``timeout``: seconds, from when the
+    host is there (None: no limit). ``verbose``: a word on stderr when it runs. Raises UsageError
+    for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
     pushing, preposition = True, "onto"
 
-    def __init__(self, localpaths: Any, remotepath: Any, **options: Any) -> None:
-        super().__init__(localpaths, remotepath, **options)
+    @_keywords_checked
+    def __init__(
+        self,
+        localpaths: _Paths,
+        remotepath: _Path,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+        block_size: int | None = None,
+        max_requests: int | None = None,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            localpaths,
+            remotepath,
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
 
 
 class Pull(_CopyCommand):
-    """Copy remote files (globs are expanded) into a local path; options as Push. Nothing is written
-    outside of it. Raises TransferError.
+    """Copy files of a host here; nothing is written outside of the destination.
+
+    ``remotepaths``: a path or a list of paths, each may be Deferred or have wildcards; a list of
+    one path means the same as that path; ``~`` is the remote home. ``localpath``: where to; into it
+    when it is a folder or ends in ``/``; several sources need a folder. ``preserve``: modes and
+    times of the sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links
+    inside of a folder point to (else they stay links). ``inplace``: write onto existing files
+    themselves instead of replacing them when the new one is complete. ``block_size`` and
+    ``max_requests``: asyncssh's, accepted for published scripts; the engine chooses better itself.
+
+    ``label``: the text in graphs and listings (None: made from the paths; any other false value
+    hides the line). ``allowed_exits``: of no use to a copy. ``timeout``: seconds, from when the
+    host is there (None: no limit). ``verbose``: a word on stderr when it runs. Raises UsageError
+    for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
     pushing, preposition = False, "into"
 
-    def __init__(self, remotepaths: Any, localpath: Any, **options: Any) -> None:
-        super().__init__(remotepaths, localpath, **options)
+    @_keywords_checked
+    def __init__(
+        self,
+        remotepaths: _Paths,
+        localpath: _Path,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+        block_size: int | None = None,
+        max_requests: int | None = None,
+        label: str | bool | None = None,
+        allowed_exits: Collection[int | str] | None = None,
+        timeout: float | None = None,
+        verbose: bool | None = False,
+    ) -> None:
+        super().__init__(
+            remotepaths,
+            localpath,
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+            label=label,
+            allowed_exits=allowed_exits,
+            timeout=timeout,
+            verbose=verbose,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5250,7 +5629,35 @@ class Pull(_CopyCommand):
 # --------------------------------------------------------------------------------------------------
 
 
-def _steps(given: Any) -> list[AbstractCommand]:
+class _Job(Protocol):
+    """A job as asynciojobs has it, which has no annotations: SshJob, Job, PrintJob, Scheduler."""
+
+    label: str | None
+    critical: bool | None
+    forever: bool
+    required: Collection[_Job]
+
+    def is_scheduled(self) -> bool: ...
+    def is_running(self) -> bool: ...
+    def is_done(self) -> bool: ...
+    def result(self) -> Any: ...
+    def raised_exception(self) -> BaseException | None: ...
+    def text_label(self) -> str | None: ...
+    def co_run(self) -> Coroutine[Any, Any, Any]: ...
+
+
+class _Scheduler(Protocol):
+    """A Scheduler or a PureScheduler of asynciojobs."""
+
+    def iterate_jobs(self, scan_schedulers: bool = False) -> Iterator[_Job]: ...
+    def topological_order(self) -> Iterator[_Job]: ...
+
+
+_Commands = AbstractCommand | str | Deferred | Sequence[AbstractCommand | _Word | None]
+_Required: TypeAlias = "_Job | asynciojobs.Sequence | Iterable[_Required] | None"
+
+
+def _steps(given: _Commands) -> list[AbstractCommand]:
     """What the user gave SshJob, as a list of commands; anything that is not clear raises
     UsageError.
     """
@@ -5260,100 +5667,128 @@ def _steps(given: Any) -> list[AbstractCommand]:
         return [Run(given)]
     if not isinstance(given, list | tuple):
         raise UsageError(
-            f"SshJob: a string, a Deferred, a command, or a list of commands or of words, not {given!r}"
+            "SshJob: a string, a Deferred, a command, or a list of commands or of words, "
+            f"not {given!r}"
         )
     items = [item for item in given if item is not None]
     if not items:
         raise UsageError("SshJob: an empty list of commands: give it one, or leave the job out")
-    if all(isinstance(item, AbstractCommand) for item in items):
-        return items
-    if any(isinstance(item, AbstractCommand) for item in items):
+    commands = [item for item in items if isinstance(item, AbstractCommand)]
+    if not commands:
+        return [Run(*items)]
+    if len(commands) < len(items):
         raise UsageError(
-            "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ..."
+            "SshJob: a mix of words and commands: write each command as Run(...), "
+            "RunScript(...), ..."
         )
-    return [Run(*items)]
+    return commands
 
 
 class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has no annotations
     """A list of steps on one node, run in order by an asynciojobs Scheduler.
 
-    Exactly one of ``command`` and ``commands``; each takes a string, a Deferred, a command, a list
-    of commands (None items dropped), or a list of words (one Run). A critical job stops at its
-    first failure with CommandFailedError, and the scheduler with it. A non-critical one runs all
-    its steps; ``result()`` is the last failing status, or 0; a host that cannot be reached, is
-    lost, or a step that cannot run is an ApsshError, returned and not raised (asynciojobs never
-    gives back the window slot of a job that raises). ``keep_connection`` is accepted and changes
-    nothing. The other arguments are asynciojobs': label, required, scheduler. Cancelling it ends
-    its remote command.
+    ``node``: an SshNode or a LocalNode. Exactly one of ``command`` and ``commands``: a string, a
+    Deferred, a command, a list of commands (None items dropped), or a list of words (one Run).
+    ``critical`` (default; None means True): the first failure stops the job, which raises
+    CommandFailedError (or what else happened), and the scheduler with it. A job that is not runs
+    all its steps, and tells its failure in one line where the host's stderr goes; ``result()`` is
+    the last failing status, or 0; a host that cannot be reached or is lost, or a step that cannot
+    run, is an ApsshError as ``result()`` and as ``raised_exception()``. ``forever``: the scheduler
+    does not wait for it, and cancels it in the end. ``verbose``: a word on stderr for each step.
+    ``keep_connection`` is accepted and changes nothing.
+
+    ``label``: the text in listings (None: made from the first step); ``required``: the jobs that
+    must be over before; ``scheduler``: the scheduler to add it to. Cancelling it ends its command
+    over there. Raises UsageError for what cannot mean anything.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         node: SshNode | LocalNode,
         *,
-        command: Any = None,
-        commands: Any = None,
+        command: _Commands | None = None,
+        commands: _Commands | None = None,
         keep_connection: bool = False,
         verbose: bool | None = None,
         forever: bool = False,
-        critical: bool = True,
-        **asynciojobs_arguments: Any,
+        critical: bool | None = True,
+        label: str | None = None,
+        required: _Required = None,
+        scheduler: _Scheduler | None = None,
     ) -> None:
-        if not isinstance(node, _Node):
+        if not isinstance(node, SshNode | LocalNode):
             raise UsageError(f"SshJob: the node is an SshNode or a LocalNode, not {node!r}")
-        if (command is None) == (commands is None):
-            raise UsageError(
-                "SshJob: give one of command= and commands=, "
-                + ("not both" if commands is not None else "there is neither")
-            )
-        self.node, self.commands, self.verbose = (
-            node,
-            _steps(commands if command is None else command),
-            verbose,
-        )
+        given = [each for each in (command, commands) if each is not None]
+        if len(given) != 1:
+            found = "not both" if given else "there is neither"
+            raise UsageError(f"SshJob: give one of command= and commands=, {found}")
+        self.node, self.verbose = node, verbose
+        self.commands = _steps(given[0])
         self.records: list[StepRecord] = []
-        super().__init__(forever=forever, critical=critical, **asynciojobs_arguments)
+        super().__init__(
+            forever=forever,
+            critical=critical is None or critical,
+            label=label,
+            required=required,
+            scheduler=scheduler,
+        )
 
-    async def co_run(self) -> Any:
-        """Run the steps; called by the scheduler."""
+    async def co_run(self) -> ApsshError | int | str:
+        """Run the steps, as the scheduler asks. Cancelling it ends the command that runs."""
         self.records = []
-        result: Any = 0
+        failure: Exception | None = None
         try:
             for command in self.commands:
-                command._check()
+                command.check_files()
+            for command in self.commands:
+                try:
+                    await self._run_step(command)
+                except Exception as exc:
+                    failure = exc
+                    if self.critical:
+                        raise
         except Exception as exc:
-            return self._failed(exc)
-        for command in self.commands:
-            try:
-                await self._run_step(command)
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task and task.cancelling():
-                    raise
-                result = self._failed(ApsshError("cancelled from inside", host=self.node.hostname))
-            except Exception as exc:
-                result = self._failed(exc)
-        return result
-
-    def _failed(self, exc: Exception) -> ApsshError | int | str:
-        """Raise it (critical), or tell what it is as a result: a command's status, else an
-        ApsshError.
-        """
-        if self.critical:
-            raise exc
-        if not isinstance(exc, ApsshError):
-            return ApsshError(f"{type(exc).__name__}: {exc}", host=self.node.hostname)
-        return exc if exc.status is None else exc.status
+            if self.critical:
+                raise
+            failure = exc
+        return 0 if failure is None else self._result_of(failure)
 
     async def _run_step(self, command: AbstractCommand) -> None:
-        step = StepRecord(label=command._line() or "")
+        step = StepRecord(label=command.listing_line())
         self.records.append(step)
         if self.verbose:
-            self.node._say(f"step: {step.label or command._text()}")
-        with step.running():
-            step.status = await command._run(self.node, step)
-            if not command._succeeded(step.status):
-                raise command._as_error(self.node, step.status, step.command)
+            self.node._say(f"step: {command.step_name()}")
+        try:
+            with step.running():
+                await command.attempt(self.node, step)
+        except asyncio.CancelledError:
+            # a job that ends in it breaks the scheduler, whose own must pass
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            raise ApsshError("cancelled from inside", host=self.node.hostname) from None
+
+    def _result_of(self, failure: Exception) -> ApsshError | int | str:
+        """Tell a failure that stops nothing; a command's status, else an ApsshError.
+
+        It is returned and not raised, since asynciojobs never gives back the window's slot of a
+        job that raises.
+        """
+        host = self.node.hostname
+        if not isinstance(failure, ApsshError):
+            failure = ApsshError(f"{type(failure).__name__}: {failure}", host=host)
+        job = f"job {escape(self.label)} failed" if self.label else "failed"
+        reason = str(failure).removeprefix(f"{escape(host)}: ")
+        self.node.formatter.stderr_line(f"{job} (not critical): {reason}\n", host)
+        return failure if failure.status is None else failure.status
+
+    def raised_exception(self) -> BaseException | None:
+        """What the job raised, or would have raised if it were critical and no command's status."""
+        if raised := super().raised_exception():
+            return cast("BaseException", raised)
+        result = self.result() if self.is_done() else None
+        return result if isinstance(result, ApsshError) else None
 
     async def co_shutdown(self) -> None:
         """Nothing: connections stay open until they are closed on purpose."""
@@ -5364,34 +5799,30 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
     def _where(self) -> str:
         return f"{self.node.username}@{self.node.hostname}"
 
+    def _lines(self) -> list[str]:
+        lines = [command.listing_line() for command in self.commands]
+        return [line for line in lines if line]
+
     def text_label(self) -> str:
         """One line: the first step, and how many more."""
-        lines = [line for command in self.commands if (line := command._line())]
-        return (
-            f"{self._where()}: {lines[0]}" + (f" (+{len(lines) - 1})" if len(lines) > 1 else "")
-            if lines
-            else self._where()
-        )
+        lines = self._lines()
+        text = ": ".join([self._where(), *lines[:1]])
+        return f"{text} (+{len(lines) - 1})" if len(lines) > 1 else text
 
     def graph_label(self) -> str:
         """Id and user@host, the job's label if it has one, then one line for each step."""
-        lines = [line for command in self.commands if (line := command._line())]
-        return "\n".join(
-            [f"{self.repr_id()}: {self._where()}", *([self.label] if self.label else []), *lines]
-        )
+        where = "Local Node" if isinstance(self.node, LocalNode) else self._where()
+        label = [self.label] if self.label else []
+        return "\n".join([f"{self.repr_id()}: {where}", *label, *self._lines()])
 
     def details(self) -> str:
         """The steps, one a line, with what came of them."""
         lines = []
         for command, step in itertools.zip_longest(self.commands, self.records):
-            outcome = (
-                ""
-                if step is None
-                else f" -> {step.error or step.status}"
-                if step.end
-                else " -> running"
-            )
-            lines.append(f"  {self._where()}: {command._line() or '(hidden)'}{outcome}")
+            line = f"  {self._where()}: {command.listing_line() or '(hidden)'}"
+            if step:
+                line += f" -> {step.error or step.status}" if step.end else " -> running"
+            lines.append(line)
         return "\n".join(lines)
 
     def repr_result(self) -> str:
@@ -5402,37 +5833,43 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return str(super().repr_result())
 
 
-def _ssh_jobs(scheduler: Any) -> list[SshJob]:
+def _ssh_jobs(scheduler: _Scheduler) -> list[SshJob]:
     """The SshJobs of a scheduler, nested ones included."""
-    return [job for job in scheduler.iterate_jobs(scan_schedulers=False) if isinstance(job, SshJob)]
+    return [job for job in scheduler.iterate_jobs() if isinstance(job, SshJob)]
 
 
-async def co_close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first,
-    then their gateways.
+async def _close_nodes(jobs: Iterable[SshJob], *, gateways: bool = True) -> None:
+    """Close the nodes of these jobs, the farthest first."""
+    nodes: set[SshNode] = set()
+    for job in jobs:
+        if isinstance(job.node, SshNode):
+            nodes.update(job.node._hops() if gateways else [job.node])
+    for distance in sorted({node.distance() for node in nodes}, reverse=True):
+        await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
+
+
+async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
+    """Close the connections of all nodes of a scheduler, nested ones included, the farthest first.
+
+    ``manage_gateways``: their gateways too.
     """
-    nodes = {
-        node
-        for job in _ssh_jobs(scheduler)
-        if isinstance(job.node, SshNode)
-        for node in (job.node._hops() if manage_gateways else [job.node])
-    }
-    for _, group in itertools.groupby(
-        sorted(nodes, key=SshNode.distance, reverse=True), key=SshNode.distance
-    ):
-        await asyncio.gather(*(node.close() for node in group))
+    await _close_nodes(_ssh_jobs(scheduler), gateways=manage_gateways)
 
 
-def close_ssh_in_scheduler(scheduler: Any, manage_gateways: bool = True) -> None:
-    """The same from code that is not a coroutine, once the scheduler has run. Raises UsageError
-    inside of a running loop.
+def close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
+    """Close the connections of all nodes of a scheduler that has run, the farthest first.
+
+    ``manage_gateways``: their gateways too. Raises UsageError inside of a running loop, where
+    ``await co_close_ssh_in_scheduler(scheduler)`` does it.
     """
+    _refuse_running_loop("close_ssh_in_scheduler", "await co_close_ssh_in_scheduler(scheduler)")
+    asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
+
+
+def _refuse_running_loop(what: str, remedy: str) -> None:
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
-        raise UsageError(
-            "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
-        )
-    asyncio.run(co_close_ssh_in_scheduler(scheduler, manage_gateways))
+        raise UsageError(f"{what} in a running loop: {remedy} there")
 
 
 def _node_label(node: SshNode | LocalNode) -> str:
@@ -6136,6 +6573,114 @@ def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
         )
         lines.append(" ".join(itertools.starmap(_fit, cells)))
     return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
+
+
+class experiment:
+    """What surrounds the run of a scheduler, so that it leaves nothing behind, however it ends.
+
+        with apssh.experiment(scheduler, record="run.json", teardown=[stop]):
+            scheduler.run()
+
+    In a running loop it is ``async with``, around ``await scheduler.co_run()``. When the block is
+    left (at its end, by an exception, by Ctrl-C) the jobs that still run are cancelled; then the
+    teardown jobs run, one after the other, each to its end or for 30 s at most, all of them though
+    one fails; then the files are written, and the nodes of all these jobs are closed, the farthest
+    first.
+
+    ``scheduler``: of asynciojobs. ``record``: a file for ``save_record``; ``timeline``: a file for
+    ``timeline_as_svgfile`` (None: neither). They are written when the block begins, too: OSError
+    tells at once of a place that cannot be. ``teardown``: jobs that are not in the scheduler; one
+    that is itself a Scheduler runs its jobs at once. What the block raised is raised; after a block
+    that raised nothing, the first failure of what follows; the other ones are words on stderr.
+    Raises UsageError for what cannot be torn down so. Another Ctrl-C, or cancelling it, leaves the
+    rest of the teardown undone.
+    """
+
+    teardown_timeout = 30.0  # seconds for each job
+
+    @_keywords_checked
+    def __init__(
+        self,
+        scheduler: _Scheduler,
+        record: str | os.PathLike[str] | None = None,
+        timeline: str | os.PathLike[str] | None = None,
+        teardown: Iterable[_Job] = (),
+    ) -> None:
+        self.scheduler, self.record, self.timeline = scheduler, record, timeline
+        self.teardown = list(teardown)
+        members = set(scheduler.iterate_jobs(scan_schedulers=True))
+        for job in self.teardown:
+            if not isinstance(job, asynciojobs.AbstractJob):
+                raise UsageError(f"experiment: teardown is a list of jobs: {job!r} is none")
+            if job in members:
+                raise UsageError(
+                    f"experiment: {job.text_label()} is in the scheduler: make a teardown job "
+                    "without scheduler="
+                )
+
+    def __enter__(self) -> Self:
+        _refuse_running_loop("experiment", "async with apssh.experiment(...)")
+        self._write()
+        return self
+
+    def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
+        asyncio.run(self._leave(failure))
+
+    async def __aenter__(self) -> Self:
+        self._write()
+        return self
+
+    async def __aexit__(
+        self, kind: object, failure: BaseException | None, traceback: object
+    ) -> None:
+        await self._leave(failure)
+
+    def _write(self) -> None:
+        if self.record is not None:
+            save_record(self.scheduler, self.record)
+        if self.timeline is not None:
+            timeline_as_svgfile(self.scheduler, self.timeline)
+
+    async def _leave(self, failure: BaseException | None) -> None:
+        failures = [] if failure is None else [failure]
+        try:
+            await self._cancel_running()
+            for job in self.teardown:
+                failures += await self._finish(job)
+        finally:
+            try:
+                self._write()
+            except OSError as exc:
+                failures.append(exc)
+            torn_down = asynciojobs.PureScheduler(*self.teardown)
+            await _close_nodes(_ssh_jobs(self.scheduler) + _ssh_jobs(torn_down))
+        for other in failures[1:]:
+            _screen.say(f"teardown: {escape(str(other))}")
+        if failures and failure is None:
+            raise failures[0]
+
+    async def _cancel_running(self) -> None:
+        """A scheduler that is cancelled leaves its jobs running; asynciojobs has no call for it."""
+        jobs = self.scheduler.iterate_jobs(scan_schedulers=True)
+        tasks = [task for job in jobs if (task := vars(job).get("_task")) and not task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=self.teardown_timeout)
+
+    async def _finish(self, job: _Job) -> list[BaseException]:
+        """Run one teardown job; how it failed, if it did and has not told so itself."""
+        label = escape(str(job.label or job.text_label()))
+        work = asyncio.wait_for(job.co_run(), self.teardown_timeout)
+        outcome: object = (await asyncio.gather(work, return_exceptions=True))[0]
+        if isinstance(outcome, TimeoutError):
+            return [ApsshError(f"{label}: no end within {self.teardown_timeout:g} s")]
+        if isinstance(outcome, BaseException):
+            told = isinstance(job, SshJob) and not job.critical
+            return [] if told else [outcome]
+        if isinstance(job, asynciojobs.PureScheduler) and not outcome:
+            return [ApsshError(f"{label}: not all of its jobs succeeded")]
+        return []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7011,12 +7556,10 @@ async def _attempts(
     for attempt in itertools.count():
         try:
             for command in steps(node):
-                status = await command._run(node, step)
+                status = await command.attempt(node, step)
                 result.status, result.signal = (
                     (status, None) if isinstance(status, int) else (None, status)
                 )
-                if not command._succeeded(status):
-                    raise command._as_error(node, status, step.command)
         except ApsshError as exc:
             if (
                 isinstance(exc, ConnectionFailedError)
@@ -7031,8 +7574,8 @@ async def _attempts(
                 exc.kind,
                 not isinstance(exc, ConnectionFailedError),
             )
-            if exc.status is None:
-                result.status = result.signal = None
+            result.status = exc.status if isinstance(exc.status, int) else None
+            result.signal = exc.status if isinstance(exc.status, str) else None
         else:
             result.error, result.kind, result.reached = None, None, True
         return
@@ -7144,7 +7687,7 @@ async def co_run(
             f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself"
         )
     step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
-    step._check()
+    step.check_files()
     return await _co_quick(targets, options, lambda node: [step])
 
 
@@ -8226,7 +8769,7 @@ async def _work(
             for node in nodes:
                 for command in steps(node):
                     _screen.write(
-                        f"{_way(node)}: {escape(command._preview())}\n".encode(
+                        f"{_way(node)}: {escape(command.dry_run_text())}\n".encode(
                             "utf-8", "surrogateescape"
                         )
                     )
@@ -8427,7 +8970,7 @@ def _show_scenario(
             f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
         )
         for command in job.commands:
-            text = command._preview()
+            text = command.dry_run_text()
             lines += [f"    [{command.label}]"] * bool(command.label) + [
                 f"    {line}" for line in text.splitlines()
             ]
@@ -8493,7 +9036,7 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
             RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
         )
         common["includes"] = options.includes
-        make(*words, **common)._check()
+        make(*words, **common).check_files()
     return lambda spool: make(*words, stdin=spool.read() if spool else None, **common)
 
 

@@ -4825,7 +4825,7 @@ def test_cancelled_copy_leaves_nothing(sshd: Sshd, home: Path, pushing: bool) ->
             step = (Push if pushing else Pull)("1", "d/1", timeout=0.3)
             assert (
                 await outcome(node, step)
-                == f"127.0.0.1: timeout: no end within 0.3 s: {step._line()}"
+                == f"127.0.0.1: timeout: no end within 0.3 s: {step.listing_line()}"
             )
 
     run(main())
@@ -5542,7 +5542,7 @@ def test_server_that_stops_answering(
                 Stuck.stat = Stuck.lstat  # type: ignore[method-assign]
             assert (
                 await outcome(node, step)
-                == f"127.0.0.1: timeout: no end within 0.5 s: {step._line()}"
+                == f"127.0.0.1: timeout: no end within 0.5 s: {step.listing_line()}"
             )
             assert time.monotonic() - begin < 2 * apssh.CLOSE_TIMEOUT + 4
             released.set()
@@ -5916,7 +5916,7 @@ def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
             async with room:
                 theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
                 held = apssh._HeldSink()
-                status = await node._execute(command, apssh.StepRecord(), sink=held)
+                status = await node._execute(command, apssh.StepRecord(), apssh._How(), sink=held)
                 result = apssh.Result(
                     "h",
                     "u",
@@ -6007,7 +6007,7 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(
                 f"sleep {token} & sleep {token}", timeout=1, **given
             )
             with pytest.raises(CommandFailedError):
-                await step._run(node, apssh.StepRecord())
+                await step.attempt(node, apssh.StepRecord())
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
             await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
             assert await other == 0  # what runs on other connections of the node is not disturbed
@@ -6032,7 +6032,7 @@ def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, free
         ):
             step = apssh.StepRecord()
             task = asyncio.create_task(
-                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None)._run(
+                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None).attempt(
                     node, step
                 )
             )
@@ -6831,7 +6831,7 @@ LINE_VARIABLES = Variables(known="value")
         (Run("ls", "-l", 3), "ls -l 3"),
         (Run("a  b"), "a b"),
         (Run("x", label="text"), "text"),
-        (Run("x", label=""), None),
+        (Run("x", label=""), ""),
         (Run("echo", Deferred("{{known}} {{unknown}}", LINE_VARIABLES)), "echo value {{unknown}}"),
         (Run("time", Run("ls", "/")), "time ls /"),
         (RunScript("dir/check.sh", "a", 1), "RunScript: check.sh a 1"),
@@ -6848,8 +6848,8 @@ LINE_VARIABLES = Variables(known="value")
         (apssh.AbstractCommand(), "AbstractCommand"),
     ],
 )
-def test_one_line_text(command: apssh.AbstractCommand, line: str | None) -> None:
-    assert command._line() == line
+def test_one_line_text(command: apssh.AbstractCommand, line: str) -> None:
+    assert command.listing_line() == line
 
 
 @pytest.mark.parametrize(
@@ -6896,8 +6896,14 @@ def node(request: pytest.FixtureRequest, sshd: Sshd) -> Iterator[Any]:
     asyncio.run(each.close())
 
 
-def step(node: Any, command: apssh.AbstractCommand) -> Any:
-    return asyncio.run(command._run(node, apssh.StepRecord()))
+def step(node: SshNode | LocalNode, command: apssh.AbstractCommand) -> int | str:
+    """The status of a step, success or not."""
+    try:
+        return asyncio.run(command.attempt(node, StepRecord()))
+    except CommandFailedError as exc:
+        if exc.status is None:
+            raise
+        return exc.status
 
 
 def test_run(node: Any, capfdbinary: Any) -> None:
@@ -7123,7 +7129,7 @@ def test_paths_known_when_the_step_runs(home: Path) -> None:
         ],
     )
     assert Scheduler(job).run()
-    assert job.commands[2]._line().endswith("two onto there")
+    assert job.commands[2].listing_line().endswith("two onto there")
     assert sorted(os.listdir("there")) == ["one", "two"]
 
 
@@ -7198,7 +7204,7 @@ def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
 
 def test_x11_needs_a_display(sshd: Sshd) -> None:
     assert (
-        str(failure_of(Run("xterm", x11=True)._run(sshd.node(), apssh.StepRecord())))
+        str(failure_of(Run("xterm", x11=True).co_run_remote(sshd.node())))
         == "127.0.0.1: local: x11: no DISPLAY here to forward to"
     )
 
@@ -8002,7 +8008,7 @@ def made(job, *times, kind=None, error=None, command=None) -> Any:
     """A job with records of a run that was not."""
     job.records = [
         StepRecord(
-            label=step._line() or "",
+            label=step.listing_line(),
             command=command or step._text(),
             start_wall=1e9 + start,
             start=start,
@@ -8964,15 +8970,15 @@ def test_a_whole_scenario() -> None:
         True,
     )
     assert send.node is n1 and last.node is nodes["here"]
-    assert [step._line() for step in send.commands] == [
+    assert [step.listing_line() for step in send.commands] == [
         "RunScript: demo.sh a 010 yes 1.10",
         "RunScript: other.sh one 'two three' > out",
-        None,
+        "",
         "Push: a ... (2 total) onto /tmp/",
         "Push: a onto b",
         "Pull: c into d",
     ]
-    assert [step._line() for step in warmup.commands + last.commands] == [
+    assert [step.listing_line() for step in warmup.commands + last.commands] == [
         "check --all",
         "echo 1 true",
         "uname -r",
@@ -9031,7 +9037,7 @@ def test_a_template_and_its_intermediate_file(
     home: Path, name: str, save: Any, written: str | None
 ) -> None:
     nodes, jobs, _ = loaded(TEMPLATE, name, env=ENV, save_intermediate=save)
-    assert list(nodes) == ["a", "b"] and jobs["j"].commands[0]._line() == "echo {{x}} hello"
+    assert list(nodes) == ["a", "b"] and jobs["j"].commands[0].listing_line() == "echo {{x}} hello"
     assert {path.name for path in home.iterdir() if path.is_file()} == {name} | (
         {written} if written else set()
     )
@@ -9693,7 +9699,7 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
     assert [result.ok for result in apssh.pull(sshd.target, "g", "{host}-{user}-{fqdn}")] == [True]
     assert (home / f"127.0.0.1-{ME}-127.0.0.1").read_text() == "text"
     (failed,) = apssh.pull(sshd.target, "gone", "x")
-    assert (failed.kind, failed.error) == ("local", "gone: no such file")
+    assert (failed.kind, failed.error) == ("remote", "gone: no such file")
 
 
 @pytest.mark.parametrize(
@@ -10262,9 +10268,10 @@ def test_local_folder_that_cannot_be_made_is_its_hosts_failure(home: Path) -> No
         sorted(
             [
                 b"demo1: local: m/demo1/: file exists",
-                b"demo2: local: f: no such file or directory",
+                b"demo2: remote: f: no such file or directory",
                 b"0 ok, 2 failed",
-                b"  local: demo[1-2] (2)",
+                b"  local: demo1 (1)",
+                b"  remote: demo2 (1)",
             ]
         ),
     )
@@ -10533,7 +10540,7 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
     done = cli("-F", "none", "-t", sshd.target, "@:gone", "x", program="appull")
     assert (done.returncode, done.stderr) == (
         1,
-        b"127.0.0.1: local: gone: no such file\n0 ok, 1 failed\n  local: 127.0.0.1 (1)\n",
+        b"127.0.0.1: remote: gone: no such file\n0 ok, 1 failed\n  remote: 127.0.0.1 (1)\n",
     )
     assert (
         cli("-t", "me@h,i:23", "-n", "-r", "tree", "{host}", "@:/x/{host}", program="appush").stderr
