@@ -2319,12 +2319,13 @@ class _LocalFile:
             data, offset = data[written:], offset + written
 
     async def setstat(self, attrs: asyncssh.SFTPAttrs) -> None:
-        if attrs.uid is not None and attrs.gid is not None:
-            os.fchown(self._fd, attrs.uid, attrs.gid)
+        """In OpenSSH's order: the owner last, which only root may change."""
         if attrs.permissions is not None:
             os.fchmod(self._fd, attrs.permissions)
         if attrs.atime is not None and attrs.mtime is not None:
             os.utime(self._fd, (attrs.atime, attrs.mtime))
+        if attrs.uid is not None and attrs.gid is not None:
+            os.fchown(self._fd, attrs.uid, attrs.gid)
 
     async def close(self) -> None:
         os.close(self._fd)
@@ -2902,18 +2903,26 @@ class _Copy:
         overwriting = existing is not None and self._inplace
         place = contextlib.nullcontext(target) if overwriting else self._replacing(target)
         async with place as path, _closing(await self._open(path, overwriting)) as file:
-            if existing and not overwriting:
-                with contextlib.suppress(OSError, asyncssh.SFTPError):  # only root may
-                    await file.setstat(asyncssh.SFTPAttrs(uid=existing.uid, gid=existing.gid))
             yield file
-            if existing and not self._preserve:
-                given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
-            try:
-                if not overwriting or self._preserve:
-                    await file.setstat(given)
-            except _DENIED:
-                if not existing:
-                    raise
+            if existing is None:
+                await file.setstat(given)
+            elif self._preserve or not overwriting:
+                await self._keep(file, existing, given)
+
+    async def _keep(
+        self, file: _File, existing: asyncssh.SFTPAttrs, given: asyncssh.SFTPAttrs
+    ) -> None:
+        """Owner and mode of the file that was there, unless preserve asks for the source's mode.
+        What is not permitted is left: the file could be written, and that was the wish.
+        """
+        if not self._preserve:
+            given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
+        given.uid, given.gid = existing.uid, existing.gid
+        with contextlib.suppress(OSError, asyncssh.SFTPError):
+            await file.setstat(given)
+            if given.permissions is not None and given.permissions & 0o7000:
+                # the change of owner has cleared these bits
+                await file.setstat(asyncssh.SFTPAttrs(permissions=given.permissions))
 
     async def _open(self, path: str, overwriting: bool) -> _File:
         folder = _brief(posixpath.dirname(path) or ".", 200)
@@ -3004,11 +3013,14 @@ class _Copy:
                 if not data or (position == size and wanted == 1):
                     ended = True
 
-        async with _UnderWay(2 * CHUNK // block) as under_way:
-            for position in range(0, size, block):
-                if ended:
-                    break
-                await under_way.start(fetch, position, min(block, size + 1 - position))
+        if size < block:  # most files: a task would cost as much as the copy
+            await fetch(0, size + 1 if size else block)
+        else:
+            async with _UnderWay(2 * CHUNK // block) as under_way:
+                for position in range(0, size, block):
+                    if ended:
+                        break
+                    await under_way.start(fetch, position, min(block, size + 1 - position))
         while not ended:
             await fetch(end, block)
             if end > size + SURPLUS_LIMIT:
