@@ -3962,6 +3962,14 @@ class SshNode(_Node):
         self._leads = False  # others go through it
         self._adopt(formatter, verbose)
 
+    def __str__(self) -> str:
+        """The way to it: ``user@gw->root@host``; a port that is not 22 is shown, ``host:2222``."""
+        hops = []
+        for hop in self._hops():
+            port = None if hop.port == 22 else hop.port
+            hops.append(_endpoint_text(hop.hostname, hop.username, port))
+        return "->".join(hops)
+
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
         port = f":{self.port}" if self.port != 22 else ""
@@ -4707,6 +4715,9 @@ class LocalNode(_Node):
         self.hostname = "LOCALNODE"
         self.username = getpass.getuser()
         self._adopt(formatter, verbose)
+
+    def __str__(self) -> str:
+        return "Local Node"
 
     def __repr__(self) -> str:
         return "<LocalNode>"

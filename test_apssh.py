@@ -7688,6 +7688,25 @@ def jobs_by_label(record) -> Any:
 # topology
 
 
+def behind(gateway: str, port: int, hostname: str) -> SshNode:
+    return SshNode(hostname, gateway=SshNode(gateway, username="slice", port=port))
+
+
+@pytest.mark.parametrize(
+    "node, text",
+    [
+        pytest.param(SshNode("box"), "root@box", id="direct"),
+        pytest.param(SshNode("box", username="me", port=2222), "me@box:2222", id="port"),
+        pytest.param(SshNode("::1", port=2222), "root@[::1]:2222", id="address"),
+        pytest.param(behind("gw", 22, "box"), "slice@gw->root@box", id="gateway"),
+        pytest.param(behind("gw", 222, "box"), "slice@gw:222->root@box", id="gateway's port"),
+        pytest.param(LocalNode(), "Local Node", id="here"),
+    ],
+)
+def test_text_of_a_node_is_its_way(node: SshNode | LocalNode, text: str) -> None:
+    assert str(node) == text
+
+
 def test_topology_goes_from_here_outwards() -> Any:
     _, nodes = fleet()
     scheduler = Scheduler(
