@@ -5683,16 +5683,10 @@ def _clean(text: str) -> str:
     return re.sub(f"[{_CONTROLS}\t\ufffe\uffff]", " ", text[:500])
 
 
-def _cells(text: str) -> int:
-    """The columns that it takes on a terminal."""
-    shown = [char for char in text if not unicodedata.combining(char)]
-    return len(shown) + sum(unicodedata.east_asian_width(char) in "WF" for char in shown)
-
-
-def _cut(text: str, cells: int) -> str:
-    while _cells(text) > cells:
-        text = text[:-1]
-    return text
+def _cut(text: str, columns: int) -> str:
+    """As much of a text as fits into so many columns of a terminal."""
+    widths = (1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return text[: sum(end <= columns for end in itertools.accumulate(widths))]
 
 
 def _duration(seconds: float) -> str:
@@ -5740,8 +5734,7 @@ class _Timeline:
             self.bars += [self._bar(job, step, way) for step in job["steps"]]
         # asynciojobs gives jobs that do not require each other in any order
         self.notes.sort()
-        order = list(ways.values())
-        self.bars.sort(key=lambda bar: (order.index(bar.way), bar.start, bar.label))
+        self.bars.sort(key=lambda bar: (_way_order(bar.way), bar.start, bar.label))
         counts = [f"{number} {state}" for state, number in sorted(states.items())]
         self.heading = ", ".join([_count(len(record["jobs"]), "job"), *counts])
         if self.bars:
@@ -5843,8 +5836,10 @@ def _svg(timeline: _Timeline) -> str:
         for line in textwrap.wrap(note, 190):
             y += 15
             shapes.append(_svg_text("note", "-260", y, line))
-    root = f'<svg xmlns="http://www.w3.org/2000/svg" width="1200" height="{y + 10}">'
-    return "\n".join([root, *shapes, "</svg></svg>\n"])
+    size = f'width="1200" height="{y + 10}" viewBox="0 0 1200 {y + 10}"'
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg></svg>\n"]
+    )
 
 
 def timeline_as_svgfile(
