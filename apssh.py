@@ -3985,6 +3985,14 @@ class SshNode(_Node):
         self._leads = False  # others go through it
         self._adopt(formatter, verbose)
 
+    def __str__(self) -> str:
+        """The way to it: ``user@gw->root@host``; a port that is not 22 is shown, ``host:2222``."""
+        hops = []
+        for hop in self._hops():
+            port = None if hop.port == 22 else hop.port
+            hops.append(_endpoint_text(hop.hostname, hop.username, port))
+        return "->".join(hops)
+
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
         port = f":{self.port}" if self.port != 22 else ""
@@ -4727,6 +4735,9 @@ class LocalNode(_Node):
         self.hostname = "LOCALNODE"
         self.username = getpass.getuser()
         self._adopt(formatter, verbose)
+
+    def __str__(self) -> str:
+        return "Local Node"
 
     def __repr__(self) -> str:
         return "<LocalNode>"
@@ -5884,63 +5895,44 @@ def _refuse_running_loop(what: str, remedy: str) -> None:
         raise UsageError(f"{what} in a running loop: {remedy} there")
 
 
-def _node_label(node: SshNode | LocalNode) -> str:
-    port = None if node.port == 22 else node.port
-    return (
-        "Local Node"
-        if isinstance(node, LocalNode)
-        else _endpoint_text(node.hostname, node.username, port)
-    )
-
-
-def _natural(text: str) -> list[str | int]:
-    """A key that sorts node2 before node10."""
-    return [
-        int(part) if number % 2 else part for number, part in enumerate(re.split(r"(\d+)", text))
-    ]
-
-
-def _numbered_nodes(scheduler: Any) -> list[SshNode | LocalNode]:
-    """The nodes of a scheduler's jobs, gateways included, sorted by name; this machine comes once,
-    first.
+def _nodes_by_way(scheduler: _Scheduler) -> dict[str, SshNode | LocalNode]:
+    """The nodes of a scheduler's jobs, and their gateways, by their ways (``user@gw->root@host``);
+    in the order of these, so that each comes behind its gateway.
     """
-    nodes = dict.fromkeys(
-        node
-        for job in _ssh_jobs(scheduler)
-        if isinstance(job.node, SshNode)
-        for node in job.node._hops()
-    )
-    local = [job.node for job in _ssh_jobs(scheduler) if isinstance(job.node, LocalNode)]
-    return [
-        *local[:1],
-        *sorted(nodes, key=lambda node: (_natural(_node_label(node)), node.distance())),
-    ]
+    nodes: dict[str, SshNode | LocalNode] = {}
+    for job in _ssh_jobs(scheduler):
+        node: SshNode | LocalNode | None = job.node
+        while node and str(node) not in nodes:
+            nodes[str(node)] = node
+            node = node.gateway
+    return {way: nodes[way] for way in sorted(nodes, key=_way_order)}
 
 
-def topology_dot(scheduler: Any) -> str:
+def _way_order(way: str) -> list[list[str | int]]:
+    """A key that sorts node2 before node10, and both behind their gateway."""
+    hops = (re.split(r"(\d+)", hop) for hop in way.split("->"))
+    return [[int(part) if part.isdecimal() else part for part in hop] for hop in hops]
+
+
+def topology_dot(scheduler: _Scheduler) -> str:
     """Graphviz source of which node is the gateway of which, from this machine (``Local Node``)
-    outwards.
+    outwards. The nodes are those of all jobs, nested schedulers included, and their gateways.
     """
-    nodes = [node for node in _numbered_nodes(scheduler) if isinstance(node, SshNode)]
-    names = {None: "local"} | {node: f"n{number}" for number, node in enumerate(nodes, 1)}
     lines = ["digraph topology {", "  rankdir=LR;", '  local [label="Local Node" shape=box];']
-    for node in nodes:
-        label = (
-            _clean(_node_label(node))
-            .replace("\\", "\\\\")
-            .replace('"', '\\"')
-            .replace("&", "&amp;")
-        )
-        lines += [
-            f'  {names[node]} [label="{label}"];',
-            f"  {names[node.gateway]} -> {names[node]};",
-        ]
+    names = {"None": "local"}  # of ways; no gateway is None
+    for way, node in _nodes_by_way(scheduler).items():
+        if isinstance(node, SshNode):
+            names[way] = f"n{len(names)}"
+            # dot reads quotes and backslashes as JSON does, and entities as HTML does
+            label = _clean(way.split("->")[-1]).replace("&", "&amp;")
+            lines.append(f"  {names[way]} [label={json.dumps(label, ensure_ascii=False)}];")
+            lines.append(f"  {names[str(node.gateway)]} -> {names[way]};")
     return "\n".join([*lines, "}", ""])
 
 
-def topology_graph(scheduler: Any) -> Any:
-    """The same as a ``graphviz.Source``, that notebooks show. Raises UsageError without the Python
-    package graphviz.
+def topology_graph(scheduler: _Scheduler) -> Any:
+    """Which node is the gateway of which, as a ``graphviz.Source``, that notebooks show. Raises
+    UsageError without the Python package graphviz.
     """
     try:
         return importlib.import_module("graphviz").Source(topology_dot(scheduler))
@@ -5950,109 +5942,85 @@ def topology_graph(scheduler: Any) -> Any:
         ) from None
 
 
-def topology_as_dotfile(scheduler: Any, filename: str | os.PathLike[str]) -> None:
-    """Write ``topology_dot`` into this very file."""
+def topology_as_dotfile(scheduler: _Scheduler, filename: str | os.PathLike[str]) -> None:
+    """Write Graphviz source of which node is the gateway of which (``topology_dot``) into a file
+    of exactly this name.
+    """
     Path(filename).write_text(topology_dot(scheduler), "utf-8")
 
 
-def topology_as_pngfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
-    """Write ``filename.dot`` and ``filename.png``; the name of the second. Raises UsageError where
-    there is no ``dot`` program.
+def topology_as_pngfile(scheduler: _Scheduler, filename: str | os.PathLike[str]) -> str:
+    """Draw which node is the gateway of which: write ``filename.dot`` and ``filename.png``, and
+    return the name of the second. Raises UsageError where there is no ``dot`` program (Graphviz),
+    and ApsshError when it fails.
     """
-    source, png = (f"{os.fspath(filename)}.{suffix}" for suffix in ("dot", "png"))
-    topology_as_dotfile(scheduler, source)
+    png = f"{os.fspath(filename)}.png"
+    topology_as_dotfile(scheduler, f"{os.fspath(filename)}.dot")
+    source = topology_dot(scheduler).encode()
     try:
-        subprocess.run(
-            ["dot", "-Tpng", "-o", os.path.abspath(png), os.path.abspath(source)],
-            check=True,
-            capture_output=True,
-        )
+        dot = subprocess.run(["dot", "-Tpng"], input=source, check=True, capture_output=True)
     except FileNotFoundError:
         raise UsageError(f"no dot program to draw {_brief(png)} with: install graphviz") from None
     except subprocess.CalledProcessError as exc:
-        raise ApsshError(
-            f"dot cannot draw {_brief(png)}: {_brief(exc.stderr.decode(errors='replace').strip())}"
-        ) from None
+        why = exc.stderr.decode(errors="replace")
+        raise ApsshError(f"dot cannot draw {_brief(png)}: {_brief(why)}") from None
+    Path(png).write_bytes(dot.stdout)
     return png
 
 
-def _walk(scheduler: Any, parent: Any = None) -> Iterator[tuple[Any, Any]]:
-    """All jobs in the order that gives them their numbers, each with the nested scheduler it is in."""
-    for job in list(scheduler.topological_order()):
+def _walk(scheduler: _Scheduler, parent: _Job | None = None) -> Iterator[tuple[_Job, _Job | None]]:
+    """All jobs in the order that numbers them, each with the nested scheduler that it is in."""
+    for job in scheduler.topological_order():
         yield job, parent
         if isinstance(job, asynciojobs.PureScheduler):
             yield from _walk(job, job)
 
 
-def _job_state(job: Any) -> tuple[str, str | None]:
-    """idle, waiting (for a slot of the window), running, ok, failed or cancelled; and why."""
-    steps = job.records if isinstance(job, SshJob) else []
+def _job_state(job: _Job) -> tuple[str, str | None]:
+    """What became of a job: idle, waiting (for a slot of the window), running, ok, failed or
+    cancelled; and why, if it failed.
+    """
+    if not job.is_scheduled():
+        return "idle", None
+    if not job.is_running():
+        return "waiting", None
     if not job.is_done():
-        if (
-            steps[-1].kind == "cancelled"
-            if steps
-            else job.is_running() and asyncio._get_running_loop() is None
-        ):
-            return "cancelled", None
-        return "running" if job.is_running() else "waiting" if job.is_scheduled() else "idle", None
-    if exc := job.raised_exception():
-        return "failed", str(exc) if isinstance(exc, ApsshError) else f"{type(exc).__name__}: {exc}"
-    if isinstance(job, SshJob) and (result := job.result()):
-        return "failed", str(result) if isinstance(result, ApsshError) else next(
-            (step.error for step in steps[::-1] if step.error), None
-        )
-    if isinstance(job, asynciojobs.PureScheduler) and not job.result():
+        # asynciojobs has no word for a job that it cancelled: not done, and "running" for ever
+        task = vars(job).get("_task")
+        return "cancelled" if task and task.cancelled() else "running", None
+    # a non-critical SshJob returns its error, and as raised_exception() gives it too
+    result = job.raised_exception() or job.result()
+    if isinstance(result, BaseException):
+        return "failed", str(result) if isinstance(result, ApsshError) else repr(result)
+    if isinstance(job, SshJob) and result:
+        errors = [step.error for step in job.records if step.error]
+        return "failed", errors[-1] if errors else None
+    if isinstance(job, asynciojobs.PureScheduler) and not result:
         return "failed", str(job.why())
     return "ok", None
 
 
-def _wall(epoch: float | None) -> str | None:
-    return (
-        None
-        if epoch is None
-        else datetime.datetime.fromtimestamp(epoch).astimezone().isoformat(timespec="milliseconds")
-    )
+def _iso_time(epoch: float | None) -> str | None:
+    if epoch is None:
+        return None
+    return datetime.datetime.fromtimestamp(epoch).astimezone().isoformat(timespec="milliseconds")
 
 
-def run_record(scheduler: Any) -> dict[str, Any]:
+def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     """What is known of a run, at any moment of it, ready for JSON.
 
     ``versions``; ``started`` and ``ended`` (ISO 8601; ``_epoch``: seconds; None when no step ran);
-    ``nodes``; ``jobs`` in the scheduler's order, those of nested schedulers (``parent``) included,
-    with state, error, requirements and the StepRecords as ``steps``, whose start and end are
-    seconds of one monotonic clock. Jobs that are no SshJob have neither node nor steps.
+    ``nodes``, each behind its gateway, with label, way (``user@gw->root@host``) and host key;
+    ``jobs`` in the scheduler's order, those of nested schedulers (``parent``) included, with
+    state, error, requirements and the StepRecords as ``steps``, whose start and end are seconds of
+    one monotonic clock. Jobs that are no SshJob have neither node nor steps.
     """
-    nodes = _numbered_nodes(scheduler)
-    places = {node: number for number, node in enumerate(nodes, 1)}
+    nodes = _nodes_by_way(scheduler)
+    places = {way: number for number, way in enumerate(nodes, 1)}
     walk = list(_walk(scheduler))
     numbers = {job: number for number, (job, _) in enumerate(walk, 1)}
-    jobs: list[dict[str, Any]] = []
-    for job, parent in walk:
-        state, error = _job_state(job)
-        ssh = isinstance(job, SshJob)
-        label = (
-            job.label
-            or (job.text_label().removeprefix(f"{job._where()}: ") if ssh else job.text_label())
-            or type(job).__name__
-        )
-        jobs.append(
-            {
-                "id": numbers[job],
-                "parent": numbers.get(parent),
-                "type": type(job).__name__,
-                "label": str(label),
-                "node": (1 if isinstance(job.node, LocalNode) else places[job.node])
-                if ssh
-                else None,
-                "critical": bool(job.critical),
-                "forever": bool(job.forever),
-                "state": state,
-                "error": error,
-                "requirements": sorted(numbers[each] for each in job.required if each in numbers),
-                "steps": [dataclasses.asdict(step) for step in job.records] if ssh else [],
-            }
-        )
-    steps = [step for job in jobs for step in job["steps"] if step["start"] is not None]
+    jobs = [_job_record(job, parent, numbers, places) for job, parent in walk]
+    steps = list(itertools.chain.from_iterable(job["steps"] for job in jobs))
     started = min((step["start_wall"] for step in steps), default=None)
     ended = max((step["end_wall"] or time.time() for step in steps), default=None)
     return {
@@ -6062,35 +6030,59 @@ def run_record(scheduler: Any) -> dict[str, Any]:
             "asynciojobs": asynciojobs.__version__,
             "python": sys.version.split()[0],
         },
-        "started": _wall(started),
+        "started": _iso_time(started),
         "started_epoch": started,
-        "ended": _wall(ended),
+        "ended": _iso_time(ended),
         "ended_epoch": ended,
         "nodes": [
             {
-                "id": places[node],
-                "label": _node_label(node),
+                "id": places[way],
+                "label": way.split("->")[-1],
+                "way": way,
                 "hostname": node.hostname,
                 "username": node.username,
                 "port": node.port,
-                "gateway": places[node.gateway] if node.gateway else None,
+                "gateway": places.get(str(node.gateway)),
                 "host_key": node._host_key_shown,
             }
-            for node in nodes
+            for way, node in nodes.items()
         ],
         "jobs": jobs,
     }
 
 
-def save_record(scheduler: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``run_record`` as JSON, for its owner's eyes only (commands may hold secrets); the file
-    is whole at any time.
+def _job_record(
+    job: _Job, parent: _Job | None, numbers: dict[_Job, int], places: dict[str, int]
+) -> dict[str, Any]:
+    state, error = _job_state(job)
+    label, node, steps = job.text_label() or "", None, []
+    if isinstance(job, SshJob):
+        label = label.partition(": ")[2]  # without the host
+        node, steps = places[str(job.node)], job.records
+    return {
+        "id": numbers[job],
+        "parent": numbers[parent] if parent else None,
+        "type": type(job).__name__,
+        "label": str(job.label or label or type(job).__name__),
+        "node": node,
+        "critical": job.critical,
+        "forever": job.forever,
+        "state": state,
+        "error": error,
+        "requirements": sorted(numbers[each] for each in job.required if each in numbers),
+        "steps": [dataclasses.asdict(step) for step in steps],
+    }
+
+
+def save_record(scheduler: _Scheduler, path: str | os.PathLike[str]) -> None:
+    """Write what is known of a run (``run_record``) as JSON, for its owner's eyes only: commands
+    may hold secrets. The file is whole at any time. Raises OSError where it cannot be written.
     """
     _write_whole(path, json.dumps(run_record(scheduler), indent=1, default=str))
 
 
 @contextlib.contextmanager
-def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
+def recording(scheduler: _Scheduler, path: str | os.PathLike[str]) -> Iterator[None]:
     """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an
     exception and Ctrl-C too. A first one is there before anything runs: OSError tells at once of a
     place that cannot be written.
@@ -6105,486 +6097,210 @@ def recording(scheduler: Any, path: str | os.PathLike[str]) -> Iterator[None]:
     save_record(scheduler, path)
 
 
-def _clean(text: Any, most: int = 10_000) -> str:
-    """A text on one line, without characters that a picture or a terminal cannot show."""
-    line = re.sub(f"[{_CONTROLS}\t\ufffe\uffff]+", " ", str(text)).strip()
-    return line if len(line) <= most else line[: most - 1] + "…"
+# The picture of a run. Each bar is a step, and an <svg> of its own in the page: its edge cuts its
+# text, so that nothing here needs to know how wide a letter is. One list of bars feeds the SVG and
+# the text.
 
 
-def _ends(text: str, most: int) -> str:
-    """The same, so long at the most; what is cut out is its middle, for names often differ at their
-    end.
+def _clean(text: str) -> str:
+    """A text on one line, without characters that a picture or a terminal cannot show, nor more
+    than anybody reads.
     """
-    text = _clean(text)
-    return text if len(text) <= most else text[: (most - 1) // 2] + "…" + text[-(most // 2) :]
+    return re.sub(f"[{_CONTROLS}\t\ufffe\uffff]", " ", text[:500])
 
 
-def _cells(text: str) -> int:
-    """The columns it takes on a terminal."""
-    return sum(
-        (unicodedata.east_asian_width(char) in "WF") + (not unicodedata.combining(char))
-        for char in text
-    )
-
-
-def _fit(text: str, cells: int) -> str:
-    """The text in exactly so many columns."""
-    if _cells(text) > cells:
-        widths = itertools.accumulate(map(_cells, text))
-        text = text[: sum(width < cells for width in widths)] + "…" * (cells > 0)
-    return text + " " * (cells - _cells(text))
+def _cut(text: str, columns: int) -> str:
+    """As much of a text as fits into so many columns of a terminal."""
+    widths = (1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
+    return text[: sum(end <= columns for end in itertools.accumulate(widths))]
 
 
 def _duration(seconds: float) -> str:
     if seconds < 59.95:
         return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    parts = (minutes // 60, "h"), (minutes % 60, "min"), (rest, "s")
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
-def _tick(span: float) -> float:
-    """Seconds between two marks of a time axis: a round number, for ten of them at most."""
-    steps = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 2, 5)]
-    steps += [10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200]
-    return next((step for step in steps if span / step <= 10), 86400 * (span // 864000 + 1))
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Bar:
-    """A step in a picture; times in seconds since the first one began."""
+    """A step in a picture. ``way``: to its node; ``start``, ``end``: parts of the whole time, 0 to
+    1; ``state``: running, ok, failed or cancelled; ``details``: lines that show under the pointer.
+    """
 
+    way: str
     start: float
     end: float
     state: str
-    outcome: str
     label: str
-    details: list[str]
+    details: str
 
 
 class _Timeline:
-    """When and where things happened in a run, given as its scheduler or its record: what its
-    pictures show. ``bars``, ``times``: of each job that ran; ``rows``: node to sub-rows of jobs
-    that do not overlap; ``before``: job to the jobs it waited for, seen through nested schedulers
-    and jobs without times; ``ready``: job to the time when it had all that it requires.
+    """What both pictures of a run show: ``heading``; ``bars``, by node and start; ``span``: seconds
+    from the first one's start to the last one's end; ``notes``: what failed, and what never ran.
     """
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: _Scheduler | Mapping[str, Any]) -> None:
         record = scheduler if isinstance(scheduler, Mapping) else run_record(scheduler)
-        self.jobs: dict[int, dict[str, Any]] = {job["id"]: job for job in record["jobs"]}
-        self.nodes: dict[int, dict[str, Any]] = {node["id"]: node for node in record["nodes"]}
-        steps = [step for job in record["jobs"] for step in job["steps"]]
-        zero = min((step["start"] for step in steps), default=0.0)
-        self.span: float = max(
-            [0.001, *(step["end"] - zero for step in steps if step["end"] is not None)]
-        )
-        if any(step["end"] is None for step in steps):
-            self.span = max(self.span, record["ended_epoch"] - record["started_epoch"])
-        self.bars = {
-            number: [self.bar(job, step, zero) for step in job["steps"]]
-            for number, job in self.jobs.items()
-            if job["steps"]
-        }
-        self.times = {number: (bars[0].start, bars[-1].end) for number, bars in self.bars.items()}
-        self.rows: dict[int, list[list[int]]] = {
-            node: []
-            for node in sorted(
-                {job["node"] for job in record["jobs"] if job["node"]},
-                key=lambda node: (self.way(node), node),
-            )
-        }
-        for number in sorted(self.times, key=lambda number: self.times[number]):
-            rows = self.rows[self.jobs[number]["node"]]
-            row = next(
-                (row for row in rows if self.times[row[-1]][1] <= self.times[number][0]), None
-            )
-            rows.append([number]) if row is None else row.append(number)
-        self.nested: dict[int, list[int]] = {}
-        for number, job in self.jobs.items():
-            self.nested.setdefault(job["parent"], []).append(number)
-        self.before: dict[int, set[int]] = {}
-        for number, job in sorted(
-            self.jobs.items()
-        ):  # what a job requires, and what it is in, come before it
-            self.before[number] = (
-                set().union(*map(self.last, job["requirements"]))
-                if job["requirements"]
-                else self.before.get(job["parent"], set())
-            )
-        self.ready = {
-            number: max(self.times[each][1] for each in self.before[number])
-            for number in self.times
-            if self.before[number]
-            and all(
-                each in self.times or each in self.nested
-                for each in self.jobs[number]["requirements"]
-            )
-        }
-        states = [job["state"] for job in record["jobs"]]
-        counts = [
-            f"{states.count(state)} {state}".replace("idle", "never ran")
-            for state in ("ok", "failed", "cancelled", "running", "waiting", "idle")
-            if state in states
-        ]
-        when = (
-            [record["started"][:19].replace("T", " "), _duration(self.span)] if self.times else []
-        )
-        sizes = (
-            f"{size} {noun}{'s' * (size != 1)}"
-            for size, noun in ((len(states), "job"), (len(self.rows), "node"))
-        )
-        self.heading = ": ".join(filter(None, [" on ".join(sizes), ", ".join(counts + when)]))
+        self.start: float = record["started_epoch"] or 0.0
+        self.end: float = record["ended_epoch"] or 0.0
+        self.span = max(self.end - self.start, 0.001)
+        self.bars: list[_Bar] = []
+        self.notes: list[str] = []
+        states: collections.Counter[str] = collections.Counter()
+        ways = {node["id"]: node["way"] for node in record["nodes"]}
+        for job in record["jobs"]:
+            way = ways.get(job["node"], "")
+            name = f"{job['label']} on {way}".removesuffix(" on ")
+            state = job["state"].replace("idle", "never ran")
+            states[state] += 1
+            if state in ("failed", "never ran"):
+                why = f": {job['error']}".removesuffix(": None")
+                self.notes.append(f"{state}: {name}{why}")
+            self.bars += [self._bar(job, step, way) for step in job["steps"]]
+        # asynciojobs gives jobs that do not require each other in any order
+        self.notes.sort()
+        self.bars.sort(key=lambda bar: (_way_order(bar.way), bar.start, bar.label))
+        counts = [f"{number} {state}" for state, number in sorted(states.items())]
+        self.heading = ", ".join([_count(len(record["jobs"]), "job"), *counts])
+        if self.bars:
+            self.heading += f"; {_duration(self.span)} from {record['started']}"
 
-    def bar(self, job: Mapping[str, Any], step: Mapping[str, Any], zero: float) -> _Bar:
-        start, end = step["start"] - zero, self.span if step["end"] is None else step["end"] - zero
-        kind, status = step["kind"], step["status"]
-        outcome = (
-            "running"
-            if step["end"] is None
-            else {None: "ok", "status": f"status {status}", "signal": str(status)}.get(kind, kind)
-        )
-        state = outcome if outcome in ("running", "ok", "cancelled") else "failed"
-        why = step["error"] if state == "failed" else f"status {status}" if state == "ok" else ""
-        sizes = (
-            f"{step[f'bytes_{name}']:,} bytes {name}"
-            for name in ("out", "err", "transferred")
-            if step[f"bytes_{name}"]
-        )
-        label = job["label"] if len(job["steps"]) == 1 else step["label"]
+    def _bar(self, job: Mapping[str, Any], step: Mapping[str, Any], way: str) -> _Bar:
+        start, end = step["start_wall"], step["end_wall"]
+        state = "failed"
+        if end is None:
+            end, state = self.end, "running"
+        elif step["kind"] in (None, "cancelled"):
+            state = step["kind"] or "ok"
+        times = f"{_duration(end - start)} from {_iso_time(start)}"
+        details = f"{job['label']} on {way}", step["command"], step["error"] or state, times
         return _Bar(
-            start,
-            end,
-            state,
-            outcome,
-            _clean(label),
-            [
-                self.name(job),
-                *dict.fromkeys((step["label"], step["command"])),
-                f"{state}: {why}".rstrip(": "),
-                f"{_duration(end - start)}, from {_duration(start)}",
-                ", ".join(sizes),
-            ],
-        )
-
-    def last(self, number: int) -> set[int]:
-        """The jobs that end when this one does."""
-        inner = self.nested.get(number, [])
-        if number in self.times or not inner:
-            return {number} if number in self.times else self.before[number]
-        required = {each for other in inner for each in self.jobs[other]["requirements"]}
-        return set().union(*(self.last(other) for other in inner if other not in required))
-
-    def gateway(self, node: int) -> str:
-        gateway = self.nodes[node]["gateway"]
-        return _ends(self.nodes[gateway]["label"], 26) if gateway else ""
-
-    def way(self, node: int) -> list[list[str | int]]:
-        """The gateways before it, the farthest first: lanes are sorted so, each group followed by
-        those behind it.
-        """
-        gateway = self.nodes[node]["gateway"]
-        return [*self.way(gateway), _natural(self.nodes[gateway]["label"])] if gateway else []
-
-    def name(self, job: Mapping[str, Any]) -> str:
-        return (
-            f"{job['label']} ({self.nodes[job['node']]['label']})"
-            if job["node"]
-            else str(job["label"])
+            way=way,
+            start=(start - self.start) / self.span,
+            end=(end - self.start) / self.span,
+            state=state,
+            label=job["label"] if len(job["steps"]) == 1 else step["label"],
+            details="\n".join(map(_clean, details)),
         )
 
 
-_SVG_WIDTH = 1200
-_SVG_HEAD = """<svg xmlns="http://www.w3.org/2000/svg" width="{0}" height="{1:.0f}" viewBox="0 0 {0} {1:.0f}">
+_ROW_HEIGHT = 18  # pixels
+_TICKS = (
+    0.01,
+    0.1,
+    0.5,
+    1,
+    2,
+    5,
+    10,
+    30,
+    60,
+    120,
+    300,
+    600,
+    1800,
+    3600,
+    7200,
+    21600,
+    86400,
+)  # seconds
+_SVG_HEAD = """\
 <style>
-text {{ font: {2}px Helvetica, Arial, sans-serif; fill: #1a1a1a }}
-text.small {{ font-size: 11px }} text.head {{ font-size: 14px; font-weight: bold }} text.group {{ font-style: italic; fill: #444 }}
-.lane {{ fill: #f1f3f5 }} .page, .odd {{ fill: #fff }} .plate {{ fill: #fafbfc; opacity: 0.8 }} .grid {{ stroke: #d5d9dd }}
-.bar {{ stroke: #1a1a1a; stroke-width: 0.5 }} .ok {{ fill: #8fc8eb }} .failed {{ fill: #d55e00; stroke-width: 1 }}
-.cancelled {{ fill: url(#cancelled) }} .running {{ fill: #fff; stroke: #0060a0; stroke-width: 1.2; stroke-dasharray: 4 2 }}
-.wait {{ fill: url(#wait) }} .mark {{ stroke: #000; stroke-width: 1.5; fill: none }} .halo {{ stroke: #fff; stroke-width: 4; fill: none }}
-.arrow {{ stroke: #6b5b95; stroke-width: 1; fill: none; marker-end: url(#head) }} .pale {{ stroke-width: 0.6; opacity: 0.45 }}
+text { font: 11px Helvetica, Arial, sans-serif; fill: #1a1a1a }
+line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a } .ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
+.cancelled rect { fill: url(#stripes) } .running rect { fill: #fff; stroke-dasharray: 4 2 }
+.failed text, .heading { font-weight: bold } .tick { text-anchor: middle } .way { text-anchor: end }
 </style>
-<defs>
-<pattern id="cancelled" width="6" height="6" patternUnits="userSpaceOnUse"><path d="M0 0H6V6H0Z" fill="#f5e88a"/>
-<path d="M0 6L6 0" stroke="#d8c64a"/></pattern>
-<pattern id="wait" width="4" height="4" patternUnits="userSpaceOnUse"><path d="M0 0V4" stroke="#8a9099" stroke-width="2"/></pattern>
-<marker id="head" markerWidth="6" markerHeight="6" refX="6" refY="3" orient="auto"><path d="M0 0L6 3L0 6Z" fill="#6b5b95"/></marker>
-</defs>
-<rect class="page" width="100%" height="100%"/>
-<rect class="key bar ok" x="10" y="41" width="22" height="14"/><text class="small" x="38" y="52">ok</text>
-<rect class="key bar failed" x="74" y="41" width="22" height="14"/><text class="small" x="102" y="52">failed</text>
-<path class="mark" d="M82 45l6 6m-6 0l6 -6"/>
-<rect class="key bar cancelled" x="162" y="41" width="22" height="14"/><text class="small" x="190" y="52">cancelled</text>
-<rect class="key bar running" x="268" y="41" width="22" height="14"/><text class="small" x="296" y="52">running</text>
-<rect class="key wait" x="362" y="46" width="22" height="4"/><text class="small" x="390" y="52">waited after its requirements</text>
-<path class="key arrow" d="M588 48H610"/><text class="small" x="616" y="52">{3}</text>
-"""
+<pattern id="stripes" width="6" height="6" patternUnits="userSpaceOnUse">
+<path d="M0 0H6V6H0Z" fill="#f5e88a"/><path d="M0 6L6 0" stroke="#b59f1d"/>
+</pattern>
+<path fill="#fff" d="M0 0H9999V99999H0Z"/>
+<svg class="ok" x="270" y="30" width="80" height="16"><rect width="100%" height="100%"/>
+<text x="3" y="12">ok</text></svg>
+<svg class="failed" x="360" y="30" width="80" height="16"><rect width="100%" height="100%"/>
+<text x="3" y="12">✗ failed</text></svg>
+<svg class="cancelled" x="450" y="30" width="80" height="16"><rect width="100%" height="100%"/>
+<text x="3" y="12">cancelled</text></svg>
+<svg class="running" x="540" y="30" width="80" height="16"><rect width="100%" height="100%"/>
+<text x="3" y="12">running</text></svg>
+<svg x="270" width="900" overflow="visible">"""
 
 
-def _title(lines: Iterable[str]) -> str:
-    """A text that shows when the pointer is on its element."""
+def _svg_text(class_: str, x: str, y: float, text: str) -> str:
+    return f'<text class="{class_}" x="{x}" y="{y}">{html.escape(_clean(text))}</text>'
+
+
+def _svg_bar(bar: _Bar, y: float) -> str:
+    mark = "✗ " if bar.state == "failed" else ""
+    width = max(bar.end - bar.start, 0.003)  # visible
     return (
-        "<title>" + "\n".join(html.escape(_clean(line, 500)) for line in lines if line) + "</title>"
+        f'<svg class="bar {bar.state}" x="{bar.start:.2%}" y="{y}" width="{width:.2%}" height="16">'
+        f'<title>{html.escape(bar.details)}</title><rect width="100%" height="100%"/>'
+        f"{_svg_text('label', '3', 12, mark + bar.label)}</svg>"
     )
 
 
-class _Picture:
-    """The SVG of a timeline, in layers of elements; ``y`` is where the next row goes."""
-
-    def __init__(self, line: _Timeline) -> None:
-        self.line = line
-        self.height, self.font = (
-            (22, 11) if sum(max(1, len(rows)) for rows in line.rows.values()) <= 40 else (14, 9)
-        )
-        self.glyph = self.font * 0.6  # the width of a character, rather more than less
-        labels = [
-            text
-            for node in line.rows
-            for text in (_ends(line.nodes[node]["label"], 34), f"behind {line.gateway(node)}")
-        ]
-        self.left = max(map(len, labels), default=0) * self.glyph + 22
-        self.scale = (_SVG_WIDTH - self.left - 24) / line.span
-        self.layers: dict[str, list[str]] = {
-            name: [] for name in ("back", "arrows", "bars", "front")
-        }
-        self.middle: dict[int, float] = {}  # of a job's row
-        self.y = 92.0
-
-    def x(self, seconds: float) -> float:
-        return self.left + seconds * self.scale
-
-    def add(self, layer: str, name: str, class_: str, content: str = "", **attributes: Any) -> None:
-        texts = {
-            key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
-            for key, value in attributes.items()
-        }
-        shown = "".join(f' {key}="{text}"' for key, text in texts.items())
-        self.layers[layer].append(f'<{name} class="{class_}"{shown}>{content}</{name}>')
-
-    def text(
-        self, x: float, text: str, class_: str = "row", y: float | None = None, **attributes: Any
-    ) -> None:
-        middle = self.y + self.height / 2 + self.font * 0.36
-        self.add(
-            "front",
-            "text",
-            class_,
-            html.escape(_clean(text)),
-            x=x,
-            y=middle if y is None else y,
-            **attributes,
-        )
-
-    def draw(self) -> str:
-        top, group = self.y, ""
-        for number, node in enumerate(self.line.rows):
-            if (gateway := self.line.gateway(node)) != group:
-                group = gateway
-                self.text(8, f"behind {gateway}", "group")
-                self.y += self.height
-            self.lane(node, "lane odd" if number % 2 else "lane")
-        self.arrows()
-        self.frame(top)
-        arrow = "last requirement to end" if len(self.middle) > 60 else "requirement"
-        head = _SVG_HEAD.format(_SVG_WIDTH, self.y + 10, self.font, arrow)
-        return "\n".join([head, *itertools.chain(*self.layers.values()), "</svg>", ""])
-
-    def lane(self, node: int, class_: str) -> None:
-        rows, label = self.line.rows[node] or [[]], self.line.nodes[node]["label"]
-        self.add(
-            "back",
-            "rect",
-            class_,
-            _title([label]),
-            x=4,
-            y=self.y,
-            width=_SVG_WIDTH - 8,
-            height=self.height * len(rows),
-        )
-        self.text(10, _ends(label, 34))
-        for row in rows:
-            edge = self.left
-            for number, after in itertools.zip_longest(row, row[1:]):
-                edge = self.job(
-                    number, edge, self.x(self.line.times[after][0]) if after else _SVG_WIDTH - 6.0
-                )
-            self.y += self.height
-
-    def job(self, number: int, before: float, after: float) -> float:
-        """Its wait and its bars, in the room from before to after; where the last bar ends."""
-        self.middle[number] = self.y + self.height / 2
-        start, ready = self.line.times[number][0], self.line.ready.get(number)
-        if (
-            ready is not None
-            and (waited := self.x(start) - (since := max(self.x(ready), before))) > 2
-        ):
-            title = _title(
-                [
-                    self.line.name(self.line.jobs[number]),
-                    f"waited {_duration(start - ready)} after its last requirement",
-                ]
-            )
-            self.add(
-                "back",
-                "rect",
-                "wait",
-                title,
-                x=since,
-                y=self.middle[number] - 2,
-                width=waited,
-                height=4,
-            )
-        for bar, following in itertools.zip_longest(
-            self.line.bars[number], self.line.bars[number][1:]
-        ):
-            before = self.bar(bar, self.x(following.start) if following else after)
-        return before
-
-    def bar(self, bar: _Bar, after: float) -> float:
-        x, width = self.x(bar.start), max((bar.end - bar.start) * self.scale, 1.5)
-        size: dict[str, Any] = {"y": self.y + 2, "height": self.height - 4}
-        self.add("bars", "rect", f"bar {bar.state}", _title(bar.details), x=x, width=width, **size)
-        label, inside, beside = _clean(bar.label, 60), 3.0, 4.0
-        if bar.state == "failed":
-            inside, beside = 13.0, max(4.0, 8 - width / 2)
-            left, top = x + min(7, width / 2) - 3, self.y + self.height / 2 - 3
-            for class_ in ["halo"] * (width <= 14) + ["mark"]:
-                self.add("front", "path", class_, d=f"M{left:.1f} {top:.1f}l6 6m-6 0l6 -6")
-        within, outside = (
-            int((room - 3) / self.glyph) for room in (width - inside, after - x - width - beside)
-        )  # characters
-        room = within if _cells(label) <= within or within >= outside else outside
-        if room >= min(4, _cells(label)):
-            label = _fit(label, room).rstrip()
-            if room == outside:
-                self.add(
-                    "bars",
-                    "rect",
-                    "plate",
-                    x=x + width + 1,
-                    width=beside + _cells(label) * self.glyph + 3,
-                    **size,
-                )
-            self.text(x + (inside if room == within else width + beside), label)
-        return x + width
-
-    def arrows(self) -> None:
-        """From what a job required: pale but for the last one to end; with many jobs, that one
-        only.
-        """
-        many = len(self.middle) > 60
-        for number, y2 in self.middle.items():
-            before = sorted(self.line.before[number], key=lambda job: self.line.times[job][1])
-            for each in before[-1:] if many else before:
-                x1, x2, y1 = (
-                    self.x(self.line.times[each][1]),
-                    self.x(self.line.times[number][0]),
-                    self.middle[each],
-                )
-                bend = max(10.0, (x2 - x1) / 2)
-                self.add(
-                    "arrows",
-                    "path",
-                    "arrow pale" if many or each != before[-1] else "arrow",
-                    d=f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}",
-                )
-
-    def frame(self, top: float) -> None:
-        """The time axis, and at the bottom what failed, and what has no bar."""
-        step, bottom = _tick(self.line.span), [self.y + 14] * (self.y > 700)
-        for number in range(int(self.line.span / step + 1e-9) + 1):
-            x = self.x(number * step)
-            self.add("back", "path", "grid", d=f"M{x:.1f} {top - 4:.1f}V{self.y:.1f}")
-            for y in [top - 8, *bottom]:
-                self.text(x, _duration(number * step), "small", y, style="text-anchor: middle")
-        self.text(10, self.line.heading, "head", 24)
-        self.y += 20 if bottom else 6
-        others = [
-            job
-            for number, job in self.line.jobs.items()
-            if number not in self.line.times and number not in self.line.nested
-        ]
-        texts = [
-            f"Failed: {_clean(job['label'], 60)}: {_clean(job['error'] or '', 200)}"
-            for job in self.line.jobs.values()
-            if job["state"] == "failed" and job["node"]
-        ]
-        texts[40:] = [f"and {len(texts) - 40} more"] * (len(texts) > 40)
-        for heading, states in (
-            ("Never ran", {"idle", "waiting"}),
-            ("Times not known", {"ok", "failed", "cancelled", "running"}),
-        ):
-            if names := sorted(
-                (_clean(self.line.name(job), 60) for job in others if job["state"] in states),
-                key=_natural,
-            ):
-                texts.append(f"{heading}: {', '.join(names)}")
-        for text in itertools.chain.from_iterable(
-            textwrap.wrap(text, int(_SVG_WIDTH / 6.8), max_lines=40) for text in texts
-        ):
-            self.y += 15
-            self.text(10, text, "small", self.y)
+def _svg(timeline: _Timeline) -> str:
+    shapes = [_SVG_HEAD, _svg_text("heading", "-260", 20, timeline.heading)]
+    y = 80
+    for way, lane in itertools.groupby(timeline.bars, key=lambda bar: bar.way):
+        shapes.append(f'<line x1="-270" x2="930" y1="{y - 1}" y2="{y - 1}"/>')
+        shapes.append(_svg_text("way", "-8", y + 12, way))
+        ends: list[float] = []  # of the last bar in each row of the lane
+        for bar in lane:
+            row = next((row for row, end in enumerate(ends) if end <= bar.start), len(ends))
+            ends[row : row + 1] = [bar.end]
+            shapes.append(_svg_bar(bar, y + row * _ROW_HEIGHT))
+        y += len(ends) * _ROW_HEIGHT
+    tick = next((tick for tick in _TICKS if timeline.span / tick <= 10), timeline.span)
+    for number in range(int(timeline.span / tick) + 1):
+        x = f"{number * tick / timeline.span:.2%}"
+        shapes.append(f'<line x1="{x}" x2="{x}" y1="76" y2="{y}"/>')
+        shapes.append(_svg_text("tick", x, 70, _duration(number * tick)))
+    for note in timeline.notes:
+        for line in textwrap.wrap(note, 190):
+            y += 15
+            shapes.append(_svg_text("note", "-260", y, line))
+    size = f'width="1200" height="{y + 10}" viewBox="0 0 1200 {y + 10}"'
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg></svg>\n"]
+    )
 
 
-def timeline_as_svgfile(scheduler: Any, filename: str | os.PathLike[str]) -> str:
+def timeline_as_svgfile(
+    scheduler: _Scheduler | Mapping[str, Any], filename: str | os.PathLike[str]
+) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
 
     ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob
-    has no times, hence no bar.
+    has no times, hence no bar. What failed and what never ran is named at the bottom.
     """
     name = os.fspath(filename).removesuffix(".svg") + ".svg"
-    Path(name).write_text(_Picture(_Timeline(scheduler)).draw(), "utf-8")
+    Path(name).write_text(_svg(_Timeline(scheduler)), "utf-8")
     return name
 
 
-def timeline_as_text(scheduler: Any, columns: int = 80) -> str:
-    """The same for a terminal: a line for each step, by node and start, none longer than
-    ``columns``.
+def timeline_as_text(scheduler: _Scheduler | Mapping[str, Any], columns: int = 80) -> str:
+    """What ran where and when, for a terminal: a line for each step, by node and start, then what
+    failed and what never ran. No line is wider than ``columns`` (80).
+
+    ``scheduler``: one that ran, runs or was stopped, or the record of it.
     """
-    line = _Timeline(scheduler)
-    table: list[tuple[str, _Bar]] = []
-    for node, rows in line.rows.items():
-        numbers = sorted(itertools.chain(*rows), key=lambda number: line.times[number])
-        idle = [
-            _Bar(0, 0, "", "never ran", label, [])
-            for label in sorted(
-                (
-                    _clean(job["label"])
-                    for number, job in line.jobs.items()
-                    if job["node"] == node and number not in line.times
-                ),
-                key=_natural,
-            )
-        ]
-        table += [
-            (_clean(line.nodes[node]["label"]), bar)
-            for bar in [*itertools.chain(*(line.bars[number] for number in numbers)), *idle]
-        ]
-    hosts = min(max((_cells(host) for host, _ in table), default=0), columns // 5)
-    labels = min(max((_cells(bar.label) for _, bar in table), default=0), columns // 4)
-    width = max(columns - hosts - labels - 25, 1)
-    lines = [
-        line.heading,
-        " " * hosts + " " + _fit(f"|{_duration(line.span).rjust(width - 2)}|", width),
-    ]
-    for host, bar in table:
-        first = min(int(bar.start / line.span * width), width - 1)
-        full, rest = divmod(
-            max(1, min(round((bar.end - bar.start) / line.span * width * 8), (width - first) * 8)),
-            8,
-        )
-        shown = " " * first + "█" * full + ("", *"▏▎▍▌▋▊▉")[rest] if bar.state else ""
-        seconds = _duration(bar.end - bar.start) if bar.state else ""
-        cells = (
-            (_ends(host, hosts), hosts),
-            (shown, width),
-            (seconds, 11),
-            (bar.outcome, 10),
-            (bar.label, labels),
-        )
-        lines.append(" ".join(itertools.starmap(_fit, cells)))
-    return "".join(_fit(line, columns).rstrip() + "\n" for line in lines)
+    timeline = _Timeline(scheduler)
+    names, cells = columns // 4, columns // 3
+    lines = [timeline.heading, f"{'':{names}}|{_duration(timeline.span):>{cells + 1}}|"]
+    for bar in timeline.bars:
+        # names differ at their end: one that is too long loses its beginning
+        name = f"{bar.way[-names:]:>{names}}"
+        part = bar.end - bar.start
+        shown = " " * int(bar.start * cells) + "█" * int(part * cells + 1)
+        result = f"{_duration(part * timeline.span):>8} {bar.state:9} {bar.label}"
+        lines.append(f"{name}|{shown:{cells + 1}}|{result}")
+    for note in timeline.notes:
+        lines += textwrap.wrap(note, columns)
+    return "".join(f"{_cut(_clean(line), columns).rstrip()}\n" for line in lines)
 
 
 class experiment:
