@@ -71,6 +71,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -3068,6 +3069,8 @@ class _Limits:
         # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
         self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}
         self.keys: dict[object, _Shared] = {}
+        self.asking: dict[str, _Shared] = {}
+        self.sudo_password: str | None = None  # as the terminal gave it
         self._startups: weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]
         self._startups = weakref.WeakValueDictionary()
 
@@ -3206,7 +3209,7 @@ _WAIT_FOR_SSHD = "while [ $2 -gt 1 ] && lives $2 && lives $1; do sleep 1; done"
 _LEAVE_WATCHDOG = (
     "( ( exec 4<&- 5<&- 6>&2 2>/dev/null; "
     "command exec 4</proc/self/fd/1; command exec 5</proc/self/fd/6; exec 6>&- >/dev/null; "
-    "apssh_guard={watchdog} exec /bin/sh -c 'eval \"$apssh_guard\"' apssh-guard $$ $PPID ) "
+    "apssh_guard={watchdog} exec /bin/sh -c 'eval \"$apssh_guard\"' apssh-guard $$ {sshd} ) "
     "{stdin} 3<&- & ); "
 )
 # sshd gives the login shell its short name, which $0 and its messages show
@@ -3226,11 +3229,27 @@ def _inert(text: str) -> str:
     )
 
 
-def _guarded(command: str, how: _How, watch: str) -> str:
+def _decoded(script: str, *words: str) -> str:
+    """The command line that has sh run this script, with these further words as $2 and on."""
+    return " ".join(
+        [
+            "exec",
+            "/bin/sh",
+            "-c",
+            '\'eval "$(printf %b "$1")"\'',
+            "apssh",
+            f"'{_inert(script)}'",
+            *words,
+        ]
+    )
+
+
+def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
 
     ``watch``: what tells the guard that it must end the command: the end of "stdin", the end of
-    the "connection", or "" for no guard (a terminal hangs up).
+    the "connection", or "" for no guard (a terminal hangs up). Under sudo the guard is root's, so
+    that it may end the command, and says with a mark that the command begins.
     """
     steps = []
     if watch:
@@ -3240,14 +3259,85 @@ def _guarded(command: str, how: _How, watch: str) -> str:
             wait=_WAIT_FOR_STDIN if by_stdin else _WAIT_FOR_SSHD, cleanup=cleanup
         )
         leave = _LEAVE_WATCHDOG.format(
-            watchdog=shlex.quote(watchdog), stdin="<&3" if by_stdin else "</dev/null"
+            watchdog=shlex.quote(watchdog),
+            stdin="<&3" if by_stdin else "</dev/null",
+            sshd="$2" if talk else "$PPID",
         )
         steps.append(f"exec 3<&0 </dev/null; {leave}exec 3<&-; " if by_stdin else leave)
     steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
+    if talk:
+        steps.append(f"printf %s {talk.start} >&2; cd . 2>/dev/null || cd /; ")
     if how.quiet:
         steps.append("exec >/dev/null 2>&1; ")
-    script = "".join([*steps, _LOGIN_SHELL, shlex.quote(command)])
-    return f"exec /bin/sh -c 'eval \"$(printf %b \"$1\")\"' apssh '{_inert(script)}'"
+    line = _decoded(
+        "".join([*steps, _LOGIN_SHELL, shlex.quote(command)]), *(["$PPID"] * bool(talk))
+    )
+    if not talk:
+        return line
+    user = "root" if how.sudo is True else how.sudo
+    return _decoded(
+        f"exec sudo -S -p {talk.prompt} -u {shlex.quote(str(user))} -- {line.removeprefix('exec ')}"
+    )
+
+
+class _SudoTalk:
+    """What sudo says before its command begins: a sink, until a mark made for this run shows that
+    the command has begun. The prompt is another such mark, so that nothing else gets a password.
+    """
+
+    def __init__(self, sink: _Sink) -> None:
+        self._sink = sink
+        self.prompt, self.start = os.urandom(12).hex(), os.urandom(12).hex()
+        loop = asyncio.get_running_loop()
+        self.asked: asyncio.Future[None] = loop.create_future()
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self._said = b""
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        """Pass what the command prints, and hold what sudo says. Raises ApsshError when sudo asks
+        again: the password was refused.
+        """
+        if self.begun.done():
+            self._sink.data(data, datatype)
+            return
+        self._said += data
+        before, begun, after = self._said.partition(self.start.encode())
+        if begun:
+            _settle(self.begun)
+            # a lecture comes with a question, and is none of the command's output
+            words = after if self.asked.done() else before + after
+            if words:
+                self._sink.data(words, datatype)
+            return
+        before, asks, after = self._said.partition(self.prompt.encode())
+        self._said = (before + after)[-2000:]
+        if asks and self.asked.done():
+            raise self.failure("the password was refused")
+        if asks:
+            _settle(self.asked)
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        self._sink.end()
+
+    def failure(self, why: str = "") -> ApsshError:
+        """Why sudo did not run the command: its last words, as a rule."""
+        lines = self._said.decode("utf-8", "replace").strip().splitlines()
+        why = why or (_brief(lines[-1], 200) if lines else "it said nothing")
+        if "must have a tty" in why or "a terminal is required" in why:
+            why += " (--pty, pty=True, gives one)"
+        return CommandFailedError(f"sudo: {why.removeprefix('sudo: ')}", kind="auth")
+
+    async def answer(self, session: _Session, secret: Callable[[], Awaitable[str]]) -> None:
+        """Give the password when sudo asks for it."""
+        await self.asked
+        try:
+            password = await secret()
+        except ApsshError as exc:
+            session.fail(exc)
+            return
+        if session.chan and not session.ended.done():
+            session.chan.write(password.encode() + b"\n")
 
 
 class _ProxyCommand:
@@ -3297,6 +3387,23 @@ class _PausedProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         cast("asyncio.Transport", transport).pause_reading()
+
+
+async def _ask_secret_meanwhile(prompt: str) -> str:
+    """Ask on the terminal while the loop runs on. Cancelling it gives the terminal back as it was:
+    who types may never type, and the thread that waits is left behind.
+    """
+    settings = None
+    with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
+        settings = termios.tcgetattr(terminal)
+    _screen.show("")
+    try:
+        return await _in_daemon(_ask_secret, prompt)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
+            if settings:
+                termios.tcsetattr(terminal, termios.TCSANOW, settings)
+        raise
 
 
 class _Client(asyncssh.SSHClient):
@@ -3702,24 +3809,24 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    async def run(self, stdin: AsyncIterator[bytes] | None, *, end_of_file: bool) -> None:
-        """Wait for the end, of the command or of this side; meanwhile give standard input, or the
-        end of it. Cancelling it ends nothing over there.
+    async def run(self, *helpers: Coroutine[Any, Any, None]) -> None:
+        """Wait for the end, of the command or of this side, with these at work meanwhile.
+        Cancelling it ends nothing over there.
         """
-        feeder = asyncio.create_task(self._feed(stdin)) if stdin else None
+        tasks = [asyncio.create_task(helper) for helper in helpers]
         try:
-            if end_of_file and self.chan:
-                self.chan.write_eof()
             # not awaited themselves: that would cancel them with us
             await asyncio.wait([self.ended, self.failed], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            if feeder:
-                feeder.cancel()
+            for task in tasks:
+                task.cancel()
 
-    async def _feed(self, stdin: AsyncIterator[bytes]) -> None:
-        """Give standard input at the pace of the command, then its end."""
+    async def feed(self, stdin: AsyncIterator[bytes], talk: _SudoTalk | None) -> None:
+        """Give standard input at the pace of the command, once it has begun, then its end."""
         assert self.chan
         try:
+            if talk:
+                await talk.begun
             async for data in stdin:
                 await self._writable.wait()
                 if self.ended.done() or self.chan.is_closing():
@@ -3945,6 +4052,7 @@ class SshNode(_Node):
         debug: bool = False,
         timeout: float | None = CONNECT_TIMEOUT,
         password: str | None = None,
+        sudo_password: str | None = None,
         host_keys: str | None = None,
         config: str | bool | None = None,
         guard: bool = True,
@@ -3974,7 +4082,7 @@ class SshNode(_Node):
         self.timeout, self.debug, self.guard = timeout, debug, guard
         self.keepalive, self.forward_agent = keepalive, forward_agent
         self._address, self._proxy_command = address, proxy_command
-        self._password = password
+        self._password, self._sudo_password = password, sudo_password
         self._config, self._username_given = config, username is not None
         self._host_config = _UNCONFIGURED
         self._target = self.hostname  # as the command line named it
@@ -4339,8 +4447,11 @@ class SshNode(_Node):
         watch = "connection" if how.stdin else "stdin"
         if how.pty or not self.guard:
             watch = ""
+        talk = _SudoTalk(sink) if how.sudo else None
+        if talk and not self.guard:
+            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         if self.guard:
-            text = _guarded(command, how, watch)
+            text = _guarded(command, how, watch, talk)
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if how.quiet else command
         options: dict[str, Any] = {
@@ -4358,7 +4469,7 @@ class SshNode(_Node):
                 self._slot(alone=watch == "connection") as link,
                 asyncio.timeout(timeout),
             ):
-                session = _Session(sink, step)
+                session = _Session(talk or sink, step)
                 try:
                     await self._open_session(link, session, text, options)
                 except (asyncssh.Error, ConnectionError) as exc:
@@ -4371,13 +4482,36 @@ class SshNode(_Node):
                     raise self._lost(link, step.command or command) from None
                 try:
                     with self._shown(command):
-                        ends_at_once = not watch and not how.pty and not how.stdin
-                        await session.run(how.stdin, end_of_file=ends_at_once)
+                        await session.run(*self._helpers(session, how, watch, talk))
                 finally:
                     if not session.ended.done():
                         await self._end(link, session, watch, step)
+                if talk and not talk.begun.done() and link.alive and not session.error:
+                    raise talk.failure()
                 return self._outcome(link, session, step, command)
         raise AssertionError
+
+    def _helpers(
+        self, session: _Session, how: _How, watch: str, talk: _SudoTalk | None
+    ) -> list[Coroutine[Any, Any, None]]:
+        """What is at work while a command runs: who gives it its input, and sudo the password."""
+        helpers = []
+        if how.stdin:
+            helpers.append(session.feed(how.stdin, talk))
+        elif not watch and not how.pty and session.chan:
+            session.chan.write_eof()
+        if talk:
+            helpers.append(talk.answer(session, self._sudo_secret))
+        return helpers
+
+    async def _sudo_secret(self) -> str:
+        """The password for sudo: the node's, or what the terminal answers, asked once for all."""
+        limits = _Limits.here()
+        if self._sudo_password is None and limits.sudo_password is None:
+            limits.sudo_password = await _Shared.once(
+                limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
+            )
+        return self._sudo_password or limits.sudo_password or ""
 
     async def _open_session(
         self, link: _Link, session: _Session, text: str, options: Mapping[str, Any]
@@ -4523,16 +4657,18 @@ class SshNode(_Node):
 
     @contextlib.asynccontextmanager
     async def _script_folder(
-        self, files: Mapping[str, tuple[bytes, int]], name: str
+        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
     ) -> AsyncIterator[str]:
         """A private folder of the host that holds these files, removed afterwards: its path.
 
         It is called ``name``, unless there is one: hosts that share a home have one each.
+        ``for_others``: for another user than the login, who may not enter its home; in /tmp then,
+        under a name that nobody can guess nor list.
         """
         sftp = await self.sftp_connect_lazy()
         made: list[str] = []
         try:
-            yield await self._fill_script_folder(sftp, files, name, made)
+            yield await self._fill_script_folder(sftp, files, name, for_others, made)
         finally:
             with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -4544,15 +4680,26 @@ class SshNode(_Node):
         sftp: asyncssh.SFTPClient,
         files: Mapping[str, tuple[bytes, int]],
         name: str,
+        for_others: bool,
         made: list[str],
     ) -> str:
         """Make the folder, which ``made`` then holds, and its files, all at once."""
         place = f"~/{REMOTE_FOLDER}/{name}"
         try:
-            folder = await self._make_script_folder(sftp, name)
-            made.append(folder)
+            if for_others:
+                place = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
+                await sftp.mkdir(place)
+                made.append(place)
+                folder = f"{place}/{os.urandom(8).hex()}"
+                await sftp.mkdir(folder)
+                await sftp.chmod(folder, 0o755)  # whatever the umask over there
+                await sftp.chmod(place, 0o711)
+            else:
+                folder = await self._make_script_folder(sftp, name)
+                made.append(folder)
+            allowed = 0o755 if for_others else 0o700
             writes = [
-                self._write_private(sftp, f"{folder}/{file}", data, mode)
+                self._write_private(sftp, f"{folder}/{file}", data, (mode | 0o055) & allowed)
                 for file, (data, mode) in files.items()
             ]
             for failure in await asyncio.gather(*writes, return_exceptions=True):
@@ -4586,11 +4733,13 @@ class SshNode(_Node):
         opened = await sftp.open(
             path,
             asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-            asyncssh.SFTPAttrs(permissions=mode & 0o700),
+            asyncssh.SFTPAttrs(permissions=mode),
             encoding=None,
         )
         async with _closing(opened) as file:
             await file.write(data, 0)
+            if mode & 0o004:
+                await file.chmod(mode)  # whatever the umask over there
 
 
 class _SftpOpener:
@@ -4785,8 +4934,10 @@ class LocalNode(_Node):
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        if how.pty or how.stdin:
-            raise UsageError("pty and stdin are for commands on an SshNode", host=self.hostname)
+        if how.pty or how.stdin or how.sudo:
+            raise UsageError(
+                "pty, stdin and sudo are for commands on an SshNode", host=self.hostname
+            )
         session = _Session(sink, step)
         line = _guarded(command, how, "stdin")
         process = subprocess.Popen(
@@ -4834,7 +4985,7 @@ class LocalNode(_Node):
 
     @contextlib.asynccontextmanager
     async def _script_folder(
-        self, files: Mapping[str, tuple[bytes, int]], name: str
+        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
     ) -> AsyncIterator[str]:
         """A private folder below the home, removed afterwards."""
         top = Path("~", REMOTE_FOLDER).expanduser()
@@ -5329,7 +5480,12 @@ class _Script(_ShellCommand):
         words, step.command = self._words(), self._text()  # what people know it by
         folder = hmac.digest(_RUN_TOKEN, body, "sha256")[:8].hex()
         await node.sftp_connect_lazy()
-        async with self._in_time(node, step), node._script_folder(files, folder) as path:
+        async with (
+            self._in_time(node, step),
+            node._script_folder(
+                files, folder, for_others=self.sudo not in (False, True, "root")
+            ) as path,
+        ):
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
 

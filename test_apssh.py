@@ -6782,7 +6782,7 @@ def test_local_node(home: Path, capfd: Any) -> None:
                 await Run("tty", pty=True).co_run_local(node)
             assert (
                 str(misused.value)
-                == "LOCALNODE: local: pty and stdin are for commands on an SshNode"
+                == "LOCALNODE: local: pty, stdin and sudo are for commands on an SshNode"
             )
 
     run(main())
