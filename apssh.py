@@ -641,7 +641,8 @@ def _count(number: int, noun: str) -> str:
 def _unknown_keyword(name: str, known: Iterable[str]) -> UsageError:
     """The answer to a keyword that nothing takes: the nearest that is taken, else all of them."""
     names = list(known)
-    if near := difflib.get_close_matches(name, names, 1):
+    near = difflib.get_close_matches(name, names, 1) or [each for each in names if name in each]
+    if near:
         return UsageError(f"unknown option {name}: did you mean {near[0]}?")
     return UsageError(f"unknown option {name}: there is {', '.join(names)}")
 
@@ -5428,7 +5429,7 @@ class Wait(_ShellCommand):
                         if self._is_success(status):
                             return status
                         last = (said.stdout() + said.stderr()).strip().split(b"\n")[-1]
-                        seen = f"status {status} {_brief(os.fsdecode(last))}".strip()
+                        seen = f"status {status}: {_brief(os.fsdecode(last))}".rstrip(": ")
                     except HostKeyError:
                         raise
                     except ConnectionFailedError as exc:
@@ -5443,19 +5444,25 @@ class Wait(_ShellCommand):
             ) from None
 
 
-# The folder of a script has a name that is made from the script and from this: all hosts of one run
-# have it under the same name, so that equal messages of a script are equal texts (a shell's begin
-# with the path of the script), and no other run has it, nor can anybody guess it.
-_RUN_TOKEN = os.urandom(16)
-
-
 class _Script(_ShellCommand):
-    """A script with its includes, in a private folder of the host for as long as it runs."""
+    """A script with its includes, in a private folder of the host for as long as it runs.
+
+    All hosts have the folder under one name, so that equal messages of the script are equal texts
+    (those of a shell begin with the path of the script). A host has it under another name each
+    time, since what ends a script that was given up removes its folder up to seconds later.
+    """
 
     includes: tuple[str, ...]
 
     def _include(self, includes: Collection[str | os.PathLike[str]] | None) -> None:
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
+        self._name = os.urandom(8).hex()
+        self._uses: collections.Counter[Endpoint] = collections.Counter()
+
+    def _folder_name(self, node: _AnyNode) -> str:
+        endpoint = node.username, node.hostname, node.port
+        self._uses[endpoint] += 1
+        return f"{self._name}{self._uses[endpoint]:02}"
 
     def _script(self) -> _ScriptFiles:
         """The script alone: its name, with its content and mode."""
@@ -5478,14 +5485,10 @@ class _Script(_ShellCommand):
         files = self._with_includes(script)
         step.script_sha256 = hashlib.sha256(body).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
-        folder = hmac.digest(_RUN_TOKEN, body, "sha256")[:8].hex()
         await node.sftp_connect_lazy()
-        async with (
-            self._in_time(node, step),
-            node._script_folder(
-                files, folder, for_others=self.sudo not in (False, True, "root")
-            ) as path,
-        ):
+        for_others = self.sudo not in (False, True, "root")
+        folder = node._script_folder(files, self._folder_name(node), for_others=for_others)
+        async with self._in_time(node, step), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
 
@@ -8921,7 +8924,8 @@ def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
         )
         common["includes"] = options.includes
         make(*words, **common).check_files()
-    return lambda spool: make(*words, stdin=spool.read() if spool else None, **common)
+    step = make(*words, **common)  # one for all, so that a script has one name everywhere
+    return lambda spool: make(*words, stdin=spool.read(), **common) if spool else step
 
 
 class _Spool:

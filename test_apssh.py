@@ -16,8 +16,10 @@ import dataclasses
 import fcntl
 import gc
 import getpass
+import hashlib
 import hmac
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -74,6 +76,7 @@ from apssh import (
     TransferError,
     UsageError,
     Variables,
+    Wait,
     YamlLoader,
     recording,
     run_record,
@@ -6852,6 +6855,31 @@ def test_one_line_text(command: apssh.AbstractCommand, line: str) -> None:
     assert command.listing_line() == line
 
 
+class Passes(apssh.AbstractCommand):
+    """As users write them: it hands on what it does not know."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+
+
+STDIN_ONCE = (
+    "stdin: this file cannot be read from its beginning for each host: give the bytes that it holds"
+)
+
+
+def closed_file() -> io.BytesIO:
+    file = io.BytesIO(b"x")
+    file.close()
+    return file
+
+
+def step_with_a_pipe() -> Run:
+    read, write = os.pipe()
+    os.close(write)
+    with open(read, "rb") as file:
+        return Run("a", stdin=file)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -6863,6 +6891,45 @@ def test_one_line_text(command: apssh.AbstractCommand, line: str) -> None:
             "Run: a word is a string, a number, a Deferred or a Run, not ['ls', '-l']",
         ),
         (lambda: Run("a", capture="a"), "Run: capture is a Capture(name, variables), not 'a'"),
+        (lambda: Run("a", capure=None), "unknown option capure: did you mean capture?"),
+        (lambda: RunScript("a", include=[]), "unknown option include: did you mean includes?"),
+        (lambda: RunString("a", name="b"), "unknown option name: did you mean remote_name?"),
+        (lambda: Push("a", "b", recursive=True), "unknown option recursive: did you mean recurse?"),
+        (lambda: Pull("a", "b", follow=1), "unknown option follow: did you mean follow_symlinks?"),
+        (
+            lambda: Wait(every=3),
+            "unknown option every: there is timeout, interval, label, allowed_exits, verbose",
+        ),
+        (lambda: Passes(lable="x"), "unknown option lable: did you mean label?"),
+        (
+            lambda: Run("a", env={"A": None}),
+            "Run: env: A has no value; 'env -u A ...' as the command unsets it",
+        ),
+        (lambda: Run("a", env={"A=": "b"}), "Run: env: 'A=' is not the name of a variable"),
+        (lambda: Run("a", env={3: "b"}), "Run: env: 3 is not the name of a variable"),
+        (
+            lambda: RunString("a", sudo="x; reboot"),
+            "RunString: sudo is True (root) or the name of a user, not 'x; reboot'",
+        ),
+        (lambda: Run("a", sudo=""), "Run: sudo is True (root) or the name of a user, not ''"),
+        (lambda: Run("a", sudo=1), "Run: sudo is True (root) or the name of a user, not 1"),
+        (
+            lambda: Run("a", stdin=["b"]),
+            "stdin: bytes, text, a path object, an open binary file or an asynchronous iterator, "
+            "not ['b']",
+        ),
+        (
+            lambda: RunScript("a", stdin=io.StringIO("b")),
+            "stdin: the file is open as text: open it in mode 'rb'",
+        ),
+        (lambda: Run("a", stdin=closed_file()), STDIN_ONCE),
+        (step_with_a_pipe, STDIN_ONCE),
+        (
+            lambda: Run("a", stdin=b"b", pty=True),
+            "Run: pty and stdin: a terminal has no end of file: leave one out",
+        ),
+        (lambda: Wait(interval=0), "Wait: interval 0: seconds, more than 0"),
+        (lambda: Wait(timeout=0), "timeout 0: seconds, more than 0 (None: no limit)"),
         (lambda: RunScript("a", includes=3), "a path or a list of paths, not 3"),
         (lambda: RunString(" "), "RunString: an empty script"),
         (
@@ -6915,6 +6982,216 @@ def test_run(node: Any, capfdbinary: Any) -> None:
     assert step(node, Run("echo lost; echo lost >&2; exit 5", ignore_outputs=True)) == 5
     assert step(node, Run("kill -USR1 $$")) == "USR1"
     assert capfdbinary.readouterr() == (b"late 3 and more\n", b"")
+
+
+@pytest.mark.parametrize(
+    "cls", [apssh.AbstractCommand, Run, RunScript, RunString, Wait, Push, Pull, SshJob]
+)
+def test_every_keyword_is_in_signature_and_docstring(cls: type) -> None:
+    for parameter in inspect.signature(cls).parameters.values():
+        assert parameter.kind is not parameter.VAR_KEYWORD, parameter
+        assert parameter.annotation is not parameter.empty
+        assert f"``{parameter.name}``" in (cls.__doc__ or ""), parameter
+
+
+async def pieces(*given: bytes) -> AsyncIterator[bytes]:
+    for each in given:
+        yield each
+
+
+STDIN_SOURCES: dict[str, Callable[[Path], Any]] = {
+    "bytes": lambda path: path.read_bytes(),
+    "text": lambda path: path.read_bytes().decode("utf-8", "surrogateescape"),
+    "deferred": lambda path: Deferred("{{x}}", {"x": os.fsdecode(path.read_bytes())}),
+    "path": lambda path: path,
+    "path in the home": lambda path: Path("~", path.name),
+    "open file": lambda path: path.open("rb"),
+    "file at its end": lambda path: path.open("ab+"),
+    "file in memory": lambda path: io.BytesIO(path.read_bytes()),
+    "iterator": lambda path: pieces(path.read_bytes()[:7], b"", path.read_bytes()[7:]),
+}
+
+
+@pytest.mark.parametrize("source", STDIN_SOURCES)
+@pytest.mark.parametrize("kind", ["Run", "RunScript", "RunString"])
+def test_stdin_of_a_step(sshd: Sshd, home: Path, kind: str, source: str) -> None:
+    """Each host gets all of it; what an iterator gives serves one."""
+    (home / "data").write_bytes(b"\xffone\ntwo\n" + bytes(range(256)) * 2000)
+    (home / "cat.sh").write_text("#!/bin/sh\ncat\n")
+    wanted = (home / "data").read_bytes()
+    given = STDIN_SOURCES[source](home / "data")
+    step = getattr(apssh, kind)("cat.sh" if kind == "RunScript" else "cat", stdin=given)
+    for _ in range(1 if source == "iterator" else 2):
+        [result] = apssh.run(sshd.target, step)
+        assert (result.error, result.stdout_bytes == wanted) == (None, True)
+    if hasattr(given, "close"):
+        given.close()
+
+
+def test_stdin_of_many_hosts_at_once(sshd: Sshd, home: Path) -> None:
+    """One open file, read at each host's own place."""
+    data = os.urandom(3_000_000)
+    (home / "data").write_bytes(data)
+
+    async def main() -> None:
+        with open(home / "data", "rb") as file:
+            step = Run("sha256sum", stdin=file)
+            nodes = [sshd.node(formatter=apssh.CaptureFormatter()) for _ in range(5)]
+            await asyncio.gather(*(step.co_run_remote(node) for node in nodes))
+            for node in nodes:
+                assert node.formatter.get_capture().split()[0] == hashlib.sha256(data).hexdigest()
+                await node.close()
+            assert not file.closed
+
+    run(main())
+
+
+def test_iterator_as_stdin_serves_one_host(sshd: Sshd, capfd: Any) -> None:
+    """A second use is refused before the command runs there."""
+
+    async def main() -> None:
+        step = Run("touch begun; cat", stdin=pieces(b"x\n"))
+        async with sshd.node() as node:
+            assert await step.co_run_remote(node) == 0
+            (sshd.home / "begun").unlink()
+            with pytest.raises(UsageError) as caught:
+                await step.co_run_remote(node)
+            assert str(caught.value) == (
+                "stdin: an asynchronous iterator serves one host, once: give each host its own, "
+                "or give bytes, a file or a path"
+            )
+            assert await node.run("test -e begun") == 1
+
+    run(main())
+    assert capfd.readouterr().out == "127.0.0.1:x\n"
+
+
+def test_env_of_a_step(node: Any, capfdbinary: Any) -> None:
+    found = Variables(late="b c")
+    env = {"A": "", "B": Deferred("{{late}}", found), "N": 3}
+    assert step(node, Run('echo "[$A][$B][$N]"', env=env)) == 0
+    assert step(node, RunString('echo "[${A-unset}][$B]"', env=env)) == 0
+    assert capfdbinary.readouterr().out == b"[][b c][3]\n[][b c]\n"
+
+
+def test_failures_name_the_label_of_the_step(node: Any) -> None:
+    host = node.hostname
+    for command, message in (
+        (Run("exit 3", label="warm\tup"), "status: warm up: ended with status 3: exit 3"),
+        (Run("kill $$", label="x"), "signal: x: ended with signal TERM: kill $$"),
+        (Run("exit 3", label=""), "status: ended with status 3: exit 3"),
+        (Run("sleep 30", label="x", timeout=0.3), "timeout: x: no end within 0.3 s: sleep 30"),
+        (
+            RunString("sleep 30", label="x", timeout=0.5),
+            "timeout: x: no end within 0.5 s: RunString: sleep 30...",
+        ),
+    ):
+        with pytest.raises(CommandFailedError) as caught:
+            asyncio.run(command.attempt(node, StepRecord()))
+        assert str(caught.value) == f"{host}: {message}"
+
+
+def test_wait_until_a_command_succeeds(node: Any, home: Path, sshd: Sshd, capfd: Any) -> None:
+    where = home if isinstance(node, LocalNode) else sshd.home
+    record = StepRecord()
+    waiting = Wait("echo $$ >> tries; echo not yet; test -e", "up", interval=0.05, timeout=30)
+
+    async def main() -> None:
+        task = asyncio.create_task(waiting.attempt(node, record))
+        await eventually_async(lambda: len((where / "tries").read_text().split()) > 2)
+        (where / "up").touch()
+        assert await task == 0
+        await node.close()
+
+    (where / "tries").touch()
+    run(main())
+    assert waiting.listing_line() == "Wait: echo $$ >> tries; echo not yet; test -e up"
+    assert (Wait().listing_line(), record.status) == ("Wait: true", 0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wait_past_its_time(node: Any) -> None:
+    with pytest.raises(CommandFailedError) as caught:
+        asyncio.run(Wait("echo a; echo b >&2; exit 3", timeout=1).attempt(node, StepRecord()))
+    assert str(caught.value) == (
+        f"{node.hostname}: timeout: not there within 1 s: echo a; echo b >&2; exit 3; seen last: "
+        "status 3: b"
+    )
+
+
+def test_wait_for_a_host_that_reboots(make_sshd: Callable[..., Sshd], sshd: Sshd) -> None:
+    """The connection from before is not what is asked, though it stands."""
+    before = make_sshd()
+    node = before.node(known_hosts=None, gateway=sshd.node(), formatter=apssh.RawFormatter())
+
+    async def main() -> None:
+        await node.connect_lazy()
+        before.stop()
+        assert await node.run("true") == 0
+        task = asyncio.create_task(Wait(interval=0.1, timeout=30).attempt(node, StepRecord()))
+        await eventually_async(lambda: sshd.log().count("connect_to 127.0.0.1") > 1)
+        assert not task.done()
+        after = make_sshd(port=before.port)
+        assert await task == 0
+        assert await node.run("true") == 0 and after.logins() == 1
+        await node.close()
+        await node.gateway.close()
+
+    run(main())
+
+
+def test_wait_for_a_host_that_never_comes() -> None:
+    port = free_port()
+    node = SshNode("127.0.0.1", port=port)
+    scheduler = Scheduler(SshJob(node, command=Wait(timeout=0.5, interval=0.1, label="box is up")))
+    with pytest.raises(CommandFailedError) as caught:
+        scheduler.run()
+    assert str(caught.value) == (
+        "127.0.0.1: timeout: box is up: not there within 0.5 s: true; seen last: refused: "
+        f"nothing listens on port {port}"
+    )
+
+
+def test_wait_does_not_wait_for_another_host_key(make_sshd: Callable[..., Sshd]) -> None:
+    before = make_sshd()
+    node = before.node(formatter=apssh.RawFormatter())
+
+    async def main() -> None:
+        await node.connect_lazy()
+        before.stop()
+        make_sshd(port=before.port)
+        with pytest.raises(HostKeyError):
+            await Wait(timeout=30).attempt(node, StepRecord())
+        await node.close()
+
+    run(main(), 10)
+
+
+@on_testbed
+def test_wait_for_a_unit_that_takes_its_time(capfd: Any) -> None:
+    """Five seconds until it listens."""
+    port = 20000 + os.getpid() % 10000
+    unit = f"apssh-wait-{port}"
+    server = f"sleep 5; exec python3 -m http.server --bind 127.0.0.1 {port}"
+    node = box()
+    service = apssh.Service(server, service_id=unit)
+    probe = f"python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", {port}))' 2>&1"
+    begin = time.monotonic()
+    scheduler = Scheduler()
+    with apssh.experiment(scheduler, teardown=[SshJob(node, command=service.stop_command())]):
+        SshJob(
+            node,
+            scheduler=scheduler,
+            commands=[
+                service.start_command(),
+                Run(f"! {probe}", ignore_outputs=True),
+                Wait(probe),
+                Run(probe),
+            ],
+        )
+        assert scheduler.run()
+    assert time.monotonic() - begin > 4
+    assert capfd.readouterr() == ("", "")
 
 
 def test_capture(node: Any, capfdbinary: Any) -> None:
