@@ -4499,7 +4499,7 @@ class SshNode(_Node):
                         raise self._failure(exc) from None
                     why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
                     raise TransferError(
-                        f"no SFTP over there: {said or why}", host=self.hostname
+                        f"no SFTP over there: {said or why}", host=self.hostname, kind="remote"
                     ) from None
                 live.sftp = _Sftp(client, link, opener.channel)
                 link.sessions += 1
@@ -4623,17 +4623,35 @@ class _SftpOpener:
         return opened
 
     async def give_up(self) -> str:
-        """Close the channel, whose session is then free; what the server said before it ended."""
+        """Close the channel, whose session is then free; what the server said before it ended.
+
+        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
+        password) says so to any command.
+        """
         if not self.channel or not self._stderr:
             return ""
         said = b""
         with contextlib.suppress(asyncssh.Error, OSError):
             async with asyncio.timeout(CLOSE_TIMEOUT / 4):
                 said = await self._stderr.read(2000)
+                await self.channel.wait_closed()
         status = self.channel.get_exit_status()
         self.channel.abort()
+        if status and not said:
+            async with _in_short():
+                said = await self._refusal()
         text = " ".join(said.decode("utf-8", "replace").split())
         return _brief(text, 200) or (f"its server ended with status {status}" if status else "")
+
+    async def _refusal(self) -> bytes:
+        """What a command hears that does nothing."""
+        process = await self._conn.create_process(
+            "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+        )
+        try:
+            return cast("bytes", await process.stderr.read(2000))
+        finally:
+            process.close()
 
 
 @dataclasses.dataclass

@@ -5247,6 +5247,33 @@ def test_home_of_this_machine(home: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert listing(work) == {"f": "F", "g": "F"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ForceCommand": "echo Your password has expired. >&2; exit 1"},
+            "Your password has expired.",
+        ),
+        (
+            {"ForceCommand": r"printf '\033[2Jgone' >&2; exit 1"},
+            r"\x1b[2Jgone",
+        ),
+        ({"Subsystem": "sftp /no/such/sftp-server"}, "its server ended with status 127"),
+        ({"Subsystem": "sftp echo hello"}, "max packet size exceeded"),
+        ({"Subsystem": "other /bin/true"}, "Session request failed"),
+    ],
+    ids=["expired password", "hostile words", "no program", "start-up file", "no subsystem"],
+)
+def test_no_sftp_over_there(
+    make_sshd: Callable[..., Sshd], home: Path, options: dict[str, str], message: str
+) -> None:
+    """What the server says in its place is what helps."""
+    server = make_sshd(**options)
+    build(home, {"f": "F"})
+    said = f"127.0.0.1: remote: no SFTP over there: {message}"
+    assert copied(server, Push("f", "f")) == said
+
+
 # hostile servers: what is pulled from them must change nothing but the destination
 
 REGULAR, FOLDER, LINK, FIFO = (
@@ -6586,7 +6613,7 @@ def test_sftp_that_does_not_come_holds_no_session(
                 if subsystem:
                     with pytest.raises(TransferError) as caught:
                         await task
-                    assert str(caught.value).startswith("127.0.0.1: local: no SFTP over there: ")
+                    assert str(caught.value).startswith("127.0.0.1: remote: no SFTP over there: ")
                 else:
                     await asyncio.sleep(0.001 * number)  # at each point of the way
                     task.cancel()
@@ -6600,7 +6627,7 @@ def test_sftp_that_does_not_come_holds_no_session(
 def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
     error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
-    assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
+    assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
 def test_sftp_that_ended_gives_its_session_back(
