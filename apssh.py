@@ -2291,7 +2291,7 @@ def _is_pattern(path: str) -> bool:
     return re.search(r"[*?[]", re.sub(_QUOTED, "", path)) is not None
 
 
-def _check_landing(destination: str, several: bool) -> None:
+def _check_landing(destination: str, *, several: bool) -> None:
     """The local folder that a Pull writes into is there. Raises UsageError."""
     into = several or destination.endswith("/")
     folder = destination if into else os.path.dirname(destination)
@@ -2621,7 +2621,7 @@ class _Copy:
         return TransferError(message, host=self._host, kind=_side(files))
 
     @contextlib.contextmanager
-    def _failing(self, path: str) -> Iterator[None]:
+    def _failing(self, path: str, what: str = "") -> Iterator[None]:
         """A failure of this path is noted; only the loss of the connection stops the rest."""
         shown = _brief(path, 200)
         try:
@@ -2639,7 +2639,7 @@ class _Copy:
             if self._failed == 1:
                 self._kind = kind
             if self._failed <= FAILURES_KEPT:
-                self._failures.append(f"{shown}: {reason}")
+                self._failures.append(f"{shown}: {what}{reason}")
 
     def _tell(self) -> None:
         """All that failed, the first few of it in the message."""
@@ -2727,7 +2727,7 @@ class _Copy:
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
         for target, attrs in reversed(self._late):
-            with self._failing(target):
+            with self._failing(target, "mode and times not set: "):
                 await self._destination.setstat(target, attrs)
 
     async def _own_name(self, path: str) -> str:
@@ -4634,7 +4634,7 @@ class SshNode(_Node):
                         raise self._failure(exc) from None
                     why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
                     raise TransferError(
-                        f"no SFTP over there: {said or why}", host=self.hostname
+                        f"no SFTP over there: {said or why}", host=self.hostname, kind="remote"
                     ) from None
                 live.sftp = _Sftp(client, link, opener.channel)
                 link.sessions += 1
@@ -4773,17 +4773,35 @@ class _SftpOpener:
         return opened
 
     async def give_up(self) -> str:
-        """Close the channel, whose session is then free; what the server said before it ended."""
+        """Close the channel, whose session is then free; what the server said before it ended.
+
+        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
+        password) says so to any command.
+        """
         if not self.channel or not self._stderr:
             return ""
         said = b""
         with contextlib.suppress(asyncssh.Error, OSError):
             async with asyncio.timeout(CLOSE_TIMEOUT / 4):
                 said = await self._stderr.read(2000)
+                await self.channel.wait_closed()
         status = self.channel.get_exit_status()
         self.channel.abort()
+        if status and not said:
+            async with _in_short():
+                said = await self._refusal()
         text = " ".join(said.decode("utf-8", "replace").split())
         return _brief(text, 200) or (f"its server ended with status {status}" if status else "")
+
+    async def _refusal(self) -> bytes:
+        """What a command hears that does nothing."""
+        process = await self._conn.create_process(
+            "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+        )
+        try:
+            return cast("bytes", await process.stderr.read(2000))
+        finally:
+            process.close()
 
 
 @dataclasses.dataclass
@@ -4917,7 +4935,10 @@ class LocalNode(_Node):
     async def mkdir(self, path: str) -> None:
         """Make a folder, parents included; one that exists is fine."""
         sftp = await self.sftp_connect_lazy()
-        await sftp.makedirs(_there(sftp, path), exist_ok=True)
+        try:
+            await sftp.makedirs(_there(sftp, path), exist_ok=True)
+        except OSError as exc:
+            raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
 
     async def put_string_script(self, body: str, remotefile: str) -> None:
         """Write a text into a file that can be executed (mode 755). Raises TransferError."""
@@ -5680,6 +5701,10 @@ class _CopyCommand(AbstractCommand):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
+
+    def _check(self) -> None:
+        if not self.pushing and not isinstance(self.destination, Deferred):
+            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 
     def _text(self) -> str:
         more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
@@ -7599,13 +7624,21 @@ async def co_pull(
 
 
 def _expand_path(path: str, node: SshNode) -> str:
-    """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else."""
+    """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else.
+    ``{{`` and ``}}`` stand for braces.
+    """
     values = {
-        "host": node.formatter.endpoint_name(node._endpoint),
-        "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
-        "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
+        "{{": "{",
+        "}}": "}",
+        "{host}": node.formatter.endpoint_name(node._endpoint),
+        "{fqdn}": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
+        "{user}": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
     }
-    return re.sub(_FIELD, lambda match: values.get(match[1], match[0]), path)
+    return re.sub(rf"{{{{|}}}}|{_FIELD}", lambda match: values.get(match[0], match[0]), path)
+
+
+def _differs_by_host(path: str) -> bool:
+    return re.search(r"\{(host|fqdn|user)\}", re.sub(r"\{\{|\}\}", "", path)) is not None
 
 
 def _copies(
@@ -7630,11 +7663,10 @@ def _copies(
             [_expand_path(str(path), node) for path in texts],
             _expand_path(destination, node),
         )
-        if command is Pull and place != destination and not dry:
+        if command is Pull and _differs_by_host(destination) and not dry:
+            into = len(paths) > 1 or any(map(_is_pattern, paths))
             try:
-                os.makedirs(
-                    place if len(paths) > 1 else os.path.dirname(place) or ".", exist_ok=True
-                )
+                os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
             except OSError as exc:  # this host's failure: the others go on
                 raise TransferError(
                     f"{escape(place)}: {_reason(exc)}", host=node.hostname
@@ -7643,7 +7675,7 @@ def _copies(
 
     def check(nodes: Sequence[SshNode]) -> None:
         if command is Pull:
-            _check_places(destination, nodes)
+            _check_places(destination, nodes, several=len(texts) > 1)
             return
         for path in dict.fromkeys(
             _expand_path(str(text), node) for node in nodes for text in texts
@@ -7659,15 +7691,15 @@ def _copies(
     return steps, check
 
 
-def _check_places(localpath: str, nodes: Sequence[SshNode]) -> None:
+def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) -> None:
     """The Pull of each node can write, and not where another does."""
     places: dict[str, SshNode] = {}
     for node in nodes:
         place = os.path.realpath(shown := _expand_path(localpath, node))
         into = os.path.isdir(place) or shown.endswith("/")
         folder = place if into else os.path.dirname(place)
-        if not os.path.isdir(folder) and shown == localpath:  # those that differ by host are made
-            raise UsageError(f"{escape(shown if into else os.path.dirname(shown))}: no such folder")
+        if not _differs_by_host(localpath):  # those that do are made
+            _check_landing(shown, several=several)
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{escape(folder)}: permission denied")
         if place in places:
@@ -8414,7 +8446,8 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> argparse
     parser = _Parser(usage, description, *examples)
     add = parser.add_argument_group("copying").add_argument
     add("-r", "--recurse", action="store_true", help="copy folders too")
-    add("--preserve", action="store_true", help="keep times too (mode bits are always kept)")
+    add("--preserve", action="store_true", help="keep times, and modes of existing files too")
+    add("--follow", action="store_true", help="copy what links in a tree lead to")
     add(
         "--inplace",
         action="store_true",
@@ -9010,6 +9043,7 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
     copying = {
         "recurse": options.recurse,
         "preserve": options.preserve,
+        "follow_symlinks": options.follow,
         "inplace": options.inplace,
         "timeout": options.command_timeout,
     }

@@ -4945,6 +4945,338 @@ def test_many_folders_with_links_need_few_files(sshd: Sshd, home: Path) -> None:
     assert sum((home / f"new/{number}/l").is_symlink() for number in range(150)) == 150
 
 
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [({}, 0o600), ({"inplace": True}, 0o600), ({"preserve": True}, 0o644)],
+    ids=["replaced", "inplace", "preserve"],
+)
+def test_mode_of_a_file_that_was_there(
+    sshd: Sshd, home: Path, way: str, options: dict[str, bool], mode: int
+) -> None:
+    """As with scp it is kept: who closed a file wants it closed; a new one gets its source's."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    build(begin, {"f": "new", "t/g": "new", "t/new": "new"})
+    build(end, {"d/f": "old", "d/t/g": "old"})
+    for path in (begin / "f", begin / "t/g"):
+        path.chmod(0o644)
+    for path in (end / "d/f", end / "d/t/g"):
+        path.chmod(0o600)
+    (begin / "t/new").chmod(0o640)
+    step = Pull if way == "pull" else Push
+    there = str(end / "d") if way == "local" else "d"
+    steps = step("f", there, **options), step("t", there, recurse=True, **options)
+    for each in steps:
+        text = run(outcome(LocalNode(), each)) if way == "local" else copied(sshd, each)
+        assert text == ""
+    for name, wanted in {"f": mode, "t/g": mode, "t/new": 0o640}.items():
+        assert (end / "d" / name).read_text() == "new"
+        assert stat.S_IMODE((end / "d" / name).stat().st_mode) == wanted, name
+
+
+@as_root
+def test_setuid_of_a_file_that_was_there(sshd: Sshd, home: Path) -> None:
+    """A change of owner clears it: it is given again. From a server it is never taken."""
+    build(home, {"f": "new"})
+    build(sshd.home, {"f": "old", "g": "new"})
+    os.chown(sshd.home / "f", 1234, 4321)
+    (sshd.home / "f").chmod(0o4755)
+    (sshd.home / "g").chmod(0o4755)
+    assert copied(sshd, Push("f", "f"), Pull("g", "g", preserve=True)) == ""
+    info = (sshd.home / "f").stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (1234, 4321, 0o4755)
+    assert stat.S_IMODE((home / "g").stat().st_mode) == 0o755
+
+
+def test_mode_that_may_not_be_changed(
+    keys: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's file that could be written is no failure, on either side; a new file is one."""
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    class Others(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def fsetstat(self, file_obj: Any, attrs: asyncssh.SFTPAttrs) -> None:
+            denied()
+
+    build(tmp_path / "far", {"f": "old", "g": "pulled"})
+    build(home, {"f": "new", "h": "old"})
+
+    async def main() -> list[str]:
+        async with (
+            ssh_server(keys, sftp=Others) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            monkeypatch.setattr(os, "fchmod", denied)
+            return [
+                await outcome(node, Push("f", "f", inplace=True, preserve=True)),
+                await outcome(node, Push("f", "f")),
+                await outcome(node, Push("f", "new")),
+                await outcome(node, Pull("g", "h", inplace=True, preserve=True)),
+                await outcome(node, Pull("g", "h")),
+                await outcome(node, Pull("g", "new")),
+            ]
+
+    assert run(main()) == [
+        "",
+        "",
+        "127.0.0.1: remote: f: operation not permitted",
+        "",
+        "",
+        "127.0.0.1: local: g: operation not permitted",
+    ]
+    assert listing(tmp_path / "far") == {"f": "new", "g": "pulled"}
+    assert listing(home) == {"f": "new", "h": "pulled"} | {
+        name: text for name, text in listing(home).items() if name.startswith(".ssh")
+    }
+
+
+def test_mode_of_a_folder_that_cannot_be_set_is_told(
+    keys: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chmod = os.fchmod
+
+    def denied(path: Any, *_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def no_folder(fd: int, mode: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            denied(fd)
+        chmod(fd, mode)
+
+    class Others(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def setstat(self, path: bytes, attrs: asyncssh.SFTPAttrs) -> None:
+            denied(path)
+
+    build(tmp_path / "far", {"t/f": "F"})
+    build(home, {"t/f": "F"})
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Others) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            monkeypatch.setattr(os, "fchmod", no_folder)
+            steps = Push("t", "new", recurse=True), Pull("t", "new", recurse=True)
+            return " | ".join([await outcome(node, step) for step in steps])
+
+    assert run(main()) == (
+        "127.0.0.1: remote: new: mode and times not set: operation not permitted | "
+        "127.0.0.1: local: new: mode and times not set: operation not permitted"
+    )
+    assert listing(tmp_path / "far/new") == listing(home / "new") == {"f": "F"}
+
+
+@pytest.mark.parametrize("way", ["push", "pull", "local"])
+def test_all_failures_of_a_tree_are_named(
+    sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The first few in the line, each of them in the error; memory for them is bounded."""
+    begin, end = (sshd.home, home) if way == "pull" else (home, sshd.home)
+    build(begin, {"t/a": "A"})
+    for number in range(9):
+        os.mkfifo(begin / f"t/{number}")
+    there = str(end / "new") if way == "local" else "new"
+    step = (Pull if way == "pull" else Push)("t", there, recurse=True)
+
+    async def main() -> TransferError:
+        node = LocalNode() if way == "local" else sshd.node()
+        async with node:
+            with pytest.raises(TransferError) as caught:
+                await (step.co_run_local if way == "local" else step.co_run_remote)(node)
+        return caught.value
+
+    failure = run(main())
+    why = "not a regular file, folder or link"
+    assert sorted(failure.failures) == [f"t/{number}: {why}" for number in range(9)]
+    assert failure.message == "; ".join(failure.failures[:5]) + " (and 4 more)"
+    assert failure.kind == ("remote" if way == "pull" else "local")
+    assert listing(end / "new") == {"a": "A"}
+    monkeypatch.setattr(apssh, "FAILURES_KEPT", 6)
+    failure = run(main())
+    assert len(failure.failures) == 6 and failure.message.endswith(" (and 4 more)")
+
+
+def test_links_that_lead_out_are_followed_on_demand(sshd: Sshd, home: Path, capfd: Any) -> None:
+    build(
+        sshd.home,
+        {
+            "alternatives/editor": "-> ../bin/vi",
+            "alternatives/pager": "-> {home}/bin".replace("{home}", str(sshd.home)),
+            "bin/vi": "VI",
+        },
+    )
+    assert apssh.main_pull(["-t", sshd.target, "-r", "@:alternatives", "new"]) == 1
+    said = capfd.readouterr().err.splitlines()[0]
+    assert said.startswith("127.0.0.1: remote: alternatives/")
+    for path, link in (("editor", "../bin/vi"), ("pager", f"{sshd.home}/bin")):
+        assert led_out(f"alternatives/{path}", apssh._brief(link)) in said
+    assert listing(home / "new") == {}
+    shutil.rmtree(home / "new")
+    assert apssh.main_pull(["-t", sshd.target, "-r", "--follow", "@:alternatives", "new"]) == 0
+    assert listing(home / "new") == {"editor": "VI", "pager/": "", "pager/vi": "VI"}
+    assert apssh.main_push(["-t", sshd.target, "-r", "--follow", "new", "@:back"]) == 0
+    assert listing(sshd.home / "back") == listing(home / "new")
+
+
+@pytest.mark.parametrize(
+    ("source", "arrived"),
+    [
+        ("f[1].txt", {"f1.txt"}),
+        (r"f\[1\].txt", {"f[1].txt"}),
+        (r"f\[1].txt", {"f[1].txt"}),
+        (r"d\*/f[[]1].txt", {"f[1].txt"}),
+        (r"d\*/f\[1].txt", {"f[1].txt"}),
+        ("d*/f[1].txt", {"f1.txt"}),
+        ("g[2].txt", {"g[2].txt"}),
+        (r"\*", {"*"}),
+        (r"\?*", {"?x"}),
+        (r"back\slash", {r"back\slash"}),
+        (r"back\\slash", {r"back\slash"}),
+        (r"back\\*", {r"back\slash"}),
+    ],
+)
+@pytest.mark.parametrize("local", [False, True])
+def test_quoted_names(
+    sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, local: bool, source: str, arrived: Any
+) -> None:
+    """A backslash quotes what has a meaning in a pattern; a pattern wins over a name that is like
+    it, and is a name where it matches nothing: as a shell has it.
+    """
+    names = ["f[1].txt", "f1.txt", "g[2].txt", "*", "?x", "ax", r"back\slash", r"back\\slashes"]
+    names += ["d*/f[1].txt", "d*/f1.txt"]
+    names.remove(r"back\\slashes")
+    (home / "there").mkdir()
+    far = home / "there" if local else sshd.home
+    build(far, dict.fromkeys(names, "text"))
+    (home / "in").mkdir()
+    if local:
+        monkeypatch.chdir(far)
+    step = Pull(source, str(home / "in"))
+    assert (run(outcome(LocalNode(), step)) if local else copied(sshd, step)) == ""
+    assert set(os.listdir(home / "in")) == arrived
+
+
+def test_braces_in_paths(sshd: Sshd, home: Path, capfd: Any) -> None:
+    build(home, {"{host}.txt": "braces", "127.0.0.1.txt": "host"})
+    push = ["-t", sshd.target, "{{host}}.txt", "{host}.txt"]
+    assert apssh.main_push([*push, "@:"]) == 0
+    assert listing(sshd.home) == {"{host}.txt": "braces", "127.0.0.1.txt": "host"}
+    assert apssh.main_pull(["-t", sshd.target, "@:{{host}}.txt", "a{{b}}{{{host}}}"]) == 0
+    assert (home / "a{b}{127.0.0.1}").read_text() == "braces"
+    assert apssh.main_pull(["-t", sshd.target, "@:{{host}}.txt", "no{{b}}/x"]) == 2
+    assert capfd.readouterr().err == "appull: no{b}: no such folder\n"
+
+
+@pytest.mark.parametrize("sources", [["@:a.log", "@:b.log"], ["@:*.log"], ["@:[b]*"]])
+def test_several_sources_make_the_folder_of_a_host(
+    sshd: Sshd, home: Path, sources: list[str]
+) -> None:
+    build(sshd.home, {"a.log": "A", "b.log": "B"})
+    assert apssh.main_pull(["-t", sshd.target, *sources, "x/logs-{host}"]) == 0
+    wanted = {"b.log": "B"} if sources == ["@:[b]*"] else {"a.log": "A", "b.log": "B"}
+    assert listing(home / "x/logs-127.0.0.1") == wanted
+
+
+@pytest.mark.parametrize(
+    ("sources", "destination", "message"),
+    [
+        ("f", "gone/", "gone/: no such folder"),
+        ("f", "gone/f", "gone: no such folder"),
+        (["f", "g"], "gone", "gone: no such folder"),
+        ("f", "file/", "file/: not a folder"),
+        (["f", "g"], "file", "file: not a folder"),
+        ("f", "file/f", "file: not a folder"),
+    ],
+)
+def test_folder_of_a_pull_is_looked_for_first(
+    sshd: Sshd, home: Path, sources: Any, destination: str, message: str
+) -> None:
+    """Before the experiment, whose results it is to take."""
+    build(home, {"file": "text"})
+    build(sshd.home, {"f": "F", "g": "G"})
+
+    async def main(place: str) -> str:
+        async with sshd.node() as node:
+            job = SshJob(node, commands=[Run("touch ran"), Pull(sources, place)])
+            try:
+                await job.co_run()
+            except UsageError as exc:
+                return str(exc)
+            return ""
+
+    assert run(main(destination)) == message
+    assert not (sshd.home / "ran").exists()
+    (home / "there").mkdir()
+    assert run(main("there")) == ""
+    assert (sshd.home / "ran").exists() and (home / "there/f").exists()
+
+
+def test_home_of_this_machine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LocalNode knows it wherever an SshNode does."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    build(work, {"f": "F"})
+
+    async def main() -> None:
+        async with LocalNode() as node:
+            await node.mkdir("~/x/y")
+            await node.mkdir("~/x/y")
+            await node.put_string_script("echo hi", "~/x/script")
+            await node.put_file_s("f", "~/x")
+            await node.get_file_s("~/x/f", "g")
+            with pytest.raises(TransferError) as caught:
+                await node.mkdir("~/x/f/z")
+            assert str(caught.value) == "LOCALNODE: local: ~/x/f/z: not a directory"
+            with pytest.raises(TransferError) as caught:
+                await node.put_string_script("echo hi", "~/none/script")
+            assert str(caught.value) == (
+                "LOCALNODE: local: ~/none/script: ~/none: no such folder".replace(
+                    ": ~/none:", f": {home}/none:"
+                )
+            )
+
+    run(main())
+    assert listing(home / "x") == {"f": "F", "script": "echo hi", "y/": ""}
+    assert stat.S_IMODE((home / "x/script").stat().st_mode) == 0o755
+    assert listing(work) == {"f": "F", "g": "F"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"ForceCommand": "echo Your password has expired. >&2; exit 1"},
+            "Your password has expired.",
+        ),
+        (
+            {"ForceCommand": r"printf '\033[2Jgone' >&2; exit 1"},
+            r"\x1b[2Jgone",
+        ),
+        ({"Subsystem": "sftp /no/such/sftp-server"}, "its server ended with status 127"),
+        ({"Subsystem": "sftp echo hello"}, "max packet size exceeded"),
+        ({"Subsystem": "other /bin/true"}, "Session request failed"),
+    ],
+    ids=["expired password", "hostile words", "no program", "start-up file", "no subsystem"],
+)
+def test_no_sftp_over_there(
+    make_sshd: Callable[..., Sshd], home: Path, options: dict[str, str], message: str
+) -> None:
+    """What the server says in its place is what helps."""
+    server = make_sshd(**options)
+    build(home, {"f": "F"})
+    said = f"127.0.0.1: remote: no SFTP over there: {message}"
+    assert copied(server, Push("f", "f")) == said
+
+
 # hostile servers: what is pulled from them must change nothing but the destination
 
 REGULAR, FOLDER, LINK, FIFO = (
@@ -6284,7 +6616,7 @@ def test_sftp_that_does_not_come_holds_no_session(
                 if subsystem:
                     with pytest.raises(TransferError) as caught:
                         await task
-                    assert str(caught.value).startswith("127.0.0.1: local: no SFTP over there: ")
+                    assert str(caught.value).startswith("127.0.0.1: remote: no SFTP over there: ")
                 else:
                     await asyncio.sleep(0.001 * number)  # at each point of the way
                     task.cancel()
@@ -6298,7 +6630,7 @@ def test_sftp_that_does_not_come_holds_no_session(
 def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
     error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
-    assert str(error) == "127.0.0.1: local: no SFTP over there: no answer"
+    assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
 def test_sftp_that_ended_gives_its_session_back(
