@@ -4740,7 +4740,7 @@ class SshNode(_Node):
         async with _closing(opened) as file:
             await file.write(data, 0)
             if mode & 0o004:
-                await file.chmod(mode)  # whatever the umask over there
+                await sftp.chmod(path, mode)  # whatever the umask over there
 
 
 class _SftpOpener:
