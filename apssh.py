@@ -6117,7 +6117,7 @@ def _cut(text: str, columns: int) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 59.95:
-        return f"{seconds:.3g} s"
+        return f"{round(seconds, 3):.3g} s"
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
@@ -6219,7 +6219,7 @@ line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a } .ok rect { fill: #a
 <svg class="ok" x="270" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">ok</text></svg>
 <svg class="failed" x="360" y="30" width="80" height="16"><rect width="100%" height="100%"/>
-<text x="3" y="12">✗ failed</text></svg>
+<text x="3" y="12">× failed</text></svg>
 <svg class="cancelled" x="450" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">cancelled</text></svg>
 <svg class="running" x="540" y="30" width="80" height="16"><rect width="100%" height="100%"/>
@@ -6232,8 +6232,9 @@ def _svg_text(class_: str, x: str, y: float, text: str) -> str:
 
 
 def _svg_bar(bar: _Bar, y: float) -> str:
-    mark = "✗ " if bar.state == "failed" else ""
-    width = max(bar.end - bar.start, 0.003)  # visible
+    # as wide as can be seen, and a failed one as can be told without its colour: by its cross
+    mark, least = ("× ", 0.014) if bar.state == "failed" else ("", 0.003)
+    width = max(bar.end - bar.start, least)
     return (
         f'<svg class="bar {bar.state}" x="{bar.start:.2%}" y="{y}" width="{width:.2%}" height="16">'
         f'<title>{html.escape(bar.details)}</title><rect width="100%" height="100%"/>'
