@@ -5968,14 +5968,6 @@ def topology_as_pngfile(scheduler: _Scheduler, filename: str | os.PathLike[str])
     return png
 
 
-def _walk(scheduler: _Scheduler, parent: _Job | None = None) -> Iterator[tuple[_Job, _Job | None]]:
-    """All jobs in the order that numbers them, each with the nested scheduler that it is in."""
-    for job in scheduler.topological_order():
-        yield job, parent
-        if isinstance(job, asynciojobs.PureScheduler):
-            yield from _walk(job, job)
-
-
 def _job_state(job: _Job) -> tuple[str, str | None]:
     """What became of a job: idle, waiting (for a slot of the window), running, ok, failed or
     cancelled; and why, if it failed.
@@ -6017,9 +6009,7 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     """
     nodes = _nodes_by_way(scheduler)
     places = {way: number for number, way in enumerate(nodes, 1)}
-    walk = list(_walk(scheduler))
-    numbers = {job: number for number, (job, _) in enumerate(walk, 1)}
-    jobs = [_job_record(job, parent, numbers, places) for job, parent in walk]
+    jobs = list(_job_records(scheduler, places, numbers={}))
     steps = list(itertools.chain.from_iterable(job["steps"] for job in jobs))
     started = min((step["start_wall"] for step in steps), default=None)
     ended = max((step["end_wall"] or time.time() for step in steps), default=None)
@@ -6051,27 +6041,37 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     }
 
 
-def _job_record(
-    job: _Job, parent: _Job | None, numbers: dict[_Job, int], places: dict[str, int]
-) -> dict[str, Any]:
-    state, error = _job_state(job)
-    label, node, steps = job.text_label() or "", None, []
-    if isinstance(job, SshJob):
-        label = label.partition(": ")[2]  # without the host
-        node, steps = places[str(job.node)], job.records
-    return {
-        "id": numbers[job],
-        "parent": numbers[parent] if parent else None,
-        "type": type(job).__name__,
-        "label": str(job.label or label or type(job).__name__),
-        "node": node,
-        "critical": job.critical,
-        "forever": job.forever,
-        "state": state,
-        "error": error,
-        "requirements": sorted(numbers[each] for each in job.required if each in numbers),
-        "steps": [dataclasses.asdict(step) for step in steps],
-    }
+def _job_records(
+    scheduler: _Scheduler,
+    places: Mapping[str, int],
+    numbers: dict[_Job, int],
+    parent: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The jobs of a scheduler, and behind each nested one those in it. They come after what they
+    require, and are numbered as they come: ``numbers`` has those so far.
+    """
+    for job in scheduler.topological_order():
+        numbers[job] = len(numbers) + 1
+        state, error = _job_state(job)
+        label, node, steps = job.text_label() or "", None, []
+        if isinstance(job, SshJob):
+            label = label.partition(": ")[2]  # without the host
+            node, steps = places[str(job.node)], job.records
+        yield {
+            "id": numbers[job],
+            "parent": parent,
+            "type": type(job).__name__,
+            "label": str(job.label or label or type(job).__name__),
+            "node": node,
+            "critical": job.critical,
+            "forever": job.forever,
+            "state": state,
+            "error": error,
+            "requirements": sorted(numbers[each] for each in job.required if each in numbers),
+            "steps": [dataclasses.asdict(step) for step in steps],
+        }
+        if isinstance(job, asynciojobs.PureScheduler):
+            yield from _job_records(job, places, numbers, numbers[job])
 
 
 def save_record(scheduler: _Scheduler, path: str | os.PathLike[str]) -> None:
