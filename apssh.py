@@ -6152,14 +6152,6 @@ def topology_as_pngfile(scheduler: _Scheduler, filename: str | os.PathLike[str])
     return png
 
 
-def _walk(scheduler: _Scheduler, parent: _Job | None = None) -> Iterator[tuple[_Job, _Job | None]]:
-    """All jobs in the order that numbers them, each with the nested scheduler that it is in."""
-    for job in scheduler.topological_order():
-        yield job, parent
-        if isinstance(job, asynciojobs.PureScheduler):
-            yield from _walk(job, job)
-
-
 def _job_state(job: _Job) -> tuple[str, str | None]:
     """What became of a job: idle, waiting (for a slot of the window), running, ok, failed or
     cancelled; and why, if it failed.
@@ -6201,9 +6193,7 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     """
     nodes = _nodes_by_way(scheduler)
     places = {way: number for number, way in enumerate(nodes, 1)}
-    walk = list(_walk(scheduler))
-    numbers = {job: number for number, (job, _) in enumerate(walk, 1)}
-    jobs = [_job_record(job, parent, numbers, places) for job, parent in walk]
+    jobs = list(_job_records(scheduler, places, numbers={}))
     steps = list(itertools.chain.from_iterable(job["steps"] for job in jobs))
     started = min((step["start_wall"] for step in steps), default=None)
     ended = max((step["end_wall"] or time.time() for step in steps), default=None)
@@ -6235,27 +6225,37 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     }
 
 
-def _job_record(
-    job: _Job, parent: _Job | None, numbers: dict[_Job, int], places: dict[str, int]
-) -> dict[str, Any]:
-    state, error = _job_state(job)
-    label, node, steps = job.text_label() or "", None, []
-    if isinstance(job, SshJob):
-        label = label.partition(": ")[2]  # without the host
-        node, steps = places[str(job.node)], job.records
-    return {
-        "id": numbers[job],
-        "parent": numbers[parent] if parent else None,
-        "type": type(job).__name__,
-        "label": str(job.label or label or type(job).__name__),
-        "node": node,
-        "critical": job.critical,
-        "forever": job.forever,
-        "state": state,
-        "error": error,
-        "requirements": sorted(numbers[each] for each in job.required if each in numbers),
-        "steps": [dataclasses.asdict(step) for step in steps],
-    }
+def _job_records(
+    scheduler: _Scheduler,
+    places: Mapping[str, int],
+    numbers: dict[_Job, int],
+    parent: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The jobs of a scheduler, and behind each nested one those in it. They come after what they
+    require, and are numbered as they come: ``numbers`` has those so far.
+    """
+    for job in scheduler.topological_order():
+        numbers[job] = len(numbers) + 1
+        state, error = _job_state(job)
+        label, node, steps = job.text_label() or "", None, []
+        if isinstance(job, SshJob):
+            label = label.partition(": ")[2]  # without the host
+            node, steps = places[str(job.node)], job.records
+        yield {
+            "id": numbers[job],
+            "parent": parent,
+            "type": type(job).__name__,
+            "label": str(job.label or label or type(job).__name__),
+            "node": node,
+            "critical": job.critical,
+            "forever": job.forever,
+            "state": state,
+            "error": error,
+            "requirements": sorted(numbers[each] for each in job.required if each in numbers),
+            "steps": [dataclasses.asdict(step) for step in steps],
+        }
+        if isinstance(job, asynciojobs.PureScheduler):
+            yield from _job_records(job, places, numbers, numbers[job])
 
 
 def save_record(scheduler: _Scheduler, path: str | os.PathLike[str]) -> None:
@@ -6301,7 +6301,7 @@ def _cut(text: str, columns: int) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 59.95:
-        return f"{seconds:.3g} s"
+        return f"{round(seconds, 3):.3g} s"
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
@@ -6403,7 +6403,7 @@ line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a } .ok rect { fill: #a
 <svg class="ok" x="270" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">ok</text></svg>
 <svg class="failed" x="360" y="30" width="80" height="16"><rect width="100%" height="100%"/>
-<text x="3" y="12">✗ failed</text></svg>
+<text x="3" y="12">× failed</text></svg>
 <svg class="cancelled" x="450" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">cancelled</text></svg>
 <svg class="running" x="540" y="30" width="80" height="16"><rect width="100%" height="100%"/>
@@ -6416,8 +6416,9 @@ def _svg_text(class_: str, x: str, y: float, text: str) -> str:
 
 
 def _svg_bar(bar: _Bar, y: float) -> str:
-    mark = "✗ " if bar.state == "failed" else ""
-    width = max(bar.end - bar.start, 0.003)  # visible
+    # as wide as can be seen, and a failed one as can be told without its colour: by its cross
+    mark, least = ("× ", 0.014) if bar.state == "failed" else ("", 0.003)
+    width = max(bar.end - bar.start, least)
     return (
         f'<svg class="bar {bar.state}" x="{bar.start:.2%}" y="{y}" width="{width:.2%}" height="16">'
         f'<title>{html.escape(bar.details)}</title><rect width="100%" height="100%"/>'

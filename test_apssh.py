@@ -8745,7 +8745,7 @@ def test_picture_of_a_run(tmp_path: Path) -> None:
     name = timeline_as_svgfile(scheduler, tmp_path / "run")
     assert name == str(tmp_path / "run.svg") == timeline_as_svgfile(scheduler, name)
     assert texts(name, "way") == ["Local Node"]
-    assert set(bars_of(name)) == {"first", "side", "true", "✗ exit 3"}
+    assert set(bars_of(name)) == {"first", "side", "true", "× exit 3"}
     (title,) = [title.splitlines() for title in titles(name) if "exit 3" in title]
     assert title[:3] == [
         "true (+1) on Local Node",
@@ -8822,11 +8822,16 @@ def test_failures_stand_out_without_colours(tmp_path: Path) -> None:
     ]
     name = timeline_as_svgfile(record_of(*jobs), tmp_path / "x")
     assert {label: bar.get("class") for label, bar in bars_of(name).items()} == {
-        "✗ status": "bar failed",
-        "✗ lost": "bar failed",
-        "✗ timeout": "bar failed",
+        "× status": "bar failed",
+        "× lost": "bar failed",
+        "× timeout": "bar failed",
         "cancelled": "bar cancelled",
     }
+    # the cross of a failed bar is seen, however short that is
+    short = made(SshJob(node, command="x", label="short"), (50, 50), kind="status", error="3")
+    name = timeline_as_svgfile(record_of(*jobs[:-1], short), tmp_path / "y")
+    assert [number_of(bar, "width") for bar in bars_of(name).values()] == [2, 2, 2, 1.4]
+    name = timeline_as_svgfile(record_of(*jobs), tmp_path / "x")
     assert texts(name, "note") == [
         "failed: lost on root@box: box: lost",
         "failed: status on root@box: box: status",
@@ -8848,7 +8853,7 @@ def test_texts_cannot_break_the_picture(tmp_path: Path) -> None:
     assert title.splitlines()[0] == f'{HARMLESS} on a<&"b@host'
     assert title.splitlines()[2] == HARMLESS
     assert max(map(len, title.splitlines())) == 500
-    assert list(bars_of(name)) == [f"✗ {HARMLESS}"]
+    assert list(bars_of(name)) == [f"× {HARMLESS}"]
     assert texts(name, "way") == ['a<&"b@host']
     notes = texts(name, "note")
     assert max(map(len, notes)) <= 190
@@ -8928,6 +8933,7 @@ def test_texts_of_a_picture_do_not_overlap(tmp_path: Path) -> None:
     "seconds, text",
     [
         (0, "0 s"),
+        (0.00735, "0.007 s"),
         (0.25, "0.25 s"),
         (59, "59 s"),
         (59.97, "0:01:00"),
@@ -8943,21 +8949,24 @@ def test_durations(tmp_path: Path, seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "span, marks",
+    "span, step, marks",
     [
-        (0.055, ["0 s", "0.01 s", "0.02 s", "0.03 s", "0.04 s", "0.05 s"]),
-        (0.95, ["0 s", *(f"0.{tenths} s" for tenths in range(1, 10))]),
-        (12, ["0 s", "2 s", "4 s", "6 s", "8 s", "10 s", "12 s"]),
-        (250, ["0 s", "30 s", *(f"0:0{n // 60}:{n % 60:02}" for n in range(60, 250, 30))]),
-        (7000, ["0 s", "0:30:00", "1:00:00", "1:30:00"]),
-        (2e6, ["0 s", "23 days, 3:33:20"]),
+        (0.055, 0.01, ["0 s", "0.01 s", "0.02 s", "0.03 s", "0.04 s", "0.05 s"]),
+        (0.95, 0.1, ["0 s", *(f"0.{tenths} s" for tenths in range(1, 10))]),
+        (12, 2, ["0 s", "2 s", "4 s", "6 s", "8 s", "10 s", "12 s"]),
+        (250, 30, ["0 s", "30 s", *(f"0:0{n // 60}:{n % 60:02}" for n in range(60, 250, 30))]),
+        (7000, 1800, ["0 s", "0:30:00", "1:00:00", "1:30:00"]),
+        (2e6, 2e6, ["0 s", "23 days, 3:33:20"]),
     ],
 )
 def test_marks_of_the_time_axis_are_round_and_few(
-    tmp_path: Path, span: float, marks: list[str]
+    tmp_path: Path, span: float, step: float, marks: list[str]
 ) -> None:
     record = record_of(made(SshJob(LocalNode(), command="x"), (0, span)))
-    assert texts(timeline_as_svgfile(record, tmp_path / "x"), "tick") == marks
+    name = timeline_as_svgfile(record, tmp_path / "x")
+    assert texts(name, "tick") == marks
+    places = [number_of(tick, "x") for tick in elements(name, "text", "tick")]
+    assert places == pytest.approx([n * step / span * 100 for n in range(len(marks))], abs=0.02)
 
 
 def columns_of(line: str) -> int:
