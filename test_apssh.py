@@ -1351,10 +1351,19 @@ def test_certificate_that_was_not_asked_for_counts_for_nothing(
     a certificate sent all the same.
     """
     (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
-    node = certified["good"].node()
-    assert [
-        apssh._Trust(node, asked).check_authority(CA.convert_to_public()) for asked in (True, False)
-    ] == [True, False]
+    trusts = [
+        apssh._Trust(
+            "127.0.0.1",
+            "127.0.0.1",
+            certified["good"].port,
+            known_hosts=home / ".ssh" / "known_hosts",
+            host_keys=None,
+            config=apssh._UNCONFIGURED,
+            asking=asking,
+        )
+        for asking in (True, False)
+    ]
+    assert [trust.check_authority(CA.convert_to_public()) for trust in trusts] == [True, False]
 
 
 def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
@@ -2066,14 +2075,148 @@ def test_user_certificate_and_agent(
     assert len(accepted(server)) == 1
 
 
-def test_encrypted_key_in_the_agent(
-    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize("way", ["agent", "agent with a key that follows", "file"])
+def test_rsa_certificate(
+    make_sshd: Callable[..., Sshd], agent: Callable[..., None], keys: Path, tmp_path: Path, way: str
 ) -> None:
-    """The agent's is used, and nothing is asked."""
-    asyncssh.read_private_key(keys / "encrypted", "secret").write_private_key(tmp_path / "plain")
+    """A server of today takes it under a name of its signature alone; it may be the last key that
+    is offered.
+    """
+    CA.write_public_key(tmp_path / "ca.pub")
+    server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub", AuthorizedKeysFile="none")
+    shutil.copy(keys / "rsa", tmp_path / "key")
+    key = asyncssh.read_public_key(keys / "rsa.pub")
+    certificate = CA.generate_user_certificate(key, "somebody", principals=[ME])
+    certificate.write_certificate(tmp_path / "key-cert.pub")
+    if way == "file":
+        run(log_in(server.node(keys=[tmp_path / "key"])))
+    else:
+        agent(tmp_path / "key", *([keys / "other"] if "follows" in way else []))
+        run(log_in(server.node()))
+    assert [line.split(" ")[0] for line in accepted(server)] == ["RSA-CERT"]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["pub-file", "alone"])
+@pytest.mark.parametrize(
+    ("algorithm", "form"),
+    [("ssh-ed25519", "openssh"), ("ssh-rsa", "openssh"), ("ssh-rsa", "pkcs8-pem")],
+)
+def test_encrypted_key_in_the_agent(
+    sshd: Sshd,
+    agent: Callable[..., None],
+    tmp_path: Path,
+    algorithm: str,
+    form: str,
+    beside: bool,
+) -> None:
+    """The agent's is used, and nothing is asked: the public half of an OpenSSH key is in clear in
+    its file.
+    """
+    key = asyncssh.generate_private_key(algorithm)
+    key.write_private_key(tmp_path / "plain")
     (tmp_path / "plain").chmod(0o600)
     agent(tmp_path / "plain")
-    assert without_terminal("-k", str(keys / "encrypted"), "-t", sshd.target, "exit 0") == (0, [])
+    key.write_private_key(tmp_path / "key", form, passphrase="secret")
+    if beside:
+        key.write_public_key(tmp_path / "key.pub")
+    with (sshd.folder / "authorized_keys").open("a") as authorized:
+        authorized.write(f"{public(key)}\n")
+    done = without_terminal("-k", str(tmp_path / "key"), "-t", sshd.target, "exit 0")
+    if form == "openssh" or beside:
+        assert done == (0, [])
+    else:  # nobody can know
+        prompt = f"passphrase for key {tmp_path / 'key'}"
+        assert done == (2, [f"apssh: no terminal to ask: {prompt}"])
+
+
+def test_public_half_of_the_key_file_itself(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+) -> None:
+    """A .pub of another key beside it is of no account."""
+    shutil.copy(keys / "id_ed25519", tmp_path / "key")
+    shutil.copy(keys / "ecdsa.pub", tmp_path / "key.pub")
+    agent(keys / "ecdsa", keys / "id_ed25519")
+    run(log_in(sshd.node(keys=[tmp_path / "key"])))
+    assert accepted(sshd)[-1].startswith("ED25519 ")
+
+
+class Watched:
+    """Stands before the agent of the environment, at another path: the types of the requests that
+    came, one list a connection (draft-miller-ssh-agent, section 5.1), and how many are open.
+    """
+
+    LIST, SIGN = 11, 13
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.requests: list[list[int]] = []
+        self.open = 0
+        self._behind = os.environ["SSH_AUTH_SOCK"]
+        self._path = f"{self._behind}-watched"
+        self._monkeypatch = monkeypatch
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection(self._behind)
+        seen: list[int] = []
+        self.requests.append(seen)
+        self.open += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                for source, sink in ((reader, back), (there, writer)):
+                    length = await source.readexactly(4)
+                    packet = await source.readexactly(int.from_bytes(length, "big"))
+                    if source is reader:
+                        seen.append(packet[0])
+                    sink.write(length + packet)
+        back.close()
+        writer.close()
+        self.open -= 1
+
+    async def __aenter__(self) -> Watched:
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        self._monkeypatch.setenv("SSH_AUTH_SOCK", self._path)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        os.unlink(self._path)
+
+
+@pytest.mark.parametrize("name", ["id_ed25519", "ecdsa", "rsa"])
+def test_agent_is_asked_to_list_once_and_to_sign(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Three hosts: the keys are listed once, each login signs on a connection of its own, which is
+    closed when it ends. A login that the server refuses has signed nothing.
+    """
+    agent(keys / name)
+
+    async def main() -> None:
+        async with Watched(monkeypatch) as watched:
+            nodes = [sshd.node() for _ in range(3)]
+            await asyncio.gather(*(node.connect_lazy() for node in nodes))
+            assert sorted(watched.requests) == [[watched.LIST], *[[watched.SIGN]] * 3]
+            await eventually_async(lambda: watched.open == 0)
+            await asyncio.gather(*(node.close() for node in nodes))
+            refused = sshd.node(username="nobody-here")
+            with pytest.raises(ConnectionFailedError):
+                await refused.connect_lazy()
+            assert [13] * 3 == [each[0] for each in watched.requests if each != [watched.LIST]]
+
+    run(main())
+
+
+def test_agent_that_goes_while_it_is_used(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys were listed, and then it cannot sign: the next key is tried."""
+    agent(keys / "rsa")
+    listed = apssh.load_agent_keys()
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    run(log_in(sshd.node(keys=[*listed, keys / "id_ed25519"])))
+    assert accepted(sshd)[-1].startswith("RSA ")
+    gone = [dataclasses.replace(key, agent_path="/no/such/agent") for key in listed]
+    run(log_in(sshd.node(keys=[*gone, keys / "id_ed25519"])))
+    assert accepted(sshd)[-1].startswith("ED25519 ")
 
 
 def test_passphrase_is_asked_once(make_sshd: Callable[..., Sshd], keys: Path) -> None:
@@ -2681,26 +2824,36 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
 
 def seen_on(node: SshNode) -> dict[str, Any]:
     """The same of a node."""
-    trust = apssh._Trust(node)
+    config = node._host_config
+    trust = apssh._Trust(
+        node.hostname,
+        node._address or node.hostname,
+        node.port,
+        known_hosts=node.known_hosts,
+        host_keys=node.host_keys,
+        config=config,
+    )
     return {
         "address": (node._address or node.hostname).lower(),
         "user": node.username,
         "port": node.port,
-        "keys": list(node._host_config.identity_files),
-        "certificates": list(node._host_config.certificate_files),
-        "only": node._host_config.identities_only,
-        "agent": node._host_config.identity_agent,
+        "keys": config.paths("identityfile"),
+        "certificates": config.paths("certificatefile"),
+        "only": config.one("identitiesonly") == "yes",
+        "agent": config.identity_agent,
         "way": [
             f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}"
             for hop in node._hops()[:-1]
         ],
         "command": node._proxy_command,
-        "known": [os.path.expanduser(path) for path in node._known_hosts_files],
+        "known": [
+            os.path.expanduser(path) for path in config.known_hosts_files or apssh.KNOWN_HOSTS_FILES
+        ],
         "policy": trust.policy,
-        "name": trust._name.lower(),
+        "name": trust.name.lower(),
         "timeout": node.timeout,
         "keepalive": node.keepalive,
-        "hashed": node._host_config.hash_known_hosts,
+        "hashed": config.one("hashknownhosts") == "yes",
     }
 
 
@@ -3036,8 +3189,8 @@ def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (node,) = config_nodes(file, target)
         assert f"debug1: Executing proxy command: exec {node._proxy_command}" in said.splitlines()
         assert [
-            *node._host_config.identity_files,
-            *node._host_config.certificate_files,
+            *node._host_config.paths("identityfile"),
+            *node._host_config.paths("certificatefile"),
         ] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
 
 
@@ -3116,7 +3269,7 @@ def program(
     """Run apssh in this process, as in a new one: its exit code, stdout, and the lines of stderr."""
 
     def call(*argv: str) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(apssh, "_accepted_keys", set())
+        monkeypatch.setattr(apssh._key_memory, "accepted", set())
         capfd.readouterr()
         code = apssh.main(argv)
         out, err = capfd.readouterr()
@@ -3178,11 +3331,11 @@ def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], ho
     assert {node.gateway for node in nodes if node.hostname != "node1999"} == {nodes[0].gateway}
     by_name = {node.hostname: node for node in nodes}
     assert by_name["node1999"].gateway is None and by_name["node1999"].port == 2200
-    assert by_name["node1234"]._host_config.identity_files == (f"{home}/.ssh/node1234-bob",)
+    assert by_name["node1234"]._host_config.paths("identityfile") == [f"{home}/.ssh/node1234-bob"]
     assert (
         by_name["node2"].port == 22
         and by_name["node2"].keepalive == 7
-        and by_name["node2"]._host_config.identity_files == ()
+        and by_name["node2"]._host_config.paths("identityfile") == []
     )
     assert [seen_on(by_name[name]) for name in ("node1", "node7", "node1999", "node2000")] == [
         ssh_says(home / ".ssh" / "config", name)
@@ -3255,7 +3408,7 @@ def test_explicit_wins_over_config(
         gateway,
     )
     assert node._address == "web.example.org"
-    assert [key.public_data for key in apssh._keys_of_run(node)] == [
+    assert [key.public_data for key in apssh._keys_to_offer(node.keys, node._host_config)[0]] == [
         apssh.import_private_key(key or "~/.ssh/id_ed25519").public_data
     ]
     if gateway:
@@ -3614,7 +3767,7 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
         for node in nodes:
             await node._apply_config()
         return [
-            f"{node._address} {' '.join(map(os.path.basename, node._host_config.identity_files))}"
+            f"{node._address} {' '.join(map(os.path.basename, node._host_config.paths('identityfile')))}"
             for node in nodes
         ]
 
@@ -6387,15 +6540,15 @@ def test_work_that_is_being_given_up_is_joined_by_nobody(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
-    load = apssh._keys_of_run
+    load = apssh._keys_to_offer
     slow = threading.Event()
 
-    def load_slowly(node: SshNode) -> Any:
+    def load_slowly(*args: Any) -> Any:
         slow.wait(5)
-        return load(node)
+        return load(*args)
 
     async def main() -> None:
-        monkeypatch.setattr(apssh, "_keys_of_run", load_slowly)
+        monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
         first = asyncio.create_task(sshd.node().run("true"))
         await asyncio.sleep(0)
         await eventually_async(lambda: apssh._Limits.here().keys)
