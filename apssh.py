@@ -1114,6 +1114,7 @@ class _KeyMemory:
     def __init__(self) -> None:
         self.accepted: set[bytes] = set()
         self._decoded: dict[bytes, asyncssh.SSHKey] = {}
+        self._said: set[str] = set()
         self._lock = threading.Lock()
 
     def decode(self, path: Path, data: bytes) -> asyncssh.SSHKey:
@@ -1123,6 +1124,12 @@ class _KeyMemory:
             if digest not in self._decoded:
                 self._decoded[digest] = _decode_key(path, data)
             return self._decoded[digest]
+
+    def say_once(self, text: str) -> None:
+        """What is wrong with a key: keys are looked for again after each refused login."""
+        if text not in self._said:
+            self._said.add(text)
+            _screen.say(text)
 
 
 _key_memory = _KeyMemory()
@@ -1292,7 +1299,7 @@ class _KeySearch:
             try:
                 keys += self.of_file(file) if file != "none" else []
             except UsageError as exc:
-                _screen.say(f"skipped: {exc}")
+                _key_memory.say_once(f"skipped: {exc}")
         if not keys:
             self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
         return keys
@@ -1635,7 +1642,7 @@ class _Trust:
 
     Attributes: ``shown``, the fingerprint that was presented; ``certified``, whether certificates
     are asked for; ``changed``, under policy no, whether the key is not the known one: ssh too then
-    sends no password.
+    sends no password; ``recorded``, whether the host was never seen, and a line was written.
     """
 
     def __init__(
@@ -1656,6 +1663,7 @@ class _Trust:
         self.policy = "no" if known_hosts is None else "yes"
         self.shown: str | None = None
         self.changed = False
+        self.recorded = False
         self._new: asyncssh.SSHKey | None = None
         self._file: _KnownHosts | None = None
         lines: list[_KnownKey] = []
@@ -1730,10 +1738,10 @@ class _Trust:
         """Record a host never seen: whether a line was written. Raises ApsshError, without a host,
         when that could not be done.
         """
-        if self._new is None or self._file is None:
-            return False
-        hashed = self._config.one("hashknownhosts") == "yes"
-        return self._file.record(self.name, self._new, hashed=hashed)
+        if self._new and self._file:
+            hashed = self._config.one("hashknownhosts") == "yes"
+            self.recorded = self._file.record(self.name, self._new, hashed=hashed)
+        return self.recorded
 
     def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:
         revoked = {each.blob: each.file for each in self._revoked}
@@ -2072,17 +2080,6 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
         keyword, _, value = line.partition(" ")
         answer.setdefault(keyword, []).append(value)
     return answer
-
-
-def _configure(node: SshNode, config: _HostConfig) -> None:
-    """Complete a node from its configuration; what was given explicitly stays."""
-    node._host_config = config
-    node._address = node._address or config.hostname
-    if not node._username_given and config.user:
-        node.username = config.user
-    node.keepalive = config.seconds("serveraliveinterval") or node.keepalive
-    if node.gateway is None:
-        node._proxy_command = node._proxy_command or config.command("proxycommand")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3389,7 +3386,8 @@ class _Client(asyncssh.SSHClient):
                 raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
         try:
-            self._trust.record()
+            if self._trust.record() and self._talks:
+                _tell(self._host, f"recorded its key {self._trust.shown}")
         except ApsshError as exc:
             _tell(self._host, exc.message)
 
@@ -3990,7 +3988,7 @@ class SshNode(_Node):
         timeout: float | None = CONNECT_TIMEOUT,
         password: str | None = None,
         host_keys: str | None = None,
-        config: str | bool | None = None,
+        config: str | bool | _HostConfig | None = None,
         guard: bool = True,
         keepalive: float = KEEPALIVE_INTERVAL,
         forward_agent: bool = False,
@@ -4021,12 +4019,33 @@ class SshNode(_Node):
         self._password = password
         self._config, self._username_given = config, username is not None
         self._host_config = _UNCONFIGURED
+        self._host_key_recorded = False  # the host was never seen before
+        self._keys_missed: list[str] = []  # where keys were looked for, when there were none
+        if isinstance(config, _HostConfig):
+            self._complete(config)
         self._target = self.hostname  # as the command line named it
         self._host_key_shown: str | None = None  # the fingerprint that it presented last
         self._guard_works: bool | None = None  # not known yet
         self._live: _Live | None = None
         self._leads = False  # others go through it
         self._adopt(formatter, verbose)
+
+    def _complete(self, config: _HostConfig) -> None:
+        """Take from a config what was not given, which is what has its default. The config holds
+        the user and the port that a target named.
+        """
+        self._host_config = config
+        self._address = self._address or config.hostname
+        if not self._username_given:
+            self.username = config.user
+        if self.port == 22:
+            self.port = config.port or 22
+        if self.timeout == CONNECT_TIMEOUT:
+            self.timeout = config.seconds("connecttimeout") or CONNECT_TIMEOUT
+        if self.keepalive == KEEPALIVE_INTERVAL:
+            self.keepalive = config.seconds("serveraliveinterval") or KEEPALIVE_INTERVAL
+        if self.gateway is None and self._proxy_command is None:
+            self._proxy_command = config.command("proxycommand")
 
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
@@ -4230,6 +4249,7 @@ class SshNode(_Node):
                     raise await self._login_failure(exc, attempt) from None
             finally:
                 self._host_key_shown = trust.shown
+                self._host_key_recorded |= trust.recorded
                 clock.progress = attempt.progress()
                 if not connected:
                     attempt.abandon()
@@ -4288,7 +4308,8 @@ class SshNode(_Node):
         """What was tried in vain."""
         default = "" if self._username_given or self._config else " (SshNode's default)"
         password = " and the password" if client.password_tried else ""
-        tried = f"{len(client.offered)} key(s){password}"
+        looked = f" ({'; '.join(self._keys_missed)})" if self._keys_missed else ""
+        tried = f"{_count(len(client.offered), 'key')}{looked}{password}"
         return f"login as {self.username}{default} refused, after {tried}"
 
     def _failure(self, exc: Exception) -> ConnectionFailedError:
@@ -4320,8 +4341,9 @@ class SshNode(_Node):
         if named not in loaded or loaded[named].abandoned:
             loaded[named] = _Shared(asyncio.to_thread(_keys_to_offer, self.keys, self._host_config))
         try:
-            keys, _ = await loaded[named].wait()
-            return cast("list[Key]", keys)
+            keys, missed = cast("tuple[list[Key], list[str]]", await loaded[named].wait())
+            self._keys_missed = [] if keys else missed
+            return keys
         except UsageError:
             self._forget_keys()
             raise
@@ -4333,7 +4355,7 @@ class SshNode(_Node):
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is _UNCONFIGURED:
-            config = _SshConfig(None if self._config is True else self._config)
+            config = _SshConfig(self._config if isinstance(self._config, str) else None)
             given = Hop(
                 self.hostname,
                 self.username if self._username_given else None,
@@ -4341,13 +4363,8 @@ class SshNode(_Node):
             )
             answers = await asyncio.to_thread(config.lookup_all, [given])
             before = self._endpoint
-            _configure(self, answers[given])
-            if not self._username_given and not self._host_config.user:
-                self.username = getpass.getuser()  # as ssh
-            self.port = self._host_config.port or 22 if self.port == 22 else self.port
+            self._complete(answers[given])
             self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
-            if self.timeout == CONNECT_TIMEOUT:
-                self.timeout = self._host_config.seconds("connecttimeout") or CONNECT_TIMEOUT
             for index, hop in enumerate(
                 jumps := self._host_config.jumps if self.gateway is None else ()
             ):
@@ -7145,18 +7162,9 @@ def _build_nodes(
             if (before, direct) not in gateways:
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
-        node = SshNode(
-            hop.host,
-            username=hop.user or answer.user or getpass.getuser(),
-            port=hop.port or answer.port or 22,
-            gateway=gateway,
-            formatter=shown,
-            **options,
-            timeout=(answer.seconds("connecttimeout") or CONNECT_TIMEOUT)
-            if connect_timeout is None
-            else connect_timeout,
-        )
-        _configure(node, answer)
+        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
+        if connect_timeout is not None:
+            node.timeout = connect_timeout
         return node
 
     nodes: dict[Any, SshNode] = {}

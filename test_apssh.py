@@ -1699,6 +1699,49 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
     run(main("no", None, None))
 
 
+@pytest.mark.parametrize("hops", [1, 2])
+def test_wrong_key_of_a_gateway_is_a_host_key_error(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path, hops: int
+) -> None:
+    """Its class and kind arrive however far behind it the host is."""
+    gateway = make_sshd()
+    (home / ".ssh" / "known_hosts").write_bytes(
+        known_hosts_text("{n} {other}", gateway.port, gateway.key)
+    )
+    node = gateway.node()
+    for _ in range(hops):
+        node = sshd.node(gateway=node)
+    with pytest.raises(HostKeyError) as caught:
+        run(node.run("true"))
+    assert (caught.value.kind, caught.value.host) == ("hostkey", "127.0.0.1")
+    assert caught.value.message.startswith("gateway 127.0.0.1: " * hops + "HOST KEY CHANGED: it")
+
+
+def test_refused_login_of_a_gateway(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    gateway = make_sshd(AuthorizedKeysFile="none")
+    error = failure_of(sshd.node(gateway=gateway.node()).run("true"))
+    assert (type(error), error.kind) == (ConnectionFailedError, "auth")
+
+
+def test_recorded_host_is_told(sshd: Sshd, home: Path, tmp_path: Path, capfd: Any) -> None:
+    """The node knows it, and says it when it is verbose; a host known before, or one that nothing
+    is kept of, is none.
+    """
+    for options, recorded in (
+        ({"verbose": True}, True),
+        ({"verbose": True}, False),
+        ({"known_hosts": tmp_path / "own"}, True),
+        ({"known_hosts": tmp_path / "own"}, False),
+        ({"known_hosts": os.devnull}, False),
+        ({"known_hosts": None}, False),
+    ):
+        node = sshd.node(**options)
+        run(log_in(node))
+        assert node._host_key_recorded is recorded
+    said = [line for line in capfd.readouterr().err.splitlines() if "recorded" in line]
+    assert said == [f"127.0.0.1: recorded its key {fingerprint(sshd.key)}"]
+
+
 def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
     """The server proves that it has its key, then goes: nothing was begun with it."""
 
@@ -2200,7 +2243,8 @@ def test_agent_is_asked_to_list_once_and_to_sign(
             refused = sshd.node(username="nobody-here")
             with pytest.raises(ConnectionFailedError):
                 await refused.connect_lazy()
-            assert [13] * 3 == [each[0] for each in watched.requests if each != [watched.LIST]]
+            signed = [each for each in watched.requests if each != [watched.LIST]]
+            assert signed == [[watched.SIGN]] * 3
 
     run(main())
 
@@ -2349,9 +2393,111 @@ def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
     assert sshd.log().count("Connection from") == before
     assert apssh.main(["-K", "-t", sshd.target, "true"]) == 1
     assert capfd.readouterr().err.splitlines() == [
-        f"127.0.0.1: auth: login as {ME} refused, after 0 key(s)",
+        f"127.0.0.1: auth: login as {ME} refused, after 0 keys (no SSH_AUTH_SOCK; no key in ~/.ssh)",
         "0 ok, 1 not reached or lost",
         "  auth: 127.0.0.1 (1)",
+    ]
+
+
+def no_keys(user: str, looked: str) -> str:
+    return f"127.0.0.1: auth: login as {user} refused, after 0 keys ({looked})"
+
+
+def test_where_keys_were_looked_for(
+    sshd: Sshd, home: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Said when there were none."""
+    (home / ".ssh" / "id_ed25519").unlink()
+    no_default = "no key in ~/.ssh"
+    assert str(failure_of(sshd.node().run("true"))) == no_keys(
+        ME, f"no SSH_AUTH_SOCK; {no_default}"
+    )
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(home / "gone"))
+    assert str(failure_of(sshd.node().run("true"))) == no_keys(
+        ME, f"agent {home}/gone: no key; {no_default}"
+    )
+    (home / "config").write_text("Host *\n IdentityFile ~/one\n IdentityFile ~/two\n")
+    assert str(failure_of(sshd.node(config="config").run("true"))) == no_keys(
+        ME, f"agent {home}/gone: no key; no key in {home}/one, {home}/two"
+    )
+    skipped = [f"skipped: key {home}/{name}: no such file or directory" for name in ("one", "two")]
+    assert capfd.readouterr().err.splitlines() == skipped
+
+
+@pytest.mark.parametrize(
+    ("way", "config"),
+    [
+        ("agent", None),
+        ("agent", "config"),
+        ("default file", None),
+        ("default file", "config"),
+        ("file of the config", "config"),
+    ],
+)
+def test_keys_are_looked_at_anew_after_a_refused_login(
+    sshd: Sshd, home: Path, keys: Path, agent: Callable[..., None], way: str, config: str | None
+) -> None:
+    """In a process that lives on, for the node that was refused and for others."""
+    (home / ".ssh" / "id_ed25519").unlink()
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    named = "Host *\n IdentityFile ~/.ssh/work\n" if "config" in way else "Host *\n Port 22\n"
+    (home / "config").write_text(named)
+
+    async def main() -> None:
+        node = sshd.node(config=config)
+        for _ in range(2):
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert caught.value.kind == "auth"
+        if way == "agent":
+            agent(keys / "ecdsa")
+        else:
+            name = "work" if "config" in way else "id_ecdsa"
+            shutil.copy(keys / "ecdsa", home / ".ssh" / name)
+        (result,) = await apssh.co_run(
+            sshd.target, "true", config=config and str(home / config), login=ME
+        )
+        assert result.ok, result.error
+        assert await node.run("true") == 0
+        await node.close()
+
+    run(main())
+
+
+def test_key_file_that_is_mended_after_a_refused_login(sshd: Sshd, home: Path, keys: Path) -> None:
+    """It is read again: what was decoded once belongs to what was in the file."""
+    path = home / ".ssh" / "id_ed25519"
+
+    async def main() -> None:
+        node = sshd.node(keys=[path])
+        shutil.copy(keys / "other", path)
+        with pytest.raises(ConnectionFailedError):
+            await node.run("true")
+        shutil.copy(keys / "id_ed25519", path)
+        assert await node.run("true") == 0
+        await node.close()
+
+    run(main())
+
+
+def test_what_is_wrong_with_a_key_is_said_once(
+    make_sshd: Callable[..., Sshd], home: Path, keys: Path, capfd: Any
+) -> None:
+    """Not again for each host that refuses."""
+    (home / ".ssh" / "id_ecdsa").write_text("no key")
+    server = make_sshd(AuthorizedKeysFile="none")
+
+    async def main() -> None:
+        for _ in range(3):
+            with pytest.raises(ConnectionFailedError):
+                await server.node().run("true")
+
+    run(main())
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "skipped: key {}: not a private key (Invalid private key)".format(
+            home / ".ssh" / "id_ecdsa"
+        )
     ]
 
 
@@ -2455,9 +2601,7 @@ def test_password_goes_to_a_password_prompt_alone(
             with pytest.raises(ConnectionFailedError) as caught:
                 await SshNode("127.0.0.1", port=port, **node_options).run("true")
             words = " and the password" if prompts == [("Password: ", False)] else ""
-            assert (
-                str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key(s){words}"
-            )
+            assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key{words}"
 
     run(main())
     assert server.told == (
@@ -2491,7 +2635,7 @@ def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> N
             )
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
-            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key(s)"
+            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key"
             assert server.told == []
             node = SshNode(
                 "127.0.0.1",
@@ -2533,7 +2677,7 @@ def test_wrong_password(keys: Path, caplog: Any) -> None:
 
     with caplog.at_level("DEBUG", "asyncssh"):
         error = run(main())
-    assert str(error) == "127.0.0.1: auth: login as me refused, after 1 key(s) and the password"
+    assert str(error) == "127.0.0.1: auth: login as me refused, after 1 key and the password"
     assert server.told == [("keyboard-interactive", "me", [secret]), ("password", "me", secret)]
     assert secret not in repr(error) + str(vars(error)) + caplog.text
 
@@ -2604,7 +2748,7 @@ def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
     code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
     assert (code, seen) == (
         1,
-        b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key(s) and the password\n",
+        b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key and the password\n",
     )
 
 
@@ -3417,6 +3561,40 @@ def test_explicit_wins_over_config(
         )
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (20.0, 5.0, "bob", 2200, "relay")),
+        ({"timeout": 40}, (40.0, 5.0, "bob", 2200, "relay")),
+        ({"timeout": None}, (None, 5.0, "bob", 2200, "relay")),
+        ({"keepalive": 3}, (20.0, 3.0, "bob", 2200, "relay")),
+        ({"proxy_command": "mine"}, (20.0, 5.0, "bob", 2200, "mine")),
+        ({"username": "root"}, (20.0, 5.0, "root", 2200, "relay")),
+        ({"port": 24}, (20.0, 5.0, "bob", 24, "relay")),
+    ],
+    ids=lambda value: "-".join(value) or "nothing" if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("way", ["node", "targets"])
+def test_what_is_given_wins_over_config(
+    config: Config, way: str, given: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    """Of a node that reads the config itself, and of one that is made for a target."""
+    path = config(
+        "Host web\n User bob\n Port 2200\n ConnectTimeout 20\n ServerAliveInterval 5\n"
+        " ProxyCommand relay\n"
+    )
+    if way == "node":
+        node = SshNode("web", config=str(path), **given)
+        run(node._apply_config())
+    else:
+        options = dict(given)
+        user, port = options.pop("username", None), options.pop("port", None)
+        text = (f"{user}@" if user else "") + "web" + (f":{port}" if port else "")
+        (node,) = config_nodes(path, text, **options)
+    seen = (node.timeout, node.keepalive, node.username, node.port, node._proxy_command)
+    assert seen == expected
+
+
 def test_no_ssh_program(
     program: Program, sshd: Sshd, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -3801,12 +3979,12 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             1,
             "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)",
         ),
-        ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
+        ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 keys"),
         (
             {},
             "PreferredAuthentications password",
             1,
-            f"box: auth: login as {ME} refused, after 0 key(s)",
+            f"box: auth: login as {ME} refused, after 0 keys",
         ),
         ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
         (
@@ -4064,7 +4242,7 @@ def test_certificate_file(
 def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
     config(aliases(sshd, "box", more="User nobody-here"))
     done = program("-t", "box", "-q", "true")
-    assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key(s)"])
+    assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key"])
     for argv in (
         ("-l", ME, "-t", "box"),
         ("-t", f"{ME}@box"),
@@ -6722,7 +6900,7 @@ def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPat
 
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
     error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
-    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
+    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key"
     assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
 
 
@@ -6736,7 +6914,7 @@ def test_words_about_a_password(password: str | None, keys: Path) -> None:
                 await SshNode(
                     "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
                 ).run("true")
-            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (
+            assert caught.value.message == f"login as {ME} refused, after 1 key" + (
                 " and the password" if password else ""
             )
 
@@ -10526,7 +10704,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
             expected = {
                 "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
                 f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
-                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key(s)"),
+                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
                 f"127.0.0.1:{changed.port}": (
                     "hostkey",
                     f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
