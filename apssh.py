@@ -213,6 +213,7 @@ CAPTURE_LIMIT = (
 MAX_AUTH_ROUNDS = (
     8  # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
 )
+AGENT_TIMEOUT = 5.0  # seconds that an agent may take to list its keys
 KNOWN_HOSTS_FILES = (
     "~/.ssh/known_hosts",
     "~/.ssh/known_hosts2",
@@ -1146,48 +1147,87 @@ class CaptureFormatter(Formatter):
 # credentials: keys, agent, passphrases; known hosts and their policy; what ssh -G says of a host
 # --------------------------------------------------------------------------------------------------
 
-Key = Any  # asyncssh.SSHKey, an SSHKeyPair, a (key, certificate) pair, or an _AgentKey
+
+class _KeyMemory:
+    """What this process remembers of keys.
+
+    Those that it has decoded, by what is in their file, so that a passphrase is asked once for the
+    whole run; and in ``accepted`` the public halves of those that logged in: they are offered first
+    to the next hosts.
+    """
+
+    def __init__(self) -> None:
+        self.accepted: set[bytes] = set()
+        self._decoded: dict[bytes, asyncssh.SSHKey] = {}
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def decode(self, path: Path, data: bytes) -> asyncssh.SSHKey:
+        """The key in these data of a file. Raises UsageError."""
+        digest = hashlib.sha256(data).digest()
+        with self._lock:
+            if digest not in self._decoded:
+                self._decoded[digest] = _decode_key(path, data)
+            return self._decoded[digest]
+
+    def say_once(self, text: str) -> None:
+        """What is wrong with a key: keys are looked for again after each refused login."""
+        if text not in self._said:
+            self._said.add(text)
+            _screen.say(text)
+
+
+_key_memory = _KeyMemory()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _AgentKey:
-    """A key that an agent holds; signing goes through the agent, at each login."""
+    """A key that an agent holds, perhaps with a certificate that it does not hold."""
 
     agent_path: str
+    algorithm: bytes
     public_data: bytes = dataclasses.field(repr=False)
-    comment: str
+    certificate: asyncssh.SSHCertificate | None = dataclasses.field(default=None, repr=False)
+
+    def pair(self, agent: asyncssh.SSHAgentClient) -> asyncssh.SSHKeyPair:
+        """To log in with: the agent is connected to when it must sign, and not before."""
+        pair = asyncssh.SSHAgentKeyPair(agent, self.algorithm, self.public_data, b"")
+        if self.certificate:
+            pair.set_certificate(self.certificate)
+        return pair
 
 
-_imported: dict[
-    bytes, asyncssh.SSHKey
-] = {}  # digest of the file: a passphrase is asked once for the whole run
-_import_lock = threading.Lock()
-_accepted_keys: set[bytes] = set()  # public keys that logged in: offered first to the next hosts
+Key = (
+    asyncssh.SSHKey
+    | asyncssh.SSHKeyPair
+    | _AgentKey
+    | tuple[asyncssh.SSHKey, asyncssh.SSHCertificate]
+)
 
 
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for
-    what we wait for.
+    what we wait for. A handler of the user's own stays, and so does one that ignores it.
     """
     handler = signal.getsignal(signal.SIGINT)
-    module = str(
-        getattr(getattr(handler, "func", handler), "__module__", "")
-    )  # a user's own, or one that ignores it, stays
-    loops = threading.current_thread() is threading.main_thread() and (
-        module.startswith("asyncio.") or module == __name__
-    )
-    if loops:
+    function = getattr(handler, "func", handler)
+    module = str(getattr(function, "__module__", ""))
+    main = threading.current_thread() is threading.main_thread()
+    replaced = main and (module.startswith("asyncio.") or module == __name__)
+    if replaced:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        if loops:
+        if replaced:
             signal.signal(signal.SIGINT, handler)
 
 
 def _ask_secret(prompt: str) -> str:
-    """Asked on the terminal itself, never on standard input."""
+    """Asked on the terminal itself, never on standard input. Raises UsageError where there is none,
+    or no answer.
+    """
     try:
         os.close(os.open("/dev/tty", os.O_RDWR))
     except OSError:
@@ -1211,11 +1251,7 @@ def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
         data = path.read_bytes()
     except OSError as exc:
         raise UsageError(f"key {escape(str(path))}: {_reason(exc)}") from None
-    digest = hashlib.sha256(data).digest()
-    with _import_lock:
-        if digest not in _imported:
-            _imported[digest] = _decode_key(path, data)
-        return _imported[digest]
+    return _key_memory.decode(path, data)
 
 
 def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
@@ -1223,7 +1259,8 @@ def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
     try:
         return asyncssh.import_private_key(data)
     except ValueError as exc:
-        if "assphrase" not in str(exc):
+        # asyncssh has one class for a key that is encrypted and for what is no key
+        if not str(exc).startswith("Passphrase"):
             raise UsageError(f"key {path}: not a private key ({exc})") from None
     for _ in range(3):
         secret = _ask_secret(f"passphrase for key {path}")
@@ -1232,68 +1269,102 @@ def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
     raise UsageError(f"key {path}: wrong passphrase")
 
 
-def load_agent_keys(agent_path: str | None = None) -> list[Key]:
-    """The keys of the agent at this socket (default: SSH_AUTH_SOCK); none when there is no agent."""
+def load_agent_keys(agent_path: str | None = None) -> list[_AgentKey]:
+    """The keys of the agent at this socket (default: SSH_AUTH_SOCK); none when there is no agent,
+    or no answer within AGENT_TIMEOUT seconds. Works with or without a running loop.
+    """
     path = agent_path or os.environ.get("SSH_AUTH_SOCK", "")
 
-    async def load() -> list[Key]:
-        async with _agent_pairs(path) as pairs:
-            return [_AgentKey(path, data, pair.get_comment() or "") for data, pair in pairs.items()]
+    async def load() -> list[_AgentKey]:
+        async with asyncio.timeout(AGENT_TIMEOUT), asyncssh.connect_agent(path) as agent:
+            pairs = await agent.get_keys()
+        return [_AgentKey(path, pair.algorithm, pair.public_data) for pair in pairs]
 
     if not path:
         return []
-    with ThreadPoolExecutor(1) as thread:  # works inside of a running loop as well
+    with contextlib.suppress(OSError, ValueError), ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, load()).result()
+    return []
 
 
-@contextlib.asynccontextmanager
-async def _agent_pairs(path: str) -> AsyncIterator[dict[bytes, asyncssh.SSHKeyPair]]:
-    """What the agent at this socket can sign with, by public key; empty when it does not answer."""
-    agent, pairs = None, {}
-    with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-        async with asyncio.timeout(5):
-            agent = await asyncssh.connect_agent(path)
-            pairs = {pair.public_data: pair for pair in await agent.get_keys()}
-    try:
-        yield pairs
-    finally:
-        if agent:
-            agent.close()
-            await agent.wait_closed()
-
-
-def _key_from_file(filename: str, agent_keys: Callable[[], list[Key]]) -> list[Key]:
-    """What a named key file stands for: the agent's key when it holds it, else the file, with its
-    certificate.
-    """
-    path = Path(filename).expanduser()
-    certificates: list[asyncssh.SSHCertificate] = []
+def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
+    """Those of these keys that the certificate in a file is about, with it."""
+    certified: list[Key] = []
     with contextlib.suppress(OSError, ValueError):
-        certificates = [
-            asyncssh.read_certificate(path.with_name(path.name.removesuffix(".pub") + "-cert.pub"))
-        ]
-    with contextlib.suppress(OSError, ValueError):
-        public = path if path.suffix == ".pub" else path.with_name(path.name + ".pub")
-        data = asyncssh.read_public_key(public).public_data
-        if held := [key for key in agent_keys() if key.public_data == data]:
-            return [(held[0], certificate) for certificate in certificates] + held
-    key = import_private_key(path)
-    return [(key, certificate) for certificate in certificates] or [key]
+        certificate = asyncssh.read_certificate(file)
+        about = certificate.key.public_data
+        for key in keys:
+            if isinstance(key, _AgentKey) and key.public_data == about:
+                certified.append(dataclasses.replace(key, certificate=certificate))
+            elif isinstance(key, asyncssh.SSHKey) and key.public_data == about:
+                certified.append((key, certificate))
+    return certified
 
 
-def _usable_keys(files: Sequence[str], agent_keys: Callable[[], list[Key]]) -> list[Key]:
-    """What these files (none: the default ones that exist) stand for; one that cannot be used is
-    skipped, as ssh does.
-    """
-    keys: list[Key] = []
-    for file in files or [
-        each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))
-    ]:
-        try:
-            keys += _key_from_file(file, agent_keys) if file != "none" else []
-        except UsageError as exc:
-            _screen.say(f"skipped: {exc}")
-    return keys
+class _KeySearch:
+    """Looks for keys to log in with; ``missed`` says where it has looked for nothing."""
+
+    def __init__(self, agent_path: str | None = None) -> None:
+        self._agent_path = agent_path or os.environ.get("SSH_AUTH_SOCK")
+        self.missed: list[str] = []
+
+    @functools.cached_property
+    def agent_keys(self) -> list[_AgentKey]:
+        """What the agent holds, asked for once."""
+        keys = load_agent_keys(self._agent_path)
+        if not keys:
+            path = self._agent_path
+            self.missed.append(f"agent {path}: no key" if path else "no SSH_AUTH_SOCK")
+        return keys
+
+    def of_file(self, filename: str) -> list[Key]:
+        """What a key file stands for: the agent's key when it holds it, else the file, with the
+        certificate beside it. Raises UsageError.
+
+        The agent knows a key by its public half. That is in clear in an OpenSSH key file, though
+        the key be encrypted (OpenSSH's PROTOCOL.key); for other forms it is in the ``.pub`` file.
+        """
+        path = Path(filename).expanduser()
+        data = b""
+        for public in (path.with_name(f"{path.name}.pub"), path) if self.agent_keys else ():
+            with contextlib.suppress(OSError, ValueError):
+                data = asyncssh.read_public_key(public).public_data
+        held = [key for key in self.agent_keys if key.public_data == data]
+        found: list[Key] = [*held] or [import_private_key(path)]
+        beside = path.with_name(path.name.removesuffix(".pub") + "-cert.pub")
+        return [*_certified(found, beside), *found]
+
+    def of_usable_files(self, files: Collection[str]) -> list[Key]:
+        """What these files (none: the default ones that exist) stand for; one that cannot be used
+        is skipped, as ssh does.
+        """
+        keys: list[Key] = []
+        defaults = [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]
+        for file in files or defaults:
+            try:
+                keys += self.of_file(file) if file != "none" else []
+            except UsageError as exc:
+                _key_memory.say_once(f"skipped: {exc}")
+        if not keys:
+            self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
+        return keys
+
+    def named_or_default(self, named: Iterable[str | os.PathLike[str] | Key]) -> list[Key]:
+        """Those named, and only they; else the agent's; else the default files'."""
+        keys: list[Key] = []
+        for each in named:
+            keys += self.of_file(os.fspath(each)) if isinstance(each, str | os.PathLike) else [each]
+        return keys or [*self.agent_keys] or self.of_usable_files(())
+
+    def of_config(self, config: _HostConfig) -> list[Key]:
+        """What a config names and the agent holds, as ssh takes them."""
+        keys = self.of_usable_files(config.paths("identityfile"))
+        if not config.one("identitiesonly"):
+            keys += self.agent_keys
+        certified: list[Key] = []
+        for file in config.paths("certificatefile"):
+            certified += _certified([*keys, *self.agent_keys], file)
+        return certified + keys
 
 
 def load_private_keys(
@@ -1303,51 +1374,71 @@ def load_private_keys(
     ~/.ssh/id_ed25519, id_ecdsa, id_rsa and their _sk forms, as far as they exist.
 
     A named key that the agent holds too is used through the agent; a certificate beside a key
-    (``key-cert.pub``) goes with it. Works with or without a running loop. Raises UsageError for a
-    named key that does not exist or parse.
+    (``key-cert.pub``) goes with it. ``verbose`` says on stderr how many there are. Works with or
+    without a running loop. Raises UsageError for a named key that does not exist or parse.
     """
-    agent_keys = functools.cache(load_agent_keys)
-    keys: list[Key] = []
-    if command_line_keys:
-        for named in command_line_keys:
-            keys += (
-                _key_from_file(os.fspath(named), agent_keys)
-                if isinstance(named, str | os.PathLike)
-                else [named]
-            )
-    else:
-        keys = list(agent_keys()) or _usable_keys((), agent_keys)
+    keys = _KeySearch().named_or_default(command_line_keys or ())
     if verbose:
-        _screen.say(f"{len(keys)} key(s) to log in with")
+        _screen.say(f"{_count(len(keys), 'key')} to log in with")
     return keys
+
+
+def _keys_to_offer(
+    named: Collection[str | Key], config: _HostConfig
+) -> tuple[list[Key], list[str]]:
+    """The keys to offer to a host, and where others were looked for in vain: those named; or what
+    the host's config names and the agent holds; or those of load_private_keys. Raises UsageError
+    for a named one that cannot be used.
+    """
+    search = _KeySearch(config.identity_agent)
+    if named or not (config.names_keys or config.one("identitiesonly")):
+        return search.named_or_default(named), search.missed
+    return search.of_config(config), search.missed
+
+
+_OLD_RSA_CERTIFICATE = b"ssh-rsa-cert-v01@openssh.com"
+_RSA_CERTIFICATE = b"rsa-sha2-512-cert-v01@openssh.com"
+
+
+def _offers(pair: asyncssh.SSHKeyPair) -> list[asyncssh.SSHKeyPair]:
+    """A key pair in the forms to offer it in: one, but for RSA certificates.
+
+    Those have a name for each signature, which servers since OpenSSH 8.8 insist on, and an older
+    one, the only one before 7.8. asyncssh begins with the older one, and tries the other when a
+    further key follows: for the last key that never comes.
+    """
+    if pair.algorithm != _OLD_RSA_CERTIFICATE:
+        return [pair]
+    current = copy.copy(pair)
+    current.algorithm = _RSA_CERTIFICATE
+    current.sig_algorithms = (b"rsa-sha2-512",)
+    current.set_sig_algorithm(b"rsa-sha2-512")
+    return [current, pair]
 
 
 @contextlib.asynccontextmanager
 async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKeyPair]]:
-    """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), best
-    candidates first.
+    """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), those
+    that have logged in elsewhere first. Agents that had to sign are left at the end.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        agents: dict[str, dict[bytes, asyncssh.SSHKeyPair]] = {}
-        pairs: dict[bytes, asyncssh.SSHKeyPair] = {}
-        for key in keys:
-            certificate = None
-            if isinstance(key, tuple) and isinstance(key[0], _AgentKey):
-                key, certificate = key
-            if isinstance(key, _AgentKey):
-                if key.agent_path not in agents:
-                    agents[key.agent_path] = await stack.enter_async_context(
-                        _agent_pairs(key.agent_path)
-                    )
-                held = agents[key.agent_path].get(key.public_data)
-                fresh = [held] if held else []
-            else:
-                fresh = list(asyncssh.load_keypairs([key]))
-            for pair in map(copy.copy, fresh):
-                if certificate:
-                    pair.set_certificate(certificate)
-                pairs.setdefault(pair.public_data, pair)
-        yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _accepted_keys)
+    agents: dict[str, asyncssh.SSHAgentClient] = {}
+    pairs: dict[tuple[bytes, bytes], asyncssh.SSHKeyPair] = {}
+    for key in keys:
+        if isinstance(key, _AgentKey):
+            if key.agent_path not in agents:
+                agents[key.agent_path] = asyncssh.SSHAgentClient(key.agent_path)
+            fresh = [key.pair(agents[key.agent_path])]
+        else:
+            fresh = [copy.copy(pair) for pair in asyncssh.load_keypairs([key])]
+        for offer in itertools.chain.from_iterable(map(_offers, fresh)):
+            pairs.setdefault((offer.algorithm, offer.public_data), offer)
+    try:
+        yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _key_memory.accepted)
+    finally:
+        for agent in agents.values():
+            agent.close()
+            with contextlib.suppress(OSError):
+                await agent.wait_closed()
 
 
 # known hosts: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT"
@@ -1357,20 +1448,21 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
 class _KnownKey:
     """One line of a known_hosts file."""
 
-    marker: str  # "", "@revoked" or "@cert-authority"
+    marker: str | None  # @revoked or @cert-authority
     algorithm: str
     blob: bytes
     file: str
     line: int
 
     @functools.cached_property
-    def public(self) -> asyncssh.SSHKey | None:
-        """None where the data is no key, or of a type unheard of: ssh skips such a line."""
-        with contextlib.suppress(ValueError, OverflowError):
-            return asyncssh.import_public_key(
-                f"{self.algorithm} {base64.b64encode(self.blob).decode()}"
-            )
-        return None
+    def is_key(self) -> bool:
+        """False where the data is no key, or of a type unheard of: ssh skips such a line."""
+        data = f"{self.algorithm} {base64.b64encode(self.blob).decode()}"
+        try:
+            asyncssh.import_public_key(data)
+        except (ValueError, OverflowError):
+            return False
+        return True
 
     def __str__(self) -> str:
         return f"{_fingerprint(self.algorithm, self.blob)} in {self.file}:{self.line}"
@@ -1379,76 +1471,75 @@ class _KnownKey:
 def _fingerprint(algorithm: str, blob: bytes) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
     digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", algorithm.split("@")[0]).upper()
-    return f"{kind}{'-SK' if algorithm.startswith('sk-') else ''} SHA256:{digest}"
+    plain = algorithm.split("@")[0]
+    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", plain).upper()
+    if algorithm.startswith("sk-"):
+        kind += "-SK"
+    return f"{kind} SHA256:{digest}"
+
+
+def _is_listed(patterns: Iterable[str], matches: Callable[[str], bool]) -> bool:
+    """Whether one of these patterns matches and none that begins with ``!``, which excludes
+    whatever else matches.
+    """
+    matching = [pattern for pattern in patterns if matches(pattern.removeprefix("!"))]
+    return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
 
 
 def _matches_patterns(
     patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE
 ) -> bool:
-    """OpenSSH's pattern lists: ``*`` and ``?``, and ``!`` which excludes whatever else matches."""
-    matching = [
-        pattern
-        for pattern in patterns
-        if re.fullmatch(
-            re.escape(pattern.lstrip("!")).replace(r"\*", ".*").replace(r"\?", "."), name, flags
-        )
-    ]
-    return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
+    """OpenSSH's pattern lists: ``*`` and ``?``, and ``!``."""
+
+    def matches(pattern: str) -> bool:
+        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
+        return re.fullmatch(expression, name, flags) is not None
+
+    return _is_listed(patterns, matches)
 
 
-_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))  # RFC 2104
-
-
-def _hmac_states(salt: bytes) -> tuple[Any, Any]:
-    """HMAC-SHA1 under this key as far as it is the same for all names: asking for a name then costs
-    a third of hmac.digest.
-    """
-    key = salt.ljust(64, b"\0")
-    return hashlib.sha1(key.translate(_INNER)), hashlib.sha1(key.translate(_OUTER))
+_KNOWN_HOSTS_LINE = re.compile(r"\s*(?:(@\S+)\s+)?([^\s@#]\S*)\s+(\S+)\s+(\S+)")
 
 
 class _KnownHosts:
     """Some known_hosts files, parsed once as long as they do not change; the first is the one that
     is written to.
+
+    A run may ask for thousands of names, and record as many: plain names are looked up, and a line
+    that was written here is added without reading the file again. ``_plain`` has the keys by name,
+    ``_hashed`` by salt and digest, ``_patterns`` by lists of patterns.
     """
 
-    _of_files: ClassVar[dict[tuple[str, ...], _KnownHosts]] = {}
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def __init__(self, files: tuple[str, ...]) -> None:
+    def __init__(self, *files: str) -> None:
         self._files = files
+        self._lock = threading.RLock()
         self._stamp: object = None
 
-    @classmethod
-    def of(cls, files: Iterable[str]) -> _KnownHosts:
-        """These files, as they are now."""
-        paths = tuple(os.path.expanduser(file) for file in files)
-        known = cls._of_files.setdefault(paths, cls(paths))
-        with cls._lock:
-            known._refresh()
-        return known
+    @staticmethod
+    @functools.cache
+    def of(*files: str) -> _KnownHosts:
+        """These files, the same object each time; refresh it before asking."""
+        return _KnownHosts(*files)
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """Parse again if a file has changed."""
-        if self._stamp == (stamp := self._stamp_now()):
-            return
-        self._stamp = stamp
-        self._plain: dict[str, list[_KnownKey]] = {}
-        self._hashed: dict[bool, list[tuple[Any, Any, bytes, _KnownKey]]] = {
-            False: [],
-            True: [],
-        }  # by: has a marker
-        self._patterns: list[tuple[list[str], _KnownKey]] = []
-        self._lines = 0  # of the first file
-        for file in self._files:
-            with (
-                contextlib.suppress(OSError),
-                open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
-            ):
-                for number, line in enumerate(lines, 1):
-                    self._parse(line, file, number)
-                    self._lines += file == self._files[0]
+        with self._lock:
+            stamp = self._stamp_now()
+            if stamp == self._stamp:
+                return
+            self._stamp = stamp
+            self._plain: dict[str, list[_KnownKey]] = {}
+            self._hashed: list[tuple[bytes, bytes, _KnownKey]] = []
+            self._patterns: list[tuple[list[str], _KnownKey]] = []
+            self._count = 0  # of the lines of the first file
+            for file in self._files:
+                with (
+                    contextlib.suppress(OSError),
+                    open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
+                ):
+                    for number, line in enumerate(lines, 1):
+                        self._parse(line, file, number)
+                        self._count += file == self._files[0]
 
     def _stamp_now(self) -> list[tuple[int, int, int] | None]:
         stamps: list[tuple[int, int, int] | None] = []
@@ -1462,110 +1553,107 @@ class _KnownHosts:
 
     def _parse(self, line: str, file: str, number: int) -> None:
         """A line that is not one is skipped, as ssh does."""
-        fields = line.split(maxsplit=4)
-        marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
-        if (
-            len(fields) < 3
-            or fields[0].startswith("#")
-            or marker not in ("", "@revoked", "@cert-authority")
-        ):
+        match = _KNOWN_HOSTS_LINE.match(line)
+        if match is None or match[1] not in (None, "@revoked", "@cert-authority"):
             return
+        names, algorithm = match[2], match[3]
         try:
-            blob = base64.b64decode(fields[2], validate=True)
-            if blob[4 : 4 + int.from_bytes(blob[:4], "big")] != fields[1].encode():
-                return
-            key = _KnownKey(marker, fields[1], blob, file, number)
-            if fields[0].startswith("|1|"):
-                salt, digest = map(base64.b64decode, fields[0].split("|")[2:])
-                self._hashed[bool(marker)].append((*_hmac_states(salt), digest, key))
-                return
+            blob = base64.b64decode(match[4], validate=True)
+            hashes = [base64.b64decode(part) for part in names.split("|")[2:]]
         except ValueError:
             return
-        names = fields[0].split(",")
-        if any(mark in fields[0] for mark in "*?!"):
-            self._patterns.append((names, key))
+        key = _KnownKey(match[1], algorithm, blob, file, number)
+        if blob[4 : 4 + int.from_bytes(blob[:4], "big")] != os.fsencode(algorithm):
+            return
+        if names.startswith("|1|") and len(hashes) == 2:
+            self._hashed.append((hashes[0], hashes[1], key))
+        elif re.search("[*?!]", names):
+            self._patterns.append((names.split(","), key))
         else:
-            for name in names:
-                self._plain.setdefault(name.lower(), []).append(key)
+            for name in names.lower().split(","):
+                self._plain.setdefault(name, []).append(key)
 
     def find(self, name: str, *, marked: bool = False) -> list[_KnownKey]:
-        """The lines about a name (``host``, or ``[host]:port``); ``marked``: of the hashed ones
-        those that have a marker will do.
+        """The lines about a name (``host``, or ``[host]:port``); ``marked``: those that have a
+        marker.
         """
         name = name.lower()
-        data = name.encode("utf-8", "surrogateescape")
+        data = os.fsencode(name)
         found = list(self._plain.get(name, ()))
-        for inner, outer, digest, key in itertools.chain(
-            () if marked else self._hashed[False], self._hashed[True]
-        ):
-            (first := inner.copy()).update(data)
-            (second := outer.copy()).update(first.digest())
-            if second.digest() == digest:
+        for salt, digest, key in self._hashed:
+            # a marker costs nothing to look at, and a digest 2 microseconds
+            if (key.marker or not marked) and hmac.digest(salt, data, "sha1") == digest:
                 found.append(key)
         found += [key for patterns, key in self._patterns if _matches_patterns(patterns, name)]
-        return [key for key in found if key.public]
+        return [key for key in found if key.is_key and (key.marker or not marked)]
 
-    def record(self, name: str, key: asyncssh.SSHKey, hashed: bool) -> str | None:
-        """Append a line for this name, unless it is there; None, or why that cannot be."""
+    def record(self, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> bool:
+        """Append a line for this name; False when there is one, or where nothing can be kept
+        (/dev/null). Raises ApsshError, without a host, when it cannot be.
+        """
         path = Path(self._files[0])
-        public = key.export_public_key().decode().split()[:2]
+        algorithm, data = key.export_public_key().decode().split()[:2]
         try:
-            with self._lock:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with open(
-                    os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "r+b"
-                ) as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                    self._refresh()  # somebody else may have added it
-                    if known := [each for each in self.find(name) if not each.marker]:
-                        same = any(each.blob == key.public_data for each in known)
-                        return None if same else f"its key was not recorded: known is {known[0]}"
-                    size = file.seek(0, os.SEEK_END)
-                    file.seek(max(size - 1, 0))
-                    newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
-                    if hashed:
-                        salt = os.urandom(20)
-                        parts = (salt, hmac.digest(salt, name.lower().encode(), "sha1"))
-                        name = "|1|" + "|".join(base64.b64encode(part).decode() for part in parts)
-                    text = f"{name} {' '.join(public)}\n"
-                    file.write(newline + text.encode())
-                    file.flush()
-                    self._lines += 1
-                    self._parse(text, str(path), self._lines)
-                    self._stamp = self._stamp_now()
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            with self._lock, open(opened, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self.refresh()  # somebody else may have added it
+                known = [each for each in self.find(name) if not each.marker]
+                if key.public_data in (each.blob for each in known):
+                    return False
+                if known:
+                    raise ApsshError(f"its key was not recorded: known is {known[0]}")
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 1, 0))
+                newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
+                line = f"{_hashed_name(name) if hashed else name} {algorithm} {data}\n"
+                file.write(newline + line.encode())
+                file.flush()
+                self._count += 1
+                self._parse(line, str(path), self._count)
+                self._stamp = self._stamp_now()
         except OSError as exc:
-            return f"its key could not be recorded in {path}: {_reason(exc)}"
-        return None
+            raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
+        return str(path) != os.devnull
+
+
+def _hashed_name(name: str) -> str:
+    """A name as HashKnownHosts writes it."""
+    salt = os.urandom(20)
+    digest = hmac.digest(salt, name.lower().encode(), "sha1")
+    return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
 
 
 _POLICIES = ("accept-new", "ask", "yes", "no")  # ask means accept-new: nobody is asked
 
 
-def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
-    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else
-    accept-new.
+def _policy_of_variable(host: str) -> str | None:
+    """What APSSH_HOST_KEYS says of a host: a policy, or a policy for host patterns. Raises
+    UsageError for what is neither.
     """
     variable = os.environ.get("APSSH_HOST_KEYS", "")
     policy, colon, patterns = variable.partition(":")
     if policy not in ("", *_POLICIES):
         raise UsageError(
-            f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*"
+            f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, "
+            "perhaps with host patterns: no:fit*,node[1-9]*"
         )
-    matching = [
-        word
-        for each in patterns.split(",")
-        if fnmatch.fnmatchcase(host, (word := each.strip()).removeprefix("!"))
-    ]
-    if (
-        given is None
-        and variable
-        and (not colon or (matching and not any(word.startswith("!") for word in matching)))
-    ):
-        given = policy
-    given = given or configured or "accept-new"
-    if given not in _POLICIES:
-        raise UsageError(f"host key policy {escape(given)}: accept-new, yes or no")
-    return "accept-new" if given == "ask" else given
+    words = [each.strip() for each in patterns.split(",")]
+    if colon and not _is_listed(words, functools.partial(fnmatch.fnmatchcase, host)):
+        return None
+    return policy or None
+
+
+def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
+    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else
+    accept-new. Raises UsageError for one that there is not.
+    """
+    by_variable = _policy_of_variable(host)
+    policy = given or by_variable or configured or "accept-new"
+    if policy not in _POLICIES:
+        raise UsageError(f"host key policy {escape(policy)}: accept-new, yes or no")
+    return "accept-new" if policy == "ask" else policy
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
@@ -1581,176 +1669,161 @@ _CERTIFICATE_ALGORITHMS = [
 ]
 
 
+class _Verify:
+    """``known_hosts`` where nothing was said: the files of the config, or ssh's own."""
+
+
+_VERIFY = _Verify()
+_KnownHostsChoice = _Verify | str | os.PathLike[str] | Collection[asyncssh.SSHKey] | None
+
+
 class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through
     here.
+
+    ``address`` and ``port``: what is connected to, the name in known_hosts unless the config has an
+    alias; ``hostname``: what errors are about. ``known_hosts`` and ``host_keys``: as SshNode has
+    them. ``asking``: whether certificates may be asked for, where there is an authority.
+
+    Attributes: ``shown``, the fingerprint that was presented; ``certified``, whether certificates
+    are asked for; ``changed``, under policy no, whether the key is not the known one: ssh too then
+    sends no password; ``recorded``, whether the host was never seen, and a line was written.
     """
 
-    def __init__(self, node: SshNode, certified: bool = True) -> None:
-        self._node = weakref.proxy(node)
-        alias, port = node._host_config.host_key_alias, node.port
-        self._host = alias or node._address or node.hostname
-        self._name = self._host if port == 22 or alias else f"[{self._host}]:{port}"
+    def __init__(
+        self,
+        hostname: str,
+        address: str,
+        port: int,
+        *,
+        known_hosts: _KnownHostsChoice,
+        host_keys: str | None,
+        config: _HostConfig,
+        asking: bool = True,
+    ) -> None:
+        self._hostname, self._config = hostname, config
+        alias = config.one("hostkeyalias")
+        host = alias or address
+        self.name = host if alias or port == 22 else f"[{host}]:{port}"
+        self.policy = "no" if known_hosts is None else "yes"
+        self.shown: str | None = None
+        self.changed = False
+        self.recorded = False
         self._new: asyncssh.SSHKey | None = None
-        self._known: _KnownHosts | None = None
-        self.certified = False  # whether certificates are asked for
-        self.changed = False  # under policy no: ssh too then sends no password
-        given = node.known_hosts
-        if given is None or isinstance(given, list | tuple):
-            self.policy = "no" if given is None else "yes"
-            self._keys = [
-                _KnownKey("", key.get_algorithm(), key.public_data, "known_hosts=", 1)
-                for key in given or ()
-            ]
-            self._elsewhere: list[_KnownKey] = []
-            return
-        self.policy = _host_key_policy(
-            node.hostname, node.host_keys, node._host_config.strict_host_key_checking
-        )
-        self._known = _KnownHosts.of(
-            node._known_hosts_files if given is _VERIFY else [os.fspath(given)]
-        )
-        self._keys = self._known.find(self._name)
-        self._elsewhere = (
-            self._known.find(self._host, marked=any(not key.marker for key in self._keys))
-            if self._name != self._host
-            else []
-        )
-        self.certified = certified and self.policy != "no" and bool(self._marked("@cert-authority"))
-
-    def _marked(self, marker: str) -> list[_KnownKey]:
-        """Authorities and revoked keys count whatever the port."""
-        return [key for key in self._keys + self._elsewhere if key.marker == marker]
+        self._file: _KnownHosts | None = None
+        lines: list[_KnownKey] = []
+        if isinstance(known_hosts, _Verify | str | os.PathLike):
+            self.policy = _host_key_policy(hostname, host_keys, config.policy)
+            files: Iterable[str] = config.known_hosts_files or KNOWN_HOSTS_FILES
+            if not isinstance(known_hosts, _Verify):
+                files = [os.fspath(known_hosts)]
+            self._file = _KnownHosts.of(*map(os.path.expanduser, files))
+            self._file.refresh()
+            lines = self._file.find(self.name)
+        else:
+            for key in known_hosts or ():
+                lines.append(_KnownKey(None, key.get_algorithm(), key.public_data, "", 0))
+        # authorities and revoked keys count whatever the port; a key without port counts when
+        # none is known for the port, and nobody is told that it has changed
+        self._known = [key for key in lines if not key.marker]
+        if self._file and self.name != host:
+            lines += self._file.find(host, marked=bool(self._known))
+        self._keys = [key for key in lines if not key.marker]
+        self._revoked = [key for key in lines if key.marker == "@revoked"]
+        self._authorities = [key.blob for key in lines if key.marker == "@cert-authority"]
+        self.certified = asking and self.policy != "no" and bool(self._authorities)
 
     def algorithms(self) -> list[str]:
-        """What to ask of the server: what is configured, else the types that are known of it first."""
-        if configured := self._node._host_config.host_key_algorithms:
-            allowed = {each.decode() for each in asyncssh.public_key.get_public_key_algs()} | set(
-                _CERTIFICATE_ALGORITHMS * self.certified
-            )
-            return [each for each in configured if each in allowed]
-        known = [
-            algorithm
-            for key in self._keys + self._elsewhere
-            if not key.marker
-            for algorithm in (_RSA if key.algorithm == "ssh-rsa" else [key.algorithm])
-        ]
-        certified = _CERTIFICATE_ALGORITHMS if self.certified else []
-        return list(dict.fromkeys([*certified, *known, *_HOST_KEY_ALGORITHMS]))
+        """What to ask of the server: what is configured, else the types that are known of it
+        first.
+        """
+        certificates = _CERTIFICATE_ALGORITHMS if self.certified else []
+        if configured := self._config.one("hostkeyalgorithms"):
+            there_are = {each.decode() for each in asyncssh.public_key.get_public_key_algs()}
+            allowed = there_are.union(certificates)
+            return [each for each in configured.split(",") if each in allowed]
+        known: list[str] = []
+        for key in self._keys:
+            known += _RSA if key.algorithm == "ssh-rsa" else [key.algorithm]
+        return list(dict.fromkeys([*certificates, *known, *_HOST_KEY_ALGORITHMS]))
 
     def check(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError unless this plain key may be the host's."""
-        self._node._host_key_shown = shown = _fingerprint(key.get_algorithm(), key.public_data)
-        known = [each for each in self._keys if not each.marker]
-        matches = any(
-            each.blob == key.public_data
-            for each in (known or [each for each in self._elsewhere if not each.marker])
-        )
+        if self.policy != "no":
+            self.check_certified(key)
+        self.shown = _fingerprint(key.get_algorithm(), key.public_data)
+        if key.public_data in (each.blob for each in self._keys):
+            return
         if self.policy == "no":
-            self.changed = bool(known) and not matches
-            return
-        self._check_revoked(key, f"its key {shown} is revoked")
-        if matches:
-            return
-        if known and self._known is None:
-            raise self._error(f"it presents {shown}, which is not the key given for it")
-        if known:
+            self.changed = bool(self._known)
+        elif self._known:
+            raise self._error(self._difference(self._known[0]))
+        elif self.policy == "yes":
             raise self._error(
-                f"HOST KEY CHANGED: it presents {shown}, known is {known[0]}; somebody may be in the middle. "
-                f"If it was reinstalled: ssh-keygen -R '{self._name}' -f {known[0].file} (hosts reinstalled all day: "
-                "--host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
-            )
-        if self.policy == "yes":
-            raise self._error(
-                f"its key {shown} is not known, and the policy refuses unknown hosts "
+                f"its key {self.shown} is not known, and the policy refuses unknown hosts "
                 "(--host-keys accept-new records them)"
             )
-        self._new = key
+        else:
+            self._new = key
 
     def check_authority(self, key: asyncssh.SSHKey) -> bool:
         """Whether this key may sign certificates for the host; raises HostKeyError if it is
         revoked.
         """
-        self._check_revoked(
-            key,
-            f"its certificate is signed by {_fingerprint(key.get_algorithm(), key.public_data)}, which is revoked",
-        )
-        return self.certified and any(
-            each.blob == key.public_data for each in self._marked("@cert-authority")
-        )
+        shown = _fingerprint(key.get_algorithm(), key.public_data)
+        self._check_revoked(key, f"its certificate is signed by {shown}, which")
+        return self.certified and key.public_data in self._authorities
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
-        self._node._host_key_shown = shown = _fingerprint(key.get_algorithm(), key.public_data)
-        self._check_revoked(key, f"its key {shown} is revoked")
+        self.shown = _fingerprint(key.get_algorithm(), key.public_data)
+        self._check_revoked(key, f"its key {self.shown}")
 
-    def _check_revoked(self, key: asyncssh.SSHKey, message: str) -> None:
-        revoked = [(each.blob, each.file) for each in self._marked("@revoked")]
-        if file := self._node._host_config.revoked_host_keys:
+    def record(self) -> bool:
+        """Record a host never seen: whether a line was written. Raises ApsshError, without a host,
+        when that could not be done.
+        """
+        if self._new and self._file:
+            hashed = self._config.one("hashknownhosts") == "yes"
+            self.recorded = self._file.record(self.name, self._new, hashed=hashed)
+        return self.recorded
+
+    def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:
+        revoked = {each.blob: each.file for each in self._revoked}
+        if file := self._config.one("revokedhostkeys"):
             try:
-                if (path := Path(file).expanduser()).read_bytes().startswith(b"SSHKRL"):
+                path = Path(file).expanduser()
+                listed = asyncssh.read_public_key_list(path)
+                if path.read_bytes().startswith(b"SSHKRL"):
                     raise ValueError("a binary list")
-                revoked += [
-                    (each.public_data, file) for each in asyncssh.read_public_key_list(path)
-                ]
             except (OSError, ValueError):
                 raise self._error(
-                    f"RevokedHostKeys {file} is not a readable list of public keys: no host is trusted"
+                    f"RevokedHostKeys {file} is not a readable list of public keys: "
+                    "no host is trusted"
                 ) from None
-        for blob, place in revoked:
-            if blob == key.public_data:
-                raise self._error(f"{message} in {place}")
+            revoked |= {each.public_data: file for each in listed}
+        if key.public_data in revoked:
+            raise self._error(f"{what} is revoked in {revoked[key.public_data]}")
 
-    def record(self) -> str | None:
-        """Record a host never seen; None, or why that could not be done."""
-        if self._new is None or self._known is None:
-            return None
-        return self._known.record(self._name, self._new, self._node._host_config.hash_known_hosts)
+    def _difference(self, known: _KnownKey) -> str:
+        if self._file is None:
+            return f"it presents {self.shown}, which is not the key given for it"
+        return (
+            f"HOST KEY CHANGED: it presents {self.shown}, known is {known}; somebody may be in the "
+            f"middle. If it was reinstalled: ssh-keygen -R '{self.name}' -f {known.file} (hosts "
+            "reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
+        )
 
     def _error(self, message: str) -> HostKeyError:
-        return HostKeyError(escape(message), host=self._node.hostname)
+        return HostKeyError(escape(message), host=self._hostname)
 
 
 # ssh_config(5), answered by ssh itself
 
+_Said = Mapping[str, list[str]]  # keyword to values
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _HostConfig:
-    """What was configured for a host, as ``ssh -G`` tells it; None and () where ssh's default
-    stands.
-    """
-
-    hostname: str | None = None
-    user: str | None = None
-    port: int | None = None
-    identity_files: tuple[str, ...] = ()
-    certificate_files: tuple[str, ...] = ()
-    identities_only: bool = False
-    identity_agent: str | None = None
-    proxy_jump: str | None = None
-    proxy_command: str | None = None
-    known_hosts_files: tuple[str, ...] = ()
-    strict_host_key_checking: str | None = None
-    hash_known_hosts: bool = False
-    host_key_alias: str | None = None
-    connect_timeout: float | None = None
-    keepalive: float | None = None
-    host_key_algorithms: tuple[str, ...] = ()
-    revoked_host_keys: str | None = None
-    socket: Mapping[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # arguments of loop.create_connection
-    login: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # and of asyncssh.connect
-
-    @property
-    def names_keys(self) -> bool:
-        """Whether it says which keys to offer."""
-        return bool(self.identity_files or self.certificate_files or self.identity_agent)
-
-
-_UNCONFIGURED = _HostConfig()
-
-_SUPPORTED = {  # lists of algorithms: asyncssh's argument, and what it knows
+# lists of algorithms: asyncssh's argument, and what it knows
+_ALGORITHM_LISTS = {
     "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs),
     "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
     "macs": ("mac_algs", asyncssh.mac.get_mac_algs),
@@ -1761,305 +1834,297 @@ _METHODS = {
     "passwordauthentication": "password_auth",
     "kbdinteractiveauthentication": "kbdint_auth",
 }
-_NOTHING_SAID = {
-    "",
-    "host",
-    "include",
-    "match",
-    "sendenv",
-    "setenv",
-    "gssapiauthentication",
-    "compression",
-    "loglevel",
-    "addkeystoagent",
-    "forwardagent",
-    "forwardx11",
-    "controlmaster",
-    "controlpath",
-    "controlpersist",
-}  # alone: no question
+_FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+
+
+class _HostConfig:
+    """What is configured for a host: an answer of ``ssh -G`` (with ssh's own defaults, which say
+    nothing), read where something is wanted of it; nothing in it changes.
+
+    The question may have been about another host of its class, ``asked``. As with ssh, what the
+    target says itself comes first: ``user``, else the local one, and ``port`` are in here.
+    ``hostname``, ``port`` and what the methods give are None or empty where nothing was said.
+    Raises UsageError where a name cannot stand in a command.
+    """
+
+    def __init__(self, hop: Hop, said: _Said, defaults: _Said, asked: str) -> None:
+        self._said, self._defaults, self._name = said, defaults, hop.host
+        hostname, port = self.one("hostname"), self.one("port")
+        self.hostname = None if hostname == asked.lower() else hostname
+        self.user = hop.user or self.one("user") or getpass.getuser()
+        self.port = hop.port or (int(port) if port else None)
+
+    def values(self, keyword: str) -> list[str]:
+        """All that was configured for a keyword."""
+        values = self._said.get(keyword, [])
+        return [] if values == self._defaults.get(keyword) else values
+
+    def one(self, keyword: str) -> str | None:
+        """What was configured for a keyword, unless it is ``none``."""
+        values = self.values(keyword)
+        return values[0] if values and values[0] != "none" else None
+
+    def seconds(self, keyword: str) -> float | None:
+        """A time that is not 0."""
+        value = self.one(keyword)
+        return float(value) if value and value != "0" else None
+
+    def paths(self, keyword: str) -> list[str]:
+        """Names of files."""
+        return [self._path(value) for value in self.values(keyword)]
+
+    def command(self, keyword: str) -> str | None:
+        """What a shell will see, so that the names in it must be harmless."""
+        text = self.one(keyword)
+        if text is None:
+            return None
+        names = self._expand("%h%n%r")
+        if not re.fullmatch(r"[\w.:@\[\]%+-]*", names, re.ASCII):
+            raise UsageError(
+                f"{escape(self._name)}: a host or user name with such characters "
+                "cannot stand in a ProxyCommand"
+            )
+        return self._expand(text)
+
+    def _path(self, text: str) -> str:
+        """ssh knows ``${NAME}`` alone; a variable that is not set stays."""
+        text = re.sub(
+            r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), self._expand(text)
+        )
+        return os.path.expanduser(text)
+
+    def _expand(self, text: str) -> str:
+        """ssh_config(5), TOKENS"""
+        here = socket.gethostname()
+        tokens = {
+            "h": self.hostname or self._name.lower(),
+            "n": self._name,
+            "r": self.user,
+            "u": getpass.getuser(),
+            "p": str(self.port or 22),
+            "d": os.path.expanduser("~"),
+            "i": str(os.getuid()),
+            "l": here,
+            "L": here.partition(".")[0],
+            "k": self.one("hostkeyalias") or self._name,
+            "%": "%",
+        }
+        return re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
+
+    @property
+    def jumps(self) -> tuple[Hop, ...]:
+        """The hops of a ProxyJump."""
+        jumps = self.command("proxyjump")
+        texts = [each.removeprefix("ssh://") for each in jumps.split(",")] if jumps else []
+        return tuple(_parse_hop(text.removesuffix("/"), text, None) for text in texts)
+
+    @property
+    def policy(self) -> str | None:
+        """StrictHostKeyChecking, which ssh -G shows by other words."""
+        policy = self.one("stricthostkeychecking")
+        return {"true": "yes", "false": "no", None: None}.get(policy, policy)
+
+    @property
+    def identity_agent(self) -> str | None:
+        """Where the agent listens; for ``none``, where no agent answers."""
+        for agent in self.values("identityagent"):
+            if agent == "none":
+                return os.devnull
+            if agent != "SSH_AUTH_SOCK":
+                return os.path.expandvars(self._path(agent))
+        return None
+
+    @property
+    def names_keys(self) -> bool:
+        """Whether it says which keys to offer."""
+        keywords = ("identityfile", "certificatefile", "identityagent")
+        return any(map(self.values, keywords))
+
+    @property
+    def known_hosts_files(self) -> list[str]:
+        """The user's and everybody's, if one of the two was configured."""
+        keywords = ("userknownhostsfile", "globalknownhostsfile")
+        files: list[str] = []
+        for keyword in keywords if any(map(self.values, keywords)) else ():
+            for value in self._said.get(keyword) or self._defaults.get(keyword, []):
+                # ssh quotes no blank that is in a name
+                files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
+        return [os.devnull if file == "none" else self._path(file) for file in files]
+
+    @property
+    def login(self) -> dict[str, Any]:
+        """Arguments of asyncssh.connect."""
+        arguments: dict[str, Any] = {}
+        for keyword, (name, get_known) in _ALGORITHM_LISTS.items():
+            if value := self.one(keyword):
+                known = get_known()
+                arguments[name] = [each for each in value.split(",") if each.encode() in known]
+        for keyword, name in _METHODS.items():
+            if self.one(keyword) in ("no", "false"):
+                arguments[name] = False
+        if preferred := self.one("preferredauthentications"):
+            arguments["preferred_auth"] = preferred
+        return arguments
+
+    @property
+    def socket(self) -> dict[str, Any]:
+        """Arguments of loop.create_connection."""
+        arguments: dict[str, Any] = {}
+        if family := self.one("addressfamily"):
+            arguments["family"] = _FAMILIES[family]
+        if address := self.one("bindaddress"):
+            arguments["local_addr"] = (address, 0)
+        return arguments
+
+
+_UNCONFIGURED = _HostConfig(Hop("", "root"), {}, {}, "")  # of a node that reads no config
+
+# a config with these alone says nothing of ours: ssh is not asked
+_NOTHING_SAID = (
+    "host include match sendenv setenv gssapiauthentication compression loglevel addkeystoagent "
+    "forwardagent forwardx11 controlmaster controlpath controlpersist"
+)
+
+
+def _asks_host_by_host(keyword: str, value: str) -> bool:
+    """Whether hosts that match the same patterns may be answered differently after such a line, or
+    the line is quoted in a way that is ssh's to read.
+    """
+    if keyword in ("include", "host"):
+        return re.search(r"""['\\%$]|"[^"]*\s""", value) is not None
+    if keyword in ("hostname", "userknownhostsfile"):
+        return "%" in value  # ssh -G expands these two
+    if keyword == "match":
+        return value.lower() != "all"
+    return keyword == "canonicalizehostname" or '"' in keyword
 
 
 class _SshConfig:
-    """The user's ssh configuration (None), that of a file, or none at all (``none``)."""
+    """The user's ssh configuration (None), that of a file, or none at all (``none``). ``trouble``:
+    why it is not used, empty when it is.
+
+    The values are ssh's to tell. What is read here is only which keywords there are, and for which
+    host patterns, so that ssh is asked once for all hosts that match the same ones, and not at all
+    when there is nothing to ask for.
+    """
 
     def __init__(self, path: str | None) -> None:
         self.trouble = ""
-        home = os.path.expanduser("~")
-        path = "none" if path == os.devnull else path
-        user_file = os.path.join(home, ".ssh", "config")
-        with contextlib.suppress(KeyError):
-            if (
-                path is None and home != pwd.getpwuid(os.getuid()).pw_dir
-            ):  # ssh itself does not look at $HOME
-                path = user_file if os.path.exists(user_file) else "none"
-        if path not in (None, "none") and not os.path.isfile(path or ""):
-            raise UsageError(f"ssh config {escape(path or '')}: no such file")
-        self._path = path
         self._patterns: list[list[str]] = []
         self._one_by_one = False
         self._keywords: set[str] = set()
-        self._names: set[str] = set()
+        self._names: set[str] = set()  # those that a HostName gives
+        home = os.path.expanduser("~")
+        user_file = os.path.join(home, ".ssh", "config")
+        with contextlib.suppress(KeyError):
+            # ssh takes the home from the passwd file, and does not look at HOME
+            if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:
+                path = user_file if os.path.exists(user_file) else "none"
+        self._path = path
+        if path in ("none", os.devnull):
+            return
         if path is None:
-            self._scan("/etc/ssh/ssh_config", "/etc/ssh", 0)
+            self._scan("/etc/ssh/ssh_config", "/etc/ssh")
             self._keywords.discard("hashknownhosts")  # Debian's default
-        if path != "none":
-            self._scan(path or user_file, os.path.join(home, ".ssh"), 0)
+        elif not os.path.isfile(path):
+            raise UsageError(f"ssh config {escape(path)}: no such file")
+        self._scan(path or user_file, os.path.join(home, ".ssh"))
 
-    def _scan(self, file: str, folder: str, depth: int) -> None:
-        """Find which keywords there are, and for which host patterns; the values are ssh's to tell."""
+    def _scan(self, file: str, folder: str, depth: int = 0) -> None:
+        """Read a file; relative names of Include are below the folder."""
         try:
             lines = Path(file).read_text("utf-8", "surrogateescape").splitlines()
         except OSError:
             return
         for line in lines:
-            keyword, value = [*re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1), ""][:2]
-            keyword = keyword.lower()
-            if keyword.startswith("#"):
+            keyword, *rest = re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1)
+            keyword, value = keyword.lower(), "".join(rest)
+            plain = value.replace('"', "").split()
+            if not keyword or keyword.startswith("#"):
                 continue
             self._keywords.add(keyword)
-            plain = value.replace('"', "")
-            if '"' in keyword or (
-                keyword in ("include", "host") and re.search(r"""['\\%$]|"[^"]*\s""", value)
-            ):
-                self._one_by_one = True  # such quoting is ssh's to read
-            elif keyword == "include" and depth < 16:
-                for pattern in plain.split():
-                    for found in sorted(
-                        glob.glob(os.path.join(folder, os.path.expanduser(pattern)))
-                    ):
-                        self._scan(found, folder, depth + 1)
-            elif keyword == "host":
-                self._patterns.append(plain.split())
-            elif (
-                (keyword == "match" and value.lower().strip() != "all")
-                or keyword == "canonicalizehostname"
-                or (keyword in ("hostname", "userknownhostsfile") and "%" in value)
-            ):  # ssh -G expands these two
+            if _asks_host_by_host(keyword, value):
                 self._one_by_one = True
+            elif keyword == "host":
+                self._patterns.append(plain)
             elif keyword == "hostname":
-                self._names.add(value.strip(' "').lower())
+                self._names.update(map(str.lower, plain))
+            elif keyword == "include" and depth < 16:
+                for pattern in plain:
+                    path = os.path.join(folder, os.path.expanduser(pattern))
+                    for found in sorted(glob.glob(path)):
+                        self._scan(found, folder, depth + 1)
 
-    def lookup_all(self, hosts: Collection[Hop]) -> dict[Hop, _HostConfig]:
-        """What is configured for each host. Raises UsageError when ssh refuses the configuration."""
-        if self._path == "none" or not (self._one_by_one or self._keywords - _NOTHING_SAID):
-            return dict.fromkeys(hosts, _HostConfig())
-        if not shutil.which("ssh"):
+    def lookup_all(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
+        """What is configured for each of these hops, and for those that they jump through. Raises
+        UsageError when ssh refuses the configuration.
+        """
+        answers: dict[Hop, _HostConfig] = {}
+        missing = set(hops)
+        while missing:
+            found = self._lookup(missing)
+            answers |= found
+            jumps = itertools.chain.from_iterable(each.jumps for each in found.values())
+            missing = set(jumps) - answers.keys()
+        return answers
+
+    def _lookup(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
+        asking = self._one_by_one or not self._keywords.issubset(_NOTHING_SAID.split())
+        if asking and not shutil.which("ssh"):
             self.trouble = "no ssh program here to read the ssh config: it is not used"
-            return dict.fromkeys(hosts, _HostConfig())
+            asking = False
+        if not asking:
+            return {hop: _HostConfig(hop, {}, {}, "") for hop in hops}
         classes: dict[object, list[Hop]] = {}
-        for each in hosts:
-            key: object = each
-            if (
-                not self._one_by_one and each.host.lower() not in self._names
-            ):  # a HostName equal to what was asked says nothing
-                key = tuple(
-                    _matches_patterns(patterns, each.host, re.NOFLAG) for patterns in self._patterns
-                )
-            classes.setdefault(key, []).append(each)
+        for hop in hops:
+            classes.setdefault(self._class_of(hop), []).append(hop)
+        asked = [members[0] for members in classes.values()]
+        if not self._one_by_one:
+            asked = [Hop(hop.host) for hop in asked]
+        paths = ["none", *(self._path for _ in asked)]
         with ThreadPoolExecutor(8) as pool:
-            defaults, *answers = pool.map(
-                self._ask,
-                ["none", *[self._path] * len(classes)],
-                [Hop("default"), *(members[0] for members in classes.values())],
-            )
-        return {
-            each: self._host_config(answer, defaults, members[0].host, each)
-            for members, answer in zip(classes.values(), answers, strict=True)
-            for each in members
-        }
+            defaults, *answers = pool.map(_ask_ssh, paths, [Hop("default"), *asked])
+        configs: dict[Hop, _HostConfig] = {}
+        for members, said in zip(classes.values(), answers, strict=True):
+            for hop in members:
+                configs[hop] = _HostConfig(hop, said, defaults, members[0].host)
+        return configs
 
-    def _ask(self, path: str | None, hop: Hop) -> dict[str, list[str]]:
-        """ssh -G, as keyword to values."""
-        words = [
-            "ssh",
-            *(["-F", path] if path else []),
-            *(["-l", hop.user] if hop.user and self._one_by_one else []),
-            *(["-p", str(hop.port)] if hop.port and self._one_by_one else []),
-            "-G",
-            "--",
-            hop.host,
-        ]
-        try:
-            done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=False,
-                timeout=CONNECT_TIMEOUT,
-            )
-        except subprocess.TimeoutExpired:
-            raise UsageError(
-                f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)"
-            ) from None
-        if done.returncode:
-            raise UsageError(
-                "ssh config: "
-                + " ".join(escape(line) for line in os.fsdecode(done.stderr).splitlines())
-            )
-        answer: dict[str, list[str]] = {}
-        for line in os.fsdecode(done.stdout).splitlines():
-            keyword, _, value = line.partition(" ")
-            answer.setdefault(keyword, []).append(value)
-        return answer
+    def _class_of(self, hop: Hop) -> object:
+        """Equal for hops that ssh can be asked about at once. A HostName equal to what was asked
+        would say nothing.
+        """
+        if self._one_by_one or hop.host.lower() in self._names:
+            return hop
+        return tuple(_matches_patterns(each, hop.host, re.NOFLAG) for each in self._patterns)
 
-    def _host_config(
-        self, answer: dict[str, list[str]], defaults: dict[str, list[str]], asked: str, hop: Hop
-    ) -> _HostConfig:
-        """One host's part of an answer that was asked for another host of its class."""
-        host = hop.host
 
-        def get(keyword: str) -> str | None:
-            values = answer.get(keyword)
-            return (
-                values[0]
-                if values and values != defaults.get(keyword) and values[0] != "none"
-                else None
-            )
-
-        def files(keyword: str) -> tuple[str, ...]:
-            values = answer.get(keyword, [])
-            return () if values == defaults.get(keyword) else tuple(map(expand, values))
-
-        def expand(text: str, quote: bool = False) -> str:
-            """ssh_config(5), TOKENS; a name that a shell will see must be harmless."""
-            me = getpass.getuser()
-            tokens = {
-                "h": hostname or host.lower(),
-                "n": host,
-                "r": hop.user or get("user") or me,
-                "u": me,
-                "p": str(hop.port or get("port") or 22),
-                "d": os.path.expanduser("~"),
-                "i": str(os.getuid()),
-                "l": socket.gethostname(),
-                "%": "%",
-                "L": socket.gethostname().partition(".")[0],
-                "k": get("hostkeyalias") or host,
-            }
-            if quote and not all(
-                re.fullmatch(r"[\w.:@\[\]%+-]*", tokens[each], re.ASCII) for each in "hnr"
-            ):
-                raise UsageError(
-                    f"{escape(host)}: a host or user name with such characters cannot stand in a ProxyCommand"
-                )
-            if quote:
-                return re.sub(r"%(.)", lambda match: tokens.get(match[1], match[0]), text)
-            return os.path.expanduser(
-                re.sub(
-                    r"%(.)|\$\{(\w+)\}",
-                    lambda match: (
-                        tokens.get(match[1], match[0])
-                        if match[1]
-                        else os.environ.get(match[2], match[0])
-                    ),
-                    text,
-                )
-            )
-
-        hostname = get("hostname")
-        hostname = None if hostname is None or hostname == asked.lower() else hostname
-        strict = {"true": "yes", "false": "no"}.get(
-            get("stricthostkeychecking") or "", get("stricthostkeychecking")
+def _ask_ssh(path: str | None, hop: Hop) -> _Said:
+    """ssh -G. Raises UsageError."""
+    given = (("-F", path), ("-l", hop.user), ("-p", hop.port))
+    words = ["ssh", "-G"]
+    for option, value in given:
+        words += [option, str(value)] if value else []
+    try:
+        done = subprocess.run(
+            [*words, "--", hop.host],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=CONNECT_TIMEOUT,
         )
-        command = get("proxycommand")
-        jump = get("proxyjump")
-        known = [
-            os.devnull if file == "none" else file
-            for keyword in ("userknownhostsfile", "globalknownhostsfile")
-            for value in (answer if keyword in answer else defaults).get(keyword, [])
-            for file in re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
-        ]  # ssh -G quotes no blank that is in a name
-        changed = any(
-            answer.get(keyword) != defaults.get(keyword)
-            for keyword in ("userknownhostsfile", "globalknownhostsfile")
-        )
-        agent = {"none": os.devnull}.get(
-            answer.get("identityagent", [""])[0], get("identityagent")
-        )  # no agent answers there
-        login: dict[str, Any] = {
-            name: [each for each in value.split(",") if each.encode() in known_algorithms()]
-            for keyword, (name, known_algorithms) in _SUPPORTED.items()
-            if (value := get(keyword))
-        }
-        login |= {
-            name: False for keyword, name in _METHODS.items() if get(keyword) in ("no", "false")
-        }
-        if preferred := get("preferredauthentications"):
-            login["preferred_auth"] = preferred
-        family = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get(get("addressfamily") or "")
-        connecting: dict[str, Any] = {"family": family} if family else {}
-        if bind := get("bindaddress"):
-            connecting["local_addr"] = (bind, 0)
-        return _HostConfig(
-            hostname,
-            get("user"),
-            int(get("port") or 0) or None,
-            files("identityfile"),
-            files("certificatefile"),
-            get("identitiesonly") == "yes",
-            None if agent in (None, "SSH_AUTH_SOCK") else os.path.expandvars(expand(agent)),
-            expand(jump, quote=True) if jump else None,
-            expand(command, quote=True) if command else None,
-            tuple(expand(file) for file in known) if changed else (),
-            strict,
-            get("hashknownhosts") == "yes",
-            get("hostkeyalias"),
-            float(get("connecttimeout") or 0) or None,
-            float(get("serveraliveinterval") or 0) or None,
-            tuple(filter(None, (get("hostkeyalgorithms") or "").split(","))),
-            get("revokedhostkeys"),
-            connecting,
-            login,
-        )
-
-
-def _jumps(config: _HostConfig) -> tuple[Hop, ...]:
-    """The hops of a ProxyJump."""
-    return (
-        tuple(
-            _parse_hop(text.removeprefix("ssh://").removesuffix("/"), text, None)
-            for text in config.proxy_jump.split(",")
-        )
-        if config.proxy_jump
-        else ()
-    )
-
-
-def _configure(node: SshNode, config: _HostConfig) -> None:
-    """Complete a node from its configuration; what was given explicitly stays."""
-    node._host_config = config
-    node._address = node._address or config.hostname
-    if not node._username_given and config.user:
-        node.username = config.user
-    node._known_hosts_files = config.known_hosts_files or node._known_hosts_files
-    node.keepalive = config.keepalive or node.keepalive
-    if node.gateway is None:
-        node._proxy_command = node._proxy_command or config.proxy_command
-
-
-def _keys_of_run(node: SshNode) -> list[Key]:
-    """The keys to offer to a host: those named; or what its config says and the agent holds, as ssh
-    does; or load_private_keys'.
-    """
-    config = node._host_config
-    if node.keys or not (config.names_keys or config.identities_only):
-        return load_private_keys(node.keys)
-    agent_keys = functools.cache(functools.partial(load_agent_keys, config.identity_agent))
-    keys = _usable_keys(config.identity_files, agent_keys) + (
-        [] if config.identities_only else agent_keys()
-    )
-    certified: list[Key] = []
-    for file in config.certificate_files:
-        with contextlib.suppress(OSError, ValueError):
-            certificate = asyncssh.read_certificate(file)
-            certified += [
-                (key, certificate)
-                for key in [*keys, *agent_keys()]
-                if isinstance(key, asyncssh.SSHKey | _AgentKey)
-                and key.public_data == certificate.key.public_data
-            ]
-    return certified + keys
+    except subprocess.TimeoutExpired:
+        raise UsageError(
+            f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)"
+        ) from None
+    if done.returncode:
+        said = os.fsdecode(done.stderr).splitlines()
+        raise UsageError("ssh config: " + " ".join(map(escape, said)))
+    answer: dict[str, list[str]] = {}
+    for line in os.fsdecode(done.stdout).splitlines():
+        keyword, _, value = line.partition(" ")
+        answer.setdefault(keyword, []).append(value)
+    return answer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3464,8 +3529,11 @@ class _Client(asyncssh.SSHClient):
             if not self._check(lambda: self._trust.check_certified(key)):
                 raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
-        if trouble := self._trust.record():
-            _tell(self._host, trouble)
+        try:
+            if self._trust.record() and self._talks:
+                _tell(self._host, f"recorded its key {self._trust.shown}")
+        except ApsshError as exc:
+            _tell(self._host, exc.message)
 
     def auth_banner_received(self, msg: str, lang: str) -> None:
         if self._talks:
@@ -3512,7 +3580,7 @@ class _Client(asyncssh.SSHClient):
 
     def auth_completed(self) -> None:
         if self.offered:
-            _accepted_keys.add(self.offered[-1].public_data)
+            _key_memory.accepted.add(self.offered[-1].public_data)
         self._formatter.auth_completed(self._host, self._username)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -4016,9 +4084,6 @@ def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecor
     )
 
 
-_VERIFY = object()  # known_hosts: the default policy
-
-
 class SshNode(_Node):
     """How to reach a host by ssh: a lazy connection, shared by all that uses the node.
 
@@ -4046,7 +4111,7 @@ class SshNode(_Node):
         username: str | None = None,
         keys: Collection[str | os.PathLike[str] | Key] | None = None,
         gateway: SshNode | None = None,
-        known_hosts: Any = _VERIFY,
+        known_hosts: _KnownHostsChoice = _VERIFY,
         port: int = 22,
         formatter: Formatter | None = None,
         verbose: bool | None = None,
@@ -4055,7 +4120,7 @@ class SshNode(_Node):
         password: str | None = None,
         sudo_password: str | None = None,
         host_keys: str | None = None,
-        config: str | bool | None = None,
+        config: str | bool | _HostConfig | None = None,
         guard: bool = True,
         keepalive: float = KEEPALIVE_INTERVAL,
         forward_agent: bool = False,
@@ -4086,8 +4151,11 @@ class SshNode(_Node):
         self._password, self._sudo_password = password, sudo_password
         self._config, self._username_given = config, username is not None
         self._host_config = _UNCONFIGURED
+        self._host_key_recorded = False  # the host was never seen before
+        self._keys_missed: list[str] = []  # where keys were looked for, when there were none
+        if isinstance(config, _HostConfig):
+            self._complete(config)
         self._target = self.hostname  # as the command line named it
-        self._known_hosts_files: tuple[str, ...] = KNOWN_HOSTS_FILES
         self._host_key_shown: str | None = None  # the fingerprint that it presented last
         self._guard_works: bool | None = None  # not known yet
         self._live: _Live | None = None
@@ -4101,6 +4169,23 @@ class SshNode(_Node):
             port = None if hop.port == 22 else hop.port
             hops.append(_endpoint_text(hop.hostname, hop.username, port))
         return "->".join(hops)
+
+    def _complete(self, config: _HostConfig) -> None:
+        """Take from a config what was not given, which is what has its default. The config holds
+        the user and the port that a target named.
+        """
+        self._host_config = config
+        self._address = self._address or config.hostname
+        if not self._username_given:
+            self.username = config.user
+        if self.port == 22:
+            self.port = config.port or 22
+        if self.timeout == CONNECT_TIMEOUT:
+            self.timeout = config.seconds("connecttimeout") or CONNECT_TIMEOUT
+        if self.keepalive == KEEPALIVE_INTERVAL:
+            self.keepalive = config.seconds("serveraliveinterval") or KEEPALIVE_INTERVAL
+        if self.gateway is None and self._proxy_command is None:
+            self._proxy_command = config.command("proxycommand")
 
     def __repr__(self) -> str:
         via = f" through {self.gateway!r}" if self.gateway else ""
@@ -4267,7 +4352,16 @@ class SshNode(_Node):
         address = self._address or self.hostname
         startups = _Limits.here().startups(address, self.port, id(self.gateway))
         while True:
-            trust = _Trust(self, certified)  # anew: the attempt before may have recorded the host
+            # anew: the attempt before may have recorded the host
+            trust = _Trust(
+                self.hostname,
+                address,
+                self.port,
+                known_hosts=self.known_hosts,
+                host_keys=self.host_keys,
+                config=self._host_config,
+                asking=certified,
+            )
             client = _Client(self, list(pairs), trust)
             attempt, connected = _Attempt(self, clock, client), False
             try:
@@ -4294,6 +4388,8 @@ class SshNode(_Node):
                 if verdict is _Verdict.FAIL:
                     raise await self._login_failure(exc, attempt) from None
             finally:
+                self._host_key_shown = trust.shown
+                self._host_key_recorded |= trust.recorded
                 clock.progress = attempt.progress()
                 if not connected:
                     attempt.abandon()
@@ -4313,7 +4409,7 @@ class SshNode(_Node):
             "client_keys": None,
             "agent_path": None,
             "agent_forwarding": agent or False,
-            "host_key_alias": self._host_config.host_key_alias,
+            "host_key_alias": self._host_config.one("hostkeyalias"),
             "known_hosts": ([],) * 7,
             "server_host_key_algs": trust.algorithms(),
             "compression_algs": None,
@@ -4352,7 +4448,8 @@ class SshNode(_Node):
         """What was tried in vain."""
         default = "" if self._username_given or self._config else " (SshNode's default)"
         password = " and the password" if client.password_tried else ""
-        tried = f"{len(client.offered)} key(s){password}"
+        looked = f" ({'; '.join(self._keys_missed)})" if self._keys_missed else ""
+        tried = f"{_count(len(client.offered), 'key')}{looked}{password}"
         return f"login as {self.username}{default} refused, after {tried}"
 
     def _failure(self, exc: Exception) -> ConnectionFailedError:
@@ -4370,9 +4467,9 @@ class SshNode(_Node):
         config = self._host_config
         return (
             *(key if isinstance(key, str) else id(key) for key in self.keys),
-            config.identity_files,
-            config.certificate_files,
-            config.identities_only,
+            *config.paths("identityfile"),
+            *config.paths("certificatefile"),
+            config.one("identitiesonly"),
             config.identity_agent,
         )
 
@@ -4382,9 +4479,11 @@ class SshNode(_Node):
         """
         loaded, named = _Limits.here().keys, self._names_of_keys()
         if named not in loaded or loaded[named].abandoned:
-            loaded[named] = _Shared(asyncio.to_thread(_keys_of_run, self))
+            loaded[named] = _Shared(asyncio.to_thread(_keys_to_offer, self.keys, self._host_config))
         try:
-            return cast("list[Key]", await loaded[named].wait())
+            keys, missed = cast("tuple[list[Key], list[str]]", await loaded[named].wait())
+            self._keys_missed = [] if keys else missed
+            return keys
         except UsageError:
             self._forget_keys()
             raise
@@ -4396,7 +4495,7 @@ class SshNode(_Node):
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is _UNCONFIGURED:
-            config = _SshConfig(None if self._config is True else self._config)
+            config = _SshConfig(self._config if isinstance(self._config, str) else None)
             given = Hop(
                 self.hostname,
                 self.username if self._username_given else None,
@@ -4404,15 +4503,10 @@ class SshNode(_Node):
             )
             answers = await asyncio.to_thread(config.lookup_all, [given])
             before = self._endpoint
-            _configure(self, *answers.values())
-            if not self._username_given and not self._host_config.user:
-                self.username = getpass.getuser()  # as ssh
-            self.port = self._host_config.port or 22 if self.port == 22 else self.port
+            self._complete(answers[given])
             self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
-            if self.timeout == CONNECT_TIMEOUT:
-                self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
             for index, hop in enumerate(
-                jumps := _jumps(self._host_config) if self.gateway is None else ()
+                jumps := self._host_config.jumps if self.gateway is None else ()
             ):
                 way = (
                     jumps[: index + 1],
@@ -7506,11 +7600,7 @@ def _build_nodes(
     ApsshError (a config that ssh refuses).
     """
     ssh_config = _SshConfig(config)
-    answers: dict[Hop, _HostConfig] = {}
-    missing = {hop for target in targets for hop in target.chain}
-    while missing:  # all of them at once, then the hosts that they jump through
-        answers |= (found := ssh_config.lookup_all(missing))
-        missing = {hop for each in found.values() for hop in _jumps(each)} - answers.keys()
+    answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     if ssh_config.trouble:
         _screen.say(f"apssh: {ssh_config.trouble}")
     gateways: dict[Any, SshNode] = {}
@@ -7520,7 +7610,7 @@ def _build_nodes(
     ) -> SshNode:
         hop = chain[-1]
         answer = answers[hop]
-        before = chain[:-1] or (() if direct else _jumps(answer))
+        before = chain[:-1] or (() if direct else answer.jumps)
         gateway = None
         if before:
             for each in behind.union([hop]).intersection(before):
@@ -7528,18 +7618,9 @@ def _build_nodes(
             if (before, direct) not in gateways:
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
-        node = SshNode(
-            hop.host,
-            username=hop.user or answer.user or getpass.getuser(),
-            port=hop.port or answer.port or 22,
-            gateway=gateway,
-            formatter=shown,
-            **options,
-            timeout=(answer.connect_timeout or CONNECT_TIMEOUT)
-            if connect_timeout is None
-            else connect_timeout,
-        )
-        _configure(node, answer)
+        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
+        if connect_timeout is not None:
+            node.timeout = connect_timeout
         return node
 
     nodes: dict[Any, SshNode] = {}

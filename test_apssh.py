@@ -1354,10 +1354,19 @@ def test_certificate_that_was_not_asked_for_counts_for_nothing(
     a certificate sent all the same.
     """
     (home / ".ssh" / "known_hosts").write_text(f"@cert-authority * {public(CA)}\n")
-    node = certified["good"].node()
-    assert [
-        apssh._Trust(node, asked).check_authority(CA.convert_to_public()) for asked in (True, False)
-    ] == [True, False]
+    trusts = [
+        apssh._Trust(
+            "127.0.0.1",
+            "127.0.0.1",
+            certified["good"].port,
+            known_hosts=home / ".ssh" / "known_hosts",
+            host_keys=None,
+            config=apssh._UNCONFIGURED,
+            asking=asking,
+        )
+        for asking in (True, False)
+    ]
+    assert [trust.check_authority(CA.convert_to_public()) for trust in trusts] == [True, False]
 
 
 def test_certificate_under_an_alias(certified: dict[str, Sshd], home: Path) -> None:
@@ -1691,6 +1700,49 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
             )
         assert str(failure_of(main(None, None, None))) == message
     run(main("no", None, None))
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_wrong_key_of_a_gateway_is_a_host_key_error(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path, hops: int
+) -> None:
+    """Its class and kind arrive however far behind it the host is."""
+    gateway = make_sshd()
+    (home / ".ssh" / "known_hosts").write_bytes(
+        known_hosts_text("{n} {other}", gateway.port, gateway.key)
+    )
+    node = gateway.node()
+    for _ in range(hops):
+        node = sshd.node(gateway=node)
+    with pytest.raises(HostKeyError) as caught:
+        run(node.run("true"))
+    assert (caught.value.kind, caught.value.host) == ("hostkey", "127.0.0.1")
+    assert caught.value.message.startswith("gateway 127.0.0.1: " * hops + "HOST KEY CHANGED: it")
+
+
+def test_refused_login_of_a_gateway(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    gateway = make_sshd(AuthorizedKeysFile="none")
+    error = failure_of(sshd.node(gateway=gateway.node()).run("true"))
+    assert (type(error), error.kind) == (ConnectionFailedError, "auth")
+
+
+def test_recorded_host_is_told(sshd: Sshd, home: Path, tmp_path: Path, capfd: Any) -> None:
+    """The node knows it, and says it when it is verbose; a host known before, or one that nothing
+    is kept of, is none.
+    """
+    for options, recorded in (
+        ({"verbose": True}, True),
+        ({"verbose": True}, False),
+        ({"known_hosts": tmp_path / "own"}, True),
+        ({"known_hosts": tmp_path / "own"}, False),
+        ({"known_hosts": os.devnull}, False),
+        ({"known_hosts": None}, False),
+    ):
+        node = sshd.node(**options)
+        run(log_in(node))
+        assert node._host_key_recorded is recorded
+    said = [line for line in capfd.readouterr().err.splitlines() if "recorded" in line]
+    assert said == [f"127.0.0.1: recorded its key {fingerprint(sshd.key)}"]
 
 
 def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
@@ -2069,14 +2121,149 @@ def test_user_certificate_and_agent(
     assert len(accepted(server)) == 1
 
 
-def test_encrypted_key_in_the_agent(
-    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize("way", ["agent", "agent with a key that follows", "file"])
+def test_rsa_certificate(
+    make_sshd: Callable[..., Sshd], agent: Callable[..., None], keys: Path, tmp_path: Path, way: str
 ) -> None:
-    """The agent's is used, and nothing is asked."""
-    asyncssh.read_private_key(keys / "encrypted", "secret").write_private_key(tmp_path / "plain")
+    """A server of today takes it under a name of its signature alone; it may be the last key that
+    is offered.
+    """
+    CA.write_public_key(tmp_path / "ca.pub")
+    server = make_sshd(TrustedUserCAKeys=tmp_path / "ca.pub", AuthorizedKeysFile="none")
+    shutil.copy(keys / "rsa", tmp_path / "key")
+    key = asyncssh.read_public_key(keys / "rsa.pub")
+    certificate = CA.generate_user_certificate(key, "somebody", principals=[ME])
+    certificate.write_certificate(tmp_path / "key-cert.pub")
+    if way == "file":
+        run(log_in(server.node(keys=[tmp_path / "key"])))
+    else:
+        agent(tmp_path / "key", *([keys / "other"] if "follows" in way else []))
+        run(log_in(server.node()))
+    assert [line.split(" ")[0] for line in accepted(server)] == ["RSA-CERT"]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["pub-file", "alone"])
+@pytest.mark.parametrize(
+    ("algorithm", "form"),
+    [("ssh-ed25519", "openssh"), ("ssh-rsa", "openssh"), ("ssh-rsa", "pkcs8-pem")],
+)
+def test_encrypted_key_in_the_agent(
+    sshd: Sshd,
+    agent: Callable[..., None],
+    tmp_path: Path,
+    algorithm: str,
+    form: str,
+    beside: bool,
+) -> None:
+    """The agent's is used, and nothing is asked: the public half of an OpenSSH key is in clear in
+    its file.
+    """
+    key = asyncssh.generate_private_key(algorithm)
+    key.write_private_key(tmp_path / "plain")
     (tmp_path / "plain").chmod(0o600)
     agent(tmp_path / "plain")
-    assert without_terminal("-k", str(keys / "encrypted"), "-t", sshd.target, "exit 0") == (0, [])
+    key.write_private_key(tmp_path / "key", form, passphrase="secret")
+    if beside:
+        key.write_public_key(tmp_path / "key.pub")
+    with (sshd.folder / "authorized_keys").open("a") as authorized:
+        authorized.write(f"{public(key)}\n")
+    done = without_terminal("-k", str(tmp_path / "key"), "-t", sshd.target, "exit 0")
+    if form == "openssh" or beside:
+        assert done == (0, [])
+    else:  # nobody can know
+        prompt = f"passphrase for key {tmp_path / 'key'}"
+        assert done == (2, [f"apssh: no terminal to ask: {prompt}"])
+
+
+def test_public_half_of_the_key_file_itself(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+) -> None:
+    """A .pub of another key beside it is of no account."""
+    shutil.copy(keys / "id_ed25519", tmp_path / "key")
+    shutil.copy(keys / "ecdsa.pub", tmp_path / "key.pub")
+    agent(keys / "ecdsa", keys / "id_ed25519")
+    run(log_in(sshd.node(keys=[tmp_path / "key"])))
+    assert accepted(sshd)[-1].startswith("ED25519 ")
+
+
+class Watched:
+    """Stands before the agent of the environment, at another path: the types of the requests that
+    came, one list a connection (draft-miller-ssh-agent, section 5.1), and how many are open.
+    """
+
+    LIST, SIGN = 11, 13
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.requests: list[list[int]] = []
+        self.open = 0
+        self._behind = os.environ["SSH_AUTH_SOCK"]
+        self._path = f"{self._behind}-watched"
+        self._monkeypatch = monkeypatch
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_unix_connection(self._behind)
+        seen: list[int] = []
+        self.requests.append(seen)
+        self.open += 1
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                for source, sink in ((reader, back), (there, writer)):
+                    length = await source.readexactly(4)
+                    packet = await source.readexactly(int.from_bytes(length, "big"))
+                    if source is reader:
+                        seen.append(packet[0])
+                    sink.write(length + packet)
+        back.close()
+        writer.close()
+        self.open -= 1
+
+    async def __aenter__(self) -> Watched:
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        self._monkeypatch.setenv("SSH_AUTH_SOCK", self._path)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        os.unlink(self._path)
+
+
+@pytest.mark.parametrize("name", ["id_ed25519", "ecdsa", "rsa"])
+def test_agent_is_asked_to_list_once_and_to_sign(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Three hosts: the keys are listed once, each login signs on a connection of its own, which is
+    closed when it ends. A login that the server refuses has signed nothing.
+    """
+    agent(keys / name)
+
+    async def main() -> None:
+        async with Watched(monkeypatch) as watched:
+            nodes = [sshd.node() for _ in range(3)]
+            await asyncio.gather(*(node.connect_lazy() for node in nodes))
+            assert sorted(watched.requests) == [[watched.LIST], *[[watched.SIGN]] * 3]
+            await eventually_async(lambda: watched.open == 0)
+            await asyncio.gather(*(node.close() for node in nodes))
+            refused = sshd.node(username="nobody-here")
+            with pytest.raises(ConnectionFailedError):
+                await refused.connect_lazy()
+            signed = [each for each in watched.requests if each != [watched.LIST]]
+            assert signed == [[watched.SIGN]] * 3
+
+    run(main())
+
+
+def test_agent_that_goes_while_it_is_used(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys were listed, and then it cannot sign: the next key is tried."""
+    agent(keys / "rsa")
+    listed = apssh.load_agent_keys()
+    monkeypatch.delenv("SSH_AUTH_SOCK")
+    run(log_in(sshd.node(keys=[*listed, keys / "id_ed25519"])))
+    assert accepted(sshd)[-1].startswith("RSA ")
+    gone = [dataclasses.replace(key, agent_path="/no/such/agent") for key in listed]
+    run(log_in(sshd.node(keys=[*gone, keys / "id_ed25519"])))
+    assert accepted(sshd)[-1].startswith("ED25519 ")
 
 
 def test_passphrase_is_asked_once(make_sshd: Callable[..., Sshd], keys: Path) -> None:
@@ -2209,9 +2396,111 @@ def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
     assert sshd.log().count("Connection from") == before
     assert apssh.main(["-K", "-t", sshd.target, "true"]) == 1
     assert capfd.readouterr().err.splitlines() == [
-        f"127.0.0.1: auth: login as {ME} refused, after 0 key(s)",
+        f"127.0.0.1: auth: login as {ME} refused, after 0 keys (no SSH_AUTH_SOCK; no key in ~/.ssh)",
         "0 ok, 1 not reached or lost",
         "  auth: 127.0.0.1 (1)",
+    ]
+
+
+def no_keys(user: str, looked: str) -> str:
+    return f"127.0.0.1: auth: login as {user} refused, after 0 keys ({looked})"
+
+
+def test_where_keys_were_looked_for(
+    sshd: Sshd, home: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Said when there were none."""
+    (home / ".ssh" / "id_ed25519").unlink()
+    no_default = "no key in ~/.ssh"
+    assert str(failure_of(sshd.node().run("true"))) == no_keys(
+        ME, f"no SSH_AUTH_SOCK; {no_default}"
+    )
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(home / "gone"))
+    assert str(failure_of(sshd.node().run("true"))) == no_keys(
+        ME, f"agent {home}/gone: no key; {no_default}"
+    )
+    (home / "config").write_text("Host *\n IdentityFile ~/one\n IdentityFile ~/two\n")
+    assert str(failure_of(sshd.node(config="config").run("true"))) == no_keys(
+        ME, f"agent {home}/gone: no key; no key in {home}/one, {home}/two"
+    )
+    skipped = [f"skipped: key {home}/{name}: no such file or directory" for name in ("one", "two")]
+    assert capfd.readouterr().err.splitlines() == skipped
+
+
+@pytest.mark.parametrize(
+    ("way", "config"),
+    [
+        ("agent", None),
+        ("agent", "config"),
+        ("default file", None),
+        ("default file", "config"),
+        ("file of the config", "config"),
+    ],
+)
+def test_keys_are_looked_at_anew_after_a_refused_login(
+    sshd: Sshd, home: Path, keys: Path, agent: Callable[..., None], way: str, config: str | None
+) -> None:
+    """In a process that lives on, for the node that was refused and for others."""
+    (home / ".ssh" / "id_ed25519").unlink()
+    (home / ".ssh" / "id_ed25519.pub").unlink()
+    named = "Host *\n IdentityFile ~/.ssh/work\n" if "config" in way else "Host *\n Port 22\n"
+    (home / "config").write_text(named)
+
+    async def main() -> None:
+        node = sshd.node(config=config)
+        for _ in range(2):
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert caught.value.kind == "auth"
+        if way == "agent":
+            agent(keys / "ecdsa")
+        else:
+            name = "work" if "config" in way else "id_ecdsa"
+            shutil.copy(keys / "ecdsa", home / ".ssh" / name)
+        (result,) = await apssh.co_run(
+            sshd.target, "true", config=config and str(home / config), login=ME
+        )
+        assert result.ok, result.error
+        assert await node.run("true") == 0
+        await node.close()
+
+    run(main())
+
+
+def test_key_file_that_is_mended_after_a_refused_login(sshd: Sshd, home: Path, keys: Path) -> None:
+    """It is read again: what was decoded once belongs to what was in the file."""
+    path = home / ".ssh" / "id_ed25519"
+
+    async def main() -> None:
+        node = sshd.node(keys=[path])
+        shutil.copy(keys / "other", path)
+        with pytest.raises(ConnectionFailedError):
+            await node.run("true")
+        shutil.copy(keys / "id_ed25519", path)
+        assert await node.run("true") == 0
+        await node.close()
+
+    run(main())
+
+
+def test_what_is_wrong_with_a_key_is_said_once(
+    make_sshd: Callable[..., Sshd], home: Path, keys: Path, capfd: Any
+) -> None:
+    """Not again for each host that refuses."""
+    (home / ".ssh" / "id_ecdsa").write_text("no key")
+    server = make_sshd(AuthorizedKeysFile="none")
+
+    async def main() -> None:
+        for _ in range(3):
+            with pytest.raises(ConnectionFailedError):
+                await server.node().run("true")
+
+    run(main())
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        "skipped: key {}: not a private key (Invalid private key)".format(
+            home / ".ssh" / "id_ecdsa"
+        )
     ]
 
 
@@ -2315,9 +2604,7 @@ def test_password_goes_to_a_password_prompt_alone(
             with pytest.raises(ConnectionFailedError) as caught:
                 await SshNode("127.0.0.1", port=port, **node_options).run("true")
             words = " and the password" if prompts == [("Password: ", False)] else ""
-            assert (
-                str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key(s){words}"
-            )
+            assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key{words}"
 
     run(main())
     assert server.told == (
@@ -2351,7 +2638,7 @@ def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> N
             )
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
-            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key(s)"
+            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key"
             assert server.told == []
             node = SshNode(
                 "127.0.0.1",
@@ -2393,7 +2680,7 @@ def test_wrong_password(keys: Path, caplog: Any) -> None:
 
     with caplog.at_level("DEBUG", "asyncssh"):
         error = run(main())
-    assert str(error) == "127.0.0.1: auth: login as me refused, after 1 key(s) and the password"
+    assert str(error) == "127.0.0.1: auth: login as me refused, after 1 key and the password"
     assert server.told == [("keyboard-interactive", "me", [secret]), ("password", "me", secret)]
     assert secret not in repr(error) + str(vars(error)) + caplog.text
 
@@ -2464,7 +2751,7 @@ def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
     code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
     assert (code, seen) == (
         1,
-        b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key(s) and the password\n",
+        b"password: \n127.0.0.1: auth: login as apsshtest refused, after 1 key and the password\n",
     )
 
 
@@ -2684,26 +2971,36 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
 
 def seen_on(node: SshNode) -> dict[str, Any]:
     """The same of a node."""
-    trust = apssh._Trust(node)
+    config = node._host_config
+    trust = apssh._Trust(
+        node.hostname,
+        node._address or node.hostname,
+        node.port,
+        known_hosts=node.known_hosts,
+        host_keys=node.host_keys,
+        config=config,
+    )
     return {
         "address": (node._address or node.hostname).lower(),
         "user": node.username,
         "port": node.port,
-        "keys": list(node._host_config.identity_files),
-        "certificates": list(node._host_config.certificate_files),
-        "only": node._host_config.identities_only,
-        "agent": node._host_config.identity_agent,
+        "keys": config.paths("identityfile"),
+        "certificates": config.paths("certificatefile"),
+        "only": config.one("identitiesonly") == "yes",
+        "agent": config.identity_agent,
         "way": [
             f"{hop.username}@{(hop._address or hop.hostname).lower()} {hop.port}"
             for hop in node._hops()[:-1]
         ],
         "command": node._proxy_command,
-        "known": [os.path.expanduser(path) for path in node._known_hosts_files],
+        "known": [
+            os.path.expanduser(path) for path in config.known_hosts_files or apssh.KNOWN_HOSTS_FILES
+        ],
         "policy": trust.policy,
-        "name": trust._name.lower(),
+        "name": trust.name.lower(),
         "timeout": node.timeout,
         "keepalive": node.keepalive,
-        "hashed": node._host_config.hash_known_hosts,
+        "hashed": config.one("hashknownhosts") == "yes",
     }
 
 
@@ -3039,8 +3336,8 @@ def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (node,) = config_nodes(file, target)
         assert f"debug1: Executing proxy command: exec {node._proxy_command}" in said.splitlines()
         assert [
-            *node._host_config.identity_files,
-            *node._host_config.certificate_files,
+            *node._host_config.paths("identityfile"),
+            *node._host_config.paths("certificatefile"),
         ] == re.findall(r"debug1: (?:identity|certificate) file (.*) type -1", said)
 
 
@@ -3119,7 +3416,7 @@ def program(
     """Run apssh in this process, as in a new one: its exit code, stdout, and the lines of stderr."""
 
     def call(*argv: str) -> tuple[int, str, list[str]]:
-        monkeypatch.setattr(apssh, "_accepted_keys", set())
+        monkeypatch.setattr(apssh._key_memory, "accepted", set())
         capfd.readouterr()
         code = apssh.main(argv)
         out, err = capfd.readouterr()
@@ -3181,11 +3478,11 @@ def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], ho
     assert {node.gateway for node in nodes if node.hostname != "node1999"} == {nodes[0].gateway}
     by_name = {node.hostname: node for node in nodes}
     assert by_name["node1999"].gateway is None and by_name["node1999"].port == 2200
-    assert by_name["node1234"]._host_config.identity_files == (f"{home}/.ssh/node1234-bob",)
+    assert by_name["node1234"]._host_config.paths("identityfile") == [f"{home}/.ssh/node1234-bob"]
     assert (
         by_name["node2"].port == 22
         and by_name["node2"].keepalive == 7
-        and by_name["node2"]._host_config.identity_files == ()
+        and by_name["node2"]._host_config.paths("identityfile") == []
     )
     assert [seen_on(by_name[name]) for name in ("node1", "node7", "node1999", "node2000")] == [
         ssh_says(home / ".ssh" / "config", name)
@@ -3258,13 +3555,47 @@ def test_explicit_wins_over_config(
         gateway,
     )
     assert node._address == "web.example.org"
-    assert [key.public_data for key in apssh._keys_of_run(node)] == [
+    assert [key.public_data for key in apssh._keys_to_offer(node.keys, node._host_config)[0]] == [
         apssh.import_private_key(key or "~/.ssh/id_ed25519").public_data
     ]
     if gateway:
         assert node.gateway and node.gateway.username == (
             "ann" if argv == ("-l", "ann") and gateway != "gw" else "gate"
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (20.0, 5.0, "bob", 2200, "relay")),
+        ({"timeout": 40}, (40.0, 5.0, "bob", 2200, "relay")),
+        ({"timeout": None}, (None, 5.0, "bob", 2200, "relay")),
+        ({"keepalive": 3}, (20.0, 3.0, "bob", 2200, "relay")),
+        ({"proxy_command": "mine"}, (20.0, 5.0, "bob", 2200, "mine")),
+        ({"username": "root"}, (20.0, 5.0, "root", 2200, "relay")),
+        ({"port": 24}, (20.0, 5.0, "bob", 24, "relay")),
+    ],
+    ids=lambda value: "-".join(value) or "nothing" if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("way", ["node", "targets"])
+def test_what_is_given_wins_over_config(
+    config: Config, way: str, given: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    """Of a node that reads the config itself, and of one that is made for a target."""
+    path = config(
+        "Host web\n User bob\n Port 2200\n ConnectTimeout 20\n ServerAliveInterval 5\n"
+        " ProxyCommand relay\n"
+    )
+    if way == "node":
+        node = SshNode("web", config=str(path), **given)
+        run(node._apply_config())
+    else:
+        options = dict(given)
+        user, port = options.pop("username", None), options.pop("port", None)
+        text = (f"{user}@" if user else "") + "web" + (f":{port}" if port else "")
+        (node,) = config_nodes(path, text, **options)
+    seen = (node.timeout, node.keepalive, node.username, node.port, node._proxy_command)
+    assert seen == expected
 
 
 def test_no_ssh_program(
@@ -3617,7 +3948,7 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
         for node in nodes:
             await node._apply_config()
         return [
-            f"{node._address} {' '.join(map(os.path.basename, node._host_config.identity_files))}"
+            f"{node._address} {' '.join(map(os.path.basename, node._host_config.paths('identityfile')))}"
             for node in nodes
         ]
 
@@ -3651,12 +3982,12 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             1,
             "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)",
         ),
-        ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 key(s)"),
+        ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 keys"),
         (
             {},
             "PreferredAuthentications password",
             1,
-            f"box: auth: login as {ME} refused, after 0 key(s)",
+            f"box: auth: login as {ME} refused, after 0 keys",
         ),
         ({"PubkeyAcceptedAlgorithms": "ssh-rsa"}, "PubkeyAcceptedAlgorithms ssh-rsa", 0, ""),
         (
@@ -3914,7 +4245,7 @@ def test_certificate_file(
 def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
     config(aliases(sshd, "box", more="User nobody-here"))
     done = program("-t", "box", "-q", "true")
-    assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key(s)"])
+    assert done == (1, "", ["box: auth: login as nobody-here refused, after 1 key"])
     for argv in (
         ("-l", ME, "-t", "box"),
         ("-t", f"{ME}@box"),
@@ -6722,15 +7053,15 @@ def test_work_that_is_being_given_up_is_joined_by_nobody(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
-    load = apssh._keys_of_run
+    load = apssh._keys_to_offer
     slow = threading.Event()
 
-    def load_slowly(node: SshNode) -> Any:
+    def load_slowly(*args: Any) -> Any:
         slow.wait(5)
-        return load(node)
+        return load(*args)
 
     async def main() -> None:
-        monkeypatch.setattr(apssh, "_keys_of_run", load_slowly)
+        monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
         first = asyncio.create_task(sshd.node().run("true"))
         await asyncio.sleep(0)
         await eventually_async(lambda: apssh._Limits.here().keys)
@@ -6904,7 +7235,7 @@ def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPat
 
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
     error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
-    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key(s)"
+    assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key"
     assert isinstance(error, ConnectionFailedError) and error.kind == "auth"
 
 
@@ -6918,7 +7249,7 @@ def test_words_about_a_password(password: str | None, keys: Path) -> None:
                 await SshNode(
                     "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
                 ).run("true")
-            assert caught.value.message == f"login as {ME} refused, after 1 key(s)" + (
+            assert caught.value.message == f"login as {ME} refused, after 1 key" + (
                 " and the password" if password else ""
             )
 
@@ -11120,7 +11451,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
             expected = {
                 "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
                 f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
-                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key(s)"),
+                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
                 f"127.0.0.1:{changed.port}": (
                     "hostkey",
                     f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
