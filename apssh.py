@@ -6393,7 +6393,8 @@ _TICKS = (
 _SVG_HEAD = """\
 <style>
 text { font: 11px Helvetica, Arial, sans-serif; fill: #1a1a1a }
-line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a } .ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
+line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a }
+.ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
 .cancelled rect { fill: url(#stripes) } .running rect { fill: #fff; stroke-dasharray: 4 2 }
 .failed text, .heading { font-weight: bold } .tick { text-anchor: middle } .way { text-anchor: end }
 </style>
