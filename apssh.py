@@ -6428,13 +6428,16 @@ class _Timeline:
         states: collections.Counter[str] = collections.Counter()
         ways = {node["id"]: node["way"] for node in record["nodes"]}
         for job in record["jobs"]:
-            way = ways.get(job["node"], "")
-            name = f"{job['label']} on {way}".removesuffix(" on ")
-            state = job["state"].replace("idle", "never ran")
+            name, way = job["label"], ways.get(job["node"], "")
+            if way:
+                name += f" on {way}"
+            state = job["state"]
+            if state == "failed":
+                self.notes.append(f"failed: {name}: {job['error']}")
+            elif state in ("idle", "waiting"):
+                state = "never ran"
+                self.notes.append(f"never ran: {name}")
             states[state] += 1
-            if state in ("failed", "never ran"):
-                why = f": {job['error']}".removesuffix(": None")
-                self.notes.append(f"{state}: {name}{why}")
             self.bars += [self._bar(job, step, way) for step in job["steps"]]
         # asynciojobs gives jobs that do not require each other in any order
         self.notes.sort()
@@ -6446,11 +6449,9 @@ class _Timeline:
 
     def _bar(self, job: Mapping[str, Any], step: Mapping[str, Any], way: str) -> _Bar:
         start, end = step["start_wall"], step["end_wall"]
-        state = "failed"
+        state = {None: "ok", "cancelled": "cancelled"}.get(step["kind"], "failed")
         if end is None:
             end, state = self.end, "running"
-        elif step["kind"] in (None, "cancelled"):
-            state = step["kind"] or "ok"
         times = f"{_duration(end - start)} from {_iso_time(start)}"
         details = f"{job['label']} on {way}", step["command"], step["error"] or state, times
         return _Bar(
@@ -6486,7 +6487,8 @@ _TICKS = (
 _SVG_HEAD = """\
 <style>
 text { font: 11px Helvetica, Arial, sans-serif; fill: #1a1a1a }
-line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a } .ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
+line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a }
+.ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
 .cancelled rect { fill: url(#stripes) } .running rect { fill: #fff; stroke-dasharray: 4 2 }
 .failed text, .heading { font-weight: bold } .tick { text-anchor: middle } .way { text-anchor: end }
 </style>

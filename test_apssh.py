@@ -8979,18 +8979,18 @@ def test_record_and_picture_in_the_middle_of_a_run(tmp_path: Path) -> None:
     assert all(job["state"] == "ok" for job in run_record(scheduler)["jobs"])
 
 
-def test_record_under_a_window() -> None:
+def test_record_and_picture_under_a_window() -> None:
     jobs = [
         SshJob(LocalNode(), command="sleep 0.3", label=f"job{number}", critical=False)
         for number in range(3)
     ]
     scheduler = Scheduler(*jobs, jobs_window=1, timeout=0.45, critical=False)
     assert not scheduler.run()
-    assert sorted(job["state"] for job in run_record(scheduler)["jobs"]) == [
-        "cancelled",
-        "ok",
-        "waiting",
-    ]
+    labels = {job["state"]: job["label"] for job in run_record(scheduler)["jobs"]}
+    assert sorted(labels) == ["cancelled", "ok", "waiting"]
+    heading, *_, note = timeline_as_text(scheduler).splitlines()
+    assert heading.startswith("3 jobs, 1 cancelled, 1 never ran, 1 ok; ")
+    assert note == f"never ran: {labels['waiting']} on Local Node"
 
 
 def test_saved_record_is_private_and_whole(tmp_path: Path) -> None:
