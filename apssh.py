@@ -5796,7 +5796,7 @@ class _CopyCommand(AbstractCommand):
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
 
-    def _check(self) -> None:
+    def check_files(self) -> None:
         if not self.pushing and not isinstance(self.destination, Deferred):
             _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 

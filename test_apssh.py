@@ -6354,6 +6354,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
 def test_pull_of_several_hosts_to_one_place_is_refused(home: Path) -> None:
     ports = free_port(), free_port()
     targets = [f"127.0.0.1:{port}" for port in ports]
+    Path("sub").mkdir()
     for where in ("one", "sub/../one", "{fqdn}"):
         with pytest.raises(UsageError) as caught:
             apssh.pull(targets, "f", where)
