@@ -101,7 +101,9 @@ from typing import (
     Self,
     TextIO,
     TypeAlias,
+    TypedDict,
     TypeVar,
+    Unpack,
     cast,
 )
 
@@ -6601,15 +6603,52 @@ class experiment:
 # --------------------------------------------------------------------------------------------------
 
 
+class _RunKeywords(TypedDict, total=False):
+    """Run's keywords, as a type checker sees them in the methods of Service."""
+
+    x11: bool
+    ignore_outputs: bool
+    capture: Capture | None
+    env: Mapping[str, str] | None
+    pty: bool
+    stdin: _StdinSource | None
+    sudo: bool | str
+    label: str | bool | None
+    allowed_exits: Collection[int | str] | None
+    timeout: float | None
+    verbose: bool | None
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Run])
+
+
+def _with_keywords_of_run(method: _Method) -> _Method:
+    """Let help() and inspect.signature() show Run's keywords one by one in place of
+    ``**keywords``: written out in four methods they would be most of this room.
+    """
+    shown = [
+        *inspect.signature(method, eval_str=True).parameters.values(),
+        *inspect.signature(Run, eval_str=True).parameters.values(),
+    ]
+    shown = [each for each in shown if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    setattr(method, "__signature__", inspect.Signature(shown, return_annotation=Run))  # noqa: B010
+    return method
+
+
 class Service:
-    """A command that runs as a transient systemd unit, beyond the connection that starts it
-    (systemd-run(1)).
+    """A command that runs on a host as a transient unit of its systemd, by systemd-run(1): it
+    outlives the connection that starts it.
 
     ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name.
-    ``tty``: give it a terminal, by script(1). ``systemd_type``: simple, exec, forking, oneshot...
-    ``environ``: variables of the unit (values may be Deferred). ``stop_if_running``: starting first
-    stops and resets an older unit of that name. The commands are Runs for a root login. Raises
-    UsageError for a command, a name or a type that cannot be.
+    ``tty``: whether it gets a terminal, by script(1). ``systemd_type``: simple, exec, forking,
+    oneshot..., as in systemd.service(5). ``environ``: variables of the unit, whose values may be
+    Deferred (None: no more than systemd's own). ``stop_if_running``: whether starting it first stops
+    and resets an older unit of that name. ``verbose``: a word on stderr when one of its commands
+    runs. Raises UsageError for a command, a name, a type or a variable that cannot be.
+
+    The four methods make the steps of jobs: each gives a Run for a root login (or with ``sudo``),
+    and takes Run's keywords; ``label`` is by default ``Service NAME: start`` and the like, and
+    ``verbose`` the service's own.
     """
 
     def __init__(
@@ -6625,80 +6664,114 @@ class Service:
     ) -> None:
         if not isinstance(command, str | Deferred) or not str(command).strip():
             raise UsageError(f"Service: the command is a shell line or a Deferred, not {command!r}")
-        if not isinstance(service_id, str) or not re.fullmatch(
-            r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id
-        ):
+        name = r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*"
+        if not isinstance(service_id, str) or not re.fullmatch(name, service_id):
             raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
         if not re.fullmatch(r"[a-z-]+", systemd_type):
             raise UsageError(
-                f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot..."
+                f"systemd_type {systemd_type!r}: as in systemd.service(5): "
+                "simple, forking, oneshot..."
             )
         if tty and systemd_type == "forking":
             raise UsageError(
                 "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"
             )
-        for name, value in (environ or {}).items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-                raise UsageError(f"environ: {name!r} is not the name of a variable")
+        self.command = command
+        self.service_id = service_id.removesuffix(".service")
+        self.tty = tty
+        self.systemd_type = systemd_type
+        self.environ = dict(environ or {})
+        self.stop_if_running = stop_if_running
+        self.verbose = verbose
+        for variable, value in self.environ.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+                raise UsageError(f"environ: {variable!r} is not the name of a variable")
             if value is None:
-                raise UsageError(f"environ: {name} has no value")
-        self.command, self.service_id = command, service_id.removesuffix(".service")
-        self.tty, self.systemd_type, self.environ = tty, systemd_type, dict(environ or {})
-        self.stop_if_running, self.verbose = stop_if_running, verbose
+                raise UsageError(f"environ: {variable} has no value")
 
-    def _run(self, label: str | None, what: str, words: list[Any], keywords: dict[str, Any]) -> Run:
-        return Run(
-            *words,
-            label=f"Service {self.service_id}: {what}" if label is None else label,
-            **{"verbose": self.verbose} | keywords,
-        )
+    def _step(self, action: str, words: list[str | Deferred], keywords: _RunKeywords) -> Run:
+        if keywords.get("label") is None:
+            keywords["label"] = f"Service {self.service_id}: {action}"
+        keywords.setdefault("verbose", self.verbose)
+        return Run(*words, **keywords)
 
-    def start_command(self, *, label: str | None = None, **keywords: Any) -> Run:
-        """Start the unit; fails if it cannot be started."""
+    @_with_keywords_of_run
+    def start_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
+        """A Run that starts the unit; it fails when the unit cannot be started."""
         unit = f"{self.service_id}.service"
-        before = f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
-        words: list[Any] = [before] if self.stop_if_running else []
+        words: list[str | Deferred] = []
+        if self.stop_if_running:
+            words.append(
+                f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
+            )
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
-        words += [
-            _Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()
-        ]
-        shell = _Quoted(
-            self.command, lambda text: text.replace("$", "$$")
-        )  # systemd.service(5): it expands $ in words by itself
-        # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
-        words += (
-            ["/usr/bin/script -qefc", shell, "/dev/null"] if self.tty else ["/bin/sh -c", shell]
-        )
-        return self._run(label, "start", words, keywords)
+        for name, value in self.environ.items():
+            words.append(_Quoted(value, f"--setenv={name}={{}}".format))
+        # systemd.service(5): $ in words is expanded by systemd itself, before any shell
+        shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))
+        if self.tty:
+            # of the unit's own: that of systemd-run --pty would tie it to this connection
+            words += ["/usr/bin/script -qefc", shell, "/dev/null"]
+        else:
+            words += ["/bin/sh -c", shell]
+        return self._step("start", words, keywords)
 
-    def stop_command(self, *, label: str | None = None, **keywords: Any) -> Run:
-        """Stop the unit; one that has gone is fine (status 5)."""
-        return self._run(
-            label,
-            "stop",
-            [f"systemctl stop {self.service_id}.service"],
-            {"allowed_exits": [5]} | keywords,
-        )
-
-    def status_command(
-        self, output: str | None = None, *, label: str | None = None, **keywords: Any
-    ) -> Run:
-        """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or
-        has gone (4) is fine.
+    @_with_keywords_of_run
+    def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
+        """A Run that stops the unit. ``allowed_exits`` is by default 5: a unit that has gone is
+        fine.
         """
-        words = [f"systemctl status --no-pager {self.service_id}.service"] + (
-            [f"--output={shlex.quote(output)}"] if output else []
-        )
-        return self._run(label, "status", words, {"allowed_exits": [3, 4]} | keywords)
+        keywords.setdefault("allowed_exits", [5])
+        return self._step("stop", [f"systemctl stop {self.service_id}.service"], keywords)
 
-    def journal_command(
-        self, since: str | None = None, *, label: str | None = None, **keywords: Any
+    @_with_keywords_of_run
+    def status_command(
+        self, output: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
-        """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
-        words = [f"journalctl --no-pager --unit={self.service_id}.service"] + (
-            [f"--since={shlex.quote(since)}"] if since else []
+        """A Run that shows the unit's state, as ``systemctl status`` does.
+
+        ``output``: a file of the host that receives the text (a relative name: in the remote home);
+        None: standard output. ``allowed_exits`` is by default 3 and 4: a unit that does not run or
+        has gone is fine.
+        """
+        keywords.setdefault("allowed_exits", [3, 4])
+        words: list[str | Deferred] = [f"systemctl status --no-pager {self.service_id}.service"]
+        if output is not None:
+            # the command begins in the home, and a quoted ~ is a name like another
+            words += [">", _Quoted(output, lambda path: path.removeprefix("~/"))]
+        return self._step("status", words, keywords)
+
+    @_with_keywords_of_run
+    def journal_command(
+        self, since: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
+    ) -> Run:
+        """A Run that shows what the journal has of the unit, its own output and systemd's words
+        about it.
+
+        ``since``: a time as journalctl(1) reads it, as ``-1h``; None: since the unit's last start,
+        whether it still runs or not.
+        """
+        unit = f"{self.service_id}.service"
+        if since is not None:
+            text = _Quoted(since, "--since={}".format)
+            return self._step("journal", [f"journalctl --no-pager --unit={unit}", text], keywords)
+        # A transient unit vanishes when it ends, and `systemctl show` then knows its last start no
+        # more: the journal does, by the last entry that has an invocation id (systemd.exec(5)).
+        # What was printed last reaches it a moment later than the end: hence --sync, as far as one
+        # may.
+        last = (
+            f"journalctl --unit={unit} --reverse --output=export"
+            " --output-fields=INVOCATION_ID,_SYSTEMD_INVOCATION_ID"
+            " | sed -n 's/.*INVOCATION_ID=//p' | head -n 1"
         )
-        return self._run(label, "journal", words, keywords)
+        return self._step(
+            "journal",
+            [
+                f"journalctl --sync 2>/dev/null; id=$({last}); id=${{id:-none}};",
+                "journalctl --no-pager _SYSTEMD_INVOCATION_ID=$id + _PID=1 INVOCATION_ID=$id",
+            ],
+            keywords,
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9137,6 +9137,75 @@ def test_service_life(capfd: Any) -> None:
 
 
 @on_testbed
+def test_journal_of_the_last_start_only() -> None:
+    name = f"apssh-journal-{os.getpid()}"
+    first, second = (
+        apssh.Service(f"echo printed by the {which}; exit {status}", service_id=name)
+        for which, status in (("first", 0), ("second", 3))
+    )
+    lasting = apssh.Service("echo printed by the third; sleep 60", service_id=name)
+    gone = Run(f"until ! systemctl is-active -q {name}; do sleep 0.1; done")
+    node = box()
+    try:
+        before = captured_on(node, first.journal_command())
+        out = captured_on(node, first.start_command(), gone, first.journal_command())
+        assert before == "-- No entries --"
+        assert "printed by the first" in out
+        assert "Deactivated successfully" in out
+        out = captured_on(node, second.start_command(), gone, second.journal_command())
+        assert "printed by the second" in out
+        assert "Failed with result" in out
+        assert "first" not in out
+        starts = Run(f"until journalctl -u {name} | grep -q third; do sleep 0.1; done")
+        out = captured_on(node, lasting.start_command(), starts, lasting.journal_command())
+        assert "printed by the third" in out
+        assert "second" not in out
+        out = captured_on(node, lasting.journal_command(since="-1h"))
+        assert all(which in out for which in ("first", "second", "third"))
+        assert captured_on(node, lasting.journal_command("2000-01-01", pty=False)) == out
+    finally:
+        asyncio.run(lasting.stop_command().co_run_remote(node))
+        asyncio.run(node.close())
+
+
+@on_testbed
+def test_status_of_a_service_into_a_file_of_the_host(capfd: Any) -> None:
+    name = f"apssh-status-{os.getpid()}"
+    service = apssh.Service("sleep 60", service_id=name)
+    path = Deferred("{{folder}}/it's a $status", {"folder": f"/tmp/{name}"})
+    node = box()
+    try:
+        out = captured_on(
+            node,
+            Run(f"mkdir /tmp/{name}"),
+            service.start_command(),
+            service.status_command(path),
+            service.status_command(f"~/{name}"),
+            Run(f"cat /tmp/{name}/it*; cat ~/{name}; rm -r /tmp/{name} ~/{name}"),
+        )
+        assert out.count("Active: active (running)") == 2
+        assert capfd.readouterr().out == ""
+    finally:
+        asyncio.run(service.stop_command().co_run_remote(node))
+        asyncio.run(node.close())
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "status", "journal"])
+def test_commands_of_a_service_show_and_take_the_keywords_of_run(action: str) -> None:
+    service = apssh.Service("x", service_id="unit.service", verbose=True)
+    method = getattr(service, f"{action}_command")
+    shown = inspect.signature(method).parameters
+    for each in inspect.signature(Run, eval_str=True).parameters.values():
+        assert each.kind is each.VAR_POSITIONAL or shown[each.name] == each
+    step, own = method(), method(label=False, verbose=False, allowed_exits=[7], env={"A": "b"})
+    assert (step.listing_line(), step.verbose) == (f"Service unit: {action}", True)
+    assert (own.listing_line(), own.verbose, own.allowed_exits) == ("", False, {7})
+    assert own.env == {"A": "b"}
+    with pytest.raises(UsageError, match=r"^unknown option timeuot: did you mean timeout\?$"):
+        method(timeuot=3)
+
+
+@on_testbed
 @pytest.mark.parametrize(
     "keywords",
     [{"tty": True}, {"systemd_type": "forking"}, {"stop_if_running": False}],
