@@ -8495,6 +8495,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="with --scenario: a variable of its Jinja2 template",
     )
+    add("--record", metavar="F", help="with --scenario: what ran, when and how it ended, as JSON")
+    add("--timeline", metavar="F", help="with --scenario: the same as a picture, F.svg")
     group = parser.add_argument_group("output")
     add = group.add_mutually_exclusive_group().add_argument
     add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
@@ -8872,8 +8874,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run_program(options: argparse.Namespace) -> int:
     if options.scenario:
         return await _run_scenario(options)
-    if options.set:
-        raise UsageError("--set goes with --scenario")
+    for name in ("set", "record", "timeline"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} goes with --scenario")
     if options.list_targets:
         return _show_targets(options)
     command = _command(options)
@@ -8898,51 +8901,54 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 
 async def _run_scenario(options: argparse.Namespace) -> int:
-    """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end
-    with the loop.
-    """
-    unset = vars(build_parser().parse_args([]))
-    if others := [
-        name
-        for name, value in unset.items()
-        if getattr(options, name) != value and name not in _WITH_SCENARIO
-    ]:
-        named = " ".join(
-            "the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others
+    """--scenario: a YAML file in place of targets and command."""
+    others = []
+    for name, value in vars(build_parser().parse_args([])).items():
+        if getattr(options, name) != value and name not in _WITH_SCENARIO:
+            others.append("the command" if name == "command" else f"--{name.replace('_', '-')}")
+    if others:
+        raise UsageError(
+            f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
         )
-        raise UsageError(f"--scenario brings its own hosts and commands: leave out {named}")
-    env = _assignments("--set", options.set) or (
-        {"": ""} if options.scenario.endswith(".j2") else {}
-    )  # a .j2 is a template even so
-    nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(env)
-    if options.list_targets or options.dry_run:
-        _show_scenario(nodes, jobs, scheduler, options.dry_run)
-        return 0
-    for node in nodes.values():
-        node.host_keys = options.host_keys or getattr(node, "host_keys", None)
-        node.formatter.add_endpoint(node._endpoint, options.verbose)
-    hosts = [node for node in nodes.values() if isinstance(node, SshNode)]
+    env = _assignments("--set", options.set)
+    if not env and options.scenario.endswith(".j2"):
+        env = {"": ""}  # a template even so
+    shown = options.list_targets or options.dry_run
+    changes: dict[str, Any] = {"verbose": True} if options.verbose else {}
     async with contextlib.AsyncExitStack() as stack:
-        if options.demo:
-            if options.demo < len(hosts):
-                raise UsageError(
-                    f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}"
-                )
-            for node, other in zip(
-                hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False
-            ):
-                before = node._endpoint
-                node._address, node.port, node.username = other._address, other.port, other.username
-                node.keys, node.known_hosts = other.keys, other.known_hosts
-                node.formatter.add_endpoint(node._endpoint, False, before)
+        fleet: list[SshNode] = []
+        if options.demo and not shown:
+            fleet = await stack.enter_async_context(demo_fleet(options.demo))
+        free = itertools.cycle(fleet)
+
+        def overrides(cls: type) -> dict[str, Any]:
+            if cls is LocalNode:
+                return changes
+            found = dict(changes)
+            if options.host_keys:
+                found["host_keys"] = options.host_keys
+            if fleet:
+                demo = next(free)
+                found |= {"address": "127.0.0.1", "port": demo.port, "username": demo.username}
+                found |= {"keys": demo.keys, "known_hosts": demo.known_hosts}
+                found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
+            return found
+
+        scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
+        nodes, jobs, scheduler = scenario.load(overrides)
+        if shown:
+            _show_scenario(nodes, jobs, scheduler, options.dry_run)
+            return 0
+        hosts = sum(isinstance(node, SshNode) for node in nodes.values())
+        if 0 < len(fleet) < hosts:
+            raise UsageError(f"--demo {options.demo}: the scenario has {_count(hosts, 'host')}")
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
+        printed = sys.stderr if options.verbose else io.StringIO()
         try:
-            with (
-                contextlib.suppress(Exception),
-                contextlib.redirect_stdout(sys.stderr if options.verbose else io.StringIO()),
-            ):
-                await scheduler.co_run()
-            await co_close_ssh_in_scheduler(scheduler)  # a critical job's failure is told below
+            async with experiment(scheduler, options.record, options.timeline):
+                # a critical job's failure is told below
+                with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
+                    await scheduler.co_run()
         except asyncio.CancelledError:
             _conclude_scenario(options, jobs, interrupted=True)
             raise
@@ -8954,6 +8960,8 @@ async def _run_scenario(options: argparse.Namespace) -> int:
 _WITH_SCENARIO = (
     "scenario",
     "set",
+    "record",
+    "timeline",
     "demo",
     "list_targets",
     "dry_run",
@@ -8967,41 +8975,47 @@ _WITH_SCENARIO = (
 
 
 def _show_scenario(
-    nodes: Mapping[str, Any], jobs: Mapping[str, SshJob], scheduler: Any, steps: bool
+    nodes: Mapping[str, SshNode | LocalNode],
+    jobs: Mapping[str, SshJob],
+    scheduler: asynciojobs.Scheduler,
+    steps: bool,
 ) -> None:
     """-L: the hosts; -n: every step, where it would run, and who captures what has no value yet."""
     lines = [] if steps else [_way(node) for node in nodes.values()]
-    names = {id(job): name for name, job in jobs.items()}
+    names = {job: name for name, job in jobs.items()}
     captured = {
-        command.capture.varname: name
-        for name, job in jobs.items()
+        command.capture.varname: names[job]
+        for job in names
         for command in job.commands
         if isinstance(command, _ShellCommand) and command.capture
     }
-    for job in scheduler.topological_order() if steps else ():
-        after = ", ".join(names[id(each)] for each in job.required)
-        notes = (
-            [f"after {after}"] * bool(after)
-            + ["not critical"] * (not job.critical)
-            + ["forever"] * bool(job.forever)
-        )
+
+    def required(job: SshJob) -> int:
+        return len(scheduler.predecessors_upstream(job))
+
+    # asynciojobs keeps jobs in sets, whose order changes from run to run: that of the file is kept,
+    # as far as each comes after what it requires
+    for job in sorted(names, key=required) if steps else ():
+        notes = []
+        if job.required:
+            notes.append(
+                "after " + ", ".join(names[each] for each in names if each in job.required)
+            )
+        if not job.critical:
+            notes.append("not critical")
+        if job.forever:
+            notes.append("forever")
         lines.append(
-            f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
+            f"{names[job]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
         )
         for command in job.commands:
             text = command.dry_run_text()
-            lines += [f"    [{command.label}]"] * bool(command.label) + [
-                f"    {line}" for line in text.splitlines()
-            ]
+            if command.label:
+                lines.append(f"    [{command.label}]")
+            lines += [f"    {line}" for line in text.splitlines()]
             for name in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
-                lines.append(
-                    f"      {{{{{name}}}}}: "
-                    + (
-                        f"captured by {captured[name]}"
-                        if name in captured
-                        else "NO STEP CAPTURES IT"
-                    )
-                )
+                by = f"captured by {captured[name]}" if name in captured else "NO STEP CAPTURES IT"
+                lines.append(f"      {{{{{name}}}}}: {by}")
     _screen.write("".join(f"{escape(line)}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
 
@@ -9009,24 +9023,24 @@ def _conclude_scenario(
     options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False
 ) -> int:
     """What became of the jobs; the exit code."""
-    states: dict[str, list[str]] = {}
     renamed = {"idle": "never ran", "waiting": "never ran"}
-    renamed |= {"running": "interrupted", "cancelled": "interrupted"} if interrupted else {}
+    if interrupted:
+        renamed |= {"running": "interrupted", "cancelled": "interrupted"}
+    states: list[str] = []
+    ok = True
     for name, job in jobs.items():
         state, error = _job_state(job)
-        states.setdefault(renamed.get(state, state), []).append(name)
-        if state == "failed":
+        state = renamed.get(state, state)
+        states.append(state)
+        if state == "failed" and job.critical:  # others tell it when it happens
             _screen.say(_screen.paint(f"{escape(name)}: {escape(error or state)}", "31"))
-    ok = all(
-        jobs[name].forever for state, members in states.items() if state != "ok" for name in members
-    )
+        # a job that runs for ever ends when the others have: it may fail only by itself
+        excused = job.forever and state in ("cancelled", "interrupted", "never ran")
+        ok = ok and (state == "ok" or excused)
     if not options.quiet:
-        _screen.say(
-            _screen.paint(
-                ", ".join(f"{len(members)} {state}" for state, members in states.items()),
-                "32" if ok else "31",
-            )
-        )
+        counts = collections.Counter(states)
+        text = ", ".join(f"{count} {state}" for state, count in counts.items())
+        _screen.say(_screen.paint(text, "32" if ok else "31"))
     return 0 if ok else 1
 
 

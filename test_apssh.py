@@ -11041,6 +11041,8 @@ def test_demo_size(count: int) -> None:
             "--scenario brings its own hosts and commands: leave out --target",
         ),
         (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"),
+        (["--record", "f", "-t", "h", "x"], "--record goes with --scenario"),
+        (["--timeline", "f", "-t", "h", "x"], "--timeline goes with --scenario"),
         (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
     ],
 )
@@ -11861,6 +11863,103 @@ jobs:
       - {type: RunScript, local_script: later.sh, includes: [lib.sh]}
       - {type: Push, localpaths: [x, y, z], remotepath: d/, recurse: true, label: ""}
 """
+
+
+def test_forever_job_that_fails_by_itself_is_a_failure(home: Path, capfd: Any) -> None:
+    jobs = """
+nodes: [{id: here, localnode: true}]
+jobs:
+  - {id: a, node: here, forever: true, critical: false, command: %s}
+  - {id: b, node: here, %s command: test 1}
+"""
+    Path("s.yaml").write_text(jobs % ("exit 3", "required: a,"))
+    assert apssh.main(["--scenario", "s.yaml"]) == 1
+    assert capfd.readouterr() == (
+        "",
+        "LOCALNODE:job a failed (not critical): status: ended with status 3: exit 3\n"
+        "1 failed, 1 ok\n",
+    )
+    Path("s.yaml").write_text(jobs % ("sleep 60", ""))
+    assert apssh.main(["--scenario", "s.yaml"]) == 0
+    assert capfd.readouterr() == ("", "1 cancelled, 1 ok\n")
+
+
+def test_jobs_of_a_dry_run_come_in_the_order_of_the_file_as_far_as_they_can(
+    home: Path, capfd: Any
+) -> None:
+    rows = ["  - {id: last, node: here, command: x, required: [j3, j9]}"]
+    rows += [f"  - {{id: j{number}, node: here, command: x}}" for number in range(30)]
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs:\n" + "\n".join(rows) + "\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
+    shown = [line for line in capfd.readouterr().out.splitlines() if line[0] != " "]
+    assert [line.split(":")[0] for line in shown] == [*(f"j{n}" for n in range(30)), "last"]
+    assert shown[-1] == f"last: {ME}@LOCALNODE (after j3, j9)"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "state"),
+    [("true", 0, "ok"), ("exit 3", 1, "failed")],
+    ids=["ok", "failed"],
+)
+def test_scenario_with_a_record_and_a_timeline(
+    command: str, code: int, state: str, home: Path, capfd: Any
+) -> None:
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\n"
+        f"jobs: [{{id: first, node: here, command: {command!r}}}]\n"
+    )
+    argv = ["--scenario", "s.yaml", "--record", "r.json", "--timeline", "t"]
+    assert apssh.main([*argv, "-n"]) == 0
+    assert [path.name for path in home.iterdir() if path.is_file()] == ["s.yaml"]
+    assert apssh.main(argv) == code
+    [job] = json.loads(Path("r.json").read_text())["jobs"]
+    assert (job["label"], job["state"]) == ("first", state)
+    assert "first" in Path("t.svg").read_text()
+
+
+def test_record_of_an_interrupted_scenario(home: Path) -> None:
+    token = f"95{os.getpid()}"
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\n"
+        f"jobs: [{{id: a, node: here, command: 'touch up; sleep {token}'}}]\n"
+    )
+    process = start("--scenario", "s.yaml", "--record", "r.json", "--timeline", "t.svg")
+    eventually(Path("up").exists)
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(timeout=10), process.returncode) == (
+        b"",
+        b"1 interrupted\n",
+        130,
+    )
+    [job] = json.loads(Path("r.json").read_text())["jobs"]
+    assert (job["state"], job["steps"][0]["kind"]) == ("cancelled", "cancelled")
+    assert Path("t.svg").exists()
+
+
+def test_record_that_cannot_be_written_is_told_before_anything_runs(home: Path, capfd: Any) -> None:
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: touch ran}]\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml", "--record", "gone/r.json"]) == 1
+    out, err = capfd.readouterr()
+    assert (out, err[-28:]) == ("", ": no such file or directory\n")
+    assert not Path("ran").exists()
+
+
+def test_options_reach_the_nodes_of_a_scenario(home: Path) -> None:
+    Path("s.yaml").write_text(
+        "nodes:\n"
+        "  - {id: gw, hostname: gw.example.org, username: u, port: 7, config: true}\n"
+        "  - {id: n, hostname: n1, gateway: gw, proxy_command: exit 1, host_keys: 'yes'}\n"
+        "jobs: [{id: a, node: n, command: echo hi}]\n"
+    )
+    process = start("--scenario", "s.yaml", "--demo", "2", "-v")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, b"n1:hi\n")
+    assert f"n1: logged in as {ME}\n".encode() in err
+    assert f"gw.example.org: logged in as {ME}\n".encode() in err
 
 
 def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
