@@ -11948,6 +11948,20 @@ def test_record_that_cannot_be_written_is_told_before_anything_runs(home: Path, 
     assert not Path("ran").exists()
 
 
+def test_host_keys_of_a_scenario_are_those_of_the_option(
+    home: Path, sshd: Sshd, capfd: Any
+) -> None:
+    Path("s.yaml").write_text(
+        f"nodes: [{{id: n, hostname: 127.0.0.1, port: {sshd.port}, username: {ME}, "
+        f"host_keys: 'yes'}}]\n"
+        "jobs: [{id: a, node: n, command: echo hi}]\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml"]) == 1
+    assert "hostkey: " in capfd.readouterr().err
+    assert apssh.main(["--scenario", "s.yaml", "--host-keys", "no"]) == 0
+    assert capfd.readouterr() == ("127.0.0.1:hi\n", "1 ok\n")
+
+
 def test_options_reach_the_nodes_of_a_scenario(home: Path) -> None:
     Path("s.yaml").write_text(
         "nodes:\n"
