@@ -76,6 +76,7 @@ import textwrap
 import threading
 import time
 import traceback
+import types
 import unicodedata
 import weakref
 from collections.abc import (
@@ -101,8 +102,13 @@ from typing import (
     Self,
     TextIO,
     TypeAlias,
+    TypedDict,
     TypeVar,
+    Union,
+    Unpack,
     cast,
+    get_args,
+    get_origin,
 )
 
 import asynciojobs
@@ -6697,15 +6703,52 @@ class experiment:
 # --------------------------------------------------------------------------------------------------
 
 
+class _RunKeywords(TypedDict, total=False):
+    """Run's keywords, as a type checker sees them in the methods of Service."""
+
+    x11: bool
+    ignore_outputs: bool
+    capture: Capture | None
+    env: Mapping[str, str] | None
+    pty: bool
+    stdin: _StdinSource | None
+    sudo: bool | str
+    label: str | bool | None
+    allowed_exits: Collection[int | str] | None
+    timeout: float | None
+    verbose: bool | None
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Run])
+
+
+def _with_keywords_of_run(method: _Method) -> _Method:
+    """Let help() and inspect.signature() show Run's keywords one by one in place of
+    ``**keywords``: written out in four methods they would be most of this room.
+    """
+    shown = [
+        *inspect.signature(method, eval_str=True).parameters.values(),
+        *inspect.signature(Run, eval_str=True).parameters.values(),
+    ]
+    shown = [each for each in shown if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    setattr(method, "__signature__", inspect.Signature(shown, return_annotation=Run))  # noqa: B010
+    return method
+
+
 class Service:
-    """A command that runs as a transient systemd unit, beyond the connection that starts it
-    (systemd-run(1)).
+    """A command that runs on a host as a transient unit of its systemd, by systemd-run(1): it
+    outlives the connection that starts it.
 
     ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name.
-    ``tty``: give it a terminal, by script(1). ``systemd_type``: simple, exec, forking, oneshot...
-    ``environ``: variables of the unit (values may be Deferred). ``stop_if_running``: starting first
-    stops and resets an older unit of that name. The commands are Runs for a root login. Raises
-    UsageError for a command, a name or a type that cannot be.
+    ``tty``: whether it gets a terminal, by script(1). ``systemd_type``: simple, exec, forking,
+    oneshot..., as in systemd.service(5). ``environ``: variables of the unit, whose values may be
+    Deferred (None: no more than systemd's own). ``stop_if_running``: whether starting it first stops
+    and resets an older unit of that name. ``verbose``: a word on stderr when one of its commands
+    runs. Raises UsageError for a command, a name, a type or a variable that cannot be.
+
+    The four methods make the steps of jobs: each gives a Run for a root login (or with ``sudo``),
+    and takes Run's keywords; ``label`` is by default ``Service NAME: start`` and the like, and
+    ``verbose`` the service's own.
     """
 
     def __init__(
@@ -6721,87 +6764,123 @@ class Service:
     ) -> None:
         if not isinstance(command, str | Deferred) or not str(command).strip():
             raise UsageError(f"Service: the command is a shell line or a Deferred, not {command!r}")
-        if not isinstance(service_id, str) or not re.fullmatch(
-            r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*", service_id
-        ):
+        name = r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*"
+        if not isinstance(service_id, str) or not re.fullmatch(name, service_id):
             raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
         if not re.fullmatch(r"[a-z-]+", systemd_type):
             raise UsageError(
-                f"systemd_type {systemd_type!r}: as in systemd.service(5): simple, forking, oneshot..."
+                f"systemd_type {systemd_type!r}: as in systemd.service(5): "
+                "simple, forking, oneshot..."
             )
         if tty and systemd_type == "forking":
             raise UsageError(
                 "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"
             )
-        for name, value in (environ or {}).items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-                raise UsageError(f"environ: {name!r} is not the name of a variable")
+        self.command = command
+        self.service_id = service_id.removesuffix(".service")
+        self.tty = tty
+        self.systemd_type = systemd_type
+        self.environ = dict(environ or {})
+        self.stop_if_running = stop_if_running
+        self.verbose = verbose
+        for variable, value in self.environ.items():
+            if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+                raise UsageError(f"environ: {variable!r} is not the name of a variable")
             if value is None:
-                raise UsageError(f"environ: {name} has no value")
-        self.command, self.service_id = command, service_id.removesuffix(".service")
-        self.tty, self.systemd_type, self.environ = tty, systemd_type, dict(environ or {})
-        self.stop_if_running, self.verbose = stop_if_running, verbose
+                raise UsageError(f"environ: {variable} has no value")
 
-    def _run(self, label: str | None, what: str, words: list[Any], keywords: dict[str, Any]) -> Run:
-        return Run(
-            *words,
-            label=f"Service {self.service_id}: {what}" if label is None else label,
-            **{"verbose": self.verbose} | keywords,
-        )
+    def _step(self, action: str, words: list[str | Deferred], keywords: _RunKeywords) -> Run:
+        if keywords.get("label") is None:
+            keywords["label"] = f"Service {self.service_id}: {action}"
+        keywords.setdefault("verbose", self.verbose)
+        return Run(*words, **keywords)
 
-    def start_command(self, *, label: str | None = None, **keywords: Any) -> Run:
-        """Start the unit; fails if it cannot be started."""
+    @_with_keywords_of_run
+    def start_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
+        """A Run that starts the unit; it fails when the unit cannot be started."""
         unit = f"{self.service_id}.service"
-        before = f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
-        words: list[Any] = [before] if self.stop_if_running else []
+        words: list[str | Deferred] = []
+        if self.stop_if_running:
+            words.append(
+                f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
+            )
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
-        words += [
-            _Quoted(value, f"--setenv={name}={{}}".format) for name, value in self.environ.items()
-        ]
-        shell = _Quoted(
-            self.command, lambda text: text.replace("$", "$$")
-        )  # systemd.service(5): it expands $ in words by itself
-        # a pseudo terminal of the unit's own: systemd-run --pty would tie it to this connection
-        words += (
-            ["/usr/bin/script -qefc", shell, "/dev/null"] if self.tty else ["/bin/sh -c", shell]
-        )
-        return self._run(label, "start", words, keywords)
+        for name, value in self.environ.items():
+            words.append(_Quoted(value, f"--setenv={name}={{}}".format))
+        # systemd.service(5): $ in words is expanded by systemd itself, before any shell
+        shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))
+        if self.tty:
+            # of the unit's own: that of systemd-run --pty would tie it to this connection
+            words += ["/usr/bin/script -qefc", shell, "/dev/null"]
+        else:
+            words += ["/bin/sh -c", shell]
+        return self._step("start", words, keywords)
 
-    def stop_command(self, *, label: str | None = None, **keywords: Any) -> Run:
-        """Stop the unit; one that has gone is fine (status 5)."""
-        return self._run(
-            label,
-            "stop",
-            [f"systemctl stop {self.service_id}.service"],
-            {"allowed_exits": [5]} | keywords,
-        )
-
-    def status_command(
-        self, output: str | None = None, *, label: str | None = None, **keywords: Any
-    ) -> Run:
-        """Show the unit's state; ``output`` as journalctl's. One that does not run (status 3) or
-        has gone (4) is fine.
+    @_with_keywords_of_run
+    def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
+        """A Run that stops the unit. ``allowed_exits`` is by default 5: a unit that has gone is
+        fine.
         """
-        words = [f"systemctl status --no-pager {self.service_id}.service"] + (
-            [f"--output={shlex.quote(output)}"] if output else []
-        )
-        return self._run(label, "status", words, {"allowed_exits": [3, 4]} | keywords)
+        keywords.setdefault("allowed_exits", [5])
+        return self._step("stop", [f"systemctl stop {self.service_id}.service"], keywords)
 
-    def journal_command(
-        self, since: str | None = None, *, label: str | None = None, **keywords: Any
+    @_with_keywords_of_run
+    def status_command(
+        self, output: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
-        """Show what the unit printed, all of it, or ``since`` a time as journalctl(1) reads it."""
-        words = [f"journalctl --no-pager --unit={self.service_id}.service"] + (
-            [f"--since={shlex.quote(since)}"] if since else []
+        """A Run that shows the unit's state, as ``systemctl status`` does.
+
+        ``output``: a file of the host that receives the text (a relative name: in the remote home);
+        None: standard output. ``allowed_exits`` is by default 3 and 4: a unit that does not run or
+        has gone is fine.
+        """
+        keywords.setdefault("allowed_exits", [3, 4])
+        words: list[str | Deferred] = [f"systemctl status --no-pager {self.service_id}.service"]
+        if output is not None:
+            # the command begins in the home, and a quoted ~ is a name like another
+            words += [">", _Quoted(output, lambda path: path.removeprefix("~/"))]
+        return self._step("status", words, keywords)
+
+    @_with_keywords_of_run
+    def journal_command(
+        self, since: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
+    ) -> Run:
+        """A Run that shows what the journal has of the unit, its own output and systemd's words
+        about it.
+
+        ``since``: a time as journalctl(1) reads it, as ``-1h``; None: since the unit's last start,
+        whether it still runs or not.
+        """
+        unit = f"{self.service_id}.service"
+        if since is not None:
+            text = _Quoted(since, "--since={}".format)
+            return self._step("journal", [f"journalctl --no-pager --unit={unit}", text], keywords)
+        # A transient unit vanishes when it ends, and `systemctl show` then knows its last start no
+        # more: the journal does, by the last entry that has an invocation id (systemd.exec(5)).
+        # What was printed last reaches it a moment later than the end: hence --sync, as far as one
+        # may.
+        last = (
+            f"journalctl --unit={unit} --reverse --output=export"
+            " --output-fields=INVOCATION_ID,_SYSTEMD_INVOCATION_ID"
+            " | sed -n 's/.*INVOCATION_ID=//p' | head -n 1"
         )
-        return self._run(label, "journal", words, keywords)
+        return self._step(
+            "journal",
+            [
+                f"journalctl --sync 2>/dev/null; id=$({last}); id=${{id:-none}};",
+                "journalctl --no-pager _SYSTEMD_INVOCATION_ID=$id + _PID=1 INVOCATION_ID=$id",
+            ],
+            keywords,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
 # scenarios: nodes and jobs from a YAML file; a mistake is told with its place
 # --------------------------------------------------------------------------------------------------
 
-_STEP_TYPES: dict[str, Any] = {cls.__name__: cls for cls in (Run, RunScript, RunString, Push, Pull)}
+_STEP_TYPES: dict[str, Any] = {
+    cls.__name__: cls for cls in (Run, RunScript, RunString, Push, Pull, Wait, Service)
+}
 _FORMATTER_TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -6813,445 +6892,464 @@ _FORMATTER_TYPES: dict[str, Any] = {
         CaptureFormatter,
     )
 }
-_Save = bool | str | os.PathLike[str] | None
-_Maps = tuple[dict[str, Any], dict[str, SshJob], Any]
-_WORDS, _PATHS = "Collection[Deferred]", "Deferred | Collection[Deferred]"
-# what a key holds, in the notation of annotations, where the constructor does not say it or the
-# file has its own way
-_FILE_KEYS: dict[Any, dict[str, str]] = {
-    SshNode: {
-        "id": "str",
-        "localnode": "bool",
-        "gateway": "str | None",
-        "known_hosts": "str | None",
-    },
-    LocalNode: {"id": "str", "localnode": "bool"},
-    SshJob: {
-        "id": "str",
-        "node": "str",
-        "command": "Step",
-        "commands": "Step",
-        "required": "str | Collection[str | None] | None",
-        "label": "str | None",
-    },
-    Run: {"command": "Deferred", "argv": _WORDS},
-    RunScript: {"command": "str", "args": _WORDS},
-    RunString: {"args": _WORDS},
-    Push: {"localpaths": _PATHS, "remotepath": "Deferred"},
-    Pull: {"remotepaths": _PATHS, "localpath": "Deferred"},
+_SERVICE_ACTIONS = {
+    name: getattr(Service, f"{name}_command") for name in ("start", "stop", "status", "journal")
 }
-_EITHER = {
-    SshJob: ("command", "commands"),
-    Run: ("command", "argv"),
-    RunScript: ("command", "local_script"),
-}  # exactly one of them
-_WANTED = {
-    "bool": "true or false",
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "Deferred": "text",
-    "Capture": "a name",
-    "Collection": "a list",
-    "Mapping": "a mapping",
-    "Formatter": "the name of a formatter",
-    "Step": "a list of commands",
+
+# What a mapping of the file may hold is told by the constructor that it stands for: its parameters
+# are the keys, their annotations say what a value must be (for an SshNode or an SshJob: its id).
+# Here is what no constructor says: the keys of the file's own, and values of parameters that take
+# anything.
+_TEXT = str | Deferred
+_OWN_KEYS: dict[object, dict[str, object]] = {
+    SshNode: {"id": str, "localnode": bool, "known_hosts": str | None},
+    LocalNode: {"id": str, "localnode": bool},
+    SshJob: {"id": str, "required": SshJob | Collection[SshJob | None] | None},
+    Run: {"type": str, "command": str},
+    Wait: {"type": str, "command": str},
+    RunScript: {"type": str, "command": str},
+    Service: {"type": str, "action": str, "environ": Mapping[str, _TEXT] | None},
 }
-_TAGS = {"map": "a mapping", "seq": "a list", "null": "nothing", "str": "the text"} | dict.fromkeys(
-    ("bool", "int", "float", "timestamp", "value", "merge"), ""
-)
+_WANTED: dict[object, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Deferred: "text",
+    Capture: "a name",
+    SshNode: "the id of a node",
+    SshJob: "the id of a job",
+    Formatter: "the name of a formatter",
+    AbstractCommand: "a list of commands",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
-def _kinds(annotation: str) -> set[str]:
-    return set(re.sub(r"\[.*\]", "", annotation).split(" | "))
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """A value of the file: a text as it is written, None, or a list or a mapping of _Data."""
+
+    value: Any
+    line: int = dataclasses.field(repr=False)
+
+    def found(self) -> str:
+        """What it is, for somebody who wanted something else."""
+        names = {list: "a list", dict: "a mapping", types.NoneType: "nothing"}
+        return names.get(type(self.value), f"'{self.value}'")
 
 
-def _keys_of(cls: Any) -> tuple[dict[str, str], list[str]]:
-    """The keys of a mapping that stands for this class, by its constructor and those that it hands
-    on to; the positional ones.
+def _signature(call: Callable[..., Any]) -> inspect.Signature:
+    """What a class or a function takes. Not that of the class itself: a ``__new__`` may take
+    anything.
     """
-    keys, positional = dict(_FILE_KEYS.get(cls, {})), []
-    for base in cls.__mro__:
-        parameters = [*inspect.signature(base.__init__).parameters.values()][1:]
-        for each in parameters:
-            if (
-                base is cls
-                and each.kind is each.POSITIONAL_OR_KEYWORD
-                and each.default is each.empty
-            ):
-                positional.append(each.name)
-            if (base is cls or each.kind is each.KEYWORD_ONLY) and _kinds(
-                str(each.annotation)
-            ) & _WANTED.keys():
-                keys.setdefault(each.name, str(each.annotation))
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            break
-    return keys, positional
+    if isinstance(call, type):
+        call = functools.partial(call.__init__, None)  # type: ignore[misc]
+    return inspect.signature(call, eval_str=True)
 
 
-class _Entry:
-    """One mapping of the file: its place, its YAML nodes by key (each with the key's own); once
-    read, its class and values.
+def _kinds(hint: object) -> dict[object, object]:
+    """What an annotation admits: each type of a union, with the type of its items. Whatever can be
+    iterated over is list here, mappings dict.
     """
-
-    def __init__(self, where: str, node: Any, pairs: dict[str, tuple[Any, Any]]) -> None:
-        self.where, self.node, self.pairs = where, node, pairs
-        self.cls: Any = None
-        self.values: dict[str, Any] = {}
+    kinds: dict[object, object] = {}
+    for choice in get_args(hint) if get_origin(hint) in (types.UnionType, Union) else [hint]:
+        kind = get_origin(choice)
+        if kind and issubclass(kind, Iterable):
+            kind = dict if issubclass(kind, Mapping) else list
+        kinds[kind or choice] = get_args(choice)[-1] if kind else None
+    return kinds
 
 
 class _Scenario:
-    """One reading of a file."""
+    """One reading of a file. ``path`` (section, id, command) and ``line`` are where it is, to tell
+    mistakes with.
+    """
 
-    def __init__(self, name: str, text: str, variables: Variables) -> None:
-        self.name, self.text, self.variables, self.yaml = name, text, variables, _extra("yaml")
+    def __init__(self, file: str, text: str, variables: Variables) -> None:
+        self.file, self.text, self.variables = file, text, variables
+        self.yaml = _extra("yaml")
+        self.path: tuple[str, ...] = ()
+        self.line = 1
+        self.nodes: dict[str, Any] = {}
+        self.jobs: dict[str, Any] = {}
         self.formatters: dict[str, Any] = {}
+        # in the order in which they are tried: ``yes`` may be a text too
+        self.makers: dict[object, Callable[[str], Any]] = {
+            bool: lambda text: self.yaml.SafeLoader.bool_values[text.lower()],
+            int: int,
+            float: float,
+            Capture: self.capture,
+            Deferred: self.deferred,
+            str: str,
+        }
 
-    def error(self, where: str, node: Any, text: str) -> ScenarioError:
-        line = node.start_mark.line + 1 if node else 1
-        return ScenarioError(escape(f"{self.name}:{line}: {where}{': ' if where else ''}{text}"))
+    def load(
+        self, overrides: Callable[[type], dict[str, Any]] = lambda cls: {}
+    ) -> tuple[dict[str, SshNode | LocalNode], dict[str, SshJob], Any]:
+        """Nodes and jobs by id, in the order of the file, and the scheduler.
 
-    def unknown(
-        self, where: str, node: Any, what: str, name: str, known: Iterable[str]
-    ) -> ScenarioError:
-        close = difflib.get_close_matches(name, known := list(known), 1)
-        remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known[:24])}"
-        return self.error(where, node, f"unknown {what} '{_brief(name)}': {remedy}")
+        ``overrides``: keywords for the nodes of a class, whatever the file says.
+        """
+        root = self.parse()
+        self.check_keys(root, "section", {"nodes": root, "jobs": root})
+        nodes, jobs = self.section(root, "nodes"), self.section(root, "jobs")
+        self.nodes, self.jobs = dict.fromkeys(nodes), dict.fromkeys(jobs)
+        for name in self.order("nodes", nodes, "gateway"):
+            data = nodes[name]
+            local = data.value.get("localnode", _Data("no", 0))
+            cls = LocalNode if self.read(local, bool, "localnode") else SshNode
+            self.nodes[name] = self.make(data, cls, self.values(data, cls) | overrides(cls))
+        for name in self.order("jobs", jobs, "required"):
+            values = {"label": name} | self.values(jobs[name], SshJob)
+            self.jobs[name] = self.make(jobs[name], SshJob, values)
+        return self.nodes, self.jobs, asynciojobs.Scheduler(*self.jobs.values())
 
-    def load(self) -> _Maps:
-        """Nodes and jobs by id, in the order of the file, and the scheduler."""
+    # mistakes
+
+    def error(self, text: str) -> ScenarioError:
+        parts = [f"{self.file}:{self.line}", ", ".join(self.path), text]
+        return ScenarioError(_brief(": ".join(filter(None, parts)), 1000))
+
+    def known(self, what: str, known: Mapping[str, Any], name: str) -> Any:
+        """What a name stands for."""
+        if name in known:
+            return known[name]
+        close = difflib.get_close_matches(name, known, 1)
+        remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known)}"
+        raise self.error(f"unknown {what} '{name}': {remedy}")
+
+    # YAML as plain data
+
+    def parse(self) -> _Data:
+        """The whole file."""
         try:
             self.loader = self.yaml.SafeLoader(self.text)
-            if (root := self.loader.get_single_node()) is None:
-                raise self.error(
-                    "", None, "nothing in it: a scenario has the sections 'nodes' and 'jobs'"
-                )
-            sections = self.entry("", root)
-            for name, (key, _) in sections.pairs.items():
-                if name not in ("nodes", "jobs"):
-                    raise self.unknown("", key, "section", name, ("nodes", "jobs"))
-            nodes, jobs = self.section("nodes", sections), self.section("jobs", sections)
-            made: dict[str, Any] = dict.fromkeys(nodes)  # in the order of the file
-            done: dict[str, Any] = dict.fromkeys(jobs)
-            for name, entry, ids in self.order(nodes, "gateway", "node"):
-                made[name] = self.make(entry, **{"gateway": made[ids[0]]} if ids else {})
-            for name, entry, ids in self.order(jobs, "required", "job"):
-                [node] = self.ids(entry, "node", "node", nodes)
-                done[name] = self.make(entry, made[node], required=[done[each] for each in ids])
-            return made, done, asynciojobs.Scheduler(*done.values())
+            root = self.loader.get_single_node()
+            if root is None:
+                raise self.error("nothing in it: a scenario has the sections 'nodes' and 'jobs'")
+            return self.plain(root)
         except self.yaml.YAMLError as exc:
             mark, start = getattr(exc, "problem_mark", None), getattr(exc, "context_mark", None)
             line = mark.line if mark else self.text.count("\n", 0, getattr(exc, "position", 0))
+            self.line = line + 1
             context = f"{exc.context} (line {start.line + 1}): " if start else ""
             problem = getattr(exc, "problem", None) or getattr(exc, "reason", exc)
-            hint = (
-                " (a template? give load() an env, or --set NAME=value)"
-                if "{%" in self.text
-                else ""
-            )
-            raise ScenarioError(
-                escape(f"{self.name}:{line + 1}: wrong YAML: {context}{problem}{hint}")
-            ) from None
+            hint = ""
+            if "{%" in self.text:
+                hint = " (a template? give load() an env, or --set NAME=value)"
+            raise self.error(f"wrong YAML: {context}{problem}{hint}") from None
         except RecursionError:
-            raise self.error(
-                "", None, "wrong YAML: nested too deeply, or merged into itself"
-            ) from None
+            raise self.error("wrong YAML: nested too deeply, or merged into itself") from None
 
-    def tag(self, where: str, node: Any) -> str:
-        """The YAML type of a value, which must be plain data."""
-        if (tag := node.tag.removeprefix("tag:yaml.org,2002:")) not in _TAGS:
-            raise self.error(where, node, f"unknown tag '{_brief(tag)}': leave it out")
-        return str(tag)
+    def plain(self, node: Any) -> _Data:
+        """A node of the parser's."""
+        line = self.line = node.start_mark.line + 1
+        if not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
+            tag = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise self.error(f"unknown tag '{tag}': leave it out")
+        if node.id == "mapping":
+            return _Data(self.pairs(node), line)
+        if node.id == "sequence":
+            return _Data([self.plain(item) for item in node.value], line)
+        return _Data(None if node.tag.endswith(":null") else node.value.removesuffix("\n"), line)
 
-    def mismatch(self, where: str, node: Any, what: str) -> ScenarioError:
-        tag = self.tag(where, node)
-        found = "an empty list" if tag == "seq" and not node.value else _TAGS[tag]
-        if node.id == "scalar" and tag != "null":
-            found = f"{found} '{_brief(node.value)}'".lstrip()
-        if node.id == "mapping" and node.value and node.value[0][0].id == "mapping":  # {{...}}
-            found += ": put {{...}} in quotes, or give load() an env (--set NAME=value)"
-        return self.error(where, node, f"{what}, not {found}")
-
-    def entry(self, where: str, node: Any) -> _Entry:
-        """A mapping; its own keys win over what ``<<`` merges."""
-        if self.tag(where, node) != "map":
-            raise self.mismatch(where, node, "it must be a mapping (lines of 'key: value')")
-        own: dict[str, tuple[Any, Any]] = {}
-        merged: dict[str, tuple[Any, Any]] = {}
-        for key, value in node.value:
-            if key.tag.endswith(":merge"):
-                for source in value.value if value.id == "sequence" else [value]:
-                    merged = self.entry(where, source).pairs | merged
-            elif key.id != "scalar":
-                deferred = key.id == "mapping" and all(
-                    each.tag.endswith(":null") for _, each in key.value
-                )  # {{name}}
-                raise self.mismatch(
-                    where, key, "put {{...}} in quotes: " * deferred + "a key must be text"
-                )
-            elif key.value in own:
-                line = own[key.value][0].start_mark.line + 1
+    def pairs(self, node: Any) -> dict[str, _Data]:
+        """A mapping, with what ``<<`` merges; the line of a value is that of its key."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            self.line = key.start_mark.line + 1
+            if key.id != "scalar":
                 raise self.error(
-                    where, key, f"duplicate key '{_brief(key.value)}': line {line} has it too"
+                    "a key must be text: put {{...}} in quotes, "
+                    "or give load() an env (--set NAME=value)"
                 )
-            else:
-                own[key.value] = key, value
-        return _Entry(where, node, merged | own)
+            if key.value in lines and key.value != "<<":
+                other = lines[key.value]
+                raise self.error(f"duplicate key '{key.value}': line {other} has it too")
+            lines[key.value] = self.line
+        self.loader.flatten_mapping(node)
+        return {
+            key.value: dataclasses.replace(self.plain(value), line=key.start_mark.line + 1)
+            for key, value in node.value
+        }
 
-    def read(self, entry: _Entry, cls: Any) -> None:
-        """The values of an entry that stands for this class."""
-        entry.cls, (keys, needed), either = cls, _keys_of(cls), _EITHER.get(cls, ())
-        for name, (key, node) in entry.pairs.items():
-            if name not in keys:
-                raise self.unknown(entry.where, key, "key", name, keys)
-            entry.values[name] = self.value(entry.where, name, node, keys[name])
-        given = [name for name in either if name in entry.values]
-        if either and len(given) != 1:
-            what = (
-                "both '{}' and '{}': leave one out"
-                if given
-                else "no '{}' and no '{}': add one of them"
-            )
-            raise self.error(entry.where, entry.node, what.format(*either))
-        for name in ["id"] * ("id" in keys) + needed:
-            if not entry.values.get(name) and name not in either:
-                raise self.error(entry.where, entry.node, f"no '{name}': add '{name}: ...'")
+    # sections
 
-    def read_type(self, entry: _Entry, what: str, types: Mapping[str, Any]) -> None:
-        """The same for the class that its ``type`` names."""
-        if "type" not in entry.pairs:
-            raise self.error(entry.where, entry.node, f"no 'type': it is one of {', '.join(types)}")
-        name = self.value(entry.where, "type", node := entry.pairs.pop("type")[1], "str")
-        if name not in types:
-            raise self.unknown(entry.where, node, f"type of {what}", name, types)
-        self.read(entry, types[name])
+    def check_keys(self, data: _Data, what: str, known: Mapping[str, object]) -> None:
+        """A mapping of known keys, and nothing else."""
+        self.line = data.line
+        if not isinstance(data.value, dict):
+            raise self.error(f"it must be a mapping (lines of 'key: value'), not {data.found()}")
+        for name, value in data.value.items():
+            self.line = value.line
+            self.known(what, known, name)
 
-    def value(self, where: str, key: str, node: Any, annotation: str) -> Any:
-        """What a YAML value means for a parameter with this annotation; where text is due, ``010``
-        and ``yes`` stay as written.
+    def field(self, data: _Data, key: str) -> str:
+        """A text that must be there."""
+        self.line = data.line
+        if not isinstance(data.value, dict) or key not in data.value:
+            raise self.error(f"no '{key}': add '{key}: ...'")
+        return cast("str", self.read(data.value[key], str, key))
+
+    def section(self, root: _Data, name: str) -> dict[str, _Data]:
+        """What a section lists, by id."""
+        listed = root.value.get(name, root)
+        self.line, self.path = listed.line, ()
+        if not isinstance(listed.value, list) or not listed.value:
+            raise self.error(f"no list in section '{name}': add '{name}:' and '- id: ...' below it")
+        self.path = (f"section {name}",)
+        found: dict[str, _Data] = {}
+        for data in listed.value:
+            id_ = self.field(data, "id")
+            if id_ in found:
+                line = found[id_].line
+                raise self.error(f"duplicate id '{id_}': line {line} has it too")
+            found[id_] = data
+        return found
+
+    def order(self, section: str, entries: Mapping[str, _Data], key: str) -> Iterator[str]:
+        """The ids of a section, each after those that its key names, and with its own path."""
+        sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
+        for name, data in entries.items():
+            given = data.value.get(key, data)
+            items = given.value if isinstance(given.value, list) else [given]
+            sorter.add(name, *[str(item.value) for item in items])
+        try:
+            for name in sorter.static_order():
+                if name in entries:
+                    self.path = f"section {section}", f"id {name}"
+                    yield name
+        except graphlib.CycleError as exc:
+            circle = exc.args[1][::-1]
+            self.path = f"section {section}", f"id {circle[0]}"
+            self.line = entries[circle[0]].value[key].line
+            shown = " -> ".join(circle)
+            raise self.error(f"'{key}' goes in a circle: {shown}: take one out") from None
+
+    # values
+
+    def values(self, data: _Data, *calls: Callable[..., Any]) -> dict[str, Any]:
+        """What a mapping has for these calls."""
+        hints: dict[str, object] = {}
+        for call in calls:
+            hints |= _OWN_KEYS.get(getattr(call, "func", call), {"type": str})
+            for name, each in _signature(call).parameters.items():
+                several = each.kind is each.VAR_POSITIONAL
+                hint = Collection[_TEXT] if several else each.annotation
+                if _kinds(hint).keys() & _WANTED.keys():
+                    hints.setdefault(name, hint)
+        self.check_keys(data, "key", hints)
+        return {name: self.read(value, hints[name], name) for name, value in data.value.items()}
+
+    def make(self, data: _Data, call: Callable[..., Any], values: dict[str, Any]) -> Any:
+        """Call it with those of the values that it takes; what it refuses is told with its
+        place.
         """
-        kinds, tag = _kinds(annotation), self.tag(where, node)
-        text = node.value.removesuffix("\n") if node.id == "scalar" and tag != "null" else None
-        if tag == "null" and "None" in kinds:
+        self.line = data.line
+        signature = _signature(call)
+        for name, each in signature.parameters.items():
+            needed = each.default is each.empty and each.kind is not each.VAR_POSITIONAL
+            if needed and name not in values:
+                raise self.error(f"no '{name}': add '{name}: ...'")
+        given = inspect.BoundArguments(signature, collections.OrderedDict(values))
+        try:
+            return call(*given.args, **given.kwargs)
+        except (ApsshError, TypeError, ValueError) as exc:
+            raise self.error(str(exc)) from None
+
+    def read(self, data: _Data, hint: object, key: str) -> Any:
+        """What a value means for a parameter with this annotation."""
+        kinds, value = _kinds(hint), data.value
+        self.line = data.line
+        if value is None and types.NoneType in kinds:
             return None
-        if "Step" in kinds and tag != "null":
-            return (
-                self.steps(where, node) if text is None else self.deferred(text)
-            )  # one line for Run
-        if "Formatter" in kinds and (text or tag == "map"):
-            return self.formatter(f"{where}, formatter", node)
-        if "Capture" in kinds and text and text.isidentifier():
-            return Capture(text, self.variables)
-        if "Collection" in kinds and (
-            tag == "seq" or (text is not None and not kinds & {"str", "Deferred"})
-        ):
-            inner = annotation[annotation.index("[") + 1 : annotation.rindex("]")]
-            return [
-                self.value(where, key, item, inner)
-                for item in (node.value if tag == "seq" else [node])
-            ]
-        if "Mapping" in kinds and tag == "map":
+        if isinstance(value, list) and list in kinds and AbstractCommand not in kinds:
+            return [self.read(item, kinds[list], key) for item in value]
+        if isinstance(value, dict) and dict in kinds:
             return {
-                name: self.value(where, f"{key}.{name}", item, "str")
-                for name, (_, item) in self.entry(where, node).pairs.items()
+                name: self.read(item, kinds[dict], f"{key}.{name}") for name, item in value.items()
             }
-        if tag in kinds & {"bool", "int", "float"} or (tag == "int" and "float" in kinds):
-            with contextlib.suppress(
-                ValueError, KeyError
-            ):  # !!int and the like before some other text
-                return self.loader.construct_object(node)
-        if text is not None and kinds & {"str", "Deferred"}:
-            return self.deferred(text) if "Deferred" in kinds else text
-        wanted = " or ".join(
-            dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds)
-        )
-        raise self.mismatch(where, node, f"'{_brief(key)}' must be {wanted}")
+        if value is not None and AbstractCommand in kinds:
+            return self.steps(data)
+        if isinstance(value, str | dict) and Formatter in kinds:
+            return self.formatter(data)
+        if isinstance(value, str):
+            with contextlib.suppress(LookupError):
+                return self.meant(value, kinds)
+            if list in kinds:
+                return [self.read(data, kinds[list], key)]
+        wanted = dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds)
+        raise self.error(f"'{key}' must be {' or '.join(wanted)}, not {data.found()}")
+
+    def meant(self, text: str, kinds: Mapping[object, object]) -> Any:
+        """What a text means where one of these is wanted. Raises LookupError: nothing."""
+        if SshNode in kinds:
+            return self.known("node", self.nodes, text)
+        if SshJob in kinds:
+            return self.known("job", self.jobs, text)
+        for kind, make in self.makers.items():
+            if kind in kinds:
+                with contextlib.suppress(ValueError, LookupError):
+                    return make(text)
+        raise LookupError(text)
+
+    def capture(self, name: str) -> Capture:
+        if not name.isidentifier():
+            raise ValueError(name)
+        return Capture(name, self.variables)
 
     def deferred(self, text: str) -> str | Deferred:
         return Deferred(text, self.variables) if "{{" in text else text
 
-    def make(self, entry: _Entry, *args: Any, **keywords: Any) -> Any:
-        """What an entry stands for; what the constructor refuses is told with its place."""
-        try:
-            return entry.cls(*args, **entry.values, **keywords)
-        except (ApsshError, TypeError, ValueError) as exc:
-            raise self.error(entry.where, entry.node, str(exc)) from None
+    def formatter(self, data: _Data) -> Formatter:
+        """A formatter; the same words mean the same one, so that columns align."""
+        if isinstance(data.value, str):
+            data = _Data({"type": data}, data.line)
+        words = repr(data)
+        self.path += ("formatter",)
+        cls = self.known("type of formatter", _FORMATTER_TYPES, self.field(data, "type"))
+        if words not in self.formatters or cls is CaptureFormatter:
+            self.formatters[words] = self.make(data, cls, self.values(data, cls))
+        self.path = self.path[:-1]
+        return cast("Formatter", self.formatters[words])
 
-    def formatter(self, where: str, node: Any) -> Any:
-        """A name, or a mapping with ``type`` and arguments; the same words mean the same formatter,
-        so that columns align.
-        """
-        words = self.yaml.serialize(node)
-        if words not in self.formatters or "CaptureFormatter" in words:
-            entry = (
-                self.entry(where, node)
-                if node.id == "mapping"
-                else _Entry(where, node, {"type": (node, node)})
-            )
-            self.read_type(entry, "formatter", _FORMATTER_TYPES)
-            self.formatters[words] = self.make(entry)
-        return self.formatters[words]
+    # steps
 
-    def steps(self, where: str, node: Any) -> list[Any]:
-        """The commands of a job: a list of mappings (nulls dropped), or one mapping."""
-        made = []
-        for number, item in enumerate(node.value if node.id == "sequence" else [node], 1):
-            if self.tag(where, item) == "null":
-                continue
-            entry = self.entry(f"{where}, command {number}", item)
-            self.read_type(entry, "command", _STEP_TYPES)
-            words = [*entry.values.pop("argv", []), *entry.values.pop("args", [])]
-            line = entry.values.pop("command", "")
-            if (
-                line and entry.cls is RunScript
-            ):  # a blank inside of {{ }} does not end the script's name
-                script, line = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", line, re.DOTALL)[0]
-                entry.values["local_script"], line = self.deferred(script), self.deferred(line)
-            made.append(
-                self.make(
-                    entry,
-                    *(entry.values.pop(name) for name in _keys_of(entry.cls)[1]),
-                    *[line] * bool(line),
-                    *words,
+    def steps(self, data: _Data) -> Any:
+        """The commands of a job: a line for Run, a mapping, or a list of these (nulls dropped)."""
+        if isinstance(data.value, str):
+            return self.deferred(data.value)
+        path, found = self.path, []
+        for number, item in enumerate(data.value if isinstance(data.value, list) else [data], 1):
+            self.path = (*path, f"command {number}")
+            if item.value is not None:
+                found.append(self.step(item))
+        self.path = path
+        return found
+
+    def step(self, data: _Data) -> Any:
+        cls = self.known("type of command", _STEP_TYPES, self.field(data, "type"))
+        if cls is Service:
+            return self.service(data)
+        call = cls
+        if "command" in data.value and "command" in _OWN_KEYS.get(cls, ()):
+            words = [self.field(data, "command")]
+            if cls is RunScript:
+                # a blank inside of {{ }} does not end the script's name
+                words = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", words[0], re.DOTALL)[0]
+            call = functools.partial(cls, *[self.deferred(word) for word in words if word])
+        return self.make(data, call, self.values(data, call))
+
+    def service(self, data: _Data) -> Any:
+        """What one of a Service's methods makes."""
+        action = self.field(data, "action")
+        method = self.known("action", _SERVICE_ACTIONS, action)
+        values = self.values(data, Service, method)
+        if action != "start":
+            values.setdefault("command", "true")  # the unit is known by its name
+        service = self.make(data, Service, values)
+        return self.make(data, functools.partial(method, service), values)
+
+
+def _scenario_text(
+    filename: str | os.PathLike[str],
+    env: Mapping[str, Any] | None,
+    save_intermediate: bool | str | os.PathLike[str] | None,
+) -> tuple[str, str]:
+    """The name of a scenario for messages, and its text: as it is, or what comes of the template."""
+    name, path = os.fspath(filename), Path(filename)
+    try:
+        text = path.read_text("utf-8-sig")
+        if env:
+            text = _rendered(name, text, env)
+            name = f"{name} (rendered)"
+        if env and save_intermediate:
+            if not isinstance(save_intermediate, bool):
+                path = Path(save_intermediate)
+            elif path.suffix == ".j2":
+                path = path.with_suffix("")
+            else:
+                path = path.with_name(f"{path.name}.tmp")
+            if path.exists() and path.samefile(filename):
+                raise ScenarioError(
+                    f"{escape(str(path))}: save_intermediate would overwrite the template: "
+                    "give another path"
                 )
-            )
-        return made
+            origin = escape(os.fspath(filename))
+            text = f"# generated by apssh from {origin}: edit that file, not this one\n{text}"
+            path.write_text(text, "utf-8")
+            name = str(path)
+    except OSError as exc:
+        raise ScenarioError(f"{escape(str(path))}: {_reason(exc)}") from None
+    except UnicodeError:
+        raise ScenarioError(f"{escape(str(path))}: not UTF-8 text: save it as UTF-8") from None
+    return name, text
 
-    def section(self, name: str, sections: _Entry) -> dict[str, _Entry]:
-        """The entries of a section by id."""
-        if name not in sections.pairs:
-            raise self.error(
-                "", sections.node, f"no section '{name}': add '{name}:' and a list below it"
-            )
-        listed = sections.pairs[name][1]
-        if self.tag(f"section {name}", listed) != "seq" or not listed.value:
-            raise self.mismatch(
-                f"section {name}", listed, "it must be a list with at least one item ('- id: ...')"
-            )
-        entries: dict[str, _Entry] = {}
-        for number, node in enumerate(listed.value, 1):
-            ids = (
-                [
-                    value.value
-                    for key, value in node.value
-                    if (key.value, value.id) == ("id", "scalar")
-                ]
-                if node.id == "mapping"
-                else []
-            )
-            entry = self.entry(
-                f"section {name}, " + (f"id {_brief(ids[0])}" if any(ids) else f"item {number}"),
-                node,
-            )
-            local = "localnode" in entry.pairs and self.value(
-                entry.where, "localnode", entry.pairs["localnode"][1], "bool"
-            )
-            self.read(entry, SshJob if name == "jobs" else LocalNode if local else SshNode)
-            entry.values.pop("localnode", None)
-            if (other := entries.setdefault(entry.values.pop("id"), entry)) is not entry:
-                raise self.error(
-                    entry.where,
-                    node,
-                    f"duplicate id: line {other.node.start_mark.line + 1} has it too",
-                )
-        return entries
 
-    def ids(self, entry: _Entry, key: str, what: str, known: Mapping[str, Any]) -> list[str]:
-        """The ids that a key names, nulls dropped."""
-        given = entry.values.pop(key, None)
-        ids = [name for name in (given if isinstance(given, list) else [given]) if name is not None]
-        for name in ids:
-            if name not in known:
-                raise self.unknown(entry.where, entry.pairs[key][1], what, name, known)
-        return ids
-
-    def order(
-        self, entries: Mapping[str, _Entry], key: str, what: str
-    ) -> Iterator[tuple[str, _Entry, list[str]]]:
-        """Ids and entries, each after those that its key names, and these."""
-        links = {name: self.ids(entry, key, what, entries) for name, entry in entries.items()}
-        try:
-            for name in graphlib.TopologicalSorter(links).static_order():
-                yield name, entries[name], links[name]
-        except graphlib.CycleError as exc:
-            entry, circle = entries[exc.args[1][-1]], " -> ".join(map(_brief, exc.args[1][::-1]))
-            raise self.error(
-                entry.where,
-                entry.pairs[key][0],
-                f"'{key}' goes in a circle: {circle}: take one out",
-            ) from None
+def _rendered(name: str, text: str, env: Mapping[str, Any]) -> str:
+    jinja2 = _extra("jinja2")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        return str(environment.from_string(text).render(env))
+    except Exception as exc:  # a template may compute anything
+        frames = traceback.extract_tb(exc.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+        line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
+        remedy = ""
+        if isinstance(exc, jinja2.UndefinedError):
+            remedy = ": add it to env (--set NAME=value)"
+        raise ScenarioError(escape(f"{name}:{line}: template: {exc}{remedy}")) from None
 
 
 class YamlLoader:
     """A scenario of nodes and jobs in a YAML file (README.md has the keys); needs ``pip install
     'apssh[yaml]'``.
 
-    With a non-empty ``env`` the text is a Jinja2 template; ``save_intermediate`` writes what comes
-    of it: True beside the input (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a
-    path there. What is left of ``{{name}}`` in commands, paths, arguments and scripts is a Deferred
-    over ``variables`` (new at each load), where ``capture: name`` stores. Loading connects to
-    nothing. Every mistake raises ScenarioError, with file, line, section, id and the remedy.
+    ``filename``: the file; it is read by ``load`` and ``load_with_maps``, not here.
+    ``variables``: where ``capture: name`` stores, and where ``{{name}}`` in commands, paths,
+    arguments and scripts is looked up when a job runs; new at each load. Loading connects to
+    nothing. The label of a job is its id, unless the file gives another.
     """
 
     def __init__(self, filename: str | os.PathLike[str]) -> None:
-        self.filename, self.variables = filename, Variables()
+        self.filename = filename
+        self.variables = Variables()
 
-    def load(self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None) -> Any:
-        """The asynciojobs Scheduler, ready to run."""
+    def load(
+        self,
+        env: Mapping[str, Any] | None = None,
+        *,
+        save_intermediate: bool | str | os.PathLike[str] | None = None,
+    ) -> asynciojobs.Scheduler:
+        """Read the file; its jobs in an asynciojobs Scheduler, ready to run.
+
+        ``env``: variables; when there are any, the text is a Jinja2 template. ``save_intermediate``:
+        where to write what comes of the template: True beside the file (``x.yaml.j2`` gives
+        ``x.yaml``, any other name gets ``.tmp``), a path there; None or False nowhere. Raises
+        ScenarioError, with file, line, section, id and the remedy, for any mistake; UsageError where
+        PyYAML or Jinja2 is missing.
+        """
         return self.load_with_maps(env, save_intermediate=save_intermediate)[2]
 
     def load_with_maps(
-        self, env: Mapping[str, Any] | None = None, *, save_intermediate: _Save = None
-    ) -> _Maps:
-        """Nodes by id, jobs by id, and the Scheduler."""
-        name, path = os.fspath(self.filename), Path(self.filename)
-        try:
-            text = path.read_text("utf-8-sig")
-            if env:
-                text, name = self._rendered(text, env), f"{name} (rendered)"
-            if env and save_intermediate:
-                beside = (
-                    path.with_suffix("")
-                    if path.suffix == ".j2"
-                    else path.with_name(f"{path.name}.tmp")
-                )
-                path = beside if save_intermediate is True else Path(save_intermediate)
-                if path.exists() and path.samefile(self.filename):
-                    raise ScenarioError(
-                        f"{escape(str(path))}: save_intermediate would overwrite the template: give another path"
-                    )
-                path.write_text(text, "utf-8")
-                name = str(path)
-        except OSError as exc:
-            raise ScenarioError(f"{escape(str(path))}: {_reason(exc)}") from None
-        except UnicodeError:
-            raise ScenarioError(f"{escape(str(path))}: not UTF-8 text: save it as UTF-8") from None
+        self,
+        env: Mapping[str, Any] | None = None,
+        *,
+        save_intermediate: bool | str | os.PathLike[str] | None = None,
+    ) -> tuple[dict[str, SshNode | LocalNode], dict[str, SshJob], asynciojobs.Scheduler]:
+        """Read the file; its nodes by id and its jobs by id, in the order of the file, and their
+        Scheduler.
+
+        ``env``: variables; when there are any, the text is a Jinja2 template. ``save_intermediate``:
+        where to write what comes of the template: True beside the file (``x.yaml.j2`` gives
+        ``x.yaml``, any other name gets ``.tmp``), a path there; None or False nowhere. Raises
+        ScenarioError, with file, line, section, id and the remedy, for any mistake; UsageError where
+        PyYAML or Jinja2 is missing.
+        """
+        name, text = _scenario_text(self.filename, env, save_intermediate)
         self.variables = Variables()
         return _Scenario(name, text, self.variables).load()
-
-    def _rendered(self, text: str, env: Mapping[str, Any]) -> str:
-        jinja2 = _extra("jinja2")
-        try:
-            return str(
-                jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-                .from_string(text)
-                .render(env)
-            )
-        except Exception as exc:  # a template may compute anything
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(exc.__traceback__)
-                if frame.filename == "<template>"
-            ]
-            line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
-            remedy = (
-                ": add it to env (--set NAME=value)"
-                if isinstance(exc, jinja2.UndefinedError)
-                else ""
-            )
-            raise ScenarioError(
-                escape(f"{os.fspath(self.filename)}:{line}: template: {exc}{remedy}")
-            ) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8480,6 +8578,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="with --scenario: a variable of its Jinja2 template",
     )
+    add("--record", metavar="F", help="with --scenario: what ran, when and how it ended, as JSON")
+    add("--timeline", metavar="F", help="with --scenario: the same as a picture, F.svg")
     group = parser.add_argument_group("output")
     add = group.add_mutually_exclusive_group().add_argument
     add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
@@ -8857,8 +8957,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run_program(options: argparse.Namespace) -> int:
     if options.scenario:
         return await _run_scenario(options)
-    if options.set:
-        raise UsageError("--set goes with --scenario")
+    for name in ("set", "record", "timeline"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} goes with --scenario")
     if options.list_targets:
         return _show_targets(options)
     command = _command(options)
@@ -8883,51 +8984,54 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 
 async def _run_scenario(options: argparse.Namespace) -> int:
-    """--scenario: a YAML file in place of targets and command; interrupted, its remote commands end
-    with the loop.
-    """
-    unset = vars(build_parser().parse_args([]))
-    if others := [
-        name
-        for name, value in unset.items()
-        if getattr(options, name) != value and name not in _WITH_SCENARIO
-    ]:
-        named = " ".join(
-            "the command" if name == "command" else f"--{name.replace('_', '-')}" for name in others
+    """--scenario: a YAML file in place of targets and command."""
+    others = []
+    for name, value in vars(build_parser().parse_args([])).items():
+        if getattr(options, name) != value and name not in _WITH_SCENARIO:
+            others.append("the command" if name == "command" else f"--{name.replace('_', '-')}")
+    if others:
+        raise UsageError(
+            f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
         )
-        raise UsageError(f"--scenario brings its own hosts and commands: leave out {named}")
-    env = _assignments("--set", options.set) or (
-        {"": ""} if options.scenario.endswith(".j2") else {}
-    )  # a .j2 is a template even so
-    nodes, jobs, scheduler = YamlLoader(options.scenario).load_with_maps(env)
-    if options.list_targets or options.dry_run:
-        _show_scenario(nodes, jobs, scheduler, options.dry_run)
-        return 0
-    for node in nodes.values():
-        node.host_keys = options.host_keys or getattr(node, "host_keys", None)
-        node.formatter.add_endpoint(node._endpoint, options.verbose)
-    hosts = [node for node in nodes.values() if isinstance(node, SshNode)]
+    env = _assignments("--set", options.set)
+    if not env and options.scenario.endswith(".j2"):
+        env = {"": ""}  # a template even so
+    shown = options.list_targets or options.dry_run
+    changes: dict[str, Any] = {"verbose": True} if options.verbose else {}
     async with contextlib.AsyncExitStack() as stack:
-        if options.demo:
-            if options.demo < len(hosts):
-                raise UsageError(
-                    f"--demo {options.demo}: the scenario has {_count(len(hosts), 'host')}"
-                )
-            for node, other in zip(
-                hosts, await stack.enter_async_context(demo_fleet(options.demo)), strict=False
-            ):
-                before = node._endpoint
-                node._address, node.port, node.username = other._address, other.port, other.username
-                node.keys, node.known_hosts = other.keys, other.known_hosts
-                node.formatter.add_endpoint(node._endpoint, False, before)
+        fleet: list[SshNode] = []
+        if options.demo and not shown:
+            fleet = await stack.enter_async_context(demo_fleet(options.demo))
+        free = itertools.cycle(fleet)
+
+        def overrides(cls: type) -> dict[str, Any]:
+            if cls is LocalNode:
+                return changes
+            found = dict(changes)
+            if options.host_keys:
+                found["host_keys"] = options.host_keys
+            if fleet:
+                demo = next(free)
+                found |= {"address": "127.0.0.1", "port": demo.port, "username": demo.username}
+                found |= {"keys": demo.keys, "known_hosts": demo.known_hosts}
+                found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
+            return found
+
+        scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
+        nodes, jobs, scheduler = scenario.load(overrides)
+        if shown:
+            _show_scenario(nodes, jobs, scheduler, options.dry_run)
+            return 0
+        hosts = sum(isinstance(node, SshNode) for node in nodes.values())
+        if 0 < len(fleet) < hosts:
+            raise UsageError(f"--demo {options.demo}: the scenario has {_count(hosts, 'host')}")
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
+        printed = sys.stderr if options.verbose else io.StringIO()
         try:
-            with (
-                contextlib.suppress(Exception),
-                contextlib.redirect_stdout(sys.stderr if options.verbose else io.StringIO()),
-            ):
-                await scheduler.co_run()
-            await co_close_ssh_in_scheduler(scheduler)  # a critical job's failure is told below
+            async with experiment(scheduler, options.record, options.timeline):
+                # a critical job's failure is told below
+                with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
+                    await scheduler.co_run()
         except asyncio.CancelledError:
             _conclude_scenario(options, jobs, interrupted=True)
             raise
@@ -8939,6 +9043,8 @@ async def _run_scenario(options: argparse.Namespace) -> int:
 _WITH_SCENARIO = (
     "scenario",
     "set",
+    "record",
+    "timeline",
     "demo",
     "list_targets",
     "dry_run",
@@ -8952,41 +9058,47 @@ _WITH_SCENARIO = (
 
 
 def _show_scenario(
-    nodes: Mapping[str, Any], jobs: Mapping[str, SshJob], scheduler: Any, steps: bool
+    nodes: Mapping[str, SshNode | LocalNode],
+    jobs: Mapping[str, SshJob],
+    scheduler: asynciojobs.Scheduler,
+    steps: bool,
 ) -> None:
     """-L: the hosts; -n: every step, where it would run, and who captures what has no value yet."""
     lines = [] if steps else [_way(node) for node in nodes.values()]
-    names = {id(job): name for name, job in jobs.items()}
+    names = {job: name for name, job in jobs.items()}
     captured = {
-        command.capture.varname: name
-        for name, job in jobs.items()
+        command.capture.varname: names[job]
+        for job in names
         for command in job.commands
         if isinstance(command, _ShellCommand) and command.capture
     }
-    for job in scheduler.topological_order() if steps else ():
-        after = ", ".join(names[id(each)] for each in job.required)
-        notes = (
-            [f"after {after}"] * bool(after)
-            + ["not critical"] * (not job.critical)
-            + ["forever"] * bool(job.forever)
-        )
+
+    def required(job: SshJob) -> int:
+        return len(scheduler.predecessors_upstream(job))
+
+    # asynciojobs keeps jobs in sets, whose order changes from run to run: that of the file is kept,
+    # as far as each comes after what it requires
+    for job in sorted(names, key=required) if steps else ():
+        notes = []
+        if job.required:
+            notes.append(
+                "after " + ", ".join(names[each] for each in names if each in job.required)
+            )
+        if not job.critical:
+            notes.append("not critical")
+        if job.forever:
+            notes.append("forever")
         lines.append(
-            f"{names[id(job)]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
+            f"{names[job]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
         )
         for command in job.commands:
             text = command.dry_run_text()
-            lines += [f"    [{command.label}]"] * bool(command.label) + [
-                f"    {line}" for line in text.splitlines()
-            ]
+            if command.label:
+                lines.append(f"    [{command.label}]")
+            lines += [f"    {line}" for line in text.splitlines()]
             for name in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
-                lines.append(
-                    f"      {{{{{name}}}}}: "
-                    + (
-                        f"captured by {captured[name]}"
-                        if name in captured
-                        else "NO STEP CAPTURES IT"
-                    )
-                )
+                by = f"captured by {captured[name]}" if name in captured else "NO STEP CAPTURES IT"
+                lines.append(f"      {{{{{name}}}}}: {by}")
     _screen.write("".join(f"{escape(line)}\n" for line in lines).encode("utf-8", "surrogateescape"))
 
 
@@ -8994,24 +9106,24 @@ def _conclude_scenario(
     options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False
 ) -> int:
     """What became of the jobs; the exit code."""
-    states: dict[str, list[str]] = {}
     renamed = {"idle": "never ran", "waiting": "never ran"}
-    renamed |= {"running": "interrupted", "cancelled": "interrupted"} if interrupted else {}
+    if interrupted:
+        renamed |= {"running": "interrupted", "cancelled": "interrupted"}
+    states: list[str] = []
+    ok = True
     for name, job in jobs.items():
         state, error = _job_state(job)
-        states.setdefault(renamed.get(state, state), []).append(name)
-        if state == "failed":
+        state = renamed.get(state, state)
+        states.append(state)
+        if state == "failed" and job.critical:  # others tell it when it happens
             _screen.say(_screen.paint(f"{escape(name)}: {escape(error or state)}", "31"))
-    ok = all(
-        jobs[name].forever for state, members in states.items() if state != "ok" for name in members
-    )
+        # a job that runs for ever ends when the others have: it may fail only by itself
+        excused = job.forever and state in ("cancelled", "interrupted", "never ran")
+        ok = ok and (state == "ok" or excused)
     if not options.quiet:
-        _screen.say(
-            _screen.paint(
-                ", ".join(f"{len(members)} {state}" for state, members in states.items()),
-                "32" if ok else "31",
-            )
-        )
+        counts = collections.Counter(states)
+        text = ", ".join(f"{count} {state}" for state, count in counts.items())
+        _screen.say(_screen.paint(text, "32" if ok else "31"))
     return 0 if ok else 1
 
 

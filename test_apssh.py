@@ -9469,6 +9469,75 @@ def test_service_life(capfd: Any) -> None:
 
 
 @on_testbed
+def test_journal_of_the_last_start_only() -> None:
+    name = f"apssh-journal-{os.getpid()}"
+    first, second = (
+        apssh.Service(f"echo printed by the {which}; exit {status}", service_id=name)
+        for which, status in (("first", 0), ("second", 3))
+    )
+    lasting = apssh.Service("echo printed by the third; sleep 60", service_id=name)
+    gone = Run(f"until ! systemctl is-active -q {name}; do sleep 0.1; done")
+    node = box()
+    try:
+        before = captured_on(node, first.journal_command())
+        out = captured_on(node, first.start_command(), gone, first.journal_command())
+        assert before == "-- No entries --"
+        assert "printed by the first" in out
+        assert "Deactivated successfully" in out
+        out = captured_on(node, second.start_command(), gone, second.journal_command())
+        assert "printed by the second" in out
+        assert "Failed with result" in out
+        assert "first" not in out
+        starts = Run(f"until journalctl -u {name} | grep -q third; do sleep 0.1; done")
+        out = captured_on(node, lasting.start_command(), starts, lasting.journal_command())
+        assert "printed by the third" in out
+        assert "second" not in out
+        out = captured_on(node, lasting.journal_command(since="-1h"))
+        assert all(which in out for which in ("first", "second", "third"))
+        assert captured_on(node, lasting.journal_command("2000-01-01", pty=False)) == out
+    finally:
+        asyncio.run(lasting.stop_command().co_run_remote(node))
+        asyncio.run(node.close())
+
+
+@on_testbed
+def test_status_of_a_service_into_a_file_of_the_host(capfd: Any) -> None:
+    name = f"apssh-status-{os.getpid()}"
+    service = apssh.Service("sleep 60", service_id=name)
+    path = Deferred("{{folder}}/it's a $status", {"folder": f"/tmp/{name}"})
+    node = box()
+    try:
+        out = captured_on(
+            node,
+            Run(f"mkdir /tmp/{name}"),
+            service.start_command(),
+            service.status_command(path),
+            service.status_command(f"~/{name}"),
+            Run(f"cat /tmp/{name}/it*; cat ~/{name}; rm -r /tmp/{name} ~/{name}"),
+        )
+        assert out.count("Active: active (running)") == 2
+        assert capfd.readouterr().out == ""
+    finally:
+        asyncio.run(service.stop_command().co_run_remote(node))
+        asyncio.run(node.close())
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "status", "journal"])
+def test_commands_of_a_service_show_and_take_the_keywords_of_run(action: str) -> None:
+    service = apssh.Service("x", service_id="unit.service", verbose=True)
+    method = getattr(service, f"{action}_command")
+    shown = inspect.signature(method).parameters
+    for each in inspect.signature(Run, eval_str=True).parameters.values():
+        assert each.kind is each.VAR_POSITIONAL or shown[each.name] == each
+    step, own = method(), method(label=False, verbose=False, allowed_exits=[7], env={"A": "b"})
+    assert (step.listing_line(), step.verbose) == (f"Service unit: {action}", True)
+    assert (own.listing_line(), own.verbose, own.allowed_exits) == ("", False, {7})
+    assert own.env == {"A": "b"}
+    with pytest.raises(UsageError, match=r"^unknown option timeuot: did you mean timeout\?$"):
+        method(timeuot=3)
+
+
+@on_testbed
 @pytest.mark.parametrize(
     "keywords",
     [{"tty": True}, {"systemd_type": "forking"}, {"stop_if_running": False}],
@@ -9507,16 +9576,25 @@ JOB1 = NODE + "jobs:\n  - id: j1\n    node: n1\n"
 STEP = JOB1 + "    commands:\n      - "
 NODE1 = "nodes:\n  - id: n1\n    "
 MISTAKES = {  # text of the file, the whole message
-    "empty file": ("", "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'"),
+    "empty file": (
+        "",
+        "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+    ),
     "only a comment": (
         "# nothing\n",
         "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
     ),
-    "null": ("~\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing"),
-    "a list": ("- nodes\n", "s.yaml:1: it must be a mapping (lines of 'key: value'), not a list"),
+    "null": (
+        "~\n",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
+    ),
+    "a list": (
+        "- nodes\n",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not a list",
+    ),
     "text": (
         "nodes\n",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not the text 'nodes'",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not 'nodes'",
     ),
     "unknown section": (
         "node: []\n" + JOB,
@@ -9526,47 +9604,53 @@ MISTAKES = {  # text of the file, the whole message
         NODE + "jobs: [{id: j1, node: n1, command: uname}]\nextra: 1\n",
         "s.yaml:3: unknown section 'extra': there is nodes, jobs",
     ),
-    "no nodes section": (JOB, "s.yaml:1: no section 'nodes': add 'nodes:' and a list below it"),
-    "no jobs section": (NODE, "s.yaml:1: no section 'jobs': add 'jobs:' and a list below it"),
+    "no nodes section": (
+        JOB,
+        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
+    ),
+    "no jobs section": (
+        NODE,
+        "s.yaml:1: no list in section 'jobs': add 'jobs:' and '- id: ...' below it",
+    ),
     "empty nodes": (
         "nodes: []\n" + JOB,
-        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not an empty list",
+        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
     ),
     "null jobs": (
         NODE + "jobs:\n",
-        "s.yaml:2: section jobs: it must be a list with at least one item ('- id: ...'), not nothing",
+        "s.yaml:2: no list in section 'jobs': add 'jobs:' and '- id: ...' below it",
     ),
     "nodes as mapping": (
         "nodes: {n1: {hostname: h1}}\n" + JOB,
-        "s.yaml:1: section nodes: it must be a list with at least one item ('- id: ...'), not a mapping",
+        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
     ),
     "node as text": (
         "nodes: [n1]\n" + JOB,
-        "s.yaml:1: section nodes, item 1: it must be a mapping (lines of 'key: value'), not the text 'n1'",
+        "s.yaml:1: section nodes: no 'id': add 'id: ...'",
     ),
     "no node id": (
         "nodes: [{hostname: h1}]\n" + JOB,
-        "s.yaml:1: section nodes, item 1: no 'id': add 'id: ...'",
+        "s.yaml:1: section nodes: no 'id': add 'id: ...'",
     ),
     "null id": (
         "nodes: [{id: , hostname: h1}]\n" + JOB,
-        "s.yaml:1: section nodes, item 1: 'id' must be text, not nothing",
+        "s.yaml:1: section nodes: 'id' must be text, not nothing",
     ),
     "list id": (
         "nodes: [{id: [a], hostname: h1}]\n" + JOB,
-        "s.yaml:1: section nodes, item 1: 'id' must be text, not a list",
+        "s.yaml:1: section nodes: 'id' must be text, not a list",
     ),
     "duplicate node id": (
         "nodes:\n  - {id: n1, hostname: h1}\n  - {id: n1, hostname: h2}\n" + JOB,
-        "s.yaml:3: section nodes, id n1: duplicate id: line 2 has it too",
+        "s.yaml:3: section nodes: duplicate id 'n1': line 2 has it too",
     ),
     "duplicate job id": (
         NODE + "jobs:\n  - {id: j1, node: n1, command: a}\n  - {id: j1, node: n1, command: b}\n",
-        "s.yaml:4: section jobs, id j1: duplicate id: line 3 has it too",
+        "s.yaml:4: section jobs: duplicate id 'j1': line 3 has it too",
     ),
     "duplicate key": (
         NODE1 + "hostname: h1\n    port: 22\n    hostname: h2\n" + JOB,
-        "s.yaml:5: section nodes, id n1: duplicate key 'hostname': line 3 has it too",
+        "s.yaml:5: duplicate key 'hostname': line 3 has it too",
     ),
     "no hostname": (
         NODE1 + "port: 22\n" + JOB,
@@ -9578,11 +9662,12 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "local node key": (
         NODE1 + "localnode: true\n    gateway: x\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, formatter, verbose",
+        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, "
+        "formatter, verbose",
     ),
     "localnode text": (
         NODE1 + "hostname: h1\n    localnode: maybe\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not the text 'maybe'",
+        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not 'maybe'",
     ),
     "unknown gateway": (
         "nodes:\n  - {id: n1, hostname: h1, gateway: n22}\n  - {id: n2, hostname: h2}\n" + JOB,
@@ -9603,27 +9688,19 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "gateway list": (
         NODE1 + "hostname: h1\n    gateway: [n2]\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'gateway' must be text, not a list",
+        "s.yaml:4: section nodes, id n1: 'gateway' must be the id of a node, not a list",
     ),
     "bad port": (
         NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
         "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535",
     ),
-    "quoted port": (
-        NODE1 + "hostname: h1\n    port: '22'\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not the text '22'",
-    ),
     "bad hostname": (
         NODE1 + "hostname: 'a b'\n" + JOB,
         "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address",
     ),
-    "verbose text": (
-        NODE1 + "hostname: h1\n    verbose: 'yes'\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'verbose' must be true or false, not the text 'yes'",
-    ),
     "timeout text": (
         NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not the text 'long'",
+        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not 'long'",
     ),
     "keys mapping": (
         NODE1 + "hostname: h1\n    keys: {a: b}\n" + JOB,
@@ -9631,7 +9708,8 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "unknown formatter": (
         NODE1 + "hostname: h1\n    formatter: HostFormater\n" + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': did you mean 'HostFormatter'?",
+        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': "
+        "did you mean 'HostFormatter'?",
     ),
     "formatter list": (
         NODE1 + "hostname: h1\n    formatter: [HostFormatter]\n" + JOB,
@@ -9645,16 +9723,18 @@ MISTAKES = {  # text of the file, the whole message
         NODE1
         + "hostname: h1\n    formatter: {type: TerminalFormatter, custom_format: '{lin}'}\n"
         + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: unknown field {lin} in format '{lin}': "
-        "the fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}",
+        "s.yaml:4: section nodes, id n1, formatter: unknown field {lin} in format '{lin}': the "
+        "fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}",
     ),
     "template without env": (
         NODE1 + "hostname: {{gw}}\n" + JOB,
-        "s.yaml:3: section nodes, id n1: 'hostname' must be text, not a mapping: put {{...}} in quotes, or give load() an env (--set NAME=value)",
+        "s.yaml:3: a key must be text: put {{...}} in quotes, or give load() an env (--set "
+        "NAME=value)",
     ),
     "template block without env": (
         "{% if x %}\nnodes: [{id: n1, hostname: h1}]\n" + JOB,
-        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? give load() an env, or --set NAME=value)",
+        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? "
+        "give load() an env, or --set NAME=value)",
     ),
     "unknown job key": (
         JOB1 + "    comand: uname\n",
@@ -9662,23 +9742,27 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "job without commands": (
         JOB1,
-        "s.yaml:3: section jobs, id j1: no 'command' and no 'commands': add one of them",
+        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, there is "
+        "neither",
     ),
     "job with an empty list": (
         JOB1 + "    commands: []\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out",
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or "
+        "leave the job out",
     ),
     "job with nulls": (
         JOB1 + "    commands: [~]\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or leave the job out",
+        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or "
+        "leave the job out",
     ),
     "job null commands": (
         JOB1 + "    commands:\n",
-        "s.yaml:5: section jobs, id j1: 'commands' must be a list of commands, not nothing",
+        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, there is "
+        "neither",
     ),
     "both command and commands": (
         JOB1 + "    command: a\n    commands: b\n",
-        "s.yaml:3: section jobs, id j1: both 'command' and 'commands': leave one out",
+        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, not both",
     ),
     "no node": (
         NODE + "jobs:\n  - {id: j1, command: a}\n",
@@ -9692,17 +9776,14 @@ MISTAKES = {  # text of the file, the whole message
         NODE + "jobs:\n  - {id: j1, node: zz, command: a}\n",
         "s.yaml:3: section jobs, id j1: unknown node 'zz': there is n1",
     ),
-    "critical text": (
-        JOB1 + "    critical: 'no'\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'critical' must be true or false, not the text 'no'",
-    ),
     "unknown required": (
         JOB1 + "    required: j0\n    command: a\n",
         "s.yaml:5: section jobs, id j1: unknown job 'j0': there is j1",
     ),
     "required mapping": (
         JOB1 + "    required: {j0: 1}\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'required' must be text or a list, not a mapping",
+        "s.yaml:5: section jobs, id j1: 'required' must be the id of a job or a list, not a "
+        "mapping",
     ),
     "required itself": (
         JOB1 + "    required: [j1]\n    command: a\n",
@@ -9715,19 +9796,21 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "command as list of text": (
         JOB1 + "    commands: [uname, ls]\n",
-        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: value'), not the text 'uname'",
+        "s.yaml:5: section jobs, id j1, command 1: no 'type': add 'type: ...'",
     ),
     "no type": (
         STEP + "command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'type': it is one of Run, RunScript, RunString, Push, Pull",
+        "s.yaml:6: section jobs, id j1, command 1: no 'type': add 'type: ...'",
     ),
     "unknown type": (
         STEP + "type: Runs\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you mean 'Run'?",
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you "
+        "mean 'Run'?",
     ),
     "unknown type far": (
         STEP + "type: Shell\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is Run, RunScript, RunString, Push, Pull",
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is "
+        "Run, RunScript, RunString, Push, Pull, Wait, Service",
     ),
     "type list": (
         STEP + "type: [Run]\n        command: uname\n        ",
@@ -9739,11 +9822,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "run without command": (
         STEP + "type: Run\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'argv': add one of them",
-    ),
-    "command and argv": (
-        STEP + "type: Run\n        command: a\n        argv: [b]\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'argv': leave one out",
+        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
     ),
     "command list": (
         STEP + "type: Run\n        command: [a, b]\n        ",
@@ -9767,15 +9846,17 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: both 'command' and 'local_script': leave one out",
+        "s.yaml:8: section jobs, id j1, command 1: unknown key 'local_script': there is type, "
+        "command, args, includes, x11, capture, env, pty, stdin, sudo, label, allowed_exits, "
+        "timeout, verbose",
     ),
     "script none": (
         STEP + "type: RunScript\n        args: [a]\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'command' and no 'local_script': add one of them",
+        "s.yaml:6: section jobs, id j1, command 1: no 'local_script': add 'local_script: ...'",
     ),
     "script blank": (
         STEP + "type: RunScript\n        command: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: RunScript: an empty script name",
+        "s.yaml:6: section jobs, id j1, command 1: no 'local_script': add 'local_script: ...'",
     ),
     "script list": (
         STEP + "type: RunScript\n        local_script: [c]\n        ",
@@ -9799,7 +9880,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "push empty": (
         STEP + "type: Push\n        localpaths: []\n        remotepath: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'",
+        "s.yaml:6: section jobs, id j1, command 1: a path or a list of paths, not []",
     ),
     "push list": (
         STEP + "type: Push\n        localpaths: a\n        remotepath: [a]\n        ",
@@ -9811,15 +9892,17 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "pull key": (
         STEP + "type: Pull\n        remotepaths: a\n        localpaths: b\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean 'localpath'?",
+        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean "
+        "'localpath'?",
     ),
     "capture": (
         STEP + "type: Run\n        command: a\n        capture: my name\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not the text 'my name'",
+        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not 'my name'",
     ),
     "step timeout": (
         STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: timeout -1: seconds, more than 0 (None: no limit)",
+        "s.yaml:6: section jobs, id j1, command 1: timeout -1.0: seconds, more than 0 (None: "
+        "no limit)",
     ),
     "env value": (
         STEP + "type: Run\n        command: a\n        env: {A: [b]}\n        ",
@@ -9827,15 +9910,16 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "tag": (
         STEP + "type: Run\n        command: !secret a\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown tag '!secret': leave it out",
+        "s.yaml:7: unknown tag '!secret': leave it out",
     ),
     "python tag": (
         STEP + "type: Run\n        argv: !!python/object/apply:os.system [id]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown tag 'python/object/apply:os.system': leave it out",
+        "s.yaml:7: unknown tag 'python/object/apply:os.system': leave it out",
     ),
     "bad yaml": (
         "nodes:\n  - id: n1\n   hostname: h1\n",
-        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block end>, but found '<block mapping start>'",
+        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block "
+        "end>, but found '<block mapping start>'",
     ),
     "tab": (
         "nodes:\n\t- id: n1\n",
@@ -9843,12 +9927,17 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "open quote": (
         "nodes:\n  - id: 'n1\n",
-        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end of stream",
+        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end "
+        "of stream",
     ),
-    "unknown alias": ("nodes: *all\n", "s.yaml:1: wrong YAML: found undefined alias 'all'"),
+    "unknown alias": (
+        "nodes: *all\n",
+        "s.yaml:1: wrong YAML: found undefined alias 'all'",
+    ),
     "two documents": (
         NODE + "---\n" + JOB,
-        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found another document",
+        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found "
+        "another document",
     ),
     "control character": (
         NODE + "# \u0007\n",
@@ -9856,19 +9945,18 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "deferred without quotes": (
         "nodes:\n  - {id: n, localnode: true}\njobs:\n  - {id: j, node: n, command: {{x}}}\n",
-        "s.yaml:4: section jobs, id j, command 1: put {{...}} in quotes: a key must be text, not a mapping",
+        "s.yaml:4: a key must be text: put {{...}} in quotes, or give load() an env (--set "
+        "NAME=value)",
     ),
     "key of a mapping": (
         "nodes:\n  - {? {a: b} : c}\n",
-        "s.yaml:2: section nodes, item 1: a key must be text, not a mapping",
-    ),
-    "merged into itself": (
-        "nodes:\n  - &a {<<: *a, id: n1}\n",
-        "s.yaml:1: wrong YAML: nested too deeply, or merged into itself",
+        "s.yaml:2: a key must be text: put {{...}} in quotes, or give load() an env (--set "
+        "NAME=value)",
     ),
     "merge of text": (
         "nodes:\n  - {<<: text, id: n1}\n",
-        "s.yaml:2: section nodes, id n1: it must be a mapping (lines of 'key: value'), not the text 'text'",
+        "s.yaml:2: wrong YAML: while constructing a mapping (line 2): expected a mapping or "
+        "list of mappings for merging, but found scalar",
     ),
     "int tag": (
         NODE1 + "hostname: h1\n    port: !!int many\n" + JOB,
@@ -9876,10 +9964,47 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
-        "s.yaml:3: section jobs, id j1: unknown key '': "
-        "there is id, node, command, commands, required, label, keep_connection, verbose, forever, critical",
+        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, node, command, "
+        "commands, keep_connection, verbose, forever, critical, label",
     ),
-    "deep": ("[" * 3000, "s.yaml:1: wrong YAML: nested too deeply, or merged into itself"),
+    "list in itself": (
+        NODE + "jobs: &a [*a]\n",
+        "s.yaml:2: wrong YAML: nested too deeply, or merged into itself",
+    ),
+    "service without action": (
+        STEP + "type: Service\n        service_id: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'action': add 'action: ...'",
+    ),
+    "service action": (
+        STEP + "type: Service\n        action: restart\n        service_id: a\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: unknown action 'restart': did you mean 'start'?",
+    ),
+    "service without name": (
+        STEP + "type: Service\n        action: stop\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'service_id': add 'service_id: ...'",
+    ),
+    "service started without command": (
+        STEP + "type: Service\n        action: start\n        service_id: a\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: no 'command': add 'command: ...'",
+    ),
+    "key of another action": (
+        STEP + "type: Service\n        action: start\n        output: a\n        ",
+        "s.yaml:8: section jobs, id j1, command 1: "
+        "unknown key 'output': did you mean 'ignore_outputs'?",
+    ),
+    "service name": (
+        STEP + "type: Service\n        action: stop\n        service_id: a b\n        ",
+        "s.yaml:6: section jobs, id j1, command 1: "
+        "service_id 'a b': letters, digits and :-_.@ only",
+    ),
+    "wait": (
+        STEP + "type: Wait\n        interval: soon\n        ",
+        "s.yaml:7: section jobs, id j1, command 1: 'interval' must be a number, not 'soon'",
+    ),
+    "deep": (
+        "[" * 3000,
+        "s.yaml:1: wrong YAML: nested too deeply, or merged into itself",
+    ),
     "escape": (
         'nodes:\n  - {id: "a\\e[31m", hostnam: "\\u202e"}\n' + JOB,
         "s.yaml:2: section nodes, id a\\x1b[31m: unknown key 'hostnam': did you mean 'hostname'?",
@@ -9924,7 +10049,7 @@ TEMPLATE_MISTAKES = {
     ),
     "after rendering": (
         "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
-        "s.yaml (rendered):4: section nodes: it must be a list with at least one item ('- id: ...'), not '1'",
+        "s.yaml (rendered):4: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
@@ -10067,6 +10192,91 @@ def test_a_whole_scenario() -> None:
     scheduler.list()
 
 
+def test_jobs_are_listed_by_their_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    _, jobs, scheduler = loaded(FULL)
+    assert [job.label for job in jobs.values()] == ["send it", "warmup", "7"]
+    scheduler.list()
+    listed = capsys.readouterr().out
+    assert all(job.label in listed for job in jobs.values())
+
+
+def test_steps_of_a_service() -> None:
+    _, jobs, _ = loaded(
+        NODE
+        + """
+jobs:
+  - id: j
+    node: n1
+    commands:
+      - &unit
+        type: Service
+        action: start
+        service_id: web
+        command: serve {{port}}
+        environ: {A: 010, B: "{{b}}"}
+        tty: true
+        label: it starts
+        timeout: 5
+      - {<<: *unit, action: status, output: "~/a b", label: ~}
+      - {type: Service, action: journal, service_id: web, since: -1h}
+      - {type: Service, action: stop, service_id: web, allowed_exits: 4, verbose: true}
+"""
+    )
+    service = apssh.Service(
+        Deferred("serve {{port}}", {}),
+        service_id="web",
+        environ={"A": "010", "B": Deferred("{{b}}", {})},
+        tty=True,
+    )
+    expected = [
+        service.start_command(label="it starts", timeout=5),
+        service.status_command("~/a b", timeout=5),
+        service.journal_command("-1h"),
+        service.stop_command(allowed_exits=[4], verbose=True),
+    ]
+    for step, other in zip(jobs["j"].commands, expected, strict=True):
+        assert [str(word) for word in step.words] == [str(word) for word in other.words]
+        assert step.listing_line() == other.listing_line()
+        for name in ("timeout", "allowed_exits", "verbose"):
+            assert getattr(step, name) == getattr(other, name)
+
+
+def test_keys_that_the_signatures_of_steps_bring() -> None:
+    _, jobs, _ = loaded(
+        NODE
+        + """
+jobs:
+  - id: j
+    node: n1
+    commands:
+      - {type: Wait, command: test -e up, timeout: 60, interval: 0.5}
+      - {type: Wait}
+      - {type: Wait, argv: [test, =, -e, "{{up}}"]}
+      - {type: Run, command: cat, stdin: "a b", sudo: true}
+      - {type: RunScript, command: a.sh b, args: [c], sudo: admin, stdin: "{{text}}"}
+"""
+    )
+    wait, bare, words, run, script = jobs["j"].commands
+    assert (wait.words, wait.timeout, wait.interval) == (("test -e up",), 60, 0.5)
+    assert (bare.words, bare.timeout, bare.interval) == ((), 300, 1)
+    assert [str(word) for word in words.words] == ["test", "=", "-e", "{{up}}"]
+    assert isinstance(words.words[3], Deferred)
+    assert (run.sudo, script.sudo, script.words) == (True, "admin", ("b", "c"))
+    assert run.stdin is not None
+    assert script.stdin is not None
+
+
+def test_numbers_and_truth_may_be_quoted() -> None:
+    """As templates write them."""
+    nodes, jobs, _ = loaded(
+        "nodes: [{id: n, hostname: h, port: '2200', verbose: 'yes', timeout: '7'}]\n"
+        "jobs: [{id: j, node: n, command: x, critical: 'no', forever: 'True'}]\n"
+    )
+    node, job = nodes["n"], jobs["j"]
+    assert (node.port, node.verbose, node.timeout) == (2200, True, 7)
+    assert (job.critical, job.forever) == (False, True)
+
+
 def test_anchors_and_merges() -> None:
     nodes, jobs, _ = loaded(
         "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
@@ -10078,6 +10288,14 @@ def test_anchors_and_merges() -> None:
         ("h", 2200, "u"),
     ]
     assert jobs["x"].commands[0] is not jobs["y"].commands[0]
+
+
+def test_jobs_may_come_before_those_that_they_require() -> None:
+    """A thousand in a row, the last one first."""
+    rows = [f"  - {{id: j{n}, node: n1, command: x, required: j{n + 1}}}\n" for n in range(999)]
+    _, jobs, _ = loaded(f"{NODE}jobs:\n{''.join(rows)}  - {{id: j999, node: n1, command: x}}\n")
+    assert list(jobs) == [f"j{n}" for n in range(1000)]
+    assert list(jobs["j7"].required) == [jobs["j8"]]
 
 
 TEMPLATE = """nodes:
@@ -10118,6 +10336,13 @@ def test_a_template_and_its_intermediate_file(
         assert list(YamlLoader(written).load_with_maps()[0]) == ["a", "b"]
 
 
+def test_the_intermediate_file_says_that_it_is_generated_and_from_what() -> None:
+    loaded(TEMPLATE, "s\x1b.yaml.j2", env=ENV, save_intermediate="t.yaml")
+    first, rest = Path("t.yaml").read_text().split("\n", 1)
+    assert first == (r"# generated by apssh from s\x1b.yaml.j2: edit that file, not this one")
+    assert rest.startswith("nodes:\n")
+
+
 def test_without_env_there_is_no_template_and_no_intermediate_file(home: Path) -> None:
     loaded("# {{ x }} {% y %}\n" + NODE + JOB, save_intermediate=True)
     loaded("# {{ x }} {% y %}\n" + NODE + JOB, env={}, save_intermediate="t")
@@ -10126,7 +10351,7 @@ def test_without_env_there_is_no_template_and_no_intermediate_file(home: Path) -
 
 def test_mistakes_after_rendering_name_the_intermediate_file() -> None:
     with pytest.raises(
-        ScenarioError, match=r"^t\.yaml:2: unknown section 'jbos': did you mean 'jobs'\?$"
+        ScenarioError, match=r"^t\.yaml:3: unknown section 'jbos': did you mean 'jobs'\?$"
     ):
         loaded(NODE + "jbos: {{ x }}\n", "s.yaml.j2", env={"x": 1}, save_intermediate="t.yaml")
 
@@ -11148,6 +11373,8 @@ def test_demo_size(count: int) -> None:
             "--scenario brings its own hosts and commands: leave out --target",
         ),
         (["--set", "a=1", "-t", "h", "x"], "--set goes with --scenario"),
+        (["--record", "f", "-t", "h", "x"], "--record goes with --scenario"),
+        (["--timeline", "f", "-t", "h", "x"], "--timeline goes with --scenario"),
         (["--scenario", "gone.yaml"], "gone.yaml: no such file or directory"),
     ],
 )
@@ -11968,6 +12195,117 @@ jobs:
       - {type: RunScript, local_script: later.sh, includes: [lib.sh]}
       - {type: Push, localpaths: [x, y, z], remotepath: d/, recurse: true, label: ""}
 """
+
+
+def test_forever_job_that_fails_by_itself_is_a_failure(home: Path, capfd: Any) -> None:
+    jobs = """
+nodes: [{id: here, localnode: true}]
+jobs:
+  - {id: a, node: here, forever: true, critical: false, command: %s}
+  - {id: b, node: here, %s command: test 1}
+"""
+    Path("s.yaml").write_text(jobs % ("exit 3", "required: a,"))
+    assert apssh.main(["--scenario", "s.yaml"]) == 1
+    assert capfd.readouterr() == (
+        "",
+        "LOCALNODE:job a failed (not critical): status: ended with status 3: exit 3\n"
+        "1 failed, 1 ok\n",
+    )
+    Path("s.yaml").write_text(jobs % ("sleep 60", ""))
+    assert apssh.main(["--scenario", "s.yaml"]) == 0
+    assert capfd.readouterr() == ("", "1 cancelled, 1 ok\n")
+
+
+def test_jobs_of_a_dry_run_come_in_the_order_of_the_file_as_far_as_they_can(
+    home: Path, capfd: Any
+) -> None:
+    rows = ["  - {id: last, node: here, command: x, required: [j3, j9]}"]
+    rows += [f"  - {{id: j{number}, node: here, command: x}}" for number in range(30)]
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs:\n" + "\n".join(rows) + "\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
+    shown = [line for line in capfd.readouterr().out.splitlines() if line[0] != " "]
+    assert [line.split(":")[0] for line in shown] == [*(f"j{n}" for n in range(30)), "last"]
+    assert shown[-1] == f"last: {ME}@LOCALNODE (after j3, j9)"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "state"),
+    [("true", 0, "ok"), ("exit 3", 1, "failed")],
+    ids=["ok", "failed"],
+)
+def test_scenario_with_a_record_and_a_timeline(
+    command: str, code: int, state: str, home: Path, capfd: Any
+) -> None:
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\n"
+        f"jobs: [{{id: first, node: here, command: {command!r}}}]\n"
+    )
+    argv = ["--scenario", "s.yaml", "--record", "r.json", "--timeline", "t"]
+    assert apssh.main([*argv, "-n"]) == 0
+    assert [path.name for path in home.iterdir() if path.is_file()] == ["s.yaml"]
+    assert apssh.main(argv) == code
+    [job] = json.loads(Path("r.json").read_text())["jobs"]
+    assert (job["label"], job["state"]) == ("first", state)
+    assert "first" in Path("t.svg").read_text()
+
+
+def test_record_of_an_interrupted_scenario(home: Path) -> None:
+    token = f"95{os.getpid()}"
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\n"
+        f"jobs: [{{id: a, node: here, command: 'touch up; sleep {token}'}}]\n"
+    )
+    process = start("--scenario", "s.yaml", "--record", "r.json", "--timeline", "t.svg")
+    eventually(Path("up").exists)
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(timeout=10), process.returncode) == (
+        b"",
+        b"1 interrupted\n",
+        130,
+    )
+    [job] = json.loads(Path("r.json").read_text())["jobs"]
+    assert (job["state"], job["steps"][0]["kind"]) == ("cancelled", "cancelled")
+    assert Path("t.svg").exists()
+
+
+def test_record_that_cannot_be_written_is_told_before_anything_runs(home: Path, capfd: Any) -> None:
+    Path("s.yaml").write_text(
+        "nodes: [{id: here, localnode: true}]\njobs: [{id: a, node: here, command: touch ran}]\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml", "--record", "gone/r.json"]) == 1
+    out, err = capfd.readouterr()
+    assert (out, err[-28:]) == ("", ": no such file or directory\n")
+    assert not Path("ran").exists()
+
+
+def test_host_keys_of_a_scenario_are_those_of_the_option(
+    home: Path, sshd: Sshd, capfd: Any
+) -> None:
+    Path("s.yaml").write_text(
+        f"nodes: [{{id: n, hostname: 127.0.0.1, port: {sshd.port}, username: {ME}, "
+        f"host_keys: 'yes'}}]\n"
+        "jobs: [{id: a, node: n, command: echo hi}]\n"
+    )
+    assert apssh.main(["--scenario", "s.yaml"]) == 1
+    assert "hostkey: " in capfd.readouterr().err
+    assert apssh.main(["--scenario", "s.yaml", "--host-keys", "no"]) == 0
+    assert capfd.readouterr() == ("127.0.0.1:hi\n", "1 ok\n")
+
+
+def test_options_reach_the_nodes_of_a_scenario(home: Path) -> None:
+    Path("s.yaml").write_text(
+        "nodes:\n"
+        "  - {id: gw, hostname: gw.example.org, username: u, port: 7, config: true}\n"
+        "  - {id: n, hostname: n1, gateway: gw, proxy_command: exit 1, host_keys: 'yes'}\n"
+        "jobs: [{id: a, node: n, command: echo hi}]\n"
+    )
+    process = start("--scenario", "s.yaml", "--demo", "2", "-v")
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, b"n1:hi\n")
+    assert f"n1: logged in as {ME}\n".encode() in err
+    assert f"gw.example.org: logged in as {ME}\n".encode() in err
 
 
 def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
