@@ -4040,7 +4040,7 @@ def test_config_restricts_and_widens(
     more = more.replace("{folder}", str(sshd.folder))
     path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
     done, _, err = program("-t", "box", "echo $SSH_CLIENT")
-    shown = apssh._fingerprint(sshd.key.get_algorithm(), sshd.key.public_data)
+    shown = fingerprint(sshd.key)
     if message.startswith("*"):
         assert done == code and re.fullmatch(message[1:], err[0]), err
     else:
@@ -11418,10 +11418,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
     locked, changed = make_sshd(AuthorizedKeysFile="/dev/null"), make_sshd()
     old = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
     (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{changed.port} {old}")
-    fingerprint = [
-        apssh._fingerprint("ssh-ed25519", key.public_data)
-        for key in (changed.key, asyncssh.import_public_key(old))
-    ]
+    fingerprint = [fingerprint(key) for key in (changed.key, asyncssh.import_public_key(old))]
     refused, late = free_port(), "no connection within 4 s: "
 
     def says(data: bytes, *, endless: bool = False, closes: bool = False) -> Callable[..., Any]:
