@@ -50,6 +50,7 @@ from typing import Any, ClassVar
 import asyncssh
 import pytest
 from asynciojobs import Job, PrintJob, Scheduler, Sequence
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -2250,6 +2251,81 @@ def test_agent_is_asked_to_list_once_and_to_sign(
             assert signed == [[watched.SIGN]] * 3
 
     run(main())
+
+
+class SecurityKeyAgent:
+    """An agent with one key of a security key (OpenSSH's PROTOCOL.u2f): what it signs is what
+    such a device would.
+    """
+
+    ALGORITHM = b"sk-ssh-ed25519@openssh.com"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._key = Ed25519PrivateKey.generate()
+        self.public_data = b"".join(
+            map(self._string, (self.ALGORITHM, self._key.public_key().public_bytes_raw(), b"ssh:"))
+        )
+        self.signed = 0
+
+    @staticmethod
+    def _string(data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + data
+
+    def _answer(self, request: bytes) -> bytes:
+        if request[0] == Watched.LIST:
+            return b"\x0c\0\0\0\1" + self._string(self.public_data) + self._string(b"mine")
+        assert request[0] == Watched.SIGN
+        self.signed += 1
+        rest = request[1:].removeprefix(self._string(self.public_data))
+        data = rest[4 : 4 + int.from_bytes(rest[:4], "big")]
+        touched = b"\1" + self.signed.to_bytes(4, "big")  # flags and counter
+        parts = hashlib.sha256(b"ssh:").digest(), touched, hashlib.sha256(data).digest()
+        signature = self._string(self._key.sign(b"".join(parts)))
+        return b"\x0e" + self._string(self._string(self.ALGORITHM) + signature + touched)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                length = int.from_bytes(await reader.readexactly(4), "big")
+                writer.write(self._string(self._answer(await reader.readexactly(length))))
+        writer.close()
+
+    async def __aenter__(self) -> SecurityKeyAgent:
+        self._server = await asyncio.start_unix_server(self._serve, str(self.path))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
+def test_security_key_in_the_agent(
+    make_sshd: Callable[..., Sshd], home: Path, monkeypatch: pytest.MonkeyPatch, certified: bool
+) -> None:
+    holder = SecurityKeyAgent(home / "agent")
+    key = asyncssh.import_public_key(
+        f"{holder.ALGORITHM.decode()} {base64.b64encode(holder.public_data).decode()}"
+    )
+    key.write_public_key(home / "allowed")
+    key.write_public_key(home / "key.pub")
+    CA.write_public_key(home / "ca.pub")
+    if certified:
+        certificate = CA.generate_user_certificate(key, "somebody", principals=[ME])
+        certificate.write_certificate(home / "key-cert.pub")
+        server = make_sshd(TrustedUserCAKeys=home / "ca.pub", AuthorizedKeysFile="none")
+    else:
+        server = make_sshd(AuthorizedKeysFile=home / "allowed")
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(holder.path))
+
+    async def main() -> None:
+        async with holder:
+            await log_in(server.node(keys=[home / "key"]))
+
+    run(main())
+    assert holder.signed == 1
+    kind = "ED25519-SK-CERT" if certified else "ED25519-SK"
+    assert [line.split(" ")[0] for line in accepted(server)] == [kind]
 
 
 def test_agent_that_goes_while_it_is_used(
