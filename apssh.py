@@ -1327,9 +1327,11 @@ class _KeySearch:
         """
         path = Path(filename).expanduser()
         data = b""
-        for public in (path.with_name(f"{path.name}.pub"), path) if self.agent_keys else ():
-            with contextlib.suppress(OSError, ValueError):
-                data = asyncssh.read_public_key(public).public_data
+        for public in (path.with_name(f"{path.name}.pub"), path):
+            # a pipe, -k <(...), is read once
+            if self.agent_keys and public.is_file():
+                with contextlib.suppress(OSError, ValueError):
+                    data = asyncssh.read_public_key(public).public_data
         held = [key for key in self.agent_keys if key.public_data == data]
         found: list[Key] = [*held] or [import_private_key(path)]
         beside = path.with_name(path.name.removesuffix(".pub") + "-cert.pub")

@@ -2207,6 +2207,23 @@ def test_public_half_of_the_key_file_itself(
     assert accepted(sshd)[-1].startswith("ED25519 ")
 
 
+def test_key_through_a_pipe(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+) -> None:
+    """``-k <(...)`` is read once, whatever the agent holds."""
+    agent(keys / "other")
+    program = shlex.join([sys.executable, "-c", "import apssh; apssh.main()"])
+    command = f"{program} -q -k <(cat {keys}/id_ed25519) -t {sshd.target} echo in"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+    )
+    assert (done.stdout, messages(done)) == (b"127.0.0.1:in\n", [])
+
+
 class Watched:
     """Stands before the agent of the environment, at another path: the types of the requests that
     came, one list a connection (draft-miller-ssh-agent, section 5.1), and how many are open.
