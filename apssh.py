@@ -1676,6 +1676,14 @@ _VERIFY = _Verify()
 _KnownHostsChoice = _Verify | str | os.PathLike[str] | Collection[asyncssh.SSHKey] | None
 
 
+def _files_to_know_from(
+    choice: _Verify | str | os.PathLike[str], config: _HostConfig
+) -> Sequence[str]:
+    if isinstance(choice, _Verify):
+        return config.known_hosts_files or KNOWN_HOSTS_FILES
+    return [os.fspath(choice)]
+
+
 class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through
     here.
@@ -1714,10 +1722,7 @@ class _Trust:
         self._keys: list[asyncssh.SSHKey] = []
         if isinstance(known_hosts, _Verify | str | os.PathLike):
             self.policy = _host_key_policy(hostname, host_keys, config.one("stricthostkeychecking"))
-            if isinstance(known_hosts, _Verify):
-                self._file = _KnownHosts.now(config.known_hosts_files or KNOWN_HOSTS_FILES)
-            else:
-                self._file = _KnownHosts.now([os.fspath(known_hosts)])
+            self._file = _KnownHosts.now(_files_to_know_from(known_hosts, config))
             lines = self._file.find(self.name)
             # authorities and revoked keys count whatever the port; a key without port counts when
             # none is known for the port, and nobody is told that it has changed
@@ -4375,7 +4380,7 @@ class SshNode(_Node):
                 if verdict is _Verdict.FAIL:
                     raise await self._login_failure(exc, attempt) from None
             finally:
-                self._host_key_shown = trust.shown
+                self._host_key_shown = trust.shown or self._host_key_shown
                 self._host_key_recorded |= trust.recorded
                 clock.progress = attempt.progress()
                 if not connected:
