@@ -2103,7 +2103,7 @@ def user_certificate(
     return server, tmp_path / "key", key
 
 
-def test_user_certificate(user_certificate: Any, home: Path) -> None:
+def test_user_certificate(user_certificate: tuple[Sshd, Path, asyncssh.SSHKey], home: Path) -> None:
     """Beside a named key, beside a default one, and as objects."""
     server, path, key = user_certificate
     run(log_in(server.node(keys=[path])))
@@ -2123,12 +2123,35 @@ def test_user_certificate(user_certificate: Any, home: Path) -> None:
     assert other.principals == [ME]
 
 
+def test_certificate_that_is_renewed_after_a_refused_login(
+    user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
+) -> None:
+    server, path, key = user_certificate
+
+    async def main() -> None:
+        node = server.node(keys=[path])
+        for principal in ("nobody", ME):
+            certificate = CA.generate_user_certificate(key, "renewed", principals=[principal])
+            certificate.write_certificate(f"{path}-cert.pub")
+            if principal == ME:
+                assert await node.run("true") == 0
+            else:
+                with pytest.raises(ConnectionFailedError):
+                    await node.run("true")
+        await node.close()
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("held", "named"),
     [("key and certificate", False), ("key and certificate", True), ("key alone", True)],
 )
 def test_user_certificate_and_agent(
-    user_certificate: Any, agent: Callable[..., None], held: str, named: bool
+    user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
+    agent: Callable[..., None],
+    held: str,
+    named: bool,
 ) -> None:
     """The agent may hold both, or the key whose certificate lies beside its file."""
     server, path, _ = user_certificate
