@@ -7593,6 +7593,8 @@ def _build_nodes(
     """A node for each target, gateways shared, completed from the config. Raises UsageError,
     ApsshError (a config that ssh refuses).
     """
+    if connect_timeout is not None:
+        options["timeout"] = connect_timeout
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     if ssh_config.trouble:
@@ -7613,7 +7615,7 @@ def _build_nodes(
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
         node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
-        if connect_timeout is not None:
+        if connect_timeout is not None:  # over the config's, though it be the default
             node.timeout = connect_timeout
         return node
 

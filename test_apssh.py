@@ -3745,6 +3745,14 @@ def test_what_is_given_wins_over_config(
     assert seen == expected
 
 
+@pytest.mark.parametrize("seconds", [40.0, apssh.CONNECT_TIMEOUT])
+def test_connect_timeout_option_wins_over_config(config: Config, seconds: float) -> None:
+    """Even when it is the default."""
+    path = config("Host *\n ConnectTimeout 20\n")
+    (node,) = config_nodes(path, "web", connect_timeout=seconds)
+    assert node.timeout == seconds
+
+
 def test_no_ssh_program(
     program: Program, sshd: Sshd, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -11571,7 +11579,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
     locked, changed = make_sshd(AuthorizedKeysFile="/dev/null"), make_sshd()
     old = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
     (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{changed.port} {old}")
-    fingerprint = [fingerprint(key) for key in (changed.key, asyncssh.import_public_key(old))]
+    shown = [fingerprint(key) for key in (changed.key, asyncssh.import_public_key(old))]
     refused, late = free_port(), "no connection within 4 s: "
 
     def says(data: bytes, *, endless: bool = False, closes: bool = False) -> Callable[..., Any]:
@@ -11604,7 +11612,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
                 f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
                 f"127.0.0.1:{changed.port}": (
                     "hostkey",
-                    f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
+                    f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} in {home}/.ssh/known_hosts:1; "
                     f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
                     "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)",
                 ),
