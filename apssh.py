@@ -1310,8 +1310,9 @@ def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
 class _KeySearch:
     """Looks for keys to log in with; ``missed`` says where it has looked for nothing."""
 
-    def __init__(self, agent_path: str | None = None) -> None:
-        self._agent_path = agent_path or os.environ.get("SSH_AUTH_SOCK")
+    def __init__(self, config: _HostConfig) -> None:
+        self._config = config
+        self._agent_path = config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
         self.missed: list[str] = []
 
     @functools.cached_property
@@ -1332,9 +1333,11 @@ class _KeySearch:
         """
         path = Path(filename).expanduser()
         data = b""
-        for public in (path.with_name(f"{path.name}.pub"), path) if self.agent_keys else ():
-            with contextlib.suppress(OSError, ValueError):
-                data = asyncssh.read_public_key(public).public_data
+        for public in (path.with_name(f"{path.name}.pub"), path):
+            # a pipe, -k <(...), is read once
+            if self.agent_keys and public.is_file():
+                with contextlib.suppress(OSError, ValueError):
+                    data = asyncssh.read_public_key(public).public_data
         held = [key for key in self.agent_keys if key.public_data == data]
         found: list[Key] = [*held] or [import_private_key(path)]
         beside = path.with_name(path.name.removesuffix(".pub") + "-cert.pub")
@@ -1355,20 +1358,24 @@ class _KeySearch:
             self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
         return keys
 
-    def named_or_default(self, named: Iterable[str | os.PathLike[str] | Key]) -> list[Key]:
-        """Those named, and only they; else the agent's; else the default files'."""
+    def find(self, named: Collection[str | os.PathLike[str] | Key]) -> list[Key]:
+        """Those named, and only they; or what the host's config names and the agent holds, as ssh
+        takes them; or the agent's, else those of the default files. Raises UsageError for a named
+        one that cannot be used.
+        """
         keys: list[Key] = []
         for each in named:
             keys += self.of_file(os.fspath(each)) if isinstance(each, str | os.PathLike) else [each]
-        return keys or [*self.agent_keys] or self.of_usable_files(())
-
-    def of_config(self, config: _HostConfig) -> list[Key]:
-        """What a config names and the agent holds, as ssh takes them."""
-        keys = self.of_usable_files(config.paths("identityfile"))
-        if not config.one("identitiesonly"):
+        only = self._config.one("identitiesonly")
+        if keys:
+            return keys
+        if not (only or self._config.names_keys):
+            return [*self.agent_keys] or self.of_usable_files([])
+        keys = self.of_usable_files(self._config.paths("identityfile"))
+        if not only:
             keys += self.agent_keys
         certified: list[Key] = []
-        for file in config.paths("certificatefile"):
+        for file in self._config.paths("certificatefile"):
             certified += _certified([*keys, *self.agent_keys], file)
         return certified + keys
 
@@ -1383,7 +1390,7 @@ def load_private_keys(
     (``key-cert.pub``) goes with it. ``verbose`` says on stderr how many there are. Works with or
     without a running loop. Raises UsageError for a named key that does not exist or parse.
     """
-    keys = _KeySearch().named_or_default(command_line_keys or ())
+    keys = _KeySearch(_UNCONFIGURED).find(command_line_keys or ())
     if verbose:
         _screen.say(f"{_count(len(keys), 'key')} to log in with")
     return keys
@@ -1392,14 +1399,11 @@ def load_private_keys(
 def _keys_to_offer(
     named: Collection[str | Key], config: _HostConfig
 ) -> tuple[list[Key], list[str]]:
-    """The keys to offer to a host, and where others were looked for in vain: those named; or what
-    the host's config names and the agent holds; or those of load_private_keys. Raises UsageError
-    for a named one that cannot be used.
+    """The keys to offer to a host, and where others were looked for in vain. Raises UsageError for
+    a named one that cannot be used.
     """
-    search = _KeySearch(config.identity_agent)
-    if named or not (config.names_keys or config.one("identitiesonly")):
-        return search.named_or_default(named), search.missed
-    return search.of_config(config), search.missed
+    search = _KeySearch(config)
+    return search.find(named), search.missed
 
 
 _OLD_RSA_CERTIFICATE = b"ssh-rsa-cert-v01@openssh.com"
@@ -1450,38 +1454,24 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
 # known hosts: sshd(8), "SSH_KNOWN_HOSTS FILE FORMAT"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _KnownKey:
+class _KnownKey(NamedTuple):
     """One line of a known_hosts file."""
 
     marker: str | None  # @revoked or @cert-authority
-    algorithm: str
-    blob: bytes
+    key: asyncssh.SSHKey
     file: str
     line: int
 
-    @functools.cached_property
-    def is_key(self) -> bool:
-        """False where the data is no key, or of a type unheard of: ssh skips such a line."""
-        data = f"{self.algorithm} {base64.b64encode(self.blob).decode()}"
-        try:
-            asyncssh.import_public_key(data)
-        except (ValueError, OverflowError):
-            return False
-        return True
-
     def __str__(self) -> str:
-        return f"{_fingerprint(self.algorithm, self.blob)} in {self.file}:{self.line}"
+        return f"{_fingerprint(self.key)} in {self.file}:{self.line}"
 
 
-def _fingerprint(algorithm: str, blob: bytes) -> str:
+def _fingerprint(key: asyncssh.SSHKey) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
-    digest = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-    plain = algorithm.split("@")[0]
-    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", plain).upper()
-    if algorithm.startswith("sk-"):
-        kind += "-SK"
-    return f"{kind} SHA256:{digest}"
+    algorithm = key.get_algorithm().split("@")[0]
+    security_key = "-SK" if algorithm.startswith("sk-") else ""
+    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", algorithm).upper()
+    return f"{kind}{security_key} {key.get_fingerprint()}"
 
 
 def _is_listed(patterns: Iterable[str], matches: Callable[[str], bool]) -> bool:
@@ -1504,16 +1494,18 @@ def _matches_patterns(
     return _is_listed(patterns, matches)
 
 
-_KNOWN_HOSTS_LINE = re.compile(r"\s*(?:(@\S+)\s+)?([^\s@#]\S*)\s+(\S+)\s+(\S+)")
+_Line = tuple[str | None, str, str, int]  # marker, key as it is written, file, number of the line
+_KNOWN_HOSTS_LINE = re.compile(r"\s*(?:(@\S+)\s+)?([^\s@#]\S*)\s+(\S+\s+\S+)")
 
 
 class _KnownHosts:
     """Some known_hosts files, parsed once as long as they do not change; the first is the one that
     is written to.
 
-    A run may ask for thousands of names, and record as many: plain names are looked up, and a line
-    that was written here is added without reading the file again. ``_plain`` has the keys by name,
-    ``_hashed`` by salt and digest, ``_patterns`` by lists of patterns.
+    A run may ask for thousands of names, and record as many: plain names are looked up, a key is
+    decoded when its line is wanted, and a line that was written here is added without parsing the
+    file again. ``_plain`` has the lines by name, ``_hashed`` by salt and digest, ``_patterns`` by
+    lists of patterns.
     """
 
     def __init__(self, *files: str) -> None:
@@ -1521,11 +1513,12 @@ class _KnownHosts:
         self._lock = threading.RLock()
         self._stamp: object = None
 
-    @staticmethod
-    @functools.cache
-    def of(*files: str) -> _KnownHosts:
-        """These files, the same object each time; refresh it before asking."""
-        return _KnownHosts(*files)
+    @classmethod
+    def now(cls, files: Iterable[str]) -> _KnownHosts:
+        """These files, as they are now: the same object as long as the process lives."""
+        known = _known_hosts_object(*map(os.path.expanduser, files))
+        known.refresh()
+        return known
 
     def refresh(self) -> None:
         """Parse again if a file has changed."""
@@ -1534,10 +1527,9 @@ class _KnownHosts:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            self._plain: dict[str, list[_KnownKey]] = {}
-            self._hashed: list[tuple[bytes, bytes, _KnownKey]] = []
-            self._patterns: list[tuple[list[str], _KnownKey]] = []
-            self._count = 0  # of the lines of the first file
+            self._plain: dict[str, list[_Line]] = {}
+            self._hashed: list[tuple[bytes, bytes, _Line]] = []
+            self._patterns: list[tuple[list[str], _Line]] = []
             for file in self._files:
                 with (
                     contextlib.suppress(OSError),
@@ -1545,60 +1537,56 @@ class _KnownHosts:
                 ):
                     for number, line in enumerate(lines, 1):
                         self._parse(line, file, number)
-                        self._count += file == self._files[0]
 
-    def _stamp_now(self) -> list[tuple[int, int, int] | None]:
-        stamps: list[tuple[int, int, int] | None] = []
+    def _stamp_now(self) -> dict[str, tuple[int, int, int]]:
+        """Changes when one of the files does; which is not there has none."""
+        stamp: dict[str, tuple[int, int, int]] = {}
         for file in self._files:
-            try:
+            with contextlib.suppress(OSError):
                 info = os.stat(file)
-                stamps.append((info.st_ino, info.st_size, info.st_mtime_ns))
-            except OSError:
-                stamps.append(None)
-        return stamps
+                stamp[file] = (info.st_ino, info.st_size, info.st_mtime_ns)
+        return stamp
 
-    def _parse(self, line: str, file: str, number: int) -> None:
+    def _parse(self, text: str, file: str, number: int) -> None:
         """A line that is not one is skipped, as ssh does."""
-        match = _KNOWN_HOSTS_LINE.match(line)
+        match = _KNOWN_HOSTS_LINE.match(text)
         if match is None or match[1] not in (None, "@revoked", "@cert-authority"):
             return
-        names, algorithm = match[2], match[3]
-        try:
-            blob = base64.b64decode(match[4], validate=True)
-            hashes = [base64.b64decode(part) for part in names.split("|")[2:]]
-        except ValueError:
-            return
-        key = _KnownKey(match[1], algorithm, blob, file, number)
-        if blob[4 : 4 + int.from_bytes(blob[:4], "big")] != os.fsencode(algorithm):
-            return
-        if names.startswith("|1|") and len(hashes) == 2:
-            self._hashed.append((hashes[0], hashes[1], key))
+        names, line = match[2], (match[1], match[3], file, number)
+        if names.startswith("|1|"):
+            with contextlib.suppress(ValueError):
+                salt, digest = map(base64.b64decode, names.split("|")[2:])
+                self._hashed.append((salt, digest, line))
         elif re.search("[*?!]", names):
-            self._patterns.append((names.split(","), key))
+            self._patterns.append((names.split(","), line))
         else:
             for name in names.lower().split(","):
-                self._plain.setdefault(name, []).append(key)
+                self._plain.setdefault(name, []).append(line)
 
     def find(self, name: str, *, marked: bool = False) -> list[_KnownKey]:
         """The lines about a name (``host``, or ``[host]:port``); ``marked``: those that have a
-        marker.
+        marker. One whose data is no key, or of a type unheard of, is skipped, as ssh does.
         """
         name = name.lower()
         data = os.fsencode(name)
         found = list(self._plain.get(name, ()))
-        for salt, digest, key in self._hashed:
+        for salt, digest, line in self._hashed:
             # a marker costs nothing to look at, and a digest 2 microseconds
-            if (key.marker or not marked) and hmac.digest(salt, data, "sha1") == digest:
-                found.append(key)
-        found += [key for patterns, key in self._patterns if _matches_patterns(patterns, name)]
-        return [key for key in found if key.is_key and (key.marker or not marked)]
+            if (line[0] or not marked) and hmac.digest(salt, data, "sha1") == digest:
+                found.append(line)
+        found += [line for patterns, line in self._patterns if _matches_patterns(patterns, name)]
+        keys: list[_KnownKey] = []
+        for marker, text, file, number in found:
+            with contextlib.suppress(ValueError, OverflowError):
+                key = _KnownKey(marker, asyncssh.import_public_key(text), file, number)
+                keys += [key] if marker or not marked else []
+        return keys
 
     def record(self, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> bool:
         """Append a line for this name; False when there is one, or where nothing can be kept
         (/dev/null). Raises ApsshError, without a host, when it cannot be.
         """
         path = Path(self._files[0])
-        algorithm, data = key.export_public_key().decode().split()[:2]
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
@@ -1606,32 +1594,43 @@ class _KnownHosts:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self.refresh()  # somebody else may have added it
                 known = [each for each in self.find(name) if not each.marker]
-                if key.public_data in (each.blob for each in known):
+                if key in (each.key for each in known):
                     return False
                 if known:
                     raise ApsshError(f"its key was not recorded: known is {known[0]}")
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 1, 0))
-                newline = b"" if file.read(1) in (b"", b"\n") else b"\n"
-                line = f"{_hashed_name(name) if hashed else name} {algorithm} {data}\n"
-                file.write(newline + line.encode())
+                before = file.read()
+                newline = b"" if before.endswith(b"\n") or not before else b"\n"
+                algorithm, data = key.export_public_key().split()[:2]
+                names = _hashed_name(name) if hashed else name.encode()
+                file.write(newline + b" ".join([names, algorithm, data]) + b"\n")
                 file.flush()
-                self._count += 1
-                self._parse(line, str(path), self._count)
+                number = (before + newline).count(b"\n") + 1
+                self._parse(f"{name} {algorithm.decode()} {data.decode()}", str(path), number)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
         return str(path) != os.devnull
 
 
-def _hashed_name(name: str) -> str:
+_known_hosts_object = functools.cache(_KnownHosts)
+
+
+def _hashed_name(name: str) -> bytes:
     """A name as HashKnownHosts writes it."""
     salt = os.urandom(20)
     digest = hmac.digest(salt, name.lower().encode(), "sha1")
-    return f"|1|{base64.b64encode(salt).decode()}|{base64.b64encode(digest).decode()}"
+    return b"|1|" + base64.b64encode(salt) + b"|" + base64.b64encode(digest)
 
 
-_POLICIES = ("accept-new", "ask", "yes", "no")  # ask means accept-new: nobody is asked
+# the words of StrictHostKeyChecking; ask means accept-new: nobody is asked
+_POLICIES = {
+    "accept-new": "accept-new",
+    "ask": "accept-new",
+    "yes": "yes",
+    "no": "no",
+    "true": "yes",
+    "false": "no",
+}
 
 
 def _policy_of_variable(host: str) -> str | None:
@@ -1659,7 +1658,7 @@ def _host_key_policy(host: str, given: str | None, configured: str | None) -> st
     policy = given or by_variable or configured or "accept-new"
     if policy not in _POLICIES:
         raise UsageError(f"host key policy {escape(policy)}: accept-new, yes or no")
-    return "accept-new" if policy == "ask" else policy
+    return _POLICIES[policy]
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
@@ -1681,6 +1680,14 @@ class _Verify:
 
 _VERIFY = _Verify()
 _KnownHostsChoice = _Verify | str | os.PathLike[str] | Collection[asyncssh.SSHKey] | None
+
+
+def _files_to_know_from(
+    choice: _Verify | str | os.PathLike[str], config: _HostConfig
+) -> Sequence[str]:
+    if isinstance(choice, _Verify):
+        return config.known_hosts_files or KNOWN_HOSTS_FILES
+    return [os.fspath(choice)]
 
 
 class _Trust:
@@ -1712,32 +1719,28 @@ class _Trust:
         host = alias or address
         self.name = host if alias or port == 22 else f"[{host}]:{port}"
         self.policy = "no" if known_hosts is None else "yes"
-        self.shown: str | None = None
-        self.changed = False
-        self.recorded = False
+        self.shown = ""
+        self.changed = self.recorded = False
         self._new: asyncssh.SSHKey | None = None
         self._file: _KnownHosts | None = None
         lines: list[_KnownKey] = []
+        self._known: list[_KnownKey] = []
+        self._keys: list[asyncssh.SSHKey] = []
         if isinstance(known_hosts, _Verify | str | os.PathLike):
-            self.policy = _host_key_policy(hostname, host_keys, config.policy)
-            files: Iterable[str] = config.known_hosts_files or KNOWN_HOSTS_FILES
-            if not isinstance(known_hosts, _Verify):
-                files = [os.fspath(known_hosts)]
-            self._file = _KnownHosts.of(*map(os.path.expanduser, files))
-            self._file.refresh()
+            self.policy = _host_key_policy(hostname, host_keys, config.one("stricthostkeychecking"))
+            self._file = _KnownHosts.now(_files_to_know_from(known_hosts, config))
             lines = self._file.find(self.name)
-        else:
-            for key in known_hosts or ():
-                lines.append(_KnownKey(None, key.get_algorithm(), key.public_data, "", 0))
-        # authorities and revoked keys count whatever the port; a key without port counts when
-        # none is known for the port, and nobody is told that it has changed
-        self._known = [key for key in lines if not key.marker]
-        if self._file and self.name != host:
-            lines += self._file.find(host, marked=bool(self._known))
-        self._keys = [key for key in lines if not key.marker]
-        self._revoked = [key for key in lines if key.marker == "@revoked"]
-        self._authorities = [key.blob for key in lines if key.marker == "@cert-authority"]
-        self.certified = asking and self.policy != "no" and bool(self._authorities)
+            # authorities and revoked keys count whatever the port; a key without port counts when
+            # none is known for the port, and nobody is told that it has changed
+            self._known = [line for line in lines if not line.marker]
+            if self.name != host:
+                lines += self._file.find(host, marked=bool(self._known))
+            self._keys = [line.key for line in lines if not line.marker]
+        elif known_hosts:
+            self._keys = [key.convert_to_public() for key in known_hosts]
+        self._revoked = {line.key: line.file for line in lines if line.marker == "@revoked"}
+        self._authorities = [line.key for line in lines if line.marker == "@cert-authority"]
+        self.certified = asking and self.policy != "no" and self._authorities != []
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it
@@ -1750,20 +1753,29 @@ class _Trust:
             return [each for each in configured.split(",") if each in allowed]
         known: list[str] = []
         for key in self._keys:
-            known += _RSA if key.algorithm == "ssh-rsa" else [key.algorithm]
+            algorithm = key.get_algorithm()
+            known += _RSA if algorithm == "ssh-rsa" else [algorithm]
         return list(dict.fromkeys([*certificates, *known, *_HOST_KEY_ALGORITHMS]))
 
     def check(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError unless this plain key may be the host's."""
+        self.shown = _fingerprint(key)
         if self.policy != "no":
-            self.check_certified(key)
-        self.shown = _fingerprint(key.get_algorithm(), key.public_data)
-        if key.public_data in (each.blob for each in self._keys):
+            self._check_revoked(key, f"its key {self.shown}")
+        if key in self._keys:
             return
         if self.policy == "no":
             self.changed = bool(self._known)
         elif self._known:
-            raise self._error(self._difference(self._known[0]))
+            file = self._known[0].file
+            raise self._error(
+                f"HOST KEY CHANGED: it presents {self.shown}, known is {self._known[0]}; somebody "
+                f"may be in the middle. If it was reinstalled: ssh-keygen -R '{self.name}' -f "
+                f"{file} (hosts reinstalled all day: --host-keys no, known_hosts=None, or "
+                "APSSH_HOST_KEYS=no:PATTERN)"
+            )
+        elif self._file is None:
+            raise self._error(f"it presents {self.shown}, which is not the key given for it")
         elif self.policy == "yes":
             raise self._error(
                 f"its key {self.shown} is not known, and the policy refuses unknown hosts "
@@ -1776,13 +1788,12 @@ class _Trust:
         """Whether this key may sign certificates for the host; raises HostKeyError if it is
         revoked.
         """
-        shown = _fingerprint(key.get_algorithm(), key.public_data)
-        self._check_revoked(key, f"its certificate is signed by {shown}, which")
-        return self.certified and key.public_data in self._authorities
+        self._check_revoked(key, f"its certificate is signed by {_fingerprint(key)}, which")
+        return self.certified and key in self._authorities
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
-        self.shown = _fingerprint(key.get_algorithm(), key.public_data)
+        self.shown = _fingerprint(key)
         self._check_revoked(key, f"its key {self.shown}")
 
     def record(self) -> bool:
@@ -1795,7 +1806,7 @@ class _Trust:
         return self.recorded
 
     def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:
-        revoked = {each.blob: each.file for each in self._revoked}
+        revoked = self._revoked
         if file := self._config.one("revokedhostkeys"):
             try:
                 path = Path(file).expanduser()
@@ -1807,18 +1818,9 @@ class _Trust:
                     f"RevokedHostKeys {file} is not a readable list of public keys: "
                     "no host is trusted"
                 ) from None
-            revoked |= {each.public_data: file for each in listed}
-        if key.public_data in revoked:
-            raise self._error(f"{what} is revoked in {revoked[key.public_data]}")
-
-    def _difference(self, known: _KnownKey) -> str:
-        if self._file is None:
-            return f"it presents {self.shown}, which is not the key given for it"
-        return (
-            f"HOST KEY CHANGED: it presents {self.shown}, known is {known}; somebody may be in the "
-            f"middle. If it was reinstalled: ssh-keygen -R '{self.name}' -f {known.file} (hosts "
-            "reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
-        )
+            revoked = revoked | dict.fromkeys(listed, file)
+        if key in revoked:
+            raise self._error(f"{what} is revoked in {revoked[key]}")
 
     def _error(self, message: str) -> HostKeyError:
         return HostKeyError(escape(message), host=self._hostname)
@@ -1870,10 +1872,9 @@ class _HostConfig:
         values = self.values(keyword)
         return values[0] if values and values[0] != "none" else None
 
-    def seconds(self, keyword: str) -> float | None:
-        """A time that is not 0."""
-        value = self.one(keyword)
-        return float(value) if value and value != "0" else None
+    def seconds(self, keyword: str) -> float:
+        """A time; 0 where none was configured."""
+        return float(self.one(keyword) or 0)
 
     def paths(self, keyword: str) -> list[str]:
         """Names of files."""
@@ -1893,11 +1894,8 @@ class _HostConfig:
         return self._expand(text)
 
     def _path(self, text: str) -> str:
-        """ssh knows ``${NAME}`` alone; a variable that is not set stays."""
-        text = re.sub(
-            r"\$\{(\w+)\}", lambda match: os.environ.get(match[1], match[0]), self._expand(text)
-        )
-        return os.path.expanduser(text)
+        """The name of a file; in it a variable that is not set stays."""
+        return os.path.expanduser(os.path.expandvars(self._expand(text)))
 
     def _expand(self, text: str) -> str:
         """ssh_config(5), TOKENS"""
@@ -1925,19 +1923,13 @@ class _HostConfig:
         return tuple(_parse_hop(text.removesuffix("/"), text, None) for text in texts)
 
     @property
-    def policy(self) -> str | None:
-        """StrictHostKeyChecking, which ssh -G shows by other words."""
-        policy = self.one("stricthostkeychecking")
-        return {"true": "yes", "false": "no", None: None}.get(policy, policy)
-
-    @property
     def identity_agent(self) -> str | None:
         """Where the agent listens; for ``none``, where no agent answers."""
         for agent in self.values("identityagent"):
             if agent == "none":
                 return os.devnull
             if agent != "SSH_AUTH_SOCK":
-                return os.path.expandvars(self._path(agent))
+                return self._path(agent)
         return None
 
     @property
@@ -4394,7 +4386,7 @@ class SshNode(_Node):
                 if verdict is _Verdict.FAIL:
                     raise await self._login_failure(exc, attempt) from None
             finally:
-                self._host_key_shown = trust.shown
+                self._host_key_shown = trust.shown or self._host_key_shown
                 self._host_key_recorded |= trust.recorded
                 clock.progress = attempt.progress()
                 if not connected:
@@ -7699,6 +7691,8 @@ def _build_nodes(
     """A node for each target, gateways shared, completed from the config. Raises UsageError,
     ApsshError (a config that ssh refuses).
     """
+    if connect_timeout is not None:
+        options["timeout"] = connect_timeout
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     if ssh_config.trouble:
@@ -7719,7 +7713,7 @@ def _build_nodes(
                 gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
             gateway = gateways[before, direct]
         node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
-        if connect_timeout is not None:
+        if connect_timeout is not None:  # over the config's, though it be the default
             node.timeout = connect_timeout
         return node
 

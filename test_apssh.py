@@ -50,6 +50,7 @@ from typing import Any, ClassVar
 import asyncssh
 import pytest
 from asynciojobs import Job, PrintJob, Scheduler, Sequence
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -986,7 +987,8 @@ def public(key: Any) -> str:
 
 def fingerprint(key: asyncssh.SSHKey) -> str:
     """As ssh shows it."""
-    return f"{'ECDSA' if 'ecdsa' in key.get_algorithm() else key.get_algorithm().removeprefix('ssh-').upper()} {key.get_fingerprint()}"
+    kind = re.sub("^ssh-|-sha2-.*", "", key.get_algorithm()).upper()
+    return f"{kind} {key.get_fingerprint()}"
 
 
 def hashed(name: str) -> str:
@@ -998,7 +1000,8 @@ def hashed(name: str) -> str:
 
 def blob(algorithm: str, data: bytes) -> str:
     """A public key of some type, right only at first sight."""
-    return f"{algorithm} {base64.b64encode(len(algorithm).to_bytes(4, 'big') + algorithm.encode() + data).decode()}"
+    typed_data = len(algorithm).to_bytes(4, "big") + algorithm.encode() + data
+    return f"{algorithm} {base64.b64encode(typed_data).decode()}"
 
 
 def changed(
@@ -1006,9 +1009,12 @@ def changed(
 ) -> str:
     """The whole message about a changed key."""
     return (
-        f"{host}: hostkey: HOST KEY CHANGED: it presents {fingerprint(shown)}, known is {fingerprint(known)} in {file}:{line}; "
-        f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[{host}]:{port}' -f {file} "
-        "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)"
+        f"{host}: hostkey: HOST KEY CHANGED: it presents {fingerprint(shown)}, known is "
+        f"{fingerprint(known)} in {file}:{line}; "
+        "somebody may be in the middle. If it was reinstalled: ssh-keygen -R "
+        f"'[{host}]:{port}' -f {file} "
+        "(hosts reinstalled all day: --host-keys no, known_hosts=None, or "
+        "APSSH_HOST_KEYS=no:PATTERN)"
     )
 
 
@@ -1038,7 +1044,10 @@ OTHER = {
     name: asyncssh.generate_private_key(name) for name in ("ssh-ed25519", "ecdsa-sha2-nistp256")
 }
 CA, OTHER_CA = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-NOT_KNOWN = "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys accept-new records them)"
+NOT_KNOWN = (
+    "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys "
+    "accept-new records them)"
+)
 REVOKED = "its key {shown} is revoked in {file}"
 SHORT = blob("ssh-ed25519", (32).to_bytes(4, "big") + b"short")
 OFF_CURVE = blob("ecdsa-sha2-nistp256", b"\0\0\0\x08nistp256\0\0\0\x41\x04" + b"\1" * 64)
@@ -1105,7 +1114,8 @@ HOST_KEYS = {
         "",
     ),
     "malformed-data": (
-        "{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} {key}",
+        "{n} ssh-ed25519 !notbase64\n{n} ssh-ed25519 AAAA\n|1|x|y {other}\n|1|bad {other}\n{n} "
+        "{key}",
         "yes",
         "",
     ),
@@ -1296,8 +1306,8 @@ def test_host_certificates(certified: dict[str, Sshd], home: Path, case: str) ->
             )
         else:
             assert (
-                str(error)
-                == f"127.0.0.1: hostkey: {outcome.format(shown=fingerprint(server.key), file=file, ca=fingerprint(CA))}"
+                str(error) == "127.0.0.1: hostkey: "
+                f"{outcome.format(shown=fingerprint(server.key), file=file, ca=fingerprint(CA))}"
             )
         assert isinstance(error, HostKeyError)
     record = (
@@ -1340,8 +1350,8 @@ def test_revoked_host_keys_and_certificates(
     if message:
         error = failure_of(server.node(config="config").run("true"))
         assert (
-            str(error)
-            == f"127.0.0.1: hostkey: {message.format(shown=fingerprint(server.key), ca=fingerprint(CA), file=file)}"
+            str(error) == "127.0.0.1: hostkey: "
+            f"{message.format(shown=fingerprint(server.key), ca=fingerprint(CA), file=file)}"
         )
     else:
         run(log_in(server.node(config="config")))
@@ -1552,14 +1562,18 @@ def test_known_hosts_of_a_node(sshd: Sshd, home: Path, tmp_path: Path) -> None:
     )
     assert (
         str(error)
-        == f"127.0.0.1: hostkey: it presents {fingerprint(sshd.key)}, which is not the key given for it"
+        == f"127.0.0.1: hostkey: it presents {fingerprint(sshd.key)}, which is not the key "
+        "given for it"
     )
     assert mine.read_bytes() == before
 
 
 TRUSTED = ""  # in the table below: the host whose key has changed is trusted; else it is not
 REFUSED = "hostkey"
-BAD_VARIABLE = "127.0.0.1: local: APSSH_HOST_KEYS={value}: write accept-new, yes or no, perhaps with host patterns: no:fit*,node[1-9]*"
+BAD_VARIABLE = (
+    "127.0.0.1: local: APSSH_HOST_KEYS={value}: write accept-new, yes or no, "
+    "perhaps with host patterns: no:fit*,node[1-9]*"
+)
 
 
 @pytest.mark.parametrize(
@@ -1693,7 +1707,10 @@ def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], h
         line = [sshd, middle, last].index(server) + 1
         message = changed(file, name, server.port, server.key, other, line)
         if server is not last:
-            message = f"localhost: hostkey: gateway 127.0.0.1: {message.removeprefix('127.0.0.1: hostkey: ')}"
+            message = (
+                "localhost: hostkey: gateway 127.0.0.1: "
+                f"{message.removeprefix('127.0.0.1: hostkey: ')}"
+            )
         if server is sshd:
             message = message.replace(
                 "gateway 127.0.0.1: ", "gateway 127.0.0.1: gateway 127.0.0.1: "
@@ -1777,7 +1794,8 @@ def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: P
                 await SshNode("127.0.0.1", port=port, username=ME, timeout=1.5).run("true")
             assert (
                 str(caught.value)
-                == "127.0.0.1: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)"
+                == "127.0.0.1: lost: dropped before login, 2 times, in the key exchange (no "
+                "algorithm in common?)"
             )
 
     run(main())
@@ -1941,7 +1959,10 @@ def without_terminal(*argv: str) -> tuple[int, list[str]]:
     """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and
     messages.
     """
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    code = (
+        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
+        "sys.exit(apssh.main())"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *argv],
         stdin=subprocess.DEVNULL,
@@ -2082,7 +2103,7 @@ def user_certificate(
     return server, tmp_path / "key", key
 
 
-def test_user_certificate(user_certificate: Any, home: Path) -> None:
+def test_user_certificate(user_certificate: tuple[Sshd, Path, asyncssh.SSHKey], home: Path) -> None:
     """Beside a named key, beside a default one, and as objects."""
     server, path, key = user_certificate
     run(log_in(server.node(keys=[path])))
@@ -2102,12 +2123,35 @@ def test_user_certificate(user_certificate: Any, home: Path) -> None:
     assert other.principals == [ME]
 
 
+def test_certificate_that_is_renewed_after_a_refused_login(
+    user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
+) -> None:
+    server, path, key = user_certificate
+
+    async def main() -> None:
+        node = server.node(keys=[path])
+        for principal in ("nobody", ME):
+            certificate = CA.generate_user_certificate(key, "renewed", principals=[principal])
+            certificate.write_certificate(f"{path}-cert.pub")
+            if principal == ME:
+                assert await node.run("true") == 0
+            else:
+                with pytest.raises(ConnectionFailedError):
+                    await node.run("true")
+        await node.close()
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("held", "named"),
     [("key and certificate", False), ("key and certificate", True), ("key alone", True)],
 )
 def test_user_certificate_and_agent(
-    user_certificate: Any, agent: Callable[..., None], held: str, named: bool
+    user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
+    agent: Callable[..., None],
+    held: str,
+    named: bool,
 ) -> None:
     """The agent may hold both, or the key whose certificate lies beside its file."""
     server, path, _ = user_certificate
@@ -2186,6 +2230,23 @@ def test_public_half_of_the_key_file_itself(
     assert accepted(sshd)[-1].startswith("ED25519 ")
 
 
+def test_key_through_a_pipe(
+    sshd: Sshd, keys: Path, agent: Callable[..., None], tmp_path: Path
+) -> None:
+    """``-k <(...)`` is read once, whatever the agent holds."""
+    agent(keys / "other")
+    program = shlex.join([sys.executable, "-c", "import apssh; apssh.main()"])
+    command = f"{program} -q -k <(cat {keys}/id_ed25519) -t {sshd.target} echo in"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+    )
+    assert (done.stdout, messages(done)) == (b"127.0.0.1:in\n", [])
+
+
 class Watched:
     """Stands before the agent of the environment, at another path: the types of the requests that
     came, one list a connection (draft-miller-ssh-agent, section 5.1), and how many are open.
@@ -2250,6 +2311,81 @@ def test_agent_is_asked_to_list_once_and_to_sign(
             assert signed == [[watched.SIGN]] * 3
 
     run(main())
+
+
+class SecurityKeyAgent:
+    """An agent with one key of a security key (OpenSSH's PROTOCOL.u2f): what it signs is what
+    such a device would.
+    """
+
+    ALGORITHM = b"sk-ssh-ed25519@openssh.com"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._key = Ed25519PrivateKey.generate()
+        self.public_data = b"".join(
+            map(self._string, (self.ALGORITHM, self._key.public_key().public_bytes_raw(), b"ssh:"))
+        )
+        self.signed = 0
+
+    @staticmethod
+    def _string(data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + data
+
+    def _answer(self, request: bytes) -> bytes:
+        if request[0] == Watched.LIST:
+            return b"\x0c\0\0\0\1" + self._string(self.public_data) + self._string(b"mine")
+        assert request[0] == Watched.SIGN
+        self.signed += 1
+        rest = request[1:].removeprefix(self._string(self.public_data))
+        data = rest[4 : 4 + int.from_bytes(rest[:4], "big")]
+        touched = b"\1" + self.signed.to_bytes(4, "big")  # flags and counter
+        parts = hashlib.sha256(b"ssh:").digest(), touched, hashlib.sha256(data).digest()
+        signature = self._string(self._key.sign(b"".join(parts)))
+        return b"\x0e" + self._string(self._string(self.ALGORITHM) + signature + touched)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                length = int.from_bytes(await reader.readexactly(4), "big")
+                writer.write(self._string(self._answer(await reader.readexactly(length))))
+        writer.close()
+
+    async def __aenter__(self) -> SecurityKeyAgent:
+        self._server = await asyncio.start_unix_server(self._serve, str(self.path))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
+def test_security_key_in_the_agent(
+    make_sshd: Callable[..., Sshd], home: Path, monkeypatch: pytest.MonkeyPatch, certified: bool
+) -> None:
+    holder = SecurityKeyAgent(home / "agent")
+    key = asyncssh.import_public_key(
+        f"{holder.ALGORITHM.decode()} {base64.b64encode(holder.public_data).decode()}"
+    )
+    key.write_public_key(home / "allowed")
+    key.write_public_key(home / "key.pub")
+    CA.write_public_key(home / "ca.pub")
+    if certified:
+        certificate = CA.generate_user_certificate(key, "somebody", principals=[ME])
+        certificate.write_certificate(home / "key-cert.pub")
+        server = make_sshd(TrustedUserCAKeys=home / "ca.pub", AuthorizedKeysFile="none")
+    else:
+        server = make_sshd(AuthorizedKeysFile=home / "allowed")
+    monkeypatch.setenv("SSH_AUTH_SOCK", str(holder.path))
+
+    async def main() -> None:
+        async with holder:
+            await log_in(server.node(keys=[home / "key"]))
+
+    run(main())
+    assert holder.signed == 1
+    kind = "ED25519-SK-CERT" if certified else "ED25519-SK"
+    assert [line.split(" ")[0] for line in accepted(server)] == [kind]
 
 
 def test_agent_that_goes_while_it_is_used(
@@ -2391,12 +2527,14 @@ def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
     assert apssh.main(["-t", sshd.target, "true"]) == 2
     assert (
         capfd.readouterr().err
-        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or "
+        "-K (go on without)\n"
     )
     assert sshd.log().count("Connection from") == before
     assert apssh.main(["-K", "-t", sshd.target, "true"]) == 1
     assert capfd.readouterr().err.splitlines() == [
-        f"127.0.0.1: auth: login as {ME} refused, after 0 keys (no SSH_AUTH_SOCK; no key in ~/.ssh)",
+        f"127.0.0.1: auth: login as {ME} refused, after 0 keys (no SSH_AUTH_SOCK; no key in "
+        "~/.ssh)",
         "0 ok, 1 not reached or lost",
         "  auth: 127.0.0.1 (1)",
     ]
@@ -2595,7 +2733,7 @@ def test_password(keys: Path, methods: list[str]) -> None:
 def test_password_goes_to_a_password_prompt_alone(
     keys: Path, prompts: list[tuple[str, bool]]
 ) -> None:
-    """Not to one whose answer is echoed, and not to several questions; and each is answered once."""
+    """Not to one whose answer is echoed, and not to several questions; each is answered once."""
     server = password_server("keyboard-interactive", prompts=prompts)
     node_options = {"username": "me", "keys": [keys / "other"], "password": "wrong", "timeout": 5}
 
@@ -2652,7 +2790,10 @@ def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> N
             await node.close()
 
     run(main())
-    said = "127.0.0.1: no password for a host whose key has changed: forget the old key (ssh-keygen -R), or known_hosts=None"
+    said = (
+        "127.0.0.1: no password for a host whose key has changed: forget the old key "
+        "(ssh-keygen -R), or known_hosts=None"
+    )
     assert set(capfd.readouterr().err.splitlines()) == {said}
 
 
@@ -2839,7 +2980,10 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             (home / ".ssh" / "known_hosts").write_text(
                 "".join(f"{hashed(name)} {public(key)}\n" for name in names)
             )
-            code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+            code = (
+                f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
+                "sys.exit(apssh.main())"
+            )
             words = [
                 "--host-keys",
                 "yes",
@@ -2924,7 +3068,7 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
         return [] if values == default.get(keyword) else [expand(value) for value in values]
 
     def way(text: str) -> list[str]:
-        """Each jump host as ssh would be called for it; the first one may itself be behind others."""
+        """Each jump host as ssh would be called for it; the first may itself be behind others."""
         hops = [
             jump.removeprefix("ssh://")
             for jump in re.sub("%.", lambda match: tokens[match[0]], text).split(",")
@@ -3322,8 +3466,10 @@ def test_config_is_what_ssh_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("STORE", "store")
     file = tmp_path / "config"
     file.write_text(
-        "Host box\n HostName real\n User bob\n Port 2200\n HostKeyAlias ali\n ProxyCommand echo %h %n %p %r %%\n"
-        " IdentityFile ~/%h-%n-%p-%r-%u-%k-%i-%L-%l-%%\n IdentityFile %d/${STORE}\n CertificateFile ~/%r.pub\n"
+        "Host box\n HostName real\n User bob\n Port 2200\n HostKeyAlias ali\n ProxyCommand "
+        "echo %h %n %p %r %%\n"
+        " IdentityFile ~/%h-%n-%p-%r-%u-%k-%i-%L-%l-%%\n IdentityFile %d/${STORE}\n "
+        "CertificateFile ~/%r.pub\n"
         " UserKnownHostsFile /known/%k-%h\n"
     )
     for target, options in (("box", ["box"]), ("ann@box:2201", ["-l", "ann", "-p", "2201", "box"])):
@@ -3413,7 +3559,7 @@ def test_config_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def program(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, list[str]]]:
-    """Run apssh in this process, as in a new one: its exit code, stdout, and the lines of stderr."""
+    """Run apssh in this process, as in a new one: its exit code, stdout, the lines of stderr."""
 
     def call(*argv: str) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(apssh._key_memory, "accepted", set())
@@ -3535,7 +3681,8 @@ def test_explicit_wins_over_config(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config(
-        "Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port 2200\n ProxyJump gw\n"
+        "Host gw other\n User gate\nHost web\n HostName web.example.org\n User bob\n Port "
+        "2200\n ProxyJump gw\n"
         " IdentityFile ~/.ssh/of-config\n"
     )
     shutil.copy(keys / "other", home / ".ssh" / "of-config")
@@ -3596,6 +3743,14 @@ def test_what_is_given_wins_over_config(
         (node,) = config_nodes(path, text, **options)
     seen = (node.timeout, node.keepalive, node.username, node.port, node._proxy_command)
     assert seen == expected
+
+
+@pytest.mark.parametrize("seconds", [40.0, apssh.CONNECT_TIMEOUT])
+def test_connect_timeout_option_wins_over_config(config: Config, seconds: float) -> None:
+    """Even when it is the default."""
+    path = config("Host *\n ConnectTimeout 20\n")
+    (node,) = config_nodes(path, "web", connect_timeout=seconds)
+    assert node.timeout == seconds
 
 
 def test_no_ssh_program(
@@ -3693,7 +3848,8 @@ def test_api_reads_no_config_unless_asked(
 def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
     """Each hop is looked up; nodes with other ideas of trust share no jump host."""
     config(
-        f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n ProxyJump gw1,gw2\n"
+        f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n "
+        "ProxyJump gw1,gw2\n"
     )
 
     async def main() -> None:
@@ -3834,7 +3990,8 @@ def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
             username=ME,
             port=sshd.port,
             host_keys="no",
-            proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 {sshd.port}",
+            proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 "
+            f"{sshd.port}",
         )
         assert await node.run("true") == 0
         (link,) = node._live.links if node._live else ()
@@ -3948,7 +4105,8 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
         for node in nodes:
             await node._apply_config()
         return [
-            f"{node._address} {' '.join(map(os.path.basename, node._host_config.paths('identityfile')))}"
+            f"{node._address} "
+            f"{' '.join(map(os.path.basename, node._host_config.paths('identityfile')))}"
             for node in nodes
         ]
 
@@ -3980,7 +4138,8 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             {},
             "HostKeyAlgorithms rsa-sha2-512",
             1,
-            "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in common?)",
+            "box: lost: dropped before login, 2 times, in the key exchange (no algorithm in "
+            "common?)",
         ),
         ({}, "PubkeyAuthentication no", 1, f"box: auth: login as {ME} refused, after 0 keys"),
         (
@@ -4008,13 +4167,15 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             {},
             "RevokedHostKeys {folder}/none",
             1,
-            "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public keys: no host is trusted",
+            "box: hostkey: RevokedHostKeys {folder}/none is not a readable list of public "
+            "keys: no host is trusted",
         ),
         (
             {},
             "RevokedHostKeys {folder}/krl",
             1,
-            "box: hostkey: RevokedHostKeys {folder}/krl is not a readable list of public keys: no host is trusted",
+            "box: hostkey: RevokedHostKeys {folder}/krl is not a readable list of public keys: "
+            "no host is trusted",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
@@ -4040,7 +4201,7 @@ def test_config_restricts_and_widens(
     more = more.replace("{folder}", str(sshd.folder))
     path = config(aliases(sshd, "box", more=more) + f"Host *\n User {ME}\n")
     done, _, err = program("-t", "box", "echo $SSH_CLIENT")
-    shown = apssh._fingerprint(sshd.key.get_algorithm(), sshd.key.public_data)
+    shown = fingerprint(sshd.key)
     if message.startswith("*"):
         assert done == code and re.fullmatch(message[1:], err[0]), err
     else:
@@ -11646,10 +11807,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
     locked, changed = make_sshd(AuthorizedKeysFile="/dev/null"), make_sshd()
     old = asyncssh.generate_private_key("ssh-ed25519").export_public_key().decode()
     (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{changed.port} {old}")
-    fingerprint = [
-        apssh._fingerprint("ssh-ed25519", key.public_data)
-        for key in (changed.key, asyncssh.import_public_key(old))
-    ]
+    shown = [fingerprint(key) for key in (changed.key, asyncssh.import_public_key(old))]
     refused, late = free_port(), "no connection within 4 s: "
 
     def says(data: bytes, *, endless: bool = False, closes: bool = False) -> Callable[..., Any]:
@@ -11682,7 +11840,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
                 f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
                 f"127.0.0.1:{changed.port}": (
                     "hostkey",
-                    f"HOST KEY CHANGED: it presents {fingerprint[0]}, known is {fingerprint[1]} in {home}/.ssh/known_hosts:1; "
+                    f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} in {home}/.ssh/known_hosts:1; "
                     f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
                     "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)",
                 ),
