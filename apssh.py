@@ -2472,6 +2472,9 @@ class _LocalFiles:
     async def makedirs(self, path: str, *, exist_ok: bool) -> None:
         os.makedirs(path, exist_ok=exist_ok)
 
+    async def rmtree(self, path: str, *, ignore_errors: bool) -> None:
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
     async def open(
         self, path: str, flags: int, attrs: asyncssh.SFTPAttrs, encoding: None, block_size: int
     ) -> _LocalFile:
@@ -3795,9 +3798,9 @@ class _Link:
     def drop(self) -> None:
         """Cut the connection at once, even when its event loop is gone."""
         self.client.lost = True
+        transport = vars(self.conn).get("_transport")
         with contextlib.suppress(RuntimeError):  # raised by a closed loop, which runs no callback
             self.conn.abort()
-        transport = vars(self.conn).get("_transport")
         sock = vars(transport).get("_sock") if isinstance(transport, asyncio.Transport) else None
         if self._loop.is_closed() and sock:
             # asyncio has no call to close a transport whose loop is gone, and it would warn when
@@ -3953,6 +3956,10 @@ class _Node(abc.ABC):
         """Close what is open."""
 
     @abc.abstractmethod
+    async def sftp_connect_lazy(self) -> _Files:
+        """Open what gives access to the files there, unless it is open."""
+
+    @abc.abstractmethod
     async def _session(
         self,
         command: str,
@@ -4009,6 +4016,79 @@ class _Node(abc.ABC):
     async def get_file_s(self, remotepaths: Any, localpath: str, **options: Any) -> None:
         """Copy remote files here, as the command Pull does."""
         await Pull(remotepaths, localpath, **options).co_run_remote(cast("SshNode", self))
+
+    async def mkdir(self, path: str) -> None:
+        """Make a folder there, parents included; one that exists is fine. ``~`` is the home.
+        Raises TransferError, ConnectionFailedError.
+        """
+        sftp = await self.sftp_connect_lazy()
+        with self._file_errors(path):
+            await sftp.makedirs(_there(sftp, path), exist_ok=True)
+
+    async def put_string_script(self, body: str, remotefile: str) -> None:
+        """Write a text into a file there that can be executed (mode 755). Raises TransferError,
+        ConnectionFailedError.
+        """
+        sftp = await self.sftp_connect_lazy()
+        await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
+
+    @contextlib.contextmanager
+    def _file_errors(self, place: str) -> Iterator[None]:
+        """What went wrong at a place over there, as an error of ours."""
+        try:
+            yield
+        except _LOST:
+            raise ConnectionFailedError(
+                f"connection lost at {escape(place)}", host=self.hostname
+            ) from None
+        except (asyncssh.SFTPError, OSError) as exc:
+            raise TransferError(f"{escape(place)}: {_reason(exc)}", host=self.hostname) from None
+
+    @contextlib.asynccontextmanager
+    async def _script_folder(
+        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
+    ) -> AsyncIterator[str]:
+        """A private folder there that holds these files, removed afterwards: its path.
+
+        It is called ``name``, unless there is one: hosts that share a home have one each.
+        ``for_others``: for another user than the login, who may not enter its home; in /tmp then,
+        under a name that nobody can guess nor list.
+        """
+        sftp = await self.sftp_connect_lazy()
+        hall = f"{await sftp.realpath(_there(sftp, '~'))}/{REMOTE_FOLDER}"
+        if for_others:
+            hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
+        with self._file_errors(hall):
+            folder = await self._make_private_folder(sftp, hall, name)
+        try:
+            async with _UnderWay(FILES_IN_FLIGHT) as writing:
+                for file, (data, mode) in files.items():
+                    mode |= 0o055 if for_others else 0
+                    copying = _Copy(self.hostname, StepRecord())
+                    await writing.start(copying.put, sftp, data, f"{folder}/{file}", mode)
+            if for_others:
+                for path, mode in ((folder, 0o755), (hall, 0o711)):
+                    await sftp.setstat(path, asyncssh.SFTPAttrs(permissions=mode))
+            yield folder
+        finally:
+            async with _in_short():
+                await sftp.rmtree(hall if for_others else folder, ignore_errors=True)
+
+    @staticmethod
+    async def _make_private_folder(sftp: _Files, hall: str, name: str) -> str:
+        """A new folder in a hall that is made if need be; its path."""
+        private = asyncssh.SFTPAttrs(permissions=0o700)
+        for last in (name, name, os.urandom(8).hex()):
+            try:
+                await sftp.mkdir(f"{hall}/{last}", private)
+                return f"{hall}/{last}"
+            except (asyncssh.SFTPNoSuchFile, FileNotFoundError):
+                # another job may make it at this moment
+                with contextlib.suppress(asyncssh.SFTPFailure, FileExistsError):
+                    await sftp.mkdir(hall, private)
+            except (asyncssh.SFTPFailure, FileExistsError):
+                continue  # the name is taken
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), hall)
 
     async def _execute(
         self,
@@ -4733,107 +4813,6 @@ class SshNode(_Node):
                 self.formatter.sftp_start(self.hostname)
                 return
 
-    # files
-
-    async def mkdir(self, path: str) -> None:
-        """Make a remote folder, parents included; one that exists is fine. Raises TransferError."""
-        sftp = await self.sftp_connect_lazy()
-        try:
-            await sftp.makedirs(_there(sftp, path), exist_ok=True)
-        except (asyncssh.SFTPError, OSError) as exc:
-            raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
-
-    async def put_string_script(self, body: str, remotefile: str) -> None:
-        """Write a text into a remote file that can be executed (mode 755). Raises TransferError."""
-        sftp = await self.sftp_connect_lazy()
-        await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
-
-    @contextlib.asynccontextmanager
-    async def _script_folder(
-        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
-    ) -> AsyncIterator[str]:
-        """A private folder of the host that holds these files, removed afterwards: its path.
-
-        It is called ``name``, unless there is one: hosts that share a home have one each.
-        ``for_others``: for another user than the login, who may not enter its home; in /tmp then,
-        under a name that nobody can guess nor list.
-        """
-        sftp = await self.sftp_connect_lazy()
-        made: list[str] = []
-        try:
-            yield await self._fill_script_folder(sftp, files, name, for_others, made)
-        finally:
-            with contextlib.suppress(asyncssh.Error, OSError, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    for folder in made:
-                        await sftp.rmtree(folder, ignore_errors=True)
-
-    async def _fill_script_folder(
-        self,
-        sftp: asyncssh.SFTPClient,
-        files: Mapping[str, tuple[bytes, int]],
-        name: str,
-        for_others: bool,
-        made: list[str],
-    ) -> str:
-        """Make the folder, which ``made`` then holds, and its files, all at once."""
-        place = f"~/{REMOTE_FOLDER}/{name}"
-        try:
-            if for_others:
-                place = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
-                await sftp.mkdir(place)
-                made.append(place)
-                folder = f"{place}/{os.urandom(8).hex()}"
-                await sftp.mkdir(folder)
-                await sftp.chmod(folder, 0o755)  # whatever the umask over there
-                await sftp.chmod(place, 0o711)
-            else:
-                folder = await self._make_script_folder(sftp, name)
-                made.append(folder)
-            allowed = 0o755 if for_others else 0o700
-            writes = [
-                self._write_private(sftp, f"{folder}/{file}", data, (mode | 0o055) & allowed)
-                for file, (data, mode) in files.items()
-            ]
-            for failure in await asyncio.gather(*writes, return_exceptions=True):
-                if failure:
-                    raise failure
-            return folder
-        except _LOST:
-            raise ConnectionFailedError(
-                f"connection lost while {place} was made", host=self.hostname
-            ) from None
-        except (asyncssh.Error, OSError, ValueError) as exc:
-            raise TransferError(f"{place}: {_reason(exc)}", host=self.hostname) from None
-
-    async def _make_script_folder(self, sftp: asyncssh.SFTPClient, name: str) -> str:
-        """Make the folder; its absolute path, for SFTP may begin elsewhere (internal-sftp -d)."""
-        top = f"{await sftp.realpath('.')}/{REMOTE_FOLDER}"
-        private = asyncssh.SFTPAttrs(permissions=0o700)
-        for folder in (f"{top}/{name}", f"{top}/{name}", f"{top}/{os.urandom(8).hex()}"):
-            try:
-                await sftp.mkdir(folder, private)
-                return folder
-            except asyncssh.SFTPNoSuchFile:
-                with contextlib.suppress(asyncssh.SFTPFailure):  # another job has just made it
-                    await sftp.mkdir(top, private)
-            except asyncssh.SFTPFailure:  # it is there
-                continue
-        raise TransferError("cannot be made", host=self.hostname)
-
-    @staticmethod
-    async def _write_private(sftp: asyncssh.SFTPClient, path: str, data: bytes, mode: int) -> None:
-        opened = await sftp.open(
-            path,
-            asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL,
-            asyncssh.SFTPAttrs(permissions=mode),
-            encoding=None,
-        )
-        async with _closing(opened) as file:
-            await file.write(data, 0)
-            if mode & 0o004:
-                await sftp.chmod(path, mode)  # whatever the umask over there
-
 
 class _SftpOpener:
     """A connection as asyncssh's start_sftp_client sees it.
@@ -5024,19 +5003,6 @@ class LocalNode(_Node):
         """No hop: 0."""
         return 0
 
-    async def mkdir(self, path: str) -> None:
-        """Make a folder, parents included; one that exists is fine."""
-        sftp = await self.sftp_connect_lazy()
-        try:
-            await sftp.makedirs(_there(sftp, path), exist_ok=True)
-        except OSError as exc:
-            raise TransferError(f"{escape(path)}: {_reason(exc)}", host=self.hostname) from None
-
-    async def put_string_script(self, body: str, remotefile: str) -> None:
-        """Write a text into a file that can be executed (mode 755). Raises TransferError."""
-        sftp = await self.sftp_connect_lazy()
-        await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
-
     async def _session(
         self,
         command: str,
@@ -5096,26 +5062,6 @@ class LocalNode(_Node):
             raise session.error
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
-
-    @contextlib.asynccontextmanager
-    async def _script_folder(
-        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
-    ) -> AsyncIterator[str]:
-        """A private folder below the home, removed afterwards."""
-        top = Path("~", REMOTE_FOLDER).expanduser()
-        try:
-            top.mkdir(mode=0o700, parents=True, exist_ok=True)
-            made = tempfile.TemporaryDirectory(
-                dir=top, prefix=f"{name}-", ignore_cleanup_errors=True
-            )
-        except OSError as exc:
-            raise TransferError(f"{top}: {_reason(exc)}", host=self.hostname) from None
-        with made as folder:
-            for file, (data, mode) in files.items():
-                path = Path(folder, file)
-                path.write_bytes(data)
-                path.chmod(mode & 0o700)
-            yield folder
 
 
 # --------------------------------------------------------------------------------------------------
