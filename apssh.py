@@ -674,12 +674,12 @@ class _LineSink:
 
     def data(self, data: bytes, datatype: int | None) -> None:
         if lines := (self._err if datatype else self._out).feed(data):
-            self._formatter._chunk(self._endpoint, lines, datatype)
+            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
 
     def end(self) -> None:
         for lines, datatype in ((self._out, None), (self._err, EXTENDED_DATA_STDERR)):
             if rest := lines.end():
-                self._formatter._chunk(self._endpoint, rest, datatype)
+                self._formatter.endpoint_lines(self._endpoint, rest, datatype)
 
 
 class _HeldSink:
@@ -721,7 +721,8 @@ _FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
 class Formatter:
     """Shows what hosts print, and (with ``verbose``) what happens to connections.
 
-    Subclasses may redefine ``line``, and any of the events. ``custom_format`` is a template of
+    Subclasses may redefine ``line``, and any of the events; the methods whose names speak of
+    endpoints (user, host, port) are how nodes reach a formatter. ``custom_format`` is a template of
     strftime's fields and ``{time}`` (%H-%M-%S), ``{host}`` (short name), ``{fqdn}``, ``{user}``
     (``user@``), ``{line}``, ``{linenl}``, ``{nl}``; an unknown field raises UsageError. Text from a
     host is never read as a template.
@@ -816,7 +817,7 @@ class Formatter:
         if self.verbose or hostname in self._verbose_hosts:
             _screen.say(f"{escape(hostname)}: {escape(text)}")
 
-    def _node_added(
+    def add_endpoint(
         self, endpoint: Endpoint, verbose: bool, before: Endpoint | None = None
     ) -> None:
         """Columns and file names are chosen among the nodes that share this formatter; ``before``:
@@ -831,20 +832,20 @@ class Formatter:
             self._endpoints[endpoint] = None
             self._parts.clear()
 
-    def _name(self, endpoint: Endpoint) -> str:
+    def endpoint_name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
         if endpoint not in self._names:
             self._names = _distinct_names(self._endpoints, self._names)
         return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
-    def _sink(self, endpoint: Endpoint) -> _Sink:
+    def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         """Where one command's output goes: by default whole lines, to this formatter."""
         return _LineSink(self, endpoint)
 
-    def _started(self, endpoint: Endpoint) -> None:
+    def endpoint_started(self, endpoint: Endpoint) -> None:
         """A command is about to run there."""
 
-    def _chunk(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
+    def endpoint_lines(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
         """Whole lines of one stream; a subclass that redefines ``line`` gets them one by one."""
         if type(self).line is Formatter.line:
             self._write(endpoint, self._render(endpoint, lines), datatype)
@@ -877,7 +878,7 @@ class Formatter:
         whether it tells time.
         """
         user, fqdn, _ = endpoint
-        name = self._name(endpoint)
+        name = self.endpoint_name(endpoint)
         width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
         fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
         values = {
@@ -942,13 +943,13 @@ class SubdirFormatter(Formatter):
         self.run_name = Path(run_name)
         self._begun: set[Path] = set()
 
-    def _started(self, endpoint: Endpoint) -> None:
-        if (path := self.run_name / f"{self._name(endpoint)}.err") not in self._begun:
+    def endpoint_started(self, endpoint: Endpoint) -> None:
+        if (path := self.run_name / f"{self.endpoint_name(endpoint)}.err") not in self._begun:
             path.unlink(missing_ok=True)  # of another run
         self._write(endpoint, b"", None)
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
-        path = self.run_name / (self._name(endpoint) + (".err" if datatype else ""))
+        path = self.run_name / (self.endpoint_name(endpoint) + (".err" if datatype else ""))
         first = path not in self._begun
         if first:
             self._begun.add(path)
@@ -3607,7 +3608,7 @@ class _Node:
         self.verbose = verbose
         talk = bool(verbose or self.debug)
         self.formatter = HostFormatter(verbose=talk) if formatter is None else formatter
-        self.formatter._node_added(self._endpoint, verbose=talk)
+        self.formatter.add_endpoint(self._endpoint, verbose=talk)
 
     async def __aenter__(self) -> Self:
         await self.connect_lazy()
@@ -3658,7 +3659,7 @@ class _Node:
             raise UsageError(
                 "an empty command: it would open a shell that nobody talks to", host=self.hostname
             )
-        sink = sink or self.formatter._sink(self._endpoint)
+        sink = sink or self.formatter.endpoint_sink(self._endpoint)
         step.command = step.command or command
         try:
             try:
@@ -3686,7 +3687,7 @@ class _Node:
     @contextlib.contextmanager
     def _shown(self, command: str) -> Iterator[None]:
         """What the formatter hears of a session that is open."""
-        self.formatter._started(self._endpoint)
+        self.formatter.endpoint_started(self._endpoint)
         self._formatter_event("session_start", command)
         try:
             yield
@@ -4137,7 +4138,7 @@ class SshNode(_Node):
             if not self._username_given and not self._host_config.user:
                 self.username = getpass.getuser()  # as ssh
             self.port = self._host_config.port or 22 if self.port == 22 else self.port
-            self.formatter._node_added(self._endpoint, bool(self.verbose), before)
+            self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
             if self.timeout == CONNECT_TIMEOUT:
                 self.timeout = self._host_config.connect_timeout or CONNECT_TIMEOUT
             for index, hop in enumerate(
@@ -4826,7 +4827,7 @@ class _ShellCommand(AbstractCommand):
         options |= {
             name: value for name in ("x11", "env", "pty", "stdin") if (value := getattr(self, name))
         }
-        held = _HeldSink(node.formatter._sink(node._endpoint)) if self.capture else None
+        held = _HeldSink(node.formatter.endpoint_sink(node._endpoint)) if self.capture else None
         status: int | str = await node._execute(
             command, step, sink=held, timeout=timeout, **options
         )
@@ -6792,7 +6793,7 @@ class _HoldingFormatter(Formatter):
         super().__init__(None, verbose)
         self._held: dict[Endpoint, _HeldSink] = {}
 
-    def _sink(self, endpoint: Endpoint) -> _Sink:
+    def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         return self._held.setdefault(endpoint, _HeldSink())
 
     def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
@@ -6825,7 +6826,7 @@ async def _fan_out(
             node.hostname,
             node.username,
             node.port,
-            node.formatter._name(node._endpoint),
+            node.formatter.endpoint_name(node._endpoint),
             node._target,
             error="interrupted",
             kind="local",
@@ -7032,7 +7033,7 @@ async def co_pull(
 def _expand_path(path: str, node: SshNode) -> str:
     """``{host}``, ``{fqdn}`` and ``{user}`` in a path; they are file names, and lead nowhere else."""
     values = {
-        "host": node.formatter._name(node._endpoint),
+        "host": node.formatter.endpoint_name(node._endpoint),
         "fqdn": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
         "user": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
     }
@@ -7268,7 +7269,7 @@ class _Progress:
         self._handle: asyncio.TimerHandle | None = None
 
     def started(self, node: SshNode, step: StepRecord) -> None:
-        self._running[node.formatter._name(node._endpoint)] = step
+        self._running[node.formatter.endpoint_name(node._endpoint)] = step
         if self._active and not self._handle:
             self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
@@ -8226,7 +8227,7 @@ async def _run_scenario(options: argparse.Namespace) -> int:
         return 0
     for node in nodes.values():
         node.host_keys = options.host_keys or getattr(node, "host_keys", None)
-        node.formatter._node_added(node._endpoint, options.verbose)
+        node.formatter.add_endpoint(node._endpoint, options.verbose)
     hosts = [node for node in nodes.values() if isinstance(node, SshNode)]
     async with contextlib.AsyncExitStack() as stack:
         if options.demo:
@@ -8240,7 +8241,7 @@ async def _run_scenario(options: argparse.Namespace) -> int:
                 before = node._endpoint
                 node._address, node.port, node.username = other._address, other.port, other.username
                 node.keys, node.known_hosts = other.keys, other.known_hosts
-                node.formatter._node_added(node._endpoint, False, before)
+                node.formatter.add_endpoint(node._endpoint, False, before)
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
         try:
             with (

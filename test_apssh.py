@@ -620,11 +620,11 @@ def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> No
 def test_names_in_use_stay() -> None:
     formatter = apssh.HostFormatter()
     first, second, third = (("root", host, 22) for host in ("box.a", "box", "box.b"))
-    formatter._node_added(first, verbose=False)
-    assert formatter._name(first) == "box"
-    formatter._node_added(second, verbose=False)
-    formatter._node_added(third, verbose=False)
-    assert [formatter._name(each) for each in (first, second, third)] == [
+    formatter.add_endpoint(first, verbose=False)
+    assert formatter.endpoint_name(first) == "box"
+    formatter.add_endpoint(second, verbose=False)
+    formatter.add_endpoint(third, verbose=False)
+    assert [formatter.endpoint_name(each) for each in (first, second, third)] == [
         "box",
         "root@box",
         "box.b",
@@ -640,7 +640,7 @@ BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
 
 
 def rendered(formatter: apssh.Formatter, lines: bytes, endpoint: apssh.Endpoint = BOX) -> bytes:
-    formatter._node_added(endpoint, verbose=False)
+    formatter.add_endpoint(endpoint, verbose=False)
     return formatter._render(endpoint, lines)
 
 
@@ -681,8 +681,8 @@ def test_template_unknown_field() -> None:
 
 def test_columns_align() -> None:
     formatter = apssh.HostFormatter()
-    formatter._node_added(BOX, verbose=False)
-    formatter._node_added(("root", "longer-name", 22), verbose=False)
+    formatter.add_endpoint(BOX, verbose=False)
+    formatter.add_endpoint(("root", "longer-name", 22), verbose=False)
     assert rendered(formatter, b"a\n") == b"box1       :a\n"
     assert rendered(formatter, b"a\n", ("root", "longer-name", 22)) == b"longer-name:a\n"
 
@@ -691,8 +691,8 @@ def sunk(
     formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]
 ) -> tuple[bytes, bytes]:
     """What a command's chunks become on stdout and stderr."""
-    formatter._node_added(BOX, verbose=False)
-    sink = formatter._sink(BOX)
+    formatter.add_endpoint(BOX, verbose=False)
+    sink = formatter.endpoint_sink(BOX)
     for data, datatype in pieces:
         sink.data(data, datatype)
     sink.end()
@@ -749,8 +749,8 @@ def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
 
 def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
-    formatter._node_added(BOX, verbose=False)
-    formatter._started(BOX)
+    formatter.add_endpoint(BOX, verbose=False)
+    formatter.endpoint_started(BOX)
     assert (tmp_path / "run" / "box1").read_bytes() == b""
     assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e", 1), (b"b", None)) == (b"", b"")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {
@@ -822,7 +822,7 @@ def test_subclass_with_a_constructor_of_its_own() -> None:
             pass
 
     formatter = Mine()
-    formatter._chunk(BOX, b"out\n", None)
+    formatter.endpoint_lines(BOX, b"out\n", None)
     assert formatter.get_capture() == "out\n"
 
 
@@ -833,9 +833,9 @@ def test_line_of_two_users_on_a_host(capfd: Any) -> None:
 
     formatter, users = Loud(), [("root", "box", 22), ("tester", "box", 22)]
     for endpoint in users:
-        formatter._node_added(endpoint, False)
+        formatter.add_endpoint(endpoint, False)
     for endpoint in users:
-        formatter._chunk(endpoint, b"hello\n", None)
+        formatter.endpoint_lines(endpoint, b"hello\n", None)
     assert capfd.readouterr().out == "root@box  :HELLO\ntester@box:HELLO\n"
 
 
@@ -5563,7 +5563,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     endpoints = [("root", taken, 22), ("root", f"{taken}.err", 22)]
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
-        formatter._node_added(endpoint, verbose=False)
+        formatter.add_endpoint(endpoint, verbose=False)
     marks = apssh._Marks(tmp_path / "run")
     for endpoint in endpoints:
         formatter._write(endpoint, b"out\n", None)
@@ -5574,7 +5574,7 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
                     endpoint[1],
                     "root",
                     22,
-                    formatter._name(endpoint),
+                    formatter.endpoint_name(endpoint),
                     endpoint[1],
                     status=0,
                     error=error,
@@ -6857,7 +6857,7 @@ def test_step_and_formatter_without_their_base_constructors(node: Any, capfd: An
             print(line.upper(), end="")
 
     node.formatter = formatter = Shouts()
-    formatter._node_added(node._endpoint, False)
+    formatter.add_endpoint(node._endpoint, False)
     scheduler = Scheduler(SshJob(node, command=Says("hello")))
     assert scheduler.run()
     apssh.close_ssh_in_scheduler(scheduler)
