@@ -88,7 +88,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Self, TextIO, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -583,19 +583,20 @@ class _Screen:
     """
 
     def __init__(self) -> None:
-        self.progress = ""
-        self.out: Any = None  # the standard output, while others' prints are sent elsewhere
+        self.colour = "auto"  # or always, never
+        self.out: TextIO | None = None  # standard output, while others' prints are sent elsewhere
         self.closed = False  # nobody reads standard output any more
+        self._progress = ""
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
-        stream = sys.stderr if err else self.out or sys.stdout
+        stream = self._stream(err)
         if not raw and stream.isatty():
             data = _escape_bytes(data)
         self._erase()
-        binary = getattr(stream, "buffer", None)
+        binary: BinaryIO | None = getattr(stream, "buffer", None)
         try:
             if binary is None:  # a notebook, a StringIO
                 stream.write(data.decode("utf-8", "replace"))
@@ -610,21 +611,37 @@ class _Screen:
             raise
         if data and stream.isatty():
             self._mid_line = not data.endswith(b"\n")
-        if self.progress:
-            self.show(self.progress)
+        if self._progress:
+            self.show(self._progress)
 
     def say(self, text: str) -> None:
         """One message of apssh's own, on stderr."""
         with contextlib.suppress(OSError):  # whom could we tell?
             self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
 
+    def paint(self, text: str, code: str, *, err: bool = True) -> str:
+        """The text in a colour (a number of SGR), where a person looks who has not said no."""
+        return f"\x1b[{code}m{text}\x1b[0m" if self.paints(err=err) else text
+
+    def paints(self, *, err: bool) -> bool:
+        """Whether colour is wanted: --color says, else NO_COLOR, else whether it is a terminal."""
+        if self.colour == "auto":
+            return not os.environ.get("NO_COLOR") and self._stream(err).isatty()
+        return self.colour == "always"
+
     def show(self, progress: str) -> None:
         """Put this line at the bottom of the terminal (empty: take it away)."""
         self._erase()
-        self.progress, self._shown = progress, bool(progress) and not self._mid_line
+        self._progress = progress
+        self._shown = bool(progress) and not self._mid_line
         if self._shown:
             sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
+
+    def _stream(self, err: bool) -> TextIO:
+        if err:
+            return sys.stderr
+        return sys.stdout if self.out is None else self.out
 
     def _erase(self) -> None:
         if self._shown:
@@ -7240,7 +7257,8 @@ class _Gather:
         rule = "-" * min(len(header), 79)
         ending = b"" if text.endswith(b"\n") or not text else b"\n"
         _screen.write(
-            _paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending, err=err
+            _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending,
+            err=err,
         )
 
     @staticmethod
@@ -7298,18 +7316,6 @@ class _Progress:
         _screen.show("")
 
 
-def _paint(text: str, code: str, *, err: bool = True) -> str:
-    """Colour, where a person looks and has not said no (NO_COLOR, --color)."""
-    stream = sys.stderr if err else sys.stdout
-    wanted = {"always": True, "never": False}.get(
-        _colour[0], stream.isatty() and not os.environ.get("NO_COLOR")
-    )
-    return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
-
-
-_colour = ["auto"]
-
-
 def _summary(results: Sequence[Result]) -> list[str]:
     """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with
     folded names.
@@ -7325,7 +7331,7 @@ def _summary(results: Sequence[Result]) -> list[str]:
         "interrupted": interrupted,
     }
     parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
-    lines = [_paint(", ".join(parts), "32" if ok == len(results) else "31")]
+    lines = [_screen.paint(", ".join(parts), "32" if ok == len(results) else "31")]
     lines += [
         f"  {outcome}: {fold_names(names)} ({len(names)})"
         for outcome, names in sorted(groups.items())
@@ -7894,7 +7900,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     options, rest = (parser.parse_known_args if plain else parser.parse_known_intermixed_args)(argv)
     if rest:
         raise cast("_Parser", parser).unknown(rest[0])
-    _colour[0] = options.color
+    _screen.colour = options.color
     command = getattr(options, "command", [])
     if command and command[0] == "--":
         command.pop(0)
@@ -8122,7 +8128,9 @@ async def _work(
                 and result.error != "interrupted"
                 and not getattr(options, "json", False)
             ):
-                _screen.say(_paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31"))
+                _screen.say(
+                    _screen.paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31")
+                )
 
         try:
             await _fan_out(
@@ -8323,13 +8331,13 @@ def _conclude_scenario(
         state, error = _job_state(job)
         states.setdefault(renamed.get(state, state), []).append(name)
         if state == "failed":
-            _screen.say(_paint(f"{escape(name)}: {escape(error or state)}", "31"))
+            _screen.say(_screen.paint(f"{escape(name)}: {escape(error or state)}", "31"))
     ok = all(
         jobs[name].forever for state, members in states.items() if state != "ok" for name in members
     )
     if not options.quiet:
         _screen.say(
-            _paint(
+            _screen.paint(
                 ", ".join(f"{len(members)} {state}" for state, members in states.items()),
                 "32" if ok else "31",
             )
