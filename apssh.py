@@ -237,9 +237,10 @@ Endpoint = tuple[
 class ApsshError(Exception):
     """The root of all that apssh raises.
 
-    Attributes: ``message`` (the cause, one line), ``host`` (empty when no host is concerned),
-    ``kind`` (one of dns, refused, timeout, hostkey, auth, lost, signal, status, local), ``command``
-    and ``status`` (exit status, or the signal's name).
+    Attributes: ``message`` (the cause, one line); ``host`` (empty when no host is concerned);
+    ``kind``: dns, refused, timeout, hostkey, auth, lost, signal, status, interrupted, remote (a
+    file or a limit over there) or local (on this machine); ``command``; ``label`` (of the step, if
+    it has one); ``status`` (exit status, or the signal's name; None when there is none).
     """
 
     kind = "local"
@@ -251,15 +252,23 @@ class ApsshError(Exception):
         host: str = "",
         kind: str | None = None,
         command: str = "",
+        label: str = "",
         status: int | str | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.host, self.command, self.status = message, host, command, status
+        self.message = message
+        self.host = host
+        self.command = command
+        self.label = label
+        self.status = status
         if kind:
             self.kind = kind
 
     def __str__(self) -> str:
-        return f"{escape(self.host)}: {self.kind}: {self.message}" if self.host else self.message
+        before = [escape(self.host), self.kind] if self.host else []
+        if self.label:
+            before.append(escape(self.label))
+        return ": ".join([*before, self.message])
 
 
 class UsageError(ApsshError, ValueError):
@@ -267,7 +276,7 @@ class UsageError(ApsshError, ValueError):
 
 
 class ConnectionFailedError(ApsshError):
-    """A host could not be reached, or was lost; ``kind`` is dns, refused, timeout, hostkey, auth or
+    """A host could not be reached, or was lost: ``kind`` is dns, refused, timeout, hostkey, auth or
     lost.
     """
 
@@ -275,16 +284,16 @@ class ConnectionFailedError(ApsshError):
 
 
 class HostKeyError(ConnectionFailedError):
-    """The key that a host presented is not the one it must have (or, under policy yes, is not
-    known).
+    """The key that a host presented is not the one it must have, or is revoked, or (under policy
+    yes) not known.
     """
 
     kind = "hostkey"
 
 
 class CommandFailedError(ApsshError):
-    """A command ended with a status that is not a success, or by a signal, or had to be ended (kind
-    timeout).
+    """A command ended with a status that is no success, or by a signal, or had to be ended: ``kind``
+    is status, signal or timeout. The text names the step's label, if it has one.
     """
 
     kind = "status"
@@ -306,12 +315,12 @@ class ScenarioError(UsageError):
 # text: names, ranges and folding, control characters: pure functions
 # --------------------------------------------------------------------------------------------------
 
-# patterns are texts, for re to compile when they are first used: at import they would cost a tenth
-# of it
-# C0, C1, what has no width, bidi
+# Patterns are texts, for re to compile when they are first used: at import they would cost a tenth
+# of it. _CONTROLS: C0, C1, what has no width, bidi.
 _CONTROLS = r"\x00-\x08\x0a-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
 _NOT_SHOWN = f"[{_CONTROLS}]"
 _NOT_SHOWN_OUTPUT = r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]"
+_COLOUR_LEFT_ON = r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)"
 _PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
 _NOT_IN_FILE_NAME = rf"^[-.]|[\t/~{_CONTROLS}]"
 
@@ -326,22 +335,20 @@ def escape(text: str) -> str:
 
 def _escape_bytes(data: bytes) -> bytes:
     """Whole lines of a host's output, made harmless for a terminal: newlines, tabs, colours and
-    UTF-8 text pass.
+    UTF-8 text pass; no colour runs on into the next line.
     """
-    if not data.translate(
-        None, _PLAIN_BYTES
-    ):  # ten times faster than a search, and true of most output
+    # true of most output, and ten times faster than a search
+    if not data.translate(None, _PLAIN_BYTES):
         return data
     text = re.sub(_NOT_SHOWN_OUTPUT, _visible, data.decode("utf-8", "surrogateescape"))
-    text = re.sub(
-        r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)", "\\1\x1b[0m", text
-    )  # no colour runs on into the next line
+    text = re.sub(_COLOUR_LEFT_ON, "\\1\x1b[0m", text)
     return text.encode("utf-8", "surrogateescape")
 
 
 def _visible(match: re.Match[str]) -> str:
-    char = chr(ord(match[0]) & 0xFF) if "\udc80" <= match[0] <= "\udcff" else match[0]
-    return "\n" if char == "\r\n" else ascii(char)[1:-1]
+    if match[0] == "\r\n":
+        return "\n"
+    return ascii(match[0])[1:-1].replace(r"\udc", r"\x")  # bytes that were not UTF-8
 
 
 def _brief(text: str, most: int = 80) -> str:
@@ -350,42 +357,45 @@ def _brief(text: str, most: int = 80) -> str:
 
 
 def _expand_ranges(text: str) -> list[str]:
-    """The names meant by ``node[01-20,25]``: brackets multiply, zeros are kept, an IPv6 address in
-    brackets stays.
+    """The names meant by ``node[01-20,25]`` or ``node[1-9/2]`` (each second): brackets multiply,
+    zeros are kept, an IPv6 address in brackets stays.
     """
     pieces = re.split(r"(\[[^][]*+\])", text)
     fixed = "".join(pieces[::2])
-    if "[" in fixed or "]" in fixed:
-        raise UsageError(
-            f"{_brief(text)}: brackets must be closed and not nested, as in node[01-20,25]"
-        )
-    if len(fixed) + len(pieces) > MAX_TARGET_TEXT:
-        raise UsageError(f"{_brief(text)}: too long for a target")
-    names = [pieces[0]]
-    for bracket, rest in zip(pieces[1::2], pieces[2::2], strict=True):
-        numbers = (
-            [bracket]
-            if ":" in bracket
-            else _expand_numbers(bracket, text, most=MAX_TARGETS // len(names))
-        )
-        names = [name + number + rest for name in names for number in numbers]
+    try:
+        if "[" in fixed or "]" in fixed:
+            raise UsageError("brackets must be closed and not nested, as in node[01-20,25]")
+        if len(fixed) + len(pieces) > MAX_TARGET_TEXT:
+            raise UsageError("too long for a target")
+        names = [pieces[0]]
+        for bracket, rest in zip(pieces[1::2], pieces[2::2], strict=True):
+            numbers = [bracket]
+            if ":" not in bracket:
+                numbers = _expand_numbers(bracket, most=MAX_TARGETS // len(names))
+            names = [name + number + rest for name, number in itertools.product(names, numbers)]
+    except UsageError as exc:
+        raise UsageError(f"{_brief(text)}: {exc}") from None
     return names
 
 
-def _expand_numbers(bracket: str, text: str, *, most: int) -> list[str]:
+_NUMBERS = r"([0-9]{1,18})(?:-([0-9]{1,18})(?:/([0-9]{1,18}))?)?"
+
+
+def _expand_numbers(bracket: str, *, most: int) -> list[str]:
     numbers: list[str] = []
     for item in bracket[1:-1].split(","):
-        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", item)
+        match = re.fullmatch(_NUMBERS, item)
         if not match:
-            raise UsageError(
-                f"{_brief(text)}: '{_brief(item)}' is not a number or a range such as 01-20"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise UsageError(f"{_brief(text)}: {item} runs backwards; write {match[2]}-{match[1]}")
-        if last - first >= most - len(numbers):
-            raise UsageError(f"{_brief(text)}: more than {MAX_TARGETS} names")
-        numbers += [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
+            raise UsageError(f"'{_brief(item)}' is not a number or a range such as 01-20")
+        first, last, step = match[1], match[2] or match[1], int(match[3] or 1)
+        if int(first) > int(last):
+            raise UsageError(f"{item} runs backwards; write {last}-{first}")
+        if step == 0:
+            raise UsageError(f"{item} never ends; a step is 1 or more")
+        found = range(int(first), int(last) + 1, step)
+        if len(found) > most - len(numbers):
+            raise UsageError(f"more than {MAX_TARGETS} names")
+        numbers += [str(number).zfill(len(first)) for number in found]
     return numbers
 
 
@@ -393,56 +403,76 @@ def fold_names(names: Iterable[str]) -> str:
     """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand
     as they are.
     """
-    rows = [
-        [name] if name.count(":") > 1 or "[" in name else re.split("([0-9]{1,18})", name)
-        for name in set(names)
-    ]
-    rows.sort(key=lambda row: (row[::2], [(int(digits), len(digits)) for digits in row[1::2]]))
-    folded: list[str] = []
-    for texts, group in itertools.groupby(rows, key=lambda row: row[::2]):
-        alike = list(group)
-        for place in reversed(
-            range(1, 2 * len(texts) - 1, 2)
-        ):  # from the last number on: racks [1-2] of nodes [1-30]
-            cuts = [((row[:place], row[place + 1 :]), row[place]) for row in alike]
-            alike = [
-                [*left, _fold_numbers([number for _, number in run]), *right]
-                for (left, right), run in itertools.groupby(cuts, key=lambda cut: cut[0])
-            ]
-        folded += map("".join, alike)
-    return ",".join(folded)
+    rows = sorted(
+        map(_cut_at_numbers, set(names)),
+        key=lambda row: (row[::2], [(int(digits), len(digits)) for digits in row[1::2]]),
+    )
+    # from the last number on, so that racks [1-2] of nodes [1-30] come out; a row without a number
+    # at this place stays as it is
+    for place in reversed(range(1, max(map(len, rows), default=0), 2)):
+        alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        for row in rows:
+            around = row[:place], row[place + 1 :]
+            alike.setdefault(around, []).extend(row[place : place + 1])
+        rows = [(*left, _fold_numbers(numbers), *right) for (left, right), numbers in alike.items()]
+    return ",".join(map("".join, rows))
 
 
-def _fold_numbers(numbers: list[str]) -> str:
+def _cut_at_numbers(name: str) -> tuple[str, ...]:
+    """Text, number, text, ..., text."""
+    if name.count(":") > 1 or "[" in name:
+        return (name,)
+    return tuple(re.split("([0-9]{1,18})", name))
+
+
+def _fold_numbers(numbers: Sequence[str]) -> str:
     """``01 02 03 07`` as ``[01-03,07]``; a run goes on only where expanding gives these very
-    digits.
+    digits. One number, or none, stands as it is.
     """
+    if len(numbers) < 2:
+        return "".join(numbers)
     runs: list[list[str]] = []
     for digits in numbers:
         if runs and digits == str(int(runs[-1][-1]) + 1).zfill(len(runs[-1][0])):
             runs[-1][1:] = [digits]
         else:
             runs.append([digits])
-    return numbers[0] if len(numbers) == 1 else f"[{','.join(map('-'.join, runs))}]"
+    return f"[{','.join(map('-'.join, runs))}]"
+
+
+def _is_address(host: str) -> bool:
+    """Whether a host is named by its IP address: no name's last label is a number (RFC 1123)."""
+    return ":" in host or host.rpartition(".")[2].isdecimal()
 
 
 def _short_name(host: str) -> str:
     """Up to the first dot; an IP address stays whole."""
-    return (
-        host
-        if ":" in host or host.rpartition(".")[2].isdecimal()
-        else host.partition(".")[0] or host
-    )
+    return host if _is_address(host) else host.partition(".")[0] or host
 
 
 def _endpoint_text(host: str, user: str | None = None, port: int | None = None) -> str:
-    address = host if port is None else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = host
+    if port is not None:
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return f"{user}@{address}" if user else address
 
 
+# What may be said of an endpoint besides its short name, the shortest first.
+_NAME_FORMS = (
+    "",
+    "domain",
+    "user",
+    "port",
+    "user domain",
+    "domain port",
+    "user port",
+    "user domain port",
+)
+
+
 def _file_name(endpoint: Endpoint, form: str) -> str:
-    """One name of an endpoint, as one visible file name of at most 200 bytes; ``~`` is kept for
-    numbers.
+    """The name of an endpoint in this form, as one visible file name of at most 200 bytes; ``~`` is
+    kept for numbers, and the names that -o and -m give to other things for them.
     """
     user, host, port = endpoint
     text = _endpoint_text(
@@ -451,46 +481,39 @@ def _file_name(endpoint: Endpoint, form: str) -> str:
         port if "port" in form else None,
     )
     name = re.sub(_NOT_IN_FILE_NAME, "_", text or "_").encode()[:200].decode("utf-8", "ignore")
-    return (
-        f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name
-    )  # these are names of -m and -o themselves
+    return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name
 
 
 def _distinct_names(
     endpoints: Collection[Endpoint], used: Mapping[Endpoint, str]
 ) -> dict[Endpoint, str]:
     """For each endpoint the shortest text that no other has, even where case is ignored, made safe
-    as a file's name; names in use stay.
+    as a file's name; names in use stay. Hosts that differ by case alone are one.
     """
+    named: dict[Endpoint, Endpoint] = {}
+    for endpoint in (*used, *endpoints):
+        named.setdefault(_caseless(endpoint), endpoint)
     names = dict(used)
     taken = {name.casefold() for name in used.values()}
-    for form in (
-        "",
-        "domain",
-        "user",
-        "port",
-        "user domain",
-        "domain port",
-        "user port",
-        "user domain port",
-    ):
-        texts = {endpoint: _file_name(endpoint, form) for endpoint in endpoints}
-        counts = collections.Counter(text.casefold() for text in texts.values())
+    for form in _NAME_FORMS:
+        texts = {endpoint: _file_name(endpoint, form) for endpoint in named.values()}
+        counts = collections.Counter(map(str.casefold, texts.values()))
         for endpoint, text in texts.items():
-            if (
-                endpoint not in names
-                and counts[text.casefold()] == 1
-                and text.casefold() not in taken
-            ):
+            alike = text.casefold()
+            if endpoint not in names and counts[alike] == 1 and alike not in taken:
                 names[endpoint] = text
-                taken.add(text.casefold())
-        if len(names) == len(texts):
+                taken.add(alike)
+        if len(names) == len(named):
             break
-    for number, (endpoint, text) in enumerate(
-        texts.items(), 1
-    ):  # these differ by case or by refused characters only
+    # those left differ by refused characters, or by the case of a user, only
+    for number, (endpoint, text) in enumerate(texts.items(), 1):
         names.setdefault(endpoint, f"{text}~{number}")
-    return names
+    return {endpoint: names[named[_caseless(endpoint)]] for endpoint in endpoints}
+
+
+def _caseless(endpoint: Endpoint) -> Endpoint:
+    user, host, port = endpoint
+    return user, host.lower(), port
 
 
 def _write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -515,14 +538,16 @@ _HOST = r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.
 
 
 def _is_host(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return len(text) < 254 and bool(
-            re.fullmatch(_HOST, text) and (":" not in text or ipaddress.IPv6Address(text))
-        )
-    return False
+    if len(text) > 253 or not re.fullmatch(_HOST, text):
+        return False
+    try:
+        return ":" not in text or bool(ipaddress.IPv6Address(text))
+    except ValueError:
+        return False
 
 
-_USER = rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}]+(?<!\\)"  # what OpenSSH takes since 9.6
+# What OpenSSH takes since 9.6, less what would read as something else in a list of targets.
+_USER = rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}\[\],#→]+(?<!\\)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -538,34 +563,44 @@ class Hop:
 
 
 def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
+    """One hop of a target; ``login`` and ``port`` are for what it does not say."""
     user, at, address = text.rpartition("@")
-    has_port = address[-1:] != "]" and (
-        address[:1] == "[" or address.count(":") == 1
-    )  # more colons: an IPv6 address
-    host, colon, digits = address.rpartition(":") if has_port else (address, "", "")
-    host = host.removeprefix("[").removesuffix("]")
-    name = user if at else login
+    host, colon, digits = address, "", ""
+    # with more than one colon it is an IPv6 address, whose port comes after brackets
+    if not address.endswith("]") and (address.startswith("[") or address.count(":") == 1):
+        host, colon, digits = address.rpartition(":")
     if colon:
         port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
-    for wrong, problem in (
-        (not host, "a host is missing"),
-        (not _is_host(host), f"'{_brief(host)}' is not a host name or an address"),
-        (
-            name is not None and not re.fullmatch(_USER, name),
-            f"'{_brief(name or '')}' is not a user name",
-        ),
-        (port is not None and not 0 < port < 65536, "a port is a number from 1 to 65535"),
-    ):
-        if wrong:
-            raise UsageError(f"{_brief(target)}: {problem}")
-    return Hop(host, name, port)
+    hop = Hop(host.removeprefix("[").removesuffix("]"), user if at else login, port)
+    if problem := _problem(hop):
+        raise UsageError(f"{_brief(target)}: {problem}")
+    return hop
+
+
+def _problem(hop: Hop) -> str:
+    """Why this can be no hop, or nothing."""
+    if not hop.host:
+        return "a host is missing"
+    if re.fullmatch(r"\w[\w.-]*-", hop.host):
+        return "no name ends in '-'; quote 'gw->host'"
+    if hop.host.isdecimal():  # 10 would be 0.0.0.10
+        return "a bare number is no host; an address is written whole, as 10.0.0.10"
+    if not _is_host(hop.host):
+        return f"'{_brief(hop.host)}' is not a host name or an address"
+    if hop.user is not None and not re.fullmatch(_USER, hop.user):
+        return f"'{_brief(hop.user)}' is not a user name"
+    if hop.port is not None and not 0 < hop.port < 65536:
+        return "a port is a number from 1 to 65535"
+    return ""
 
 
 def _reason(exc: BaseException) -> str:
     """Why a file operation failed, in a few words."""
     if isinstance(exc, asyncssh.SFTPError):
         return _brief(exc.reason[:1].lower() + exc.reason[1:], 200)
-    return (exc.strerror or str(exc)).lower() if isinstance(exc, OSError) else escape(str(exc))
+    if isinstance(exc, OSError):
+        return (exc.strerror or str(exc)).lower()
+    return escape(str(exc))
 
 
 def _count(number: int, noun: str) -> str:

@@ -22,6 +22,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import posixpath
 import pty
 import pwd
@@ -511,6 +512,24 @@ def messages(completed: subprocess.CompletedProcess[bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "it broke"),
+        ({"host": "box"}, "box: local: it broke"),
+        ({"host": "box", "kind": "interrupted"}, "box: interrupted: it broke"),
+        ({"host": "box", "kind": "status", "label": "build"}, "box: status: build: it broke"),
+        ({"label": "a\nb"}, r"a\nb: it broke"),
+        ({"host": "\x1b[2J"}, r"\x1b[2J: local: it broke"),
+    ],
+    ids=["alone", "host", "kind", "label", "label-alone", "hostile"],
+)
+def test_error_is_one_line(options: dict[str, str], text: str) -> None:
+    error = ApsshError("it broke", **options)
+    assert str(error) == text
+    assert str(pickle.loads(pickle.dumps(error))) == text
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("plain é 名", "plain é 名"),
@@ -553,6 +572,9 @@ def test_escape_bytes(data: bytes, shown: bytes) -> None:
         ("node[1-3]", ["node1", "node2", "node3"]),
         ("n[08-11]", ["n08", "n09", "n10", "n11"]),
         ("n[1,3]", ["n1", "n3"]),
+        ("n[1-10/4]", ["n1", "n5", "n9"]),
+        ("n[01-10/9,12]", ["n01", "n10", "n12"]),
+        ("n[1-3/7]", ["n1"]),
         ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
         ("10.0.0.[1-2]", ["10.0.0.1", "10.0.0.2"]),
         ("[::1]:22", ["[::1]:22"]),
@@ -576,6 +598,8 @@ def test_ranges(text: str, names: list[str]) -> None:
         (["n9", "n10"], "n[9-10]"),
         (["a", "b", "a"], "a,b"),
         (["n098", "n099", "n100"], "n[098-100]"),
+        (["r1n1", "r2n1", "r2n2", "r3n1"], "r[1,3]n1,r2n[1-2]"),
+        (["root@n1", "root@n2"], "root@n[1-2]"),
         (["10.0.0.1", "10.0.0.2"], "10.0.0.[1-2]"),
         ([], ""),
     ],
@@ -606,7 +630,10 @@ def test_folding_is_the_inverse_of_ranges(names: set[str]) -> None:
         ([("root", "box1", 22), ("root", "box1", 2200)], ["box1:22", "box1:2200"]),
         ([("root", "10.0.0.1", 22), ("root", "10.0.0.2", 22)], ["10.0.0.1", "10.0.0.2"]),
         ([("root", "::1", 22)], ["::1"]),
-        ([("root", "Box", 22), ("root", "box", 22)], ["root@Box:22~1", "root@box:22~2"]),
+        ([("root", "Box", 22), ("root", "box", 22)], ["Box", "Box"]),
+        ([("root", "Box", 22), ("root", "box", 23)], ["Box:22", "box:23"]),
+        ([("Bob", "box", 22), ("bob", "box", 22)], ["Bob@box:22~1", "bob@box:22~2"]),
+        ([("root", "a/b", 22), ("root", "a~b", 22)], ["root@a_b:22~1", "root@a_b:22~2"]),
         ([("root", "../../etc/x", 22)], ["_._.._etc_x"]),
         ([("root", "a/b", 22)], ["a_b"]),
         ([("root", "-rf", 22)], ["_rf"]),
@@ -9273,6 +9300,7 @@ def test_order_of_options(argv: list[str], capfd: pytest.CaptureFixture[str]) ->
 
 BRACKETS = "brackets must be closed and not nested, as in node[01-20,25]"
 PORT = "a port is a number from 1 to 65535"
+NUMBER = "a bare number is no host; an address is written whole, as 10.0.0.10"
 NO_HOST = "is not a host name or an address"
 
 
@@ -9334,6 +9362,14 @@ NO_HOST = "is not a host name or an address"
         ("*", f"*: '*' {NO_HOST}"),
         ("!a", f"!a: '!a' {NO_HOST}"),
         ("-a", f"-a: '-a' {NO_HOST}"),
+        ("gw-", "gw-: no name ends in '-'; quote 'gw->host'"),
+        ("gw->web-", "gw->web-: no name ends in '-'; quote 'gw->host'"),
+        ("10", f"10: {NUMBER}"),
+        ("u@10:22", f"u@10:22: {NUMBER}"),
+        ("n1,[1-3]", f"1: {NUMBER}"),
+        ("１０", f"１０: {NUMBER}"),
+        ("a@b#c", f"a@b#c: 'b#c' {NO_HOST}"),
+        ("a#b@c", "a#b@c: 'a#b' is not a user name"),
         ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
         ("a..b", f"a..b: 'a..b' {NO_HOST}"),
         (".a", f".a: '.a' {NO_HOST}"),
@@ -9386,6 +9422,9 @@ def test_bad_targets(text: str, message: str, files: Path) -> None:
         ({"login": "two words"}, "a: 'two words' is not a user name"),
         ({"login": ""}, "a: '' is not a user name"),
         ({"login": "$(id)"}, "a: '$(id)' is not a user name"),
+        ({"login": "u[1-2]"}, "a: 'u[1-2]' is not a user name"),
+        ({"login": "a,b"}, "a: 'a,b' is not a user name"),
+        ({"login": "a→b"}, "a: 'a→b' is not a user name"),
         ({"port": 0}, f"a: {PORT}"),
         ({"exclude": ["a"]}, "no target: -x excludes them all"),
         ({"exclude": ["bad"]}, f"bad:3: b:99999: {PORT}"),
@@ -9449,7 +9488,11 @@ def test_bad_targets_of_the_program(
 
 
 LABEL = st.from_regex(r"[A-Za-z0-9_é][A-Za-z0-9_é-]{0,8}", fullmatch=True)
-NAME = st.lists(LABEL, min_size=1, max_size=3).map(".".join)
+NAME = (
+    st.lists(LABEL, min_size=1, max_size=3)
+    .map(".".join)
+    .filter(lambda name: not name.isdecimal() and not name.endswith("-"))
+)
 ADDRESS = NAME | st.ip_addresses().map(str) | st.builds("{}%{}".format, st.ip_addresses(v=6), LABEL)
 USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(
     lambda text: not text.startswith("-")
