@@ -88,7 +88,7 @@ from collections.abc import (
 )
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self, TextIO, TypeVar, cast
+from typing import Any, BinaryIO, ClassVar, Protocol, Self, TextIO, TypeVar, cast
 
 import asynciojobs
 import asyncssh
@@ -101,6 +101,7 @@ __all__ = [
     "ApsshError",
     "Capture",
     "CaptureFormatter",
+    "ColonFormatter",
     "CommandFailedError",
     "ConnectionFailedError",
     "Deferred",
@@ -123,6 +124,7 @@ __all__ = [
     "StepRecord",
     "SubdirFormatter",
     "TerminalFormatter",
+    "TimeColonFormatter",
     "TimeHostFormatter",
     "TransferError",
     "UndefinedVariableError",
@@ -615,12 +617,15 @@ def _count(number: int, noun: str) -> str:
 class _Screen:
     """Standard output and error, shared by all that writes to them, with at most one line of
     progress on a terminal.
+
+    Attributes: ``colour`` (auto, always or never); ``out``: the standard output, while others'
+    prints are sent elsewhere; ``closed``: nobody reads standard output any more.
     """
 
     def __init__(self) -> None:
-        self.colour = "auto"  # or always, never
-        self.out: TextIO | None = None  # standard output, while others' prints are sent elsewhere
-        self.closed = False  # nobody reads standard output any more
+        self.colour = "auto"
+        self.out: TextIO | None = None
+        self.closed = False
         self._progress = ""
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
@@ -628,23 +633,16 @@ class _Screen:
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
         stream = self._stream(err)
-        if not raw and stream.isatty():
+        terminal = stream.isatty()
+        if terminal and not raw:
             data = _escape_bytes(data)
         self._erase()
-        binary: BinaryIO | None = getattr(stream, "buffer", None)
         try:
-            if binary is None:  # a notebook, a StringIO
-                stream.write(data.decode("utf-8", "replace"))
-            else:
-                stream.flush()
-                rest = memoryview(data)
-                while rest:  # an unbuffered stream (python -u) may take a part
-                    rest = rest[binary.write(rest) or 0 :]
-            stream.flush()
+            self._write_all(stream, data)
         except BrokenPipeError:
             self.closed = self.closed or not err
             raise
-        if data and stream.isatty():
+        if data and terminal:
             self._mid_line = not data.endswith(b"\n")
         if self._progress:
             self.show(self._progress)
@@ -655,14 +653,13 @@ class _Screen:
             self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
 
     def paint(self, text: str, code: str, *, err: bool = True) -> str:
-        """The text in a colour (a number of SGR), where a person looks who has not said no."""
-        return f"\x1b[{code}m{text}\x1b[0m" if self.paints(err=err) else text
-
-    def paints(self, *, err: bool) -> bool:
-        """Whether colour is wanted: --color says, else NO_COLOR, else whether it is a terminal."""
+        """The text in a colour (a number of SGR) where colour is wanted: --color says, else
+        NO_COLOR, else whether the stream is a terminal.
+        """
+        wanted = self.colour == "always"
         if self.colour == "auto":
-            return not os.environ.get("NO_COLOR") and self._stream(err).isatty()
-        return self.colour == "always"
+            wanted = not os.environ.get("NO_COLOR") and self._stream(err).isatty()
+        return f"\x1b[{code}m{text}\x1b[0m" if wanted else text
 
     def show(self, progress: str) -> None:
         """Put this line at the bottom of the terminal (empty: take it away)."""
@@ -676,7 +673,19 @@ class _Screen:
     def _stream(self, err: bool) -> TextIO:
         if err:
             return sys.stderr
-        return sys.stdout if self.out is None else self.out
+        return self.out or sys.stdout
+
+    def _write_all(self, stream: TextIO, data: bytes) -> None:
+        """Bytes as they are; an unbuffered stream (python -u) may take a part only."""
+        binary: BinaryIO | None = getattr(stream, "buffer", None)
+        if binary is None:  # a notebook, a StringIO
+            stream.write(data.decode("utf-8", "replace"))
+        else:
+            stream.flush()
+            rest = memoryview(data)
+            while rest:
+                rest = rest[binary.write(rest) :]
+        stream.flush()
 
     def _erase(self) -> None:
         if self._shown:
@@ -688,33 +697,39 @@ class _Screen:
 _screen = _Screen()
 
 
+class _Sink(Protocol):
+    """Where the two streams of one command go, in the order they arrive."""
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        """What came, of stdout (None) or stderr (EXTENDED_DATA_STDERR)."""
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+
 class _Lines:
     """Cuts a stream into whole lines; holds at most LINE_LIMIT bytes."""
 
     def __init__(self, raw: bool) -> None:
-        self._pieces: list[bytes] = []
-        self._size = 0
+        self._rest = bytearray()
         self._raw = raw
 
     def feed(self, data: bytes) -> bytes:
         """The whole lines that are there now; the rest is kept."""
         cut = data.rfind(b"\n") + 1
         if cut:
-            self._pieces.append(data[:cut])
-            whole = b"".join(self._pieces)
-            self._pieces, self._size = (
-                ([data[cut:]], len(data) - cut) if cut < len(data) else ([], 0)
-            )
+            whole = b"".join((self._rest, data[:cut]))
+            self._rest = bytearray(data[cut:])
             return whole
-        self._pieces.append(data)
-        self._size += len(data)
-        return self.end() if self._size >= LINE_LIMIT else b""
+        self._rest += data
+        return self.end() if len(self._rest) >= LINE_LIMIT else b""
 
     def end(self) -> bytes:
         """What is left, made a line (raw: as it is)."""
-        rest = b"".join(self._pieces)
-        self._pieces, self._size = [], 0
-        return rest + b"\n" if rest and not self._raw else rest
+        if self._rest and not self._raw:
+            self._rest += b"\n"
+        rest, self._rest = bytes(self._rest), bytearray()
+        return rest
 
 
 class _LineSink:
@@ -722,16 +737,28 @@ class _LineSink:
 
     def __init__(self, formatter: Formatter, endpoint: Endpoint) -> None:
         self._formatter, self._endpoint = formatter, endpoint
-        self._out, self._err = _Lines(formatter.raw), _Lines(formatter.raw)
+        self._streams = {each: _Lines(formatter.raw) for each in (None, EXTENDED_DATA_STDERR)}
 
     def data(self, data: bytes, datatype: int | None) -> None:
-        if lines := (self._err if datatype else self._out).feed(data):
-            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
+        self._pass(self._streams[datatype].feed(data), datatype)
 
     def end(self) -> None:
-        for lines, datatype in ((self._out, None), (self._err, EXTENDED_DATA_STDERR)):
-            if rest := lines.end():
-                self._formatter.endpoint_lines(self._endpoint, rest, datatype)
+        for datatype, lines in self._streams.items():
+            self._pass(lines.end(), datatype)
+
+    def _pass(self, lines: bytes, datatype: int | None) -> None:
+        if lines:
+            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
+
+
+class _ScreenSink:
+    """Bytes as they come, unfinished lines too: for the one host that somebody talks to."""
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        _screen.write(data, err=datatype is not None, raw=True)
+
+    def end(self) -> None:
+        """Nothing is held."""
 
 
 class _HeldSink:
@@ -764,10 +791,12 @@ class _HeldSink:
         return b"".join(self.pieces[EXTENDED_DATA_STDERR])
 
 
-_Sink = _LineSink | _HeldSink  # where the two streams of one command go, in the order they arrive
-
 _FIELD = r"\{(\w+)\}"
 _FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
+
+# SGR codes of the host column: both are readable on dark and on light, differ for eyes that see no
+# red or green, and leave red to failures
+_HOST_COLOUR = {False: "36", True: "35"}  # cyan for stdout, magenta for stderr
 
 
 class Formatter:
@@ -785,20 +814,19 @@ class Formatter:
     raw = False
 
     verbose = False
-    _speaker: Endpoint = (
-        "",
-        "",
-        22,
-    )  # whose lines are being handed to ``line``, which is told no more than the host
+    # whether lines go to the screen, where host columns may be coloured
+    _on_screen = True
+    # whose lines are being handed to ``line``, which is told no more than the host
+    _speaker: Endpoint = ("", "", 22)
     _endpoints: dict[Endpoint, None]
     _verbose_hosts: set[str]
     _names: dict[Endpoint, str]
-    _parts: dict[Endpoint, tuple[list[str], bool]]
+    _columns: dict[Endpoint, dict[str, str]]
 
-    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+    def __new__(cls, *args: object, **keywords: object) -> Self:
         """State that a subclass has even when its constructor does not call this one's."""
         self = super().__new__(cls)
-        self._endpoints, self._verbose_hosts, self._names, self._parts = {}, set(), {}, {}
+        self._endpoints, self._verbose_hosts, self._names, self._columns = {}, set(), {}, {}
         return self
 
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
@@ -851,29 +879,23 @@ class Formatter:
         Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it
         with another text.
         """
-        endpoint = next(
-            (each for each in (self._speaker, *self._endpoints) if each[1] == hostname),
-            ("", hostname, 22),
-        )
-        self._write(
-            endpoint, self._render(endpoint, line.encode("utf-8", "surrogateescape")), datatype
-        )
+        endpoint = self._speaker
+        if endpoint[1] != hostname:
+            known = (each for each in self._endpoints if each[1] == hostname)
+            endpoint = next(known, ("", hostname, 22))
+        self._show(endpoint, line.encode("utf-8", "surrogateescape"), datatype)
 
     def stderr_line(self, line: str, hostname: str) -> None:
         """One line of apssh's own about a host."""
         self.line(line, EXTENDED_DATA_STDERR, hostname)
 
-    # inside
-
-    def _event(self, hostname: str, text: str) -> None:
-        if self.verbose or hostname in self._verbose_hosts:
-            _screen.say(f"{escape(hostname)}: {escape(text)}")
+    # what nodes tell and ask; an endpoint is (user, host, port)
 
     def add_endpoint(
-        self, endpoint: Endpoint, verbose: bool, before: Endpoint | None = None
+        self, endpoint: Endpoint, verbose: bool = False, before: Endpoint | None = None
     ) -> None:
-        """Columns and file names are chosen among the nodes that share this formatter; ``before``:
-        what this one was until now.
+        """A node that shares this formatter: names and columns are chosen among them. ``verbose``:
+        its events are shown; ``before``: what this node was until now.
         """
         if verbose:
             self._verbose_hosts.add(endpoint[1])
@@ -882,7 +904,7 @@ class Formatter:
             self._names.pop(before, None)
         if endpoint not in self._endpoints:
             self._endpoints[endpoint] = None
-            self._parts.clear()
+            self._columns.clear()
 
     def endpoint_name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
@@ -900,62 +922,69 @@ class Formatter:
     def endpoint_lines(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
         """Whole lines of one stream; a subclass that redefines ``line`` gets them one by one."""
         if type(self).line is Formatter.line:
-            self._write(endpoint, self._render(endpoint, lines), datatype)
-        else:
-            self._speaker = endpoint
-            try:
-                for line in io.BytesIO(lines):
-                    self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
-            finally:
-                self._speaker = Formatter._speaker
+            self._show(endpoint, lines, datatype)
+            return
+        self._speaker = endpoint
+        try:
+            for line in io.BytesIO(lines):
+                self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
+        finally:
+            self._speaker = Formatter._speaker
 
-    def _render(self, endpoint: Endpoint, lines: bytes) -> bytes:
-        """Each line put in the template: one ``replace`` a chunk, since a call a line would cost
-        ten times more.
-        """
-        if endpoint not in self._parts:
-            self._parts[endpoint] = self._template(endpoint)
-        parts, timed = self._parts[endpoint]
-        now = time.localtime() if timed else None
-        text = [os.fsencode(time.strftime(part, now) if now else part) for part in parts]
-        if len(text) != 2:
-            return b"".join(line.rstrip(b"\n").join(text) for line in io.BytesIO(lines))
-        head, tail = text
-        if not head and tail == b"\n":
-            return lines
-        return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
+    # inside
 
-    def _template(self, endpoint: Endpoint) -> tuple[list[str], bool]:
-        """The template for one endpoint: texts (strftime still to come) to put the line between;
-        whether it tells time.
-        """
-        user, fqdn, _ = endpoint
-        name = self.endpoint_name(endpoint)
-        width = max((len(self._names.get(each, "")) for each in self._endpoints), default=0)
-        fqdn_width = max((len(each[1]) for each in self._endpoints), default=0)
-        values = {
-            "host": name.ljust(width),
-            "fqdn": fqdn.ljust(fqdn_width),
-            "user": f"{user}@" if user else "",
-            "nl": "\n",
-        }
-        timed = "%" in self.custom_format or "{time}" in self.custom_format
-        values = {
-            field: value.replace("%", "%%" if timed else "%") for field, value in values.items()
-        }
-        values |= {
-            "time": "%H-%M-%S",
-            "line": "\udfff",
-            "linenl": "\udfff\n",
-        }  # a character that no text can hold
-        text = re.sub(_FIELD, lambda match: values.get(match[1], match[0]), self.custom_format)
-        return (text if text.endswith("\n") else f"{text}\n").split(
-            "\udfff"
-        ), timed  # lines of two hosts never share one
+    def _event(self, hostname: str, text: str) -> None:
+        if self.verbose or hostname in self._verbose_hosts:
+            _screen.say(f"{escape(hostname)}: {escape(text)}")
+
+    def _show(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
+        self._write(endpoint, self._render(endpoint, lines, datatype), datatype)
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         """Rendered lines on their way out."""
         _screen.write(data, err=datatype is not None, raw=self.raw)
+
+    # The template is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
+    # call a line would cost ten times more. It is cut where the line goes before anything is filled
+    # in, and strftime sees nothing but the format itself: no text of a host is read as a template.
+    def _render(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> bytes:
+        """Each line put in the format; what follows the last one ends with a newline, since lines
+        of two hosts never share one.
+        """
+        form = self.custom_format.replace("{time}", "%H-%M-%S").replace("{linenl}", "{line}{nl}")
+        if "%" in form:
+            form = time.strftime(form)
+        if not form.endswith(("{nl}", "\n")):
+            form += "{nl}"
+        fields = self._fields(endpoint)
+
+        def fill(match: re.Match[str]) -> str:
+            value = fields.get(match[1], match[0])
+            if match[1] not in ("host", "fqdn") or not self._on_screen:
+                return value
+            err = datatype is not None
+            return _screen.paint(value, _HOST_COLOUR[err], err=err)
+
+        parts = [os.fsencode(re.sub(_FIELD, fill, part)) for part in form.split("{line}")]
+        if len(parts) != 2:
+            return b"".join(line.rstrip(b"\n").join(parts) for line in io.BytesIO(lines))
+        head, tail = parts
+        if not head and tail == b"\n":
+            return lines
+        return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
+
+    def _fields(self, endpoint: Endpoint) -> dict[str, str]:
+        """What the format may say of an endpoint, as wide as the widest of all."""
+        if endpoint not in self._columns:
+            user, fqdn, _ = endpoint
+            name = self.endpoint_name(endpoint)
+            self._columns[endpoint] = {
+                "host": name.ljust(max(map(len, self._names.values()), default=0)),
+                "fqdn": fqdn.ljust(max((len(each[1]) for each in self._endpoints), default=0)),
+                "user": f"{user}@" if user else "",
+                "nl": "\n",
+            }
+        return self._columns[endpoint]
 
 
 class TerminalFormatter(Formatter):
@@ -973,6 +1002,13 @@ class RawFormatter(Formatter):
     raw = True
 
 
+class _LiveFormatter(RawFormatter):
+    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too."""
+
+    def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
+        return _ScreenSink()
+
+
 class HostFormatter(Formatter):
     """Each line after the name of its host."""
 
@@ -985,10 +1021,17 @@ class TimeHostFormatter(Formatter):
     custom_format = "{time}:{host}:{linenl}"
 
 
+# older names, in published tutorials
+ColonFormatter = HostFormatter
+TimeColonFormatter = TimeHostFormatter
+
+
 class SubdirFormatter(Formatter):
     """Files instead of a terminal: ``<run_name>/<hostname>`` for stdout, ``<hostname>.err`` for
     stderr (if any).
     """
+
+    _on_screen = False
 
     def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
         super().__init__(None, verbose)
@@ -996,21 +1039,22 @@ class SubdirFormatter(Formatter):
         self._begun: set[Path] = set()
 
     def endpoint_started(self, endpoint: Endpoint) -> None:
-        if (path := self.run_name / f"{self.endpoint_name(endpoint)}.err") not in self._begun:
-            path.unlink(missing_ok=True)  # of another run
+        errors = self._path(endpoint, EXTENDED_DATA_STDERR)
+        if errors not in self._begun:
+            errors.unlink(missing_ok=True)  # of another run
         self._write(endpoint, b"", None)
 
+    def _path(self, endpoint: Endpoint, datatype: int | None) -> Path:
+        return self.run_name / (self.endpoint_name(endpoint) + (".err" if datatype else ""))
+
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
-        path = self.run_name / (self.endpoint_name(endpoint) + (".err" if datatype else ""))
-        first = path not in self._begun
-        if first:
+        path = self._path(endpoint, datatype)
+        begin = os.O_APPEND
+        if path not in self._begun:
             self._begun.add(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(
-            path,
-            os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_TRUNC if first else os.O_APPEND),
-            0o666,
-        )
+            begin = os.O_TRUNC
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | begin, 0o666)
         with open(fd, "ab") as file:
             file.write(data)
 
@@ -1018,7 +1062,9 @@ class SubdirFormatter(Formatter):
 class CaptureFormatter(Formatter):
     """Holds stdout, at most CAPTURE_LIMIT bytes; stderr is shown. Captures from its creation."""
 
-    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+    _on_screen = False
+
+    def __new__(cls, *args: object, **keywords: object) -> Self:
         self = super().__new__(cls)
         self.start_capture()
         return self

@@ -668,7 +668,7 @@ BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
 
 def rendered(formatter: apssh.Formatter, lines: bytes, endpoint: apssh.Endpoint = BOX) -> bytes:
     formatter.add_endpoint(endpoint, verbose=False)
-    return formatter._render(endpoint, lines)
+    return formatter._render(endpoint, lines, None)
 
 
 @pytest.mark.parametrize(
@@ -706,6 +706,48 @@ def test_template_unknown_field() -> None:
     )
 
 
+def test_host_column_is_coloured(capfdbinary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differently for stderr; what a host sends is left as it is, and the column's width too."""
+    monkeypatch.setattr(apssh._screen, "colour", "always")
+    formatter = apssh.TerminalFormatter("{host} {fqdn} {user}{linenl}")
+    formatter.add_endpoint(("root", "longer-name", 22))
+    assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e\n", 1)) == (
+        b"\x1b[36mbox1       \x1b[0m \x1b[36mbox1.a.org \x1b[0m root@a\n",
+        b"\x1b[35mbox1       \x1b[0m \x1b[35mbox1.a.org \x1b[0m root@e\n",
+    )
+    assert sunk(apssh.RawFormatter(), capfdbinary, (b"a\n", None)) == (b"a\n", b"")
+
+
+def test_what_is_kept_is_not_coloured(
+    capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apssh._screen, "colour", "always")
+    capture, folder = apssh.CaptureFormatter("{host}:{linenl}"), apssh.SubdirFormatter(tmp_path)
+    folder.custom_format = "{host}:{linenl}"
+    for formatter in (capture, folder):
+        sunk(formatter, capfdbinary, (b"a\n", None))
+    assert capture.get_capture() == (tmp_path / "box1").read_text() == "box1:a\n"
+
+
+def test_colour_on_a_terminal_keeps_to_the_column(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = "printf 'one\\033[31m\\n'; echo two >&2"
+    code, seen = on_terminal("-F", "none", "-t", sshd.target, command)
+    assert (code, set(seen.split(b"\r\n"))) == (
+        0,
+        {
+            b"\x1b[36m127.0.0.1\x1b[0m:one\x1b[31m\x1b[0m",
+            b"\x1b[35m127.0.0.1\x1b[0m:two",
+            b"",
+        },
+    )
+    for argv, environment in ((["--color", "never"], ""), ([], "1")):
+        monkeypatch.setenv("NO_COLOR", environment)
+        _, seen = on_terminal("-F", "none", "-t", sshd.target, *argv, "echo two")
+        assert seen == b"127.0.0.1:two\r\n"
+
+
 def test_columns_align() -> None:
     formatter = apssh.HostFormatter()
     formatter.add_endpoint(BOX, verbose=False)
@@ -741,6 +783,15 @@ def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
         data,
         b"",
     )
+
+
+def test_unfinished_lines_of_the_one_host(capfdbinary: Any) -> None:
+    sink = apssh._LiveFormatter().endpoint_sink(BOX)
+    sink.data(b"Password: ", None)
+    sink.data(b"no\x1b[2J", 1)
+    assert capfdbinary.readouterr() == (b"Password: ", b"no\x1b[2J")
+    sink.end()
+    assert capfdbinary.readouterr() == (b"", b"")
 
 
 def test_long_line_is_cut(capfdbinary: Any) -> None:
@@ -876,6 +927,12 @@ def test_line_whatever_the_locale() -> None:
         env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     )
     assert done.stdout == "café".encode() + b"\xff\n"
+
+
+def test_older_names_of_formatters() -> None:
+    from apssh.formatters import ColonFormatter, TimeColonFormatter
+
+    assert (ColonFormatter, TimeColonFormatter) == (apssh.HostFormatter, apssh.TimeHostFormatter)
 
 
 def test_stderr_line(capfd: Any) -> None:
@@ -5639,7 +5696,7 @@ SHOWN = (
 def test_output_has_no_power_over_a_terminal(sshd: Sshd, capfdbinary: Any) -> None:
     """Shown escaped on a terminal; as it is with -r, and anywhere else."""
     (sshd.home / "f").write_text(POWER + "\n")
-    code, seen = on_terminal("-t", sshd.target, "cat f; sleep 0.3; cat f >&2")
+    code, seen = on_terminal("--color", "never", "-t", sshd.target, "cat f; sleep 0.3; cat f >&2")
     seen = re.sub(rb"\d/1 [^\r]*\r\x1b\[K", b"", seen)  # the line of progress, on a slow day
     assert (code, seen) == (0, (b"127.0.0.1:" + SHOWN + b"\r\n") * 2)
     code, seen = on_terminal("-t", sshd.target, "-r", "cat f; sleep 0.3; cat f >&2")
@@ -9848,7 +9905,7 @@ def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
     text = seen.decode()
     assert code == 0
     assert "0/1 done, 1 running: 127.0.0.1" in text
-    assert "\r\x1b[K127.0.0.1:shown" in text and text.endswith("\r\x1b[K")
+    assert "\r\x1b[K\x1b[36m127.0.0.1\x1b[0m:shown" in text and text.endswith("\r\x1b[K")
 
 
 def test_progress_wipes_no_line_that_is_not_ended(sshd: Sshd) -> None:
@@ -9873,7 +9930,9 @@ def test_no_progress(sshd: Sshd, options: list[str]) -> None:
 def test_log_of_the_library_is_lines_of_ours(sshd: Sshd) -> None:
     """With -D: escaped, and never in the line of progress."""
     code, seen = on_terminal(
-        "-F", "none", "-t", sshd.target, "-D", "sleep 1.5; echo $'\\x1b[2J'", timeout=20
+        *("-F", "none", "-t", sshd.target, "-D", "--color", "never"),
+        "sleep 1.5; echo $'\\x1b[2J'",
+        timeout=20,
     )
     assert code == 0 and all(
         line.startswith((b"asyncssh: ", b"127.0.0.1", b"asyncio: "))
