@@ -10458,8 +10458,11 @@ def test_scenario_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def targets(*texts: str, **options: Any) -> list[str]:
-    return [str(target) for target in apssh._parse_targets(texts, **options)]
+def targets(*texts: str, stdin: str | None = None, **options: Any) -> list[str]:
+    """Told of no word that is a file."""
+    sources = apssh._Sources(stdin, lambda text: None)
+    found = apssh._parse_targets(texts, sources=sources, **options)
+    return [str(target) for target in found]
 
 
 @pytest.fixture
@@ -10486,6 +10489,15 @@ def files(home: Path) -> Path:
     (own / "group" / "g1").touch()
     (own / "mine").write_text("m1 m2\n")
     (own / "hosts").write_text("not-this-one\n")
+    (own / "www").write_text("w[1-2] @dbs # and what is behind\n")
+    (own / "dbs").write_text("u@db1,@hosts\n")
+    (own / "all").write_text("@www\n@dbs @www, @group\n")
+    (own / "self").write_text("@self\n")
+    (own / "one").write_text("@two\n")
+    (own / "two").write_text("a @three\n")
+    (own / "three").write_text("b\n@one\n")
+    (own / "bad-group").write_text("a\n@lost\n")
+    (own / "lost").write_text("\n@nowhere\n")
     return home
 
 
@@ -10526,6 +10538,7 @@ def files(home: Path) -> Path:
         ("a,b[1,3],c", "a b1 b3 c"),
         ("[1-2].org", "1.org 2.org"),
         ("n[7]", "n7"),
+        ("n[1-6/2],m", "n1 n3 n5 m"),
         ("gw->a", "gw->a"),
         ("gw→a", "gw->a"),
         ("gw -> a", "gw->a"),
@@ -10540,6 +10553,9 @@ def files(home: Path) -> Path:
         ("a a b a", "a b"),
         ("gw->a a gw->a", "gw->a a"),
         ("u@a v@a", "u@a v@a"),
+        ("localhost LOCALHOST:22 LocalHost", "localhost LOCALHOST:22"),
+        ("u@a U@a u@A", "u@a U@a"),
+        ("GW->a gw->A", "GW->a"),
         ("node[1-3] node[2-4]", "node1 node2 node3 node4"),
         ("WEB", "WEB"),
     ],
@@ -10566,6 +10582,12 @@ def test_targets(text: str, expected: str) -> None:
         ("out/1failed/", "u@db:2200 web"),
         ("group", "g1"),
         ("empty a", "a"),
+        ("@hosts", "not-this-one"),
+        ("@www", "w1 w2 u@db1 not-this-one"),
+        ("www", "w1 w2 u@db1 not-this-one"),
+        ("x,@dbs,@mine", "x u@db1 not-this-one m1 m2"),
+        ("@all", "w1 w2 u@db1 not-this-one g1"),
+        ("@group", "g1"),
     ],
     ids=lambda value: repr(value),
 )
@@ -10573,13 +10595,118 @@ def test_target_files(text: str, expected: str, files: Path) -> None:
     assert targets(text) == expected.split()
 
 
-def test_targets_of_a_pipe() -> None:
-    """As the shell's <(command) gives them."""
+def test_targets_of_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    """As the shell's <(command) gives them, once."""
     reading, writing = os.pipe()
     os.write(writing, b"a # one\nb\n")
     os.close(writing)
-    assert targets(f"/dev/fd/{reading}") == ["a", "b"]
+    assert apssh.main(["-t", f"/dev/fd/{reading}", "-x", "b", "-L"]) == 0
     os.close(reading)
+    assert capfd.readouterr() == ("a\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("10.0.0.1 root", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("10.0.0.1\troot # x", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("a,10.0.0.1 root", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("10.0.0.1 22", "10.0.0.1 22: one host, or two? write 10.0.0.1:22"),
+        ("10.0.0.1:22 root", "10.0.0.1:22 root: one host, or two? write root@10.0.0.1:22"),
+        ("web.example.org root", None),
+        ("web.example.org:22 root", None),
+        ("u@web.example.org web", None),
+        ("10.0.0.1 web.example.org web", None),
+        ("10.0.0.1 web.example.org", None),
+        ("::1 localhost", "::1 localhost: one host, or two? write localhost@::1"),
+        ("fe80::1 web.example.org", None),
+        ("gw -> 10.0.0.1 root", None),
+        ("a.example.org b.example.org c", None),
+        ("10.0.0.1, root", ""),
+        ("10.0.0.1 10.0.0.2", ""),
+        ("web.example.org db.example.org:22", ""),
+        ("web.example.org:22 db.example.org", ""),
+        ("web root", ""),
+        ("10.0.0.1 u@web", ""),
+        ("web.example.org gw->a", ""),
+        ("@a.b web", ""),
+        ("gw.example.org -> web", ""),
+    ],
+    ids=lambda value: repr(value),
+)
+def test_columns_of_other_tools(line: str, message: str | None, home: Path) -> None:
+    """A user, a port or an alias after a host: not two hosts. None: refused, however it is said."""
+    (home / ".apssh").mkdir()
+    (home / ".apssh" / "a.b").write_text("x\n")
+    (home / "list").write_text(f"first\n{line}\n")
+    if message == "":
+        assert len(targets("list")) > 1
+        return
+    for text, stdin in (("list", None), ("-", f"first\n{line}\n")):
+        with pytest.raises(UsageError) as caught:
+            targets(text, stdin=stdin)
+        if message:
+            expected = f"{text}:2: {message}, or a comma between hosts"
+            assert str(caught.value) == expected
+        assert str(caught.value).startswith(f"{text}:2: ")
+
+
+def test_word_that_is_a_file_here_and_could_be_a_host(files: Path) -> None:
+    told: list[str] = []
+    for name in ("web2", "list.txt"):
+        (files / name).write_text("a\n")
+    sources = apssh._Sources(None, told.append)
+    for _ in range(2):
+        texts = ["web2", "./web2", "out", "list.txt", "@dbs", "mine", "two words", "b"]
+        apssh._parse_targets(texts, exclude=["hosts"], sources=sources)
+    assert told == [
+        f"{word} is a file or folder here: what it holds are the targets "
+        f"(./{word} says so; USER@{word} is the host)"
+        for word in ("web2", "out")
+    ]
+
+
+def test_groups_of_the_last_run(home: Path) -> None:
+    folder = home / ".apssh"
+    for _ in range(2):
+        apssh._save_last(
+            [
+                result_of("a"),
+                result_of("gw->u@b:22", status=3, error="x", kind="status"),
+                result_of("c", status=None, signal="TERM", error="x", kind="signal"),
+                result_of("d", status=None, error="x", kind="timeout", reached=False),
+            ]
+        )
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            "last-ok": "a  # ok\n",
+            "last-failed": "gw->u@b:22  # status 3\nc  # signal TERM\n",
+            "last-unreached": "d  # timeout\n",
+        }
+        for path in [folder, *folder.iterdir()]:
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert targets("@last-ok @last-failed,@last-unreached") == ["a", "gw->u@b:22", "c", "d"]
+    apssh._save_last([result_of("a")])
+    with pytest.raises(UsageError, match=r"^no target in @last-failed$"):
+        targets("@last-failed")
+
+
+def test_groups_of_the_last_run_that_cannot_be_written(home: Path, capfd: Any) -> None:
+    (home / ".apssh").write_text("")
+    apssh._save_last([result_of("a")])
+    assert capfd.readouterr().err == f"apssh: {home}/.apssh: file exists\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a"], ""),
+        (["x @last-failed"], "@last-failed: n[1-2] (2)"),
+        (["@last-failed,@last-ok"], "@last-failed @last-ok: n[1-2] (2)"),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_hosts_of_a_group_of_the_last_run_are_told(texts: list[str], said: str) -> None:
+    assert apssh._recalled(texts, apssh._parse_targets(["n1", "n2"])) == said
 
 
 @pytest.mark.parametrize(
@@ -10595,7 +10722,7 @@ def test_targets_of_a_pipe() -> None:
 def test_targets_of_standard_input(
     texts: list[str], stdin: str, expected: str, files: Path
 ) -> None:
-    assert targets(*texts, stdin=lambda: stdin) == expected.split()
+    assert targets(*texts, stdin=stdin) == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -10649,6 +10776,10 @@ def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> N
         ("a b", ["empty"], "a b"),
         ("a b c", ["hosts"], "c u@c:1"),
         ("hosts", ["b", "d", "node[1-9]"], "a u@c:22 k"),
+        ("w[1-3] root@www u@db1", ["www"], "w3"),
+        ("w[1-3] u@db1 root@www", ["@www"], "w3 root@www"),
+        ("root@empty a", ["empty"], "a"),
+        ("root@empty a", ["./empty"], "root@empty a"),
         ("a b", ["-"], "b"),
         ("web db", ["out/1failed"], "db"),
         ("::1 ::2", ["[::1]:22", "::2"], "::1"),
@@ -10657,7 +10788,7 @@ def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> N
 )
 def test_exclude(text: str, exclude: list[str], expected: str, files: Path) -> None:
     texts = [text] if exclude != ["hosts"] else [text, "u@c:1"]
-    assert targets(*texts, exclude=exclude, stdin=lambda: "a\n") == expected.split()
+    assert targets(*texts, exclude=exclude, stdin="a\n") == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -10676,6 +10807,8 @@ def test_order_of_options(argv: list[str], capfd: pytest.CaptureFixture[str]) ->
 
 BRACKETS = "brackets must be closed and not nested, as in node[01-20,25]"
 PORT = "a port is a number from 1 to 65535"
+LAST = "the groups of the last run are @last-ok, @last-failed, @last-unreached"
+NO_GROUP = "no such group; a group is a file in ~/.apssh"
 NUMBER = "a bare number is no host; an address is written whole, as 10.0.0.10"
 NO_HOST = "is not a host name or an address"
 
@@ -10694,7 +10827,6 @@ NO_HOST = "is not a host name or an address"
         ("a->", "a->: a host is missing"),
         ("a->->b", "a->->b: a host is missing"),
         ("None->", "None->: a host is missing"),
-        ("@a", "@a: '' is not a user name"),
         ("-u@a", "-u@a: '-u' is not a user name"),
         ("u'x@a", "u'x@a: 'u'x' is not a user name"),
         ("$USER@a", "$USER@a: '$USER' is not a user name"),
@@ -10744,6 +10876,10 @@ NO_HOST = "is not a host name or an address"
         ("u@10:22", f"u@10:22: {NUMBER}"),
         ("n1,[1-3]", f"1: {NUMBER}"),
         ("１０", f"１０: {NUMBER}"),
+        ("n[1-9/0]", "n[1-9/0]: 1-9/0 never ends; a step is 1 or more"),
+        ("n[1/2]", "n[1/2]: '1/2' is not a number or a range such as 01-20"),
+        ("n[1-999999/2]", "n[1-999999/2]: more than 100000 names"),
+        ("n[1-3]/x", "n[1-3]/x: no such file"),
         ("a@b#c", f"a@b#c: 'b#c' {NO_HOST}"),
         ("a#b@c", "a#b@c: 'a#b' is not a user name"),
         ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
@@ -10777,13 +10913,24 @@ NO_HOST = "is not a host name or an address"
         ("x,./bad", f"./bad:3: b:99999: {PORT}"),
         ("bad-range", "bad-range:2: node[3-1]: 3-1 runs backwards; write 1-3"),
         ("-", "-: cannot be read here"),
-        ("@last:failed", "@last:failed: cannot be read here"),
+        ("@last:failed", f"@last:failed: {LAST}"),
+        ("@last:rc=3", f"@last:rc=3: {LAST}"),
+        ("@a", f"@a: {NO_GROUP}"),
+        ("@", f"@: {NO_GROUP}"),
+        ("@..", f"@..: {NO_GROUP}"),
+        ("@../hosts", f"@../hosts: {NO_GROUP}"),
+        ("@/etc/passwd", f"@/etc/passwd: {NO_GROUP}"),
+        ("@hosts/", f"@hosts/: {NO_GROUP}"),
+        ("@bad-group", f"@lost:2: @nowhere: {NO_GROUP}"),
+        ("@self", "@self:1: groups in a circle: @self -> @self"),
+        ("@one", "@three:2: groups in a circle: @one -> @two -> @three -> @one"),
+        ("two", "@two:1: groups in a circle: @three -> @one -> @two -> @three"),
     ],
     ids=lambda value: repr(value[:20]),
 )
 def test_bad_targets(text: str, message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        apssh._parse_targets([text])
+        targets(text)
     assert str(caught.value) == message
 
 
@@ -10807,13 +10954,13 @@ def test_bad_targets(text: str, message: str, files: Path) -> None:
         ({"exclude": ["/nowhere"]}, "/nowhere: no such file"),
         ({"exclude": ["n[2-1]"]}, "n[2-1]: 2-1 runs backwards; write 1-2"),
         ({"exclude": ["b;c"]}, f"b;c: 'b;c' {NO_HOST}"),
-        ({"exclude": ["-"], "stdin": lambda: "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
+        ({"exclude": ["-"], "stdin": "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
     ],
     ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value),
 )
 def test_bad_target_options(options: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        apssh._parse_targets(["a"], **options)
+        targets("a", **options)
     assert str(caught.value) == message
 
 
@@ -10846,7 +10993,7 @@ def test_unreadable_targets(files: Path) -> None:
         (["-t", "node[1-", "true"], f"apssh: node[1-: {BRACKETS}"),
         (["-p", "0", "-t", "a", "true"], None),
         (["true"], "apssh: no target: use -t HOST ..."),
-        (["-t", "bad", "-L"], f"apssh: bad:3: b:99999: {PORT}"),
+        (["-t", "./bad", "-L"], f"apssh: ./bad:3: b:99999: {PORT}"),
         (
             ["-t", "a", "-g", "a", "true"],
             "apssh: a: a->a passes a host twice; None->HOST has no gateway",
@@ -10902,7 +11049,9 @@ def test_targets_say_themselves(target: apssh.Target) -> None:
 def test_any_text_is_targets_or_an_error(text: str) -> None:
     """One line that a terminal can show, whatever is given; and what is taken can be a host."""
     try:
-        found = apssh._parse_targets([text], stdin=lambda: text.replace("-", "x"))
+        found = apssh._parse_targets(
+            [text], sources=apssh._Sources(text.replace("-", "x"), lambda word: None)
+        )
     except UsageError as exc:
         assert exc.message == apssh.escape(exc.message)
     else:
@@ -10935,6 +11084,13 @@ def test_same_endpoint_runs_once(tmp_path: Path) -> None:
         config=str(tmp_path / "config"),
     )
     assert [node._target for node in nodes] == ["a", "db", "gw->a", "ann@a"]
+
+
+def test_endpoint_that_is_named_twice_keeps_its_short_name() -> None:
+    formatter = apssh.HostFormatter()
+    named = apssh._parse_targets(["localhost", "LOCALHOST:22", f"{ME}@LocalHost"])
+    (node,) = apssh._build_nodes(named, formatter=formatter, config="none")
+    assert formatter.endpoint_name(node._endpoint) == "localhost"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11164,61 +11320,6 @@ def test_summary() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("selector", "targets"),
-    [
-        ("failed", ["b", "c", "d"]),
-        ("ok", ["a"]),
-        ("rc=3", ["b"]),
-        ("timeout", ["d"]),
-        ("signal=TERM", ["c"]),
-        ("all", ["a", "b", "c", "d"]),
-        ("signal=SIGTERM", ["c"]),
-    ],
-)
-def test_last(selector: str, targets: list[str], home: Path) -> None:
-    apssh._save_last(
-        [
-            result_of("a"),
-            result_of("b", status=3, error="x", kind="status"),
-            result_of("c", status=None, signal="TERM", error="x", kind="signal"),
-            result_of("d", status=None, error="x", kind="timeout"),
-        ]
-    )
-    assert apssh._load_last(selector) == targets
-    assert stat.S_IMODE((home / ".apssh" / "last").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("selector", "message"),
-    [
-        ("dns", "@last:dns: no host of the last run"),
-        *(
-            (
-                each,
-                f"@last{':' * bool(each)}{each}: write @last: and one of ok, failed, all, interrupted, dns, refused, "
-                "timeout, hostkey, auth, lost, local, rc=N, signal=NAME",
-            )
-            for each in ("", "bogus", "rc", "rc=", "status", "ok=1")
-        ),
-    ],
-)
-def test_last_selects_nothing(selector: str, message: str, home: Path) -> None:
-    apssh._save_last([result_of("a")])
-    with pytest.raises(UsageError) as caught:
-        apssh._load_last(selector)
-    assert str(caught.value) == message
-
-
-def test_last_that_is_not_there(home: Path) -> None:
-    with pytest.raises(UsageError, match=rf"^@last: there is no {home}/.apssh/last yet$"):
-        apssh._load_last("ok")
-    (home / ".apssh").mkdir()
-    (home / ".apssh" / "last").write_text("[1]")
-    with pytest.raises(UsageError, match=rf"^@last: {home}/.apssh/last is not readable$"):
-        apssh._load_last("ok")
-
-
 def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
     code, seen = on_terminal("-F", "none", "-t", sshd.target, "sleep 1.6; echo shown; sleep 0.5")
     text = seen.decode()
@@ -11362,7 +11463,7 @@ def test_demo_size(count: int) -> None:
         (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
         (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
         (["-t", "gone/targets", "x"], "gone/targets: no such file"),
-        (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
+        (["-t", "@last-ok", "x"], "@last-ok: no such group; a group is a file in ~/.apssh"),
         (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
         (
             ["-g", "gw", "-t", "gw", "x"],
@@ -11779,11 +11880,17 @@ def test_failing_commands_have_a_kind(
 
 def test_targets_from_a_file_are_told(home: Path, capfd: Any) -> None:
     Path("web").write_text("a\n")
-    assert apssh.main(["-t", "web", "-v", "-L"]) == 0
-    assert capfd.readouterr() == (
-        "a\n",
-        "apssh: web is a file here: what it holds are the targets\n",
+    said = (
+        "apssh: web is a file or folder here: what it holds are the targets "
+        "(./web says so; USER@web is the host)\n"
     )
+    for options, err in (([], said), (["-q"], "")):
+        assert apssh.main(["-t", "web", "-x", "b", "-x", "c,d", *options, "-L"]) == 0
+        out, told = capfd.readouterr()
+        assert (out, re.sub("apssh: -x .* excludes none of the targets\n", "", told)) == (
+            "a\n",
+            err,
+        )
 
 
 @pytest.mark.parametrize(
@@ -11817,11 +11924,14 @@ def test_gather_of_many_hosts_needs_little_memory() -> None:
 
 def test_last_run_again(sshd: Sshd) -> None:
     port = free_port()
-    assert cli("-F", "none", "-t", f"{sshd.target},127.0.0.1:{port}", "true").returncode == 1
-    assert cli("-t", "@last:failed", "-L").stdout.decode() == f"127.0.0.1:{port}\n"
-    assert cli("-t", "@last:ok", "-L").stdout.decode() == f"{sshd.target}\n"
-    assert cli("-F", "none", "-t", "@last:ok", "--no-last", "false").returncode == 1
-    assert cli("-t", "@last:ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    both = f"{sshd.target},127.0.0.1:{port}"
+    assert cli("-F", "none", "-t", both, "true").returncode == 1
+    assert cli("-t", "@last-unreached", "-L").stdout.decode() == f"127.0.0.1:{port}\n"
+    assert cli("-t", "@last-ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    assert cli("-F", "none", "-t", "@last-ok", "--no-last", "false").returncode == 1
+    assert cli("-t", "@last-ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    _, seen = on_terminal("-t", "@last-ok", "-L")
+    assert seen.decode() == f"@last-ok: {sshd.target} (1)\r\n{sshd.target}\r\n"
 
 
 def test_copy_programs(sshd: Sshd, home: Path) -> None:
