@@ -585,7 +585,7 @@ def _is_host(text: str) -> bool:
 
 
 # What OpenSSH takes since 9.6, less what would read as something else in a list of targets.
-_USER = rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}\[\],#→]+(?<!\\)"
+_USER = rf"(?![-@])[^\s{_CONTROLS}'\"`$;&<>|(){{}}\[\],#→]+(?<!\\)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10882,6 +10882,7 @@ NO_HOST = "is not a host name or an address"
         ("n[1-3]/x", "n[1-3]/x: no such file"),
         ("a@b#c", f"a@b#c: 'b#c' {NO_HOST}"),
         ("a#b@c", "a#b@c: 'a#b' is not a user name"),
+        ("gw->@b@c", "gw->@b@c: '@b' is not a user name"),
         ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
         ("a..b", f"a..b: 'a..b' {NO_HOST}"),
         (".a", f".a: '.a' {NO_HOST}"),
@@ -10947,6 +10948,7 @@ def test_bad_targets(text: str, message: str, files: Path) -> None:
         ({"login": "$(id)"}, "a: '$(id)' is not a user name"),
         ({"login": "u[1-2]"}, "a: 'u[1-2]' is not a user name"),
         ({"login": "a,b"}, "a: 'a,b' is not a user name"),
+        ({"login": "@b"}, "a: '@b' is not a user name"),
         ({"login": "a→b"}, "a: 'a→b' is not a user name"),
         ({"port": 0}, f"a: {PORT}"),
         ({"exclude": ["a"]}, "no target: -x excludes them all"),
@@ -11018,7 +11020,7 @@ NAME = (
 )
 ADDRESS = NAME | st.ip_addresses().map(str) | st.builds("{}%{}".format, st.ip_addresses(v=6), LABEL)
 USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(
-    lambda text: not text.startswith("-")
+    lambda text: not text.startswith(("-", "@"))
 )
 HOP = st.builds(apssh.Hop, ADDRESS, USER, st.none() | st.integers(1, 65535))
 
