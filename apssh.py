@@ -7594,7 +7594,8 @@ def _read_list(word: str, path: str) -> list[str]:
 # bare word after a full name, are refused unless a comma stands between.
 def _refuse_columns(place: str, line: str) -> None:
     for before, after in re.findall(r"(?<![^\s,])([^\s,]++)(?=[ \t]+([\w.-]+)(?![^\s,]))", line):
-        host = re.sub(r":[0-9]+$", "", before.rpartition("@")[2])
+        host = before.replace("→", "->").rpartition("->")[2].rpartition("@")[2]
+        host = re.sub(r":[0-9]+$", "", host)
         columns = "." in host and "." not in after
         columns = columns or (_is_address(host) and not _is_address(after))
         if columns and not before.startswith("@"):

@@ -10631,6 +10631,9 @@ def test_targets_of_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
         ("web.example.org gw->a", ""),
         ("@a.b web", ""),
         ("gw.example.org -> web", ""),
+        ("gw.example.org->web db", ""),
+        ("gw.example.org→web -> db x", ""),
+        ("gw->10.0.0.[1-2] root", None),
     ],
     ids=lambda value: repr(value),
 )
