@@ -820,16 +820,6 @@ class _LineSink:
             self._formatter.endpoint_lines(self._endpoint, lines, datatype)
 
 
-class _ScreenSink:
-    """Bytes as they come, unfinished lines too: for the one host that somebody talks to."""
-
-    def data(self, data: bytes, datatype: int | None) -> None:
-        _screen.write(data, err=datatype is not None, raw=True)
-
-    def end(self) -> None:
-        """Nothing is held."""
-
-
 class _HeldSink:
     """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its
     place.
@@ -1072,10 +1062,18 @@ class RawFormatter(Formatter):
 
 
 class _LiveFormatter(RawFormatter):
-    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too."""
+    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too: a sink that
+    holds nothing.
+    """
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        return _ScreenSink()
+        return self
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        _screen.write(data, err=datatype is not None, raw=True)
+
+    def end(self) -> None:
+        """Nothing is left to show."""
 
 
 class HostFormatter(Formatter):
@@ -1105,25 +1103,25 @@ class SubdirFormatter(Formatter):
     def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
         super().__init__(None, verbose)
         self.run_name = Path(run_name)
-        self._begun: set[Path] = set()
+        self._begun: set[Endpoint] = set()
 
     def endpoint_started(self, endpoint: Endpoint) -> None:
-        errors = self._path(endpoint, EXTENDED_DATA_STDERR)
-        if errors not in self._begun:
-            errors.unlink(missing_ok=True)  # of another run
+        """What an earlier run left of this host goes, links too, once."""
+        if endpoint in self._begun:
+            return
+        self._begun.add(endpoint)
+        self.run_name.mkdir(parents=True, exist_ok=True)
+        for datatype in (None, EXTENDED_DATA_STDERR):
+            self._path(endpoint, datatype).unlink(missing_ok=True)
         self._write(endpoint, b"", None)
 
     def _path(self, endpoint: Endpoint, datatype: int | None) -> Path:
         return self.run_name / (self.endpoint_name(endpoint) + (".err" if datatype else ""))
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
-        path = self._path(endpoint, datatype)
-        begin = os.O_APPEND
-        if path not in self._begun:
-            self._begun.add(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            begin = os.O_TRUNC
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | begin, 0o666)
+        self.endpoint_started(endpoint)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        fd = os.open(self._path(endpoint, datatype), flags, 0o666)
         with open(fd, "ab") as file:
             file.write(data)
 

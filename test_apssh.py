@@ -768,6 +768,8 @@ def sunk(
     for data, datatype in pieces:
         sink.data(data, datatype)
     sink.end()
+    if capfdbinary is None:
+        return b"", b""
     out, err = capfdbinary.readouterr()
     return out, err
 
@@ -841,11 +843,18 @@ def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
 
 
 def test_subdir_formatter_begins_afresh_and_follows_no_link(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("precious")
-    (tmp_path / "box1").symlink_to(tmp_path / "target")
+    for name, link in (("box1", "one"), ("box1.err", "two")):
+        (tmp_path / link).write_text("precious")
+        (tmp_path / name).symlink_to(tmp_path / link)
+    formatter = apssh.SubdirFormatter(tmp_path)
+    sunk(formatter, None, (b"x\n", None))
+    assert sorted(os.listdir(tmp_path)) == ["box1", "home", "one", "two"]
+    assert not (tmp_path / "box1").is_symlink() and (tmp_path / "box1").read_bytes() == b"x\n"
+    (tmp_path / "box1").unlink()
+    (tmp_path / "box1").symlink_to(tmp_path / "one")
     with pytest.raises(OSError, match="symbolic link"):
-        sunk(apssh.SubdirFormatter(tmp_path), None, (b"x\n", None))
-    assert (tmp_path / "target").read_text() == "precious"
+        sunk(formatter, None, (b"y\n", None))
+    assert {(tmp_path / name).read_text() for name in ("one", "two")} == {"precious"}
 
 
 def test_capture_formatter(capfdbinary: Any) -> None:
