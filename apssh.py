@@ -300,7 +300,7 @@ class ApsshError(Exception):
 
 
 class UsageError(ApsshError, ValueError):
-    """Something cannot mean anything: raised before anything runs, with the remedy in the message."""
+    """Something cannot mean anything: raised before anything runs, the remedy in its message."""
 
 
 class ConnectionFailedError(ApsshError):
@@ -320,8 +320,8 @@ class HostKeyError(ConnectionFailedError):
 
 
 class CommandFailedError(ApsshError):
-    """A command ended with a status that is no success, or by a signal, or had to be ended: ``kind``
-    is status, signal or timeout. The text names the step's label, if it has one.
+    """A command ended with a status that is no success, or by a signal, or had to be ended:
+    ``kind`` is status, signal or timeout. The text names the step's label, if it has one.
     """
 
     kind = "status"
@@ -988,7 +988,7 @@ class Formatter:
             for line in io.BytesIO(lines):
                 self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
         finally:
-            self._speaker = Formatter._speaker
+            del self._speaker  # nobody, as the class says
 
     # inside
 
@@ -1003,9 +1003,9 @@ class Formatter:
         """Rendered lines on their way out."""
         _screen.write(data, err=datatype is not None, raw=self.raw)
 
-    # The template is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
+    # The format is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
     # call a line would cost ten times more. It is cut where the line goes before anything is filled
-    # in, and strftime sees nothing but the format itself: no text of a host is read as a template.
+    # in, and strftime sees nothing but the format: no text of a host is ever read as one.
     def _render(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> bytes:
         """Each line put in the format; what follows the last one ends with a newline, since lines
         of two hosts never share one.
@@ -1141,7 +1141,7 @@ class CaptureFormatter(Formatter):
         self._held = _HeldSink()
 
     def get_capture(self) -> str:
-        """What was printed on stdout since the last ``start_capture()`` (UTF-8, surrogateescape)."""
+        """What was printed on stdout since ``start_capture()`` (UTF-8, surrogateescape)."""
         return self._held.stdout().decode("utf-8", "surrogateescape")
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
@@ -7563,7 +7563,8 @@ def _group_path(word: str) -> str:
     """The file of a group, ``@web``."""
     if word.startswith("@last:"):
         raise UsageError(
-            f"{_brief(word)}: the groups of the last run are @last-ok, @last-failed, @last-unreached"
+            f"{_brief(word)}: the groups of the last run are "
+            "@last-ok, @last-failed, @last-unreached"
         )
     path = os.path.join(os.path.expanduser(_GROUPS), word[1:])
     if not re.fullmatch(r"@[^./][^/]*", word) or not os.path.exists(path):
@@ -7587,9 +7588,9 @@ def _read_list(word: str, path: str) -> list[str]:
     return text.split("\n")
 
 
-# Other tools write ``10.0.0.1 root``, and /etc/hosts an address before its names: read as two hosts,
-# a command would run twice on the one, or where nobody meant it. So a name after an address, and a
-# bare word after a full name, are refused unless a comma stands between.
+# Other tools write ``10.0.0.1 root``, and /etc/hosts an address before its names: read as two
+# hosts, a command would run twice on the one, or where nobody meant it. So a name after an address,
+# and a bare word after a full name, are refused unless a comma stands between.
 def _refuse_columns(place: str, line: str) -> None:
     for before, after in re.findall(r"(?<![^\s,])([^\s,]++)(?=[ \t]+([\w.-]+)(?![^\s,]))", line):
         host = before.replace("→", "->").rpartition("->")[2].rpartition("@")[2]

@@ -709,7 +709,9 @@ def test_template_unknown_field() -> None:
     )
 
 
-def test_host_column_is_coloured(capfdbinary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_column_is_coloured(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Differently for stderr; what a host sends is left as it is, and the column's width too."""
     monkeypatch.setattr(apssh._screen, "colour", "always")
     formatter = apssh.TerminalFormatter("{host} {fqdn} {user}{linenl}")
@@ -722,7 +724,7 @@ def test_host_column_is_coloured(capfdbinary: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_kept_is_not_coloured(
-    capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apssh._screen, "colour", "always")
     capture, folder = apssh.CaptureFormatter("{host}:{linenl}"), apssh.SubdirFormatter(tmp_path)
@@ -760,7 +762,9 @@ def test_columns_align() -> None:
 
 
 def sunk(
-    formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]
+    formatter: apssh.Formatter,
+    capfdbinary: pytest.CaptureFixture[bytes] | None,
+    *pieces: tuple[bytes, int | None],
 ) -> tuple[bytes, bytes]:
     """What a command's chunks become on stdout and stderr."""
     formatter.add_endpoint(BOX, verbose=False)
@@ -774,7 +778,7 @@ def sunk(
     return out, err
 
 
-def test_lines_are_whole(capfdbinary: Any) -> None:
+def test_lines_are_whole(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     pieces = [(b"one\ntw", None), (b"err", 1), (b"o\nthree", None), (b"or\n", 1)]
     assert sunk(apssh.HostFormatter(), capfdbinary, *pieces) == (
         b"box1:one\nbox1:two\nbox1:three\n",
@@ -782,7 +786,7 @@ def test_lines_are_whole(capfdbinary: Any) -> None:
     )
 
 
-def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
+def test_raw_is_byte_for_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     data = bytes(range(256)) * 10
     assert sunk(apssh.RawFormatter(), capfdbinary, (data[:1000], None), (data[1000:], None)) == (
         data,
@@ -790,7 +794,7 @@ def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
     )
 
 
-def test_unfinished_lines_of_the_one_host(capfdbinary: Any) -> None:
+def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     sink = apssh._LiveFormatter().endpoint_sink(BOX)
     sink.data(b"Password: ", None)
     sink.data(b"no\x1b[2J", 1)
@@ -799,7 +803,7 @@ def test_unfinished_lines_of_the_one_host(capfdbinary: Any) -> None:
     assert capfdbinary.readouterr() == (b"", b"")
 
 
-def test_long_line_is_cut(capfdbinary: Any) -> None:
+def test_long_line_is_cut(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     out, _ = sunk(apssh.HostFormatter(), capfdbinary, *[(b"x" * 65536, None)] * 40)
     lines = out.splitlines()
     assert len(lines) == 3
@@ -807,7 +811,7 @@ def test_long_line_is_cut(capfdbinary: Any) -> None:
     assert sum(len(line) - len("box1:") for line in lines) == 40 * 65536
 
 
-def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
+def test_user_formatter_gets_text_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     seen = []
 
     class Mine(apssh.Formatter):
@@ -822,7 +826,7 @@ def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
     ]
 
 
-def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
+def test_user_formatter_may_call_its_base(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     class Upper(apssh.HostFormatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             super().line(line.upper(), datatype, hostname)
@@ -830,7 +834,7 @@ def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
     assert sunk(Upper(), capfdbinary, (b"a\n", None)) == (b"box1:A\n", b"")
 
 
-def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
+def test_subdir_formatter(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     formatter.add_endpoint(BOX, verbose=False)
     formatter.endpoint_started(BOX)
@@ -857,7 +861,7 @@ def test_subdir_formatter_begins_afresh_and_follows_no_link(tmp_path: Path) -> N
     assert {(tmp_path / name).read_text() for name in ("one", "two")} == {"precious"}
 
 
-def test_capture_formatter(capfdbinary: Any) -> None:
+def test_capture_formatter(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     formatter = apssh.CaptureFormatter()
     assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e\n", 1)) == (b"", b"e\n")
     assert formatter.get_capture() == "a\n"
@@ -877,7 +881,7 @@ def test_held_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         formatter._write(BOX, b"x" * (1024 * 1024 + 1), None)
 
 
-def test_events_are_silent_unless_asked(capfd: Any) -> None:
+def test_events_are_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
     for verbose in (False, True):
         formatter = apssh.Formatter(verbose=verbose)
         formatter.connection_made("box", "root", True)
@@ -916,7 +920,7 @@ def test_subclass_with_a_constructor_of_its_own() -> None:
     assert formatter.get_capture() == "out\n"
 
 
-def test_line_of_two_users_on_a_host(capfd: Any) -> None:
+def test_line_of_two_users_on_a_host(capfd: pytest.CaptureFixture[str]) -> None:
     class Loud(apssh.HostFormatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             super().line(line.upper(), datatype, hostname)
@@ -931,7 +935,10 @@ def test_line_of_two_users_on_a_host(capfd: Any) -> None:
 
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
-    script = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    script = (
+        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
+        "apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -947,7 +954,7 @@ def test_older_names_of_formatters() -> None:
     assert (ColonFormatter, TimeColonFormatter) == (apssh.HostFormatter, apssh.TimeHostFormatter)
 
 
-def test_stderr_line(capfd: Any) -> None:
+def test_stderr_line(capfd: pytest.CaptureFixture[str]) -> None:
     apssh.HostFormatter().stderr_line("a word\n", "box")
     assert capfd.readouterr() == ("", "box:a word\n")
 
@@ -958,9 +965,10 @@ def test_stream_that_takes_a_part_gets_the_rest(monkeypatch: pytest.MonkeyPatch)
     class Parts(io.RawIOBase):
         taken = b""
 
-        def write(self, data: Any) -> int:
-            self.taken += bytes(data[:5])
-            return min(len(data), 5)
+        def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+            taken = bytes(data)[:5]
+            self.taken += taken
+            return len(taken)
 
     class Stream(io.StringIO):
         buffer = Parts()
@@ -10702,7 +10710,9 @@ def test_groups_of_the_last_run(home: Path) -> None:
         targets("@last-failed")
 
 
-def test_groups_of_the_last_run_that_cannot_be_written(home: Path, capfd: Any) -> None:
+def test_groups_of_the_last_run_that_cannot_be_written(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (home / ".apssh").write_text("")
     apssh._save_last([result_of("a")])
     assert capfd.readouterr().err == f"apssh: {home}/.apssh: file exists\n"
