@@ -7481,6 +7481,7 @@ def _words(text: str) -> list[str]:
 
 
 _GROUPS = "~/.apssh"
+_GROUP_DEPTH = 100  # groups in one another: Python's own limit is some 600 of them
 _Line = tuple[str, str]  # the place where it is written, as an error begins; the text
 
 
@@ -7529,6 +7530,8 @@ class _Sources:
                 if word in within:
                     circle = " -> ".join([*within[within.index(word) :], word])
                     raise UsageError(f"{place}groups in a circle: {_brief(circle, 400)}")
+                if len(within) > _GROUP_DEPTH:
+                    raise UsageError(f"{place}groups nest deeper than {_GROUP_DEPTH}")
                 try:
                     members = self._lines(word, False)
                 except UsageError as exc:

@@ -11001,6 +11001,16 @@ def test_too_many_targets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(caught.value) == message
 
 
+def test_groups_nest_to_a_sane_depth(home: Path) -> None:
+    (home / ".apssh").mkdir()
+    for number in range(1000):
+        (home / ".apssh" / f"g{number}").write_text(f"h{number} @g{number + 1}\n")
+    (home / ".apssh" / "g1000").write_text("last\n")
+    assert targets("@g950")[-1] == "last"
+    with pytest.raises(UsageError, match=r"^@g100:1: groups nest deeper than 100$"):
+        targets("@g0")
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads every file")
 def test_unreadable_targets(files: Path) -> None:
     for name in ("hosts", "out"):
