@@ -599,10 +599,6 @@ class Hop:
     def __str__(self) -> str:
         return _endpoint_text(self.host, self.user, self.port)
 
-    def caseless(self) -> Hop:
-        """What tells it from others: names of hosts have no case."""
-        return Hop(self.host.lower(), self.user, self.port)
-
 
 def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
     """One hop of a target; ``login`` and ``port`` are for what it does not say."""
@@ -7392,9 +7388,7 @@ def _parse_targets(
     texts = [texts] if isinstance(texts, str) else list(texts)
     way = _parse_way(gateway, login)
     parse = functools.partial(_parse_target, login=login, port=port, gateways=way)
-    found: dict[tuple[Hop, ...], Target] = {}
-    for target in _read_targets(sources.names(texts), parse):
-        found.setdefault(tuple(hop.caseless() for hop in target.chain), target)
+    found = dict.fromkeys(_read_targets(sources.names(texts), parse))
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
@@ -7403,7 +7397,7 @@ def _parse_targets(
     for pattern in _read_targets(sources.names(excluded, hosts_too=True), _parse_target):
         refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
     kept = []
-    for target in found.values():
+    for target in found:
         patterns = refused.get(target.chain[-1].host.lower(), ())
         if not any(_matches(pattern, target) for pattern in patterns):
             kept.append(target)
