@@ -300,7 +300,7 @@ class ApsshError(Exception):
 
 
 class UsageError(ApsshError, ValueError):
-    """Something cannot mean anything: raised before anything runs, with the remedy in the message."""
+    """Something cannot mean anything: raised before anything runs, the remedy in its message."""
 
 
 class ConnectionFailedError(ApsshError):
@@ -320,8 +320,8 @@ class HostKeyError(ConnectionFailedError):
 
 
 class CommandFailedError(ApsshError):
-    """A command ended with a status that is no success, or by a signal, or had to be ended: ``kind``
-    is status, signal or timeout. The text names the step's label, if it has one.
+    """A command ended with a status that is no success, or by a signal, or had to be ended:
+    ``kind`` is status, signal or timeout. The text names the step's label, if it has one.
     """
 
     kind = "status"
@@ -585,7 +585,7 @@ def _is_host(text: str) -> bool:
 
 
 # What OpenSSH takes since 9.6, less what would read as something else in a list of targets.
-_USER = rf"(?!-)[^\s{_CONTROLS}'\"`$;&<>|(){{}}\[\],#→]+(?<!\\)"
+_USER = rf"(?![-@])[^\s{_CONTROLS}'\"`$;&<>|(){{}}\[\],#→]+(?<!\\)"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -816,16 +816,6 @@ class _LineSink:
             self._formatter.endpoint_lines(self._endpoint, lines, datatype)
 
 
-class _ScreenSink:
-    """Bytes as they come, unfinished lines too: for the one host that somebody talks to."""
-
-    def data(self, data: bytes, datatype: int | None) -> None:
-        _screen.write(data, err=datatype is not None, raw=True)
-
-    def end(self) -> None:
-        """Nothing is held."""
-
-
 class _HeldSink:
     """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its
     place.
@@ -994,7 +984,7 @@ class Formatter:
             for line in io.BytesIO(lines):
                 self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
         finally:
-            self._speaker = Formatter._speaker
+            del self._speaker  # nobody, as the class says
 
     # inside
 
@@ -1009,9 +999,9 @@ class Formatter:
         """Rendered lines on their way out."""
         _screen.write(data, err=datatype is not None, raw=self.raw)
 
-    # The template is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
+    # The format is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
     # call a line would cost ten times more. It is cut where the line goes before anything is filled
-    # in, and strftime sees nothing but the format itself: no text of a host is read as a template.
+    # in, and strftime sees nothing but the format: no text of a host is ever read as one.
     def _render(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> bytes:
         """Each line put in the format; what follows the last one ends with a newline, since lines
         of two hosts never share one.
@@ -1068,10 +1058,18 @@ class RawFormatter(Formatter):
 
 
 class _LiveFormatter(RawFormatter):
-    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too."""
+    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too: a sink that
+    holds nothing.
+    """
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        return _ScreenSink()
+        return self
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        _screen.write(data, err=datatype is not None, raw=True)
+
+    def end(self) -> None:
+        """Nothing is left to show."""
 
 
 class HostFormatter(Formatter):
@@ -1101,25 +1099,25 @@ class SubdirFormatter(Formatter):
     def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
         super().__init__(None, verbose)
         self.run_name = Path(run_name)
-        self._begun: set[Path] = set()
+        self._begun: set[Endpoint] = set()
 
     def endpoint_started(self, endpoint: Endpoint) -> None:
-        errors = self._path(endpoint, EXTENDED_DATA_STDERR)
-        if errors not in self._begun:
-            errors.unlink(missing_ok=True)  # of another run
+        """What an earlier run left of this host goes, links too, once."""
+        if endpoint in self._begun:
+            return
+        self._begun.add(endpoint)
+        self.run_name.mkdir(parents=True, exist_ok=True)
+        for datatype in (None, EXTENDED_DATA_STDERR):
+            self._path(endpoint, datatype).unlink(missing_ok=True)
         self._write(endpoint, b"", None)
 
     def _path(self, endpoint: Endpoint, datatype: int | None) -> Path:
         return self.run_name / (self.endpoint_name(endpoint) + (".err" if datatype else ""))
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
-        path = self._path(endpoint, datatype)
-        begin = os.O_APPEND
-        if path not in self._begun:
-            self._begun.add(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            begin = os.O_TRUNC
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | begin, 0o666)
+        self.endpoint_started(endpoint)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        fd = os.open(self._path(endpoint, datatype), flags, 0o666)
         with open(fd, "ab") as file:
             file.write(data)
 
@@ -1139,7 +1137,7 @@ class CaptureFormatter(Formatter):
         self._held = _HeldSink()
 
     def get_capture(self) -> str:
-        """What was printed on stdout since the last ``start_capture()`` (UTF-8, surrogateescape)."""
+        """What was printed on stdout since ``start_capture()`` (UTF-8, surrogateescape)."""
         return self._held.stdout().decode("utf-8", "surrogateescape")
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
@@ -7305,133 +7303,71 @@ class Target:
     direct: bool = dataclasses.field(default=False, compare=False)
 
     def __str__(self) -> str:
-        return "->".join(["None"] * self.direct + list(map(str, self.chain)))
+        chain = "->".join(map(str, self.chain))
+        return f"None->{chain}" if self.direct else chain
 
 
 def _parse_targets(
-    texts: Iterable[str],
+    texts: str | Iterable[str],
     *,
-    exclude: Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
     login: str | None = None,
     gateway: str | None = None,
     port: int | None = None,
-    stdin: Callable[[], str] | None = None,
-    last: Callable[[str], list[str]] | None = None,
+    sources: _Sources | None = None,
 ) -> list[Target]:
     """The targets that texts name (see the usage page), each once, in order, less the excluded
     ones. ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway``
-    for targets that name no way; ``stdin`` answers ``-``, and ``last`` the selector of
-    ``@last:selector``. UsageError names the text, its file and line.
+    for targets that name no way; ``sources`` reads what words stand for (by default no standard
+    input). UsageError names the text, its file and line.
     """
-    ways = [
-        _parse_target(name, login)
-        for word in _words("" if gateway == "None" else gateway or "")
-        for name in _expand_ranges(word)
-    ]
-    if len(ways) > 1:
-        raise UsageError(f"-g {_brief(gateway or '')}: gateways make one chain, as in gw1->gw2")
-    parse = functools.partial(
-        _parse_target, login=login, port=port, gateways=ways[0].chain if ways else ()
-    )
-    found = dict.fromkeys(_read_targets(texts, stdin, last, parse))
+    if sources is None:
+        sources = _Sources()
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    way = _parse_way(gateway, login)
+    parse = functools.partial(_parse_target, login=login, port=port, gateways=way)
+    found = dict.fromkeys(_read_targets(sources.names(texts), parse))
     if not found:
-        given = " ".join([texts] if isinstance(texts, str) else texts).strip(" ,")
+        given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
     refused: dict[str, list[Target]] = {}
-    for pattern in _read_targets(exclude, stdin, last, _parse_target):
+    excluded = [exclude] if isinstance(exclude, str) else exclude
+    for pattern in _read_targets(sources.names(excluded, hosts_too=True), _parse_target):
         refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
-    kept = [
-        target
-        for target in found
-        if not any(
-            _matches(pattern, target) for pattern in refused.get(target.chain[-1].host.lower(), ())
-        )
-    ]
+    kept = []
+    for target in found:
+        patterns = refused.get(target.chain[-1].host.lower(), ())
+        if not any(_matches(pattern, target) for pattern in patterns):
+            kept.append(target)
     if not kept:
         raise UsageError("no target: -x excludes them all")
     return kept
 
 
-def _matches(pattern: Target, target: Target) -> bool:
-    """Whether an exclusion names this target, in all the parts that it says; the way there only if
-    it says one.
-    """
-    chain = target.chain if pattern.direct or len(pattern.chain) > 1 else target.chain[-1:]
-    return len(chain) == len(pattern.chain) and all(
-        named.host.lower() == hop.host.lower()
-        and (named.user or hop.user, named.port or hop.port) == (hop.user, hop.port)
-        for named, hop in zip(pattern.chain, chain, strict=True)
-    )
+def _parse_way(gateway: str | None, login: str | None) -> tuple[Hop, ...]:
+    """The hops of -g."""
+    if not gateway or gateway == "None":
+        return ()
+    words = [name for word in _words(gateway) for name in _expand_ranges(word)]
+    if len(words) != 1:
+        raise UsageError(f"-g {_brief(gateway)}: gateways make one chain, as in gw1->gw2")
+    return _parse_target(words[0], login).chain
 
 
 def _read_targets(
-    texts: Iterable[str],
-    stdin: Callable[[], str] | None,
-    last: Callable[[str], list[str]] | None,
-    parse: Callable[[str], Target],
+    names: Iterable[tuple[str, str]], parse: Callable[[str], Target]
 ) -> Iterator[Target]:
+    """Ranges expanded, each name parsed; errors begin with the place of the name."""
     count = 0
-    for text in [texts] if isinstance(texts, str) else texts:
-        for word in [text] if _find(text) else _words(text):
-            for place, line in _read_source(word, stdin, last):
-                try:
-                    for name in itertools.chain.from_iterable(map(_expand_ranges, _words(line))):
-                        count += 1
-                        if count > MAX_TARGETS:
-                            raise UsageError(f"more than {MAX_TARGETS} targets")
-                        yield parse(name)
-                except UsageError as exc:
-                    raise UsageError(place + exc.message) from None
-
-
-def _read_source(
-    word: str, stdin: Callable[[], str] | None, last: Callable[[str], list[str]] | None
-) -> Iterable[tuple[str, str]]:
-    """What a file, a folder or a stream holds, or else the word itself: lines, and the place of
-    each.
-    """
-    found, shown, (origin, _, selector) = _find(word), _brief(word), word.partition(":")
-    lines = None
-    try:
-        if word == "-":
-            lines = stdin and stdin().split("\n")
-        elif origin == "@last":
-            lines = last and last(selector)
-        elif os.path.isdir(found):
-            lines = sorted(
-                path.name
-                for path in Path(found).iterdir()
-                if path.name[0] != "." and path.suffix != ".err" and path.is_file()
-            )  # -o writes <host>.err
-        elif found:
-            with open(found, encoding="utf-8-sig", errors="replace") as file:
-                content = file.read(MAX_TARGET_FILE + 1)
-            if len(content) > MAX_TARGET_FILE or "\0" in content or "\ufffd" in content:
-                raise UsageError(f"{shown}: not a text file of targets")
-            lines = content.split("\n")
-        elif "/" not in word:
-            return [("", word)]
-    except OSError as exc:
-        raise UsageError(f"{shown}: {(exc.strerror or str(exc)).lower()}") from None
-    if lines is None:
-        raise UsageError(f"{shown}: {'no such file' if '/' in word else 'cannot be read here'}")
-    return ((f"{shown}:{number}: ", line.partition("#")[0]) for number, line in enumerate(lines, 1))
-
-
-def _find(name: str) -> str:
-    """The path of the file or folder that is meant, here or in ~/.apssh, or nothing."""
-    places = (os.path.expanduser(name), os.path.join(os.path.expanduser("~/.apssh"), name))
-    return next(filter(os.path.exists, places), "") if name else ""
-
-
-def _words(text: str) -> list[str]:
-    """What blanks and commas separate, but for commas in brackets and blanks around arrows."""
-    text = (
-        re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->"))
-        .replace(" ->", "->")
-        .replace("-> ", "->")
-    )
-    return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", text)
+    for place, name in names:
+        try:
+            for each in _expand_ranges(name):
+                count += 1
+                if count > MAX_TARGETS:
+                    raise UsageError(f"more than {MAX_TARGETS} targets")
+                yield parse(each)
+        except UsageError as exc:
+            raise UsageError(place + exc.message) from None
 
 
 def _parse_target(
@@ -7440,14 +7376,198 @@ def _parse_target(
     """One target, its ranges expanded already; the arguments are for what it does not say."""
     hops = text.split("->")
     direct = len(hops) > 1 and hops[0] == "None"
-    *way, host = hops[direct:]
-    before = [_parse_hop(hop, text, login) for hop in way] or ([] if direct else gateways)
+    *way, host = hops[1:] if direct else hops
+    before = [_parse_hop(hop, text, login) for hop in way]
+    if not way and not direct:
+        before = list(gateways)
     chain = (*before, _parse_hop(host, text, login, port))
     if len({(hop.host.lower(), hop.port or 22) for hop in chain}) < len(chain):
-        raise UsageError(
-            f"{_brief(text)}: {'->'.join(map(str, chain))} passes a host twice; None->HOST has no gateway"
-        )
+        shown = "->".join(map(str, chain))
+        raise UsageError(f"{_brief(text)}: {shown} passes a host twice; None->HOST has no gateway")
     return Target(chain, direct)
+
+
+def _matches(pattern: Target, target: Target) -> bool:
+    """Whether an exclusion names this target, in all the parts that it says; the way there only if
+    it says one.
+    """
+    chain = target.chain
+    if len(pattern.chain) == 1 and not pattern.direct:
+        chain = chain[-1:]
+    return len(chain) == len(pattern.chain) and all(map(_covers, pattern.chain, chain))
+
+
+def _covers(named: Hop, hop: Hop) -> bool:
+    return (
+        named.host.lower() == hop.host.lower()
+        and named.user in (None, hop.user)
+        and named.port in (None, hop.port)
+    )
+
+
+def _words(text: str) -> list[str]:
+    """What blanks and commas separate, but for commas in brackets and blanks around arrows."""
+    text = re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->"))
+    text = text.replace(" ->", "->").replace("-> ", "->")
+    return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", text)
+
+
+_GROUPS = "~/.apssh"
+_GROUP_DEPTH = 100  # groups in one another: Python's own limit is some 600 of them
+_Line = tuple[str, str]  # the place where it is written, as an error begins; the text
+
+
+def _find(name: str) -> str:
+    """The path of the file or folder that a word means, here or in ~/.apssh, or nothing."""
+    places = (os.path.expanduser(name), os.path.join(os.path.expanduser(_GROUPS), name))
+    return next(filter(os.path.exists, places), "") if name else ""
+
+
+def _notice(text: str) -> None:
+    _screen.say(f"apssh: {text}")
+
+
+class _Sources:
+    """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
+    input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
+
+    ``stdin``: the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each, of
+    words that are taken for a file here and could as well be hosts; by default stderr does.
+    """
+
+    def __init__(self, stdin: str | None = None, notice: Callable[[str], None] = _notice) -> None:
+        self._stdin = stdin
+        self._notice = notice
+        self._lines = functools.cache(self._read)
+
+    def names(self, texts: Iterable[str], *, hosts_too: bool = False) -> Iterator[_Line]:
+        """Each target that is meant, its ranges still folded. ``hosts_too``: a word that is a file
+        means the host of that name as well (an exclusion errs on the safe side).
+        """
+        for text in texts:
+            for word in [text] if _find(text) else _words(text):
+                lines = self._lines(word, not hosts_too)
+                if lines is None or (hosts_too and _is_host(word)):
+                    yield "", word
+                yield from self._members(lines or [], (word,))
+
+    def _members(self, lines: list[_Line], within: tuple[str, ...]) -> Iterator[_Line]:
+        """The targets on these lines, and those of the groups that they name."""
+        for place, line in lines:
+            _refuse_columns(place, line)
+            for word in _words(line):
+                if not word.startswith("@"):
+                    yield place, word
+                    continue
+                if word in within:
+                    circle = " -> ".join([*within[within.index(word) :], word])
+                    raise UsageError(f"{place}groups in a circle: {_brief(circle, 400)}")
+                if len(within) > _GROUP_DEPTH:
+                    raise UsageError(f"{place}groups nest deeper than {_GROUP_DEPTH}")
+                try:
+                    members = self._lines(word, False)
+                except UsageError as exc:
+                    raise UsageError(place + exc.message) from None
+                yield from self._members(members or [], (*within, word))
+
+    def _read(self, word: str, noticed: bool) -> list[_Line] | None:
+        """What a word stands for, line by line; None: itself."""
+        path = _group_path(word) if word.startswith("@") else _find(word)
+        if word == "-":
+            if self._stdin is None:
+                raise UsageError("-: cannot be read here")
+            lines = self._stdin.split("\n")
+        elif path:
+            lines = _read_list(word, path)
+        elif "/" in re.sub(r"\[[^][]*\]", "", word):
+            raise UsageError(f"{_brief(word)}: no such file")
+        else:
+            return None
+        if noticed and path == word and _is_host(word) and not word.endswith((".txt", ".list")):
+            self._notice(
+                f"{word} is a file or folder here: what it holds are the targets "
+                f"(./{word} says so; USER@{word} is the host)"
+            )
+        shown = _brief(word)
+        return [
+            (f"{shown}:{number}: ", line.partition("#")[0]) for number, line in enumerate(lines, 1)
+        ]
+
+
+def _group_path(word: str) -> str:
+    """The file of a group, ``@web``."""
+    if word.startswith("@last:"):
+        raise UsageError(
+            f"{_brief(word)}: the groups of the last run are "
+            "@last-ok, @last-failed, @last-unreached"
+        )
+    path = os.path.join(os.path.expanduser(_GROUPS), word[1:])
+    if not re.fullmatch(r"@[^./][^/]*", word) or not os.path.exists(path):
+        raise UsageError(f"{_brief(word)}: no such group; a group is a file in {_GROUPS}")
+    return path
+
+
+def _read_list(word: str, path: str) -> list[str]:
+    """The lines of a file; or the names in a folder, but for the <host>.err that -o writes."""
+    try:
+        if os.path.isdir(path):
+            files = [file for file in Path(path).iterdir() if file.is_file()]
+            names = [file.name for file in files if file.suffix != ".err"]
+            return sorted(name for name in names if not name.startswith("."))
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            text = file.read(MAX_TARGET_FILE + 1)
+    except OSError as exc:
+        raise UsageError(f"{_brief(word)}: {_reason(exc)}") from None
+    if len(text) > MAX_TARGET_FILE or "\0" in text or "\ufffd" in text:
+        raise UsageError(f"{_brief(word)}: not a text file of targets")
+    return text.split("\n")
+
+
+# Other tools write ``10.0.0.1 root``, and /etc/hosts an address before its names: read as two
+# hosts, a command would run twice on the one, or where nobody meant it. So a name after an address,
+# and a bare word after a full name, are refused unless a comma stands between.
+def _refuse_columns(place: str, line: str) -> None:
+    for before, after in re.findall(r"(?<![^\s,])([^\s,]++)(?=[ \t]+([\w.-]+)(?![^\s,]))", line):
+        host = before.replace("→", "->").rpartition("->")[2].rpartition("@")[2]
+        host = re.sub(r":[0-9]+$", "", host)
+        columns = "." in host and "." not in after
+        columns = columns or (_is_address(host) and not _is_address(after))
+        if columns and not before.startswith("@"):
+            remedy = f"{before}:{after}" if after.isdecimal() else f"{after}@{before}"
+            raise UsageError(
+                f"{place}{_brief(f'{before} {after}')}: one host, or two? "
+                f"write {_brief(remedy)}, or a comma between hosts"
+            )
+
+
+def _recalled(texts: Iterable[str], targets: Collection[Target]) -> str:
+    """For a person who names a group of the last run: which hosts that means; else nothing."""
+    named = [word for word in _words(" ".join(texts)) if word.startswith("@last-")]
+    if not named:
+        return ""
+    hosts = _brief(fold_names(map(str, targets)), 1000)
+    return f"{' '.join(named)}: {hosts} ({len(targets)})"
+
+
+def _save_last(results: Iterable[Result]) -> None:
+    """The groups @last-ok, @last-failed and @last-unreached (never reached, or not started) of this
+    run: a target a line, what came of it as a comment. Private, each replaced at once.
+    """
+    groups: dict[str, list[str]] = {"last-ok": [], "last-failed": [], "last-unreached": []}
+    for result in results:
+        name = "last-unreached"
+        if result.ok:
+            name = "last-ok"
+        elif result.reached:
+            name = "last-failed"
+        groups[name].append(f"{result.target}  # {escape(result.outcome)}\n")
+    folder = Path(_GROUPS).expanduser()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name, lines in groups.items():
+            _write_whole(folder / name, "".join(lines))
+    except OSError as exc:
+        _screen.say(f"apssh: {folder}: {_reason(exc)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8048,72 +8168,6 @@ def _summary(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-_LAST_RUN = "~/.apssh/last"
-_LAST = (
-    "ok",
-    "failed",
-    "all",
-    "interrupted",
-    "dns",
-    "refused",
-    "timeout",
-    "hostkey",
-    "auth",
-    "lost",
-    "local",
-)
-
-
-def _save_last(results: Sequence[Result]) -> None:
-    """~/.apssh/last: names and outcomes of this run, for ``-t @last:failed``; private, replaced at
-    once.
-    """
-    path = Path(_LAST_RUN).expanduser()
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        _write_whole(
-            path,
-            json.dumps(
-                [{"target": result.target, "outcome": result.outcome} for result in results]
-            ),
-        )
-    except OSError as exc:
-        _screen.say(f"apssh: {path}: {_reason(exc)}")
-
-
-def _load_last(selector: str) -> list[str]:
-    """The targets of the last run with this outcome: ok, failed, a kind (timeout, auth...), rc=N,
-    or signal=NAME. Raises UsageError.
-    """
-    name, equals, value = selector.partition("=")
-    if name not in (_LAST if not equals else ("rc", "signal")) or (equals and not value):
-        raise UsageError(
-            f"@last{':' * bool(selector)}{_brief(selector)}: write @last: and one of {', '.join(_LAST)}, rc=N, signal=NAME"
-        )
-    path = Path(_LAST_RUN).expanduser()
-    try:
-        entries = [(entry["target"], entry["outcome"]) for entry in json.loads(path.read_text())]
-    except FileNotFoundError:
-        raise UsageError(f"@last: there is no {path} yet") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"@last: {path} is not readable") from None
-    wanted = (
-        f"status {value}"
-        if name == "rc"
-        else f"signal {value.removeprefix('SIG')}"
-        if name == "signal"
-        else selector
-    )
-    found = [
-        target
-        for target, outcome in entries
-        if outcome == wanted or selector == "all" or (selector == "failed" and outcome != "ok")
-    ]
-    if not found:
-        raise UsageError(f"@last:{_brief(selector)}: no host of the last run")
-    return found
-
-
 # --------------------------------------------------------------------------------------------------
 # demo: a fleet of throw-away hosts in this process, to try anything with no machine at hand
 # --------------------------------------------------------------------------------------------------
@@ -8351,7 +8405,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="T",
         help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; blanks and commas separate; an existing "
-        "file holds targets, a folder's file names are targets; - is standard input; @last:failed is from the last run",
+        "file holds targets, a folder's file names are targets; - is standard input; @web is the file ~/.apssh/web; @last-failed is of the last run",
     )
     add(
         "-x",
@@ -8461,7 +8515,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="colour of messages (default auto; NO_COLOR is obeyed)",
     )
-    add("--no-last", action="store_true", help="do not note the outcomes in ~/.apssh/last")
+    add("--no-last", action="store_true", help="leave the groups @last-... as they are")
     add("-V", "--version", action="version", version=f"apssh {__version__}")
 
 
@@ -8473,7 +8527,7 @@ def build_parser() -> argparse.ArgumentParser:
         "apssh -t node[01-20] uptime",
         "apssh -t 'gw->node1' -s check.sh --all",
         "apssh -t hosts.txt -b uname -r",
-        "apssh -t @last:failed -l root -o out systemctl restart web",
+        "apssh -t @last-failed -l root -o out systemctl restart web",
         "apssh --demo 3 'echo hello; id -un'",
     )
     add = parser.add_argument_group("what runs").add_argument
@@ -8647,23 +8701,20 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
-    for word in itertools.chain.from_iterable(
-        map(_words, options.target if options.verbose else ())
-    ):
-        if found := _find(word):
-            _screen.say(
-                f"apssh: {escape(word)} is a {'folder' if os.path.isdir(found) else 'file'} here: what it holds are the targets"
-            )
+    notice: Callable[[str], None] = (lambda text: None) if options.quiet else _notice
+    sources = _Sources(getattr(options, "piped", None), notice)
     parse = functools.partial(
         _parse_targets,
         options.target,
         login=options.login,
         gateway=options.gateway,
         port=options.port,
-        stdin=lambda: str(options.piped),
-        last=_load_last,
+        sources=sources,
     )
     targets = parse(exclude=options.exclude)
+    recalled = _recalled(options.target, targets)
+    if recalled and sys.stderr.isatty() and not options.quiet:
+        _screen.say(recalled)
     everything = len(parse()) if options.exclude else 0
     for text in options.exclude:  # a slip there would run where it must not
         with contextlib.suppress(UsageError):

@@ -710,7 +710,9 @@ def test_template_unknown_field() -> None:
     )
 
 
-def test_host_column_is_coloured(capfdbinary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_column_is_coloured(
+    capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Differently for stderr; what a host sends is left as it is, and the column's width too."""
     monkeypatch.setattr(apssh._screen, "colour", "always")
     formatter = apssh.TerminalFormatter("{host} {fqdn} {user}{linenl}")
@@ -723,7 +725,7 @@ def test_host_column_is_coloured(capfdbinary: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_kept_is_not_coloured(
-    capfdbinary: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(apssh._screen, "colour", "always")
     capture, folder = apssh.CaptureFormatter("{host}:{linenl}"), apssh.SubdirFormatter(tmp_path)
@@ -761,7 +763,9 @@ def test_columns_align() -> None:
 
 
 def sunk(
-    formatter: apssh.Formatter, capfdbinary: Any, *pieces: tuple[bytes, int | None]
+    formatter: apssh.Formatter,
+    capfdbinary: pytest.CaptureFixture[bytes] | None,
+    *pieces: tuple[bytes, int | None],
 ) -> tuple[bytes, bytes]:
     """What a command's chunks become on stdout and stderr."""
     formatter.add_endpoint(BOX, verbose=False)
@@ -769,11 +773,13 @@ def sunk(
     for data, datatype in pieces:
         sink.data(data, datatype)
     sink.end()
+    if capfdbinary is None:
+        return b"", b""
     out, err = capfdbinary.readouterr()
     return out, err
 
 
-def test_lines_are_whole(capfdbinary: Any) -> None:
+def test_lines_are_whole(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     pieces = [(b"one\ntw", None), (b"err", 1), (b"o\nthree", None), (b"or\n", 1)]
     assert sunk(apssh.HostFormatter(), capfdbinary, *pieces) == (
         b"box1:one\nbox1:two\nbox1:three\n",
@@ -781,7 +787,7 @@ def test_lines_are_whole(capfdbinary: Any) -> None:
     )
 
 
-def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
+def test_raw_is_byte_for_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     data = bytes(range(256)) * 10
     assert sunk(apssh.RawFormatter(), capfdbinary, (data[:1000], None), (data[1000:], None)) == (
         data,
@@ -789,7 +795,7 @@ def test_raw_is_byte_for_byte(capfdbinary: Any) -> None:
     )
 
 
-def test_unfinished_lines_of_the_one_host(capfdbinary: Any) -> None:
+def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     sink = apssh._LiveFormatter().endpoint_sink(BOX)
     sink.data(b"Password: ", None)
     sink.data(b"no\x1b[2J", 1)
@@ -798,7 +804,7 @@ def test_unfinished_lines_of_the_one_host(capfdbinary: Any) -> None:
     assert capfdbinary.readouterr() == (b"", b"")
 
 
-def test_long_line_is_cut(capfdbinary: Any) -> None:
+def test_long_line_is_cut(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     out, _ = sunk(apssh.HostFormatter(), capfdbinary, *[(b"x" * 65536, None)] * 40)
     lines = out.splitlines()
     assert len(lines) == 3
@@ -806,7 +812,7 @@ def test_long_line_is_cut(capfdbinary: Any) -> None:
     assert sum(len(line) - len("box1:") for line in lines) == 40 * 65536
 
 
-def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
+def test_user_formatter_gets_text_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     seen = []
 
     class Mine(apssh.Formatter):
@@ -821,7 +827,7 @@ def test_user_formatter_gets_text_lines(capfdbinary: Any) -> None:
     ]
 
 
-def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
+def test_user_formatter_may_call_its_base(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     class Upper(apssh.HostFormatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             super().line(line.upper(), datatype, hostname)
@@ -829,7 +835,7 @@ def test_user_formatter_may_call_its_base(capfdbinary: Any) -> None:
     assert sunk(Upper(), capfdbinary, (b"a\n", None)) == (b"box1:A\n", b"")
 
 
-def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
+def test_subdir_formatter(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     formatter.add_endpoint(BOX, verbose=False)
     formatter.endpoint_started(BOX)
@@ -842,14 +848,21 @@ def test_subdir_formatter(tmp_path: Path, capfdbinary: Any) -> None:
 
 
 def test_subdir_formatter_begins_afresh_and_follows_no_link(tmp_path: Path) -> None:
-    (tmp_path / "target").write_text("precious")
-    (tmp_path / "box1").symlink_to(tmp_path / "target")
+    for name, link in (("box1", "one"), ("box1.err", "two")):
+        (tmp_path / link).write_text("precious")
+        (tmp_path / name).symlink_to(tmp_path / link)
+    formatter = apssh.SubdirFormatter(tmp_path)
+    sunk(formatter, None, (b"x\n", None))
+    assert sorted(os.listdir(tmp_path)) == ["box1", "home", "one", "two"]
+    assert not (tmp_path / "box1").is_symlink() and (tmp_path / "box1").read_bytes() == b"x\n"
+    (tmp_path / "box1").unlink()
+    (tmp_path / "box1").symlink_to(tmp_path / "one")
     with pytest.raises(OSError, match="symbolic link"):
-        sunk(apssh.SubdirFormatter(tmp_path), None, (b"x\n", None))
-    assert (tmp_path / "target").read_text() == "precious"
+        sunk(formatter, None, (b"y\n", None))
+    assert {(tmp_path / name).read_text() for name in ("one", "two")} == {"precious"}
 
 
-def test_capture_formatter(capfdbinary: Any) -> None:
+def test_capture_formatter(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     formatter = apssh.CaptureFormatter()
     assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e\n", 1)) == (b"", b"e\n")
     assert formatter.get_capture() == "a\n"
@@ -869,7 +882,7 @@ def test_held_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         formatter._write(BOX, b"x" * (1024 * 1024 + 1), None)
 
 
-def test_events_are_silent_unless_asked(capfd: Any) -> None:
+def test_events_are_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
     for verbose in (False, True):
         formatter = apssh.Formatter(verbose=verbose)
         formatter.connection_made("box", "root", True)
@@ -908,7 +921,7 @@ def test_subclass_with_a_constructor_of_its_own() -> None:
     assert formatter.get_capture() == "out\n"
 
 
-def test_line_of_two_users_on_a_host(capfd: Any) -> None:
+def test_line_of_two_users_on_a_host(capfd: pytest.CaptureFixture[str]) -> None:
     class Loud(apssh.HostFormatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             super().line(line.upper(), datatype, hostname)
@@ -923,7 +936,10 @@ def test_line_of_two_users_on_a_host(capfd: Any) -> None:
 
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
-    script = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    script = (
+        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
+        "apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -939,7 +955,7 @@ def test_older_names_of_formatters() -> None:
     assert (ColonFormatter, TimeColonFormatter) == (apssh.HostFormatter, apssh.TimeHostFormatter)
 
 
-def test_stderr_line(capfd: Any) -> None:
+def test_stderr_line(capfd: pytest.CaptureFixture[str]) -> None:
     apssh.HostFormatter().stderr_line("a word\n", "box")
     assert capfd.readouterr() == ("", "box:a word\n")
 
@@ -950,9 +966,10 @@ def test_stream_that_takes_a_part_gets_the_rest(monkeypatch: pytest.MonkeyPatch)
     class Parts(io.RawIOBase):
         taken = b""
 
-        def write(self, data: Any) -> int:
-            self.taken += bytes(data[:5])
-            return min(len(data), 5)
+        def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
+            taken = bytes(data)[:5]
+            self.taken += taken
+            return len(taken)
 
     class Stream(io.StringIO):
         buffer = Parts()
@@ -10619,8 +10636,11 @@ def test_scenario_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def targets(*texts: str, **options: Any) -> list[str]:
-    return [str(target) for target in apssh._parse_targets(texts, **options)]
+def targets(*texts: str, stdin: str | None = None, **options: Any) -> list[str]:
+    """Told of no word that is a file."""
+    sources = apssh._Sources(stdin, lambda text: None)
+    found = apssh._parse_targets(texts, sources=sources, **options)
+    return [str(target) for target in found]
 
 
 @pytest.fixture
@@ -10647,6 +10667,15 @@ def files(home: Path) -> Path:
     (own / "group" / "g1").touch()
     (own / "mine").write_text("m1 m2\n")
     (own / "hosts").write_text("not-this-one\n")
+    (own / "www").write_text("w[1-2] @dbs # and what is behind\n")
+    (own / "dbs").write_text("u@db1,@hosts\n")
+    (own / "all").write_text("@www\n@dbs @www, @group\n")
+    (own / "self").write_text("@self\n")
+    (own / "one").write_text("@two\n")
+    (own / "two").write_text("a @three\n")
+    (own / "three").write_text("b\n@one\n")
+    (own / "bad-group").write_text("a\n@lost\n")
+    (own / "lost").write_text("\n@nowhere\n")
     return home
 
 
@@ -10687,6 +10716,7 @@ def files(home: Path) -> Path:
         ("a,b[1,3],c", "a b1 b3 c"),
         ("[1-2].org", "1.org 2.org"),
         ("n[7]", "n7"),
+        ("n[1-6/2],m", "n1 n3 n5 m"),
         ("gw->a", "gw->a"),
         ("gw→a", "gw->a"),
         ("gw -> a", "gw->a"),
@@ -10701,6 +10731,7 @@ def files(home: Path) -> Path:
         ("a a b a", "a b"),
         ("gw->a a gw->a", "gw->a a"),
         ("u@a v@a", "u@a v@a"),
+        ("a A U@a u@A", "a A U@a u@A"),
         ("node[1-3] node[2-4]", "node1 node2 node3 node4"),
         ("WEB", "WEB"),
     ],
@@ -10727,6 +10758,12 @@ def test_targets(text: str, expected: str) -> None:
         ("out/1failed/", "u@db:2200 web"),
         ("group", "g1"),
         ("empty a", "a"),
+        ("@hosts", "not-this-one"),
+        ("@www", "w1 w2 u@db1 not-this-one"),
+        ("www", "w1 w2 u@db1 not-this-one"),
+        ("x,@dbs,@mine", "x u@db1 not-this-one m1 m2"),
+        ("@all", "w1 w2 u@db1 not-this-one g1"),
+        ("@group", "g1"),
     ],
     ids=lambda value: repr(value),
 )
@@ -10734,13 +10771,123 @@ def test_target_files(text: str, expected: str, files: Path) -> None:
     assert targets(text) == expected.split()
 
 
-def test_targets_of_a_pipe() -> None:
-    """As the shell's <(command) gives them."""
+def test_targets_of_a_pipe(capfd: pytest.CaptureFixture[str]) -> None:
+    """As the shell's <(command) gives them, once."""
     reading, writing = os.pipe()
     os.write(writing, b"a # one\nb\n")
     os.close(writing)
-    assert targets(f"/dev/fd/{reading}") == ["a", "b"]
+    assert apssh.main(["-t", f"/dev/fd/{reading}", "-x", "b", "-L"]) == 0
     os.close(reading)
+    assert capfd.readouterr() == ("a\n", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("10.0.0.1 root", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("10.0.0.1\troot # x", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("a,10.0.0.1 root", "10.0.0.1 root: one host, or two? write root@10.0.0.1"),
+        ("10.0.0.1 22", "10.0.0.1 22: one host, or two? write 10.0.0.1:22"),
+        ("10.0.0.1:22 root", "10.0.0.1:22 root: one host, or two? write root@10.0.0.1:22"),
+        ("web.example.org root", None),
+        ("web.example.org:22 root", None),
+        ("u@web.example.org web", None),
+        ("10.0.0.1 web.example.org web", None),
+        ("10.0.0.1 web.example.org", None),
+        ("::1 localhost", "::1 localhost: one host, or two? write localhost@::1"),
+        ("fe80::1 web.example.org", None),
+        ("gw -> 10.0.0.1 root", None),
+        ("a.example.org b.example.org c", None),
+        ("10.0.0.1, root", ""),
+        ("10.0.0.1 10.0.0.2", ""),
+        ("web.example.org db.example.org:22", ""),
+        ("web.example.org:22 db.example.org", ""),
+        ("web root", ""),
+        ("10.0.0.1 u@web", ""),
+        ("web.example.org gw->a", ""),
+        ("@a.b web", ""),
+        ("gw.example.org -> web", ""),
+        ("gw.example.org->web db", ""),
+        ("gw.example.org→web -> db x", ""),
+        ("gw->10.0.0.[1-2] root", None),
+    ],
+    ids=lambda value: repr(value),
+)
+def test_columns_of_other_tools(line: str, message: str | None, home: Path) -> None:
+    """A user, a port or an alias after a host: not two hosts. None: refused, however it is said."""
+    (home / ".apssh").mkdir()
+    (home / ".apssh" / "a.b").write_text("x\n")
+    (home / "list").write_text(f"first\n{line}\n")
+    if message == "":
+        assert len(targets("list")) > 1
+        return
+    for text, stdin in (("list", None), ("-", f"first\n{line}\n")):
+        with pytest.raises(UsageError) as caught:
+            targets(text, stdin=stdin)
+        if message:
+            expected = f"{text}:2: {message}, or a comma between hosts"
+            assert str(caught.value) == expected
+        assert str(caught.value).startswith(f"{text}:2: ")
+
+
+def test_word_that_is_a_file_here_and_could_be_a_host(files: Path) -> None:
+    told: list[str] = []
+    for name in ("web2", "list.txt"):
+        (files / name).write_text("a\n")
+    sources = apssh._Sources(None, told.append)
+    for _ in range(2):
+        texts = ["web2", "./web2", "out", "list.txt", "@dbs", "mine", "two words", "b"]
+        apssh._parse_targets(texts, exclude=["hosts"], sources=sources)
+    assert told == [
+        f"{word} is a file or folder here: what it holds are the targets "
+        f"(./{word} says so; USER@{word} is the host)"
+        for word in ("web2", "out")
+    ]
+
+
+def test_groups_of_the_last_run(home: Path) -> None:
+    folder = home / ".apssh"
+    for _ in range(2):
+        apssh._save_last(
+            [
+                result_of("a"),
+                result_of("gw->u@b:22", status=3, error="x", kind="status"),
+                result_of("c", status=None, signal="TERM", error="x", kind="signal"),
+                result_of("d", status=None, error="x", kind="timeout", reached=False),
+            ]
+        )
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {
+            "last-ok": "a  # ok\n",
+            "last-failed": "gw->u@b:22  # status 3\nc  # signal TERM\n",
+            "last-unreached": "d  # timeout\n",
+        }
+        for path in [folder, *folder.iterdir()]:
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
+    assert targets("@last-ok @last-failed,@last-unreached") == ["a", "gw->u@b:22", "c", "d"]
+    apssh._save_last([result_of("a")])
+    with pytest.raises(UsageError, match=r"^no target in @last-failed$"):
+        targets("@last-failed")
+
+
+def test_groups_of_the_last_run_that_cannot_be_written(
+    home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (home / ".apssh").write_text("")
+    apssh._save_last([result_of("a")])
+    assert capfd.readouterr().err == f"apssh: {home}/.apssh: file exists\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["a"], ""),
+        (["x @last-failed"], "@last-failed: n[1-2] (2)"),
+        (["@last-failed,@last-ok"], "@last-failed @last-ok: n[1-2] (2)"),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_hosts_of_a_group_of_the_last_run_are_told(texts: list[str], said: str) -> None:
+    assert apssh._recalled(texts, apssh._parse_targets(["n1", "n2"])) == said
 
 
 @pytest.mark.parametrize(
@@ -10756,7 +10903,7 @@ def test_targets_of_a_pipe() -> None:
 def test_targets_of_standard_input(
     texts: list[str], stdin: str, expected: str, files: Path
 ) -> None:
-    assert targets(*texts, stdin=lambda: stdin) == expected.split()
+    assert targets(*texts, stdin=stdin) == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -10810,6 +10957,10 @@ def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> N
         ("a b", ["empty"], "a b"),
         ("a b c", ["hosts"], "c u@c:1"),
         ("hosts", ["b", "d", "node[1-9]"], "a u@c:22 k"),
+        ("w[1-3] root@www u@db1", ["www"], "w3"),
+        ("w[1-3] u@db1 root@www", ["@www"], "w3 root@www"),
+        ("root@empty a", ["empty"], "a"),
+        ("root@empty a", ["./empty"], "root@empty a"),
         ("a b", ["-"], "b"),
         ("web db", ["out/1failed"], "db"),
         ("::1 ::2", ["[::1]:22", "::2"], "::1"),
@@ -10818,7 +10969,7 @@ def test_target_defaults(text: str, options: dict[str, Any], expected: str) -> N
 )
 def test_exclude(text: str, exclude: list[str], expected: str, files: Path) -> None:
     texts = [text] if exclude != ["hosts"] else [text, "u@c:1"]
-    assert targets(*texts, exclude=exclude, stdin=lambda: "a\n") == expected.split()
+    assert targets(*texts, exclude=exclude, stdin="a\n") == expected.split()
 
 
 @pytest.mark.parametrize(
@@ -10837,6 +10988,8 @@ def test_order_of_options(argv: list[str], capfd: pytest.CaptureFixture[str]) ->
 
 BRACKETS = "brackets must be closed and not nested, as in node[01-20,25]"
 PORT = "a port is a number from 1 to 65535"
+LAST = "the groups of the last run are @last-ok, @last-failed, @last-unreached"
+NO_GROUP = "no such group; a group is a file in ~/.apssh"
 NUMBER = "a bare number is no host; an address is written whole, as 10.0.0.10"
 NO_HOST = "is not a host name or an address"
 
@@ -10855,7 +11008,6 @@ NO_HOST = "is not a host name or an address"
         ("a->", "a->: a host is missing"),
         ("a->->b", "a->->b: a host is missing"),
         ("None->", "None->: a host is missing"),
-        ("@a", "@a: '' is not a user name"),
         ("-u@a", "-u@a: '-u' is not a user name"),
         ("u'x@a", "u'x@a: 'u'x' is not a user name"),
         ("$USER@a", "$USER@a: '$USER' is not a user name"),
@@ -10905,8 +11057,13 @@ NO_HOST = "is not a host name or an address"
         ("u@10:22", f"u@10:22: {NUMBER}"),
         ("n1,[1-3]", f"1: {NUMBER}"),
         ("１０", f"１０: {NUMBER}"),
+        ("n[1-9/0]", "n[1-9/0]: 1-9/0 never ends; a step is 1 or more"),
+        ("n[1/2]", "n[1/2]: '1/2' is not a number or a range such as 01-20"),
+        ("n[1-999999/2]", "n[1-999999/2]: more than 100000 names"),
+        ("n[1-3]/x", "n[1-3]/x: no such file"),
         ("a@b#c", f"a@b#c: 'b#c' {NO_HOST}"),
         ("a#b@c", "a#b@c: 'a#b' is not a user name"),
+        ("gw->@b@c", "gw->@b@c: '@b' is not a user name"),
         ("gw->-oProxyCommand=x", f"gw->-oProxyCommand=x: '-oProxyCommand=x' {NO_HOST}"),
         ("a..b", f"a..b: 'a..b' {NO_HOST}"),
         (".a", f".a: '.a' {NO_HOST}"),
@@ -10938,13 +11095,24 @@ NO_HOST = "is not a host name or an address"
         ("x,./bad", f"./bad:3: b:99999: {PORT}"),
         ("bad-range", "bad-range:2: node[3-1]: 3-1 runs backwards; write 1-3"),
         ("-", "-: cannot be read here"),
-        ("@last:failed", "@last:failed: cannot be read here"),
+        ("@last:failed", f"@last:failed: {LAST}"),
+        ("@last:rc=3", f"@last:rc=3: {LAST}"),
+        ("@a", f"@a: {NO_GROUP}"),
+        ("@", f"@: {NO_GROUP}"),
+        ("@..", f"@..: {NO_GROUP}"),
+        ("@../hosts", f"@../hosts: {NO_GROUP}"),
+        ("@/etc/passwd", f"@/etc/passwd: {NO_GROUP}"),
+        ("@hosts/", f"@hosts/: {NO_GROUP}"),
+        ("@bad-group", f"@lost:2: @nowhere: {NO_GROUP}"),
+        ("@self", "@self:1: groups in a circle: @self -> @self"),
+        ("@one", "@three:2: groups in a circle: @one -> @two -> @three -> @one"),
+        ("two", "@two:1: groups in a circle: @three -> @one -> @two -> @three"),
     ],
     ids=lambda value: repr(value[:20]),
 )
 def test_bad_targets(text: str, message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        apssh._parse_targets([text])
+        targets(text)
     assert str(caught.value) == message
 
 
@@ -10961,6 +11129,7 @@ def test_bad_targets(text: str, message: str, files: Path) -> None:
         ({"login": "$(id)"}, "a: '$(id)' is not a user name"),
         ({"login": "u[1-2]"}, "a: 'u[1-2]' is not a user name"),
         ({"login": "a,b"}, "a: 'a,b' is not a user name"),
+        ({"login": "@b"}, "a: '@b' is not a user name"),
         ({"login": "a→b"}, "a: 'a→b' is not a user name"),
         ({"port": 0}, f"a: {PORT}"),
         ({"exclude": ["a"]}, "no target: -x excludes them all"),
@@ -10968,13 +11137,13 @@ def test_bad_targets(text: str, message: str, files: Path) -> None:
         ({"exclude": ["/nowhere"]}, "/nowhere: no such file"),
         ({"exclude": ["n[2-1]"]}, "n[2-1]: 2-1 runs backwards; write 1-2"),
         ({"exclude": ["b;c"]}, f"b;c: 'b;c' {NO_HOST}"),
-        ({"exclude": ["-"], "stdin": lambda: "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
+        ({"exclude": ["-"], "stdin": "x\ny:0\n"}, f"-:2: y:0: {PORT}"),
     ],
     ids=lambda value: repr(value) if isinstance(value, str) else "-".join(value),
 )
 def test_bad_target_options(options: dict[str, Any], message: str, files: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        apssh._parse_targets(["a"], **options)
+        targets("a", **options)
     assert str(caught.value) == message
 
 
@@ -10989,6 +11158,16 @@ def test_too_many_targets(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError) as caught:
             apssh._parse_targets(texts)
         assert str(caught.value) == message
+
+
+def test_groups_nest_to_a_sane_depth(home: Path) -> None:
+    (home / ".apssh").mkdir()
+    for number in range(1000):
+        (home / ".apssh" / f"g{number}").write_text(f"h{number} @g{number + 1}\n")
+    (home / ".apssh" / "g1000").write_text("last\n")
+    assert targets("@g950")[-1] == "last"
+    with pytest.raises(UsageError, match=r"^@g100:1: groups nest deeper than 100$"):
+        targets("@g0")
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads every file")
@@ -11007,7 +11186,7 @@ def test_unreadable_targets(files: Path) -> None:
         (["-t", "node[1-", "true"], f"apssh: node[1-: {BRACKETS}"),
         (["-p", "0", "-t", "a", "true"], None),
         (["true"], "apssh: no target: use -t HOST ..."),
-        (["-t", "bad", "-L"], f"apssh: bad:3: b:99999: {PORT}"),
+        (["-t", "./bad", "-L"], f"apssh: ./bad:3: b:99999: {PORT}"),
         (
             ["-t", "a", "-g", "a", "true"],
             "apssh: a: a->a passes a host twice; None->HOST has no gateway",
@@ -11032,7 +11211,7 @@ NAME = (
 )
 ADDRESS = NAME | st.ip_addresses().map(str) | st.builds("{}%{}".format, st.ip_addresses(v=6), LABEL)
 USER = st.none() | st.from_regex(r"[A-Za-z0-9_.@:+%\\*~é-]{0,6}[a-z0-9]", fullmatch=True).filter(
-    lambda text: not text.startswith("-")
+    lambda text: not text.startswith(("-", "@"))
 )
 HOP = st.builds(apssh.Hop, ADDRESS, USER, st.none() | st.integers(1, 65535))
 
@@ -11063,7 +11242,9 @@ def test_targets_say_themselves(target: apssh.Target) -> None:
 def test_any_text_is_targets_or_an_error(text: str) -> None:
     """One line that a terminal can show, whatever is given; and what is taken can be a host."""
     try:
-        found = apssh._parse_targets([text], stdin=lambda: text.replace("-", "x"))
+        found = apssh._parse_targets(
+            [text], sources=apssh._Sources(text.replace("-", "x"), lambda word: None)
+        )
     except UsageError as exc:
         assert exc.message == apssh.escape(exc.message)
     else:
@@ -11096,6 +11277,13 @@ def test_same_endpoint_runs_once(tmp_path: Path) -> None:
         config=str(tmp_path / "config"),
     )
     assert [node._target for node in nodes] == ["a", "db", "gw->a", "ann@a"]
+
+
+def test_endpoint_that_is_named_twice_keeps_its_short_name() -> None:
+    formatter = apssh.HostFormatter()
+    named = apssh._parse_targets(["localhost", "LOCALHOST:22", f"{ME}@LocalHost"])
+    (node,) = apssh._build_nodes(named, formatter=formatter, config="none")
+    assert formatter.endpoint_name(node._endpoint) == "localhost"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11325,61 +11513,6 @@ def test_summary() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("selector", "targets"),
-    [
-        ("failed", ["b", "c", "d"]),
-        ("ok", ["a"]),
-        ("rc=3", ["b"]),
-        ("timeout", ["d"]),
-        ("signal=TERM", ["c"]),
-        ("all", ["a", "b", "c", "d"]),
-        ("signal=SIGTERM", ["c"]),
-    ],
-)
-def test_last(selector: str, targets: list[str], home: Path) -> None:
-    apssh._save_last(
-        [
-            result_of("a"),
-            result_of("b", status=3, error="x", kind="status"),
-            result_of("c", status=None, signal="TERM", error="x", kind="signal"),
-            result_of("d", status=None, error="x", kind="timeout"),
-        ]
-    )
-    assert apssh._load_last(selector) == targets
-    assert stat.S_IMODE((home / ".apssh" / "last").stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("selector", "message"),
-    [
-        ("dns", "@last:dns: no host of the last run"),
-        *(
-            (
-                each,
-                f"@last{':' * bool(each)}{each}: write @last: and one of ok, failed, all, interrupted, dns, refused, "
-                "timeout, hostkey, auth, lost, local, rc=N, signal=NAME",
-            )
-            for each in ("", "bogus", "rc", "rc=", "status", "ok=1")
-        ),
-    ],
-)
-def test_last_selects_nothing(selector: str, message: str, home: Path) -> None:
-    apssh._save_last([result_of("a")])
-    with pytest.raises(UsageError) as caught:
-        apssh._load_last(selector)
-    assert str(caught.value) == message
-
-
-def test_last_that_is_not_there(home: Path) -> None:
-    with pytest.raises(UsageError, match=rf"^@last: there is no {home}/.apssh/last yet$"):
-        apssh._load_last("ok")
-    (home / ".apssh").mkdir()
-    (home / ".apssh" / "last").write_text("[1]")
-    with pytest.raises(UsageError, match=rf"^@last: {home}/.apssh/last is not readable$"):
-        apssh._load_last("ok")
-
-
 def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
     code, seen = on_terminal("-F", "none", "-t", sshd.target, "sleep 1.6; echo shown; sleep 0.5")
     text = seen.decode()
@@ -11523,7 +11656,7 @@ def test_demo_size(count: int) -> None:
         (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
         (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
         (["-t", "gone/targets", "x"], "gone/targets: no such file"),
-        (["-t", "@last:ok", "x"], "@last: there is no HOME/.apssh/last yet"),
+        (["-t", "@last-ok", "x"], "@last-ok: no such group; a group is a file in ~/.apssh"),
         (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
         (
             ["-g", "gw", "-t", "gw", "x"],
@@ -11937,11 +12070,17 @@ def test_failing_commands_have_a_kind(
 
 def test_targets_from_a_file_are_told(home: Path, capfd: Any) -> None:
     Path("web").write_text("a\n")
-    assert apssh.main(["-t", "web", "-v", "-L"]) == 0
-    assert capfd.readouterr() == (
-        "a\n",
-        "apssh: web is a file here: what it holds are the targets\n",
+    said = (
+        "apssh: web is a file or folder here: what it holds are the targets "
+        "(./web says so; USER@web is the host)\n"
     )
+    for options, err in (([], said), (["-q"], "")):
+        assert apssh.main(["-t", "web", "-x", "b", "-x", "c,d", *options, "-L"]) == 0
+        out, told = capfd.readouterr()
+        assert (out, re.sub("apssh: -x .* excludes none of the targets\n", "", told)) == (
+            "a\n",
+            err,
+        )
 
 
 @pytest.mark.parametrize(
@@ -11975,11 +12114,14 @@ def test_gather_of_many_hosts_needs_little_memory() -> None:
 
 def test_last_run_again(sshd: Sshd) -> None:
     port = free_port()
-    assert cli("-F", "none", "-t", f"{sshd.target},127.0.0.1:{port}", "true").returncode == 1
-    assert cli("-t", "@last:failed", "-L").stdout.decode() == f"127.0.0.1:{port}\n"
-    assert cli("-t", "@last:ok", "-L").stdout.decode() == f"{sshd.target}\n"
-    assert cli("-F", "none", "-t", "@last:ok", "--no-last", "false").returncode == 1
-    assert cli("-t", "@last:ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    both = f"{sshd.target},127.0.0.1:{port}"
+    assert cli("-F", "none", "-t", both, "true").returncode == 1
+    assert cli("-t", "@last-unreached", "-L").stdout.decode() == f"127.0.0.1:{port}\n"
+    assert cli("-t", "@last-ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    assert cli("-F", "none", "-t", "@last-ok", "--no-last", "false").returncode == 1
+    assert cli("-t", "@last-ok", "-L").stdout.decode() == f"{sshd.target}\n"
+    _, seen = on_terminal("-t", "@last-ok", "-L")
+    assert seen.decode() == f"@last-ok: {sshd.target} (1)\r\n{sshd.target}\r\n"
 
 
 def test_copy_programs(sshd: Sshd, home: Path) -> None:
