@@ -2315,30 +2315,17 @@ _LINK = asyncssh.FILEXFER_TYPE_SYMLINK
 _SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
 _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
+_CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
+_GIVES_WAY = {_REGULAR: _LINK, _LINK: _REGULAR}  # what may be replaced by a file, and by a link
 
-# the three ways to open a file; a new one never takes what is there
-_TO_READ = asyncssh.FXF_READ
+# the two ways to write a file: a new one never takes what is there
 _TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
 _TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
-_OPEN_FLAGS = {
-    _TO_READ: os.O_RDONLY,
-    _TO_MAKE: os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-    _TO_OVERWRITE: os.O_WRONLY | os.O_TRUNC,
-}
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 _QUOTED = (
     r"\\([][*?\\])"  # a backslash before what has a meaning in a pattern; elsewhere it is itself
 )
-
-
-def _safe_name(name: str) -> str:
-    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
-    system has longer ones.
-    """
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
-        raise TransferError(f"refused the name '{_brief(name)}' sent by the server", kind="remote")
-    return name
 
 
 def _temporary_name(name: str) -> str:
@@ -2486,8 +2473,13 @@ class _LocalFiles:
         """Never through a link, and a regular file whatever was put there since it was looked at:
         a FIFO would hold us for ever.
         """
-        how = _OPEN_FLAGS[flags] | os.O_NOFOLLOW | os.O_NONBLOCK
+        how = os.O_RDONLY
+        if flags == _TO_MAKE:
+            how = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        elif flags == _TO_OVERWRITE:
+            how = os.O_WRONLY | os.O_TRUNC
         folder, name = self._at(path)
+        how |= os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -2673,7 +2665,8 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self._preserve = sftp, True, True
         with self._failing(path):
-            target, existing = await self._existing_file(_CopyItem(path, _there(sftp, path)))
+            item = _CopyItem(path, _there(sftp, path))
+            target, existing = await self._existing(item, _REGULAR)
             given = asyncssh.SFTPAttrs(permissions=mode)
             async with self._arriving(target, existing, given) as file:
                 size = self._block_size()
@@ -2775,26 +2768,23 @@ class _Copy:
                     if hidden or name in (".", "..") or not fnmatch.fnmatchcase(name, wanted):
                         continue
                     with self._failing(pattern):
-                        names.add(_safe_name(name))
+                        self._take(name, names)
             found += [posixpath.join(folder, name) for name in sorted(names)]
         return found or [literal]
 
     async def _walk(self, paths: Iterable[str], place: str) -> None:
         """Copy what was named, each to its own name in the folder or the only one to this name."""
-        named: list[tuple[str, str]] = []
-        for path in dict.fromkeys(paths):
-            with self._failing(path):
-                named.append((path, await self._own_name(path) if self._into else ""))
-        alike = collections.Counter(name for _, name in named)
+        taken = set[str]()
         async with self._under_way:
-            for path, name in named:
+            for path in dict.fromkeys(paths):
                 with self._failing(path):
-                    if alike[name] > 1:
-                        what = f"two sources are called {escape(name)}"
-                        raise self._wrong(self._source, what)
+                    target = place
+                    if self._into:
+                        name = await self._own_name(path)
+                        self._take(name, taken)
+                        target = posixpath.join(place, name)
                     attrs = await self._source.stat(path)
                     self._counted(path)
-                    target = posixpath.join(place, name) if self._into else place
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
         for target, attrs in reversed(self._late):
@@ -2805,7 +2795,18 @@ class _Copy:
         name = posixpath.basename(path.rstrip("/"))
         if name in ("", ".", ".."):
             name = posixpath.basename(str(await self._source.realpath(path)))
-        return _safe_name(name)
+        return name
+
+    def _take(self, name: str, taken: set[str]) -> None:
+        """A name for one entry of a folder, that none has before: it cannot lead elsewhere, and no
+        file system has longer ones.
+        """
+        wrong = name in ("", ".", "..") or "/" in name or "\0" in name
+        if wrong or len(os.fsencode(name)) > 255:
+            raise self._wrong(self._source, f"refused the name '{_brief(name)}'")
+        if name in taken:
+            raise self._wrong(self._source, f"the name {escape(name)} comes twice")
+        taken.add(name)
 
     def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
@@ -2825,22 +2826,23 @@ class _Copy:
             attrs = await self._source.stat(item.path)
             followed = True
         if attrs.type == _REGULAR:
-            await self._beside(item.path, self._copy_file, item, attrs, followed)
+            await self._beside(self._copy_file, item, attrs, followed)
         elif attrs.type == _LINK and not followed:
-            await self._beside(item.path, self._copy_link, item)
+            await self._beside(self._copy_link, item)
         else:
             await self._copy_folder(item, attrs)
 
     async def _beside(
-        self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
+        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
     ) -> None:
-        """Run this beside the others, as soon as there is room."""
+        """Copy this beside the others, as soon as there is room."""
+        await self._under_way.start(self._guarded, work, item, *args)
 
-        async def guarded() -> None:
-            with self._failing(path):
-                await work(*args)
-
-        await self._under_way.start(guarded)
+    async def _guarded(
+        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
+    ) -> None:
+        with self._failing(item.path):
+            await work(item, *args)
 
     async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
         """Make the folder, if need be, and enter what it holds, links last."""
@@ -2853,10 +2855,7 @@ class _Copy:
         ):
             if wrong:
                 raise self._wrong(self._source, why)
-        target, existing = await self._existing(item)
-        if existing and existing.type not in (_FOLDER_TYPE, _UNKNOWN):
-            what = "link" if existing.type == _LINK else "file"
-            raise self._wrong(self._destination, f"a {what} has that name")
+        target, existing = await self._existing(item, _FOLDER_TYPE)
         if not existing:
             await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
         if self._preserve or not existing:
@@ -2870,9 +2869,7 @@ class _Copy:
             if name in (".", ".."):
                 continue
             with self._failing(path):
-                if _safe_name(name) in taken:
-                    raise self._wrong(self._source, f"the name {escape(name)} comes twice")
-                taken.add(name)
+                self._take(name, taken)
                 child = _CopyItem(
                     path,
                     posixpath.join(target, name),
@@ -2885,7 +2882,7 @@ class _Copy:
                 else:
                     await self._enter(child, found.attrs)
         for child in links:
-            await self._beside(child.path, self._copy_link, child)
+            await self._beside(self._copy_link, child)
 
     async def _copy_link(self, item: _CopyItem) -> None:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
@@ -2906,21 +2903,19 @@ class _Copy:
                 f"refused a link that leads out, to {_brief(link) or repr('')} "
                 "(follow_symlinks, --follow, copies what it leads to)",
             )
-        existing = None if item.fresh else await self._look(item.target)
-        if existing and existing.type == _FOLDER_TYPE:
-            raise self._wrong(self._destination, "a folder has that name")
+        await self._existing(item, _LINK)
         async with self._replacing(item.target) as temporary:
             await self._destination.symlink(link, temporary)
 
     async def _copy_file(
         self, item: _CopyItem, attrs: asyncssh.SFTPAttrs, followed: bool = False
     ) -> None:
-        target, existing = await self._existing_file(item)
+        target, existing = await self._existing(item, _REGULAR)
         path = item.path
         if followed and not self._wary:
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
-            path, _TO_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
+            path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
         )
         async with (
             _closing(opened) as file,
@@ -2930,28 +2925,24 @@ class _Copy:
 
     # one file
 
-    async def _existing(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
-        """Where this entry goes, and what is there. What the user named may be a link over there."""
+    async def _existing(
+        self, item: _CopyItem, wanted: int
+    ) -> tuple[str, asyncssh.SFTPAttrs | None]:
+        """Where this entry goes, and what of the wanted kind is there. A link that the user named
+        is resolved; in a tree it is replaced, for somebody else may have put it there. A folder,
+        and what is neither file nor link, gives way to nothing.
+        """
         target = item.target
         existing = None if item.fresh else await self._look(target)
         if self._pushing and item.level == 0 and existing and existing.type == _LINK:
             target = str(await self._destination.realpath(target))
             existing = await self._look(target)
-        return target, existing
-
-    async def _existing_file(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
-        """Where this file goes, and the file there. A link in a tree is replaced, for somebody else
-        may have put it there; what is no file is left alone.
-        """
-        target, existing = await self._existing(item)
-        if existing is None or existing.type == _REGULAR:
+        if existing is None or existing.type in (wanted, _UNKNOWN):
             return target, existing
-        if existing.type == _UNKNOWN or (existing.type == _LINK and not self._inplace):
+        if existing.type == _GIVES_WAY.get(wanted) and not self._inplace:
             return target, None
-        why = f"{_brief(target, 200)} is there and not a regular file"
-        if existing.type in (_LINK, _FOLDER_TYPE):
-            why = f"a {'link' if existing.type == _LINK else 'folder'} has that name"
-        raise self._wrong(self._destination, why)
+        what = _CALLED.get(existing.type, "a special file")
+        raise self._wrong(self._destination, f"{what} has that name")
 
     def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
@@ -2988,7 +2979,7 @@ class _Copy:
         """Owner and mode of the file that was there, unless preserve asks for the source's mode.
         What is not permitted is left: the file could be written, and that was the wish.
         """
-        if not self._preserve:
+        if not self._preserve and existing.permissions is not None:
             given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
