@@ -2290,6 +2290,7 @@ class StepRecord:
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under way
+BLOCK = 32 * 1024  # bytes of a request that every server takes
 FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
 TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
 DEPTH_LIMIT = 100  # folders in folders
@@ -2403,7 +2404,7 @@ class _LocalFiles:
 
     def __init__(self, top: str | None = None) -> None:
         self._top = top
-        self._folder = ""  # below the top: the one that is open, beside the top itself
+        self._folder: str | None = ""  # below the top: the one that is open beside it
         if top is not None:
             self._top_fd = os.open(top or ".", _OPEN_FOLDER)
             self._fd = os.dup(self._top_fd)
@@ -2418,22 +2419,23 @@ class _LocalFiles:
             return None, path
         folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
         if folder != self._folder:
-            fd = os.dup(self._top_fd)
-            try:
-                for each in folder.split("/") if folder else ():
-                    inner = os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
-                    os.close(fd)
-                    fd = inner
-            except OSError:
-                os.close(fd)
-                raise
-            os.close(self._fd)
-            self._folder, self._fd = folder, fd
+            self._folder = None  # until we are there
+            self._move_to(os.dup(self._top_fd))
+            for each in filter(None, folder.split("/")):
+                self._move_to(os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
+            self._folder = folder
         return self._fd, name
 
-    def _attrs(self, path: str, *, follow: bool) -> asyncssh.SFTPAttrs:
+    def _move_to(self, fd: int) -> None:
+        os.close(self._fd)
+        self._fd = fd
+
+    async def stat(self, path: str, *, follow_symlinks: bool = True) -> asyncssh.SFTPAttrs:
+        """What a copy needs to know. Not asyncssh's from_local: that asks for the owner's name,
+        which may take a server.
+        """
         fd, name = self._at(path)
-        info = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
         return asyncssh.SFTPAttrs(
             type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
             size=info.st_size,
@@ -2443,12 +2445,6 @@ class _LocalFiles:
             atime=int(info.st_atime),
             mtime=int(info.st_mtime),
         )
-
-    async def stat(self, path: str) -> asyncssh.SFTPAttrs:
-        return self._attrs(path, follow=True)
-
-    async def lstat(self, path: str) -> asyncssh.SFTPAttrs:
-        return self._attrs(path, follow=False)
 
     async def realpath(self, path: str) -> str:
         return os.path.realpath(path)
@@ -2626,7 +2622,7 @@ class _Copy:
         self._follow, self._inplace = follow_symlinks, inplace
         self._source: _Files = _LocalFiles()
         self._destination: _Files = self._source
-        self._pushing = False
+        self._pushing = self._wary = False
         self._into = False  # the destination is a folder that sources arrive in
         self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
@@ -2647,7 +2643,7 @@ class _Copy:
         """Copy files from over there (globs are expanded) onto a local path. Raises TransferError,
         ConnectionFailedError.
         """
-        self._source = sftp
+        self._source, self._wary = sftp, not isinstance(sftp, _LocalFiles)
         paths: list[str] = []
         for source in sources:
             with self._failing(source):
@@ -2669,20 +2665,15 @@ class _Copy:
             target, existing = await self._existing(item, _REGULAR)
             given = asyncssh.SFTPAttrs(permissions=mode)
             async with self._arriving(target, existing, given) as file:
-                size = self._block_size()
-                for position in range(0, len(content), size):
-                    await file.write(content[position : position + size], position)
+                for position in range(0, len(content), BLOCK):
+                    await file.write(content[position : position + BLOCK], position)
         self._tell()
 
     # what goes wrong
 
-    @property
-    def _wary(self) -> bool:
-        return not isinstance(self._source, _LocalFiles)
-
     def _wrong(self, files: _Files, message: str) -> TransferError:
         """An error of what this side has."""
-        return TransferError(message, host=self._host, kind=_side(files))
+        return TransferError(message, kind=_side(files))
 
     @contextlib.contextmanager
     def _failing(self, path: str, what: str = "") -> Iterator[None]:
@@ -2696,14 +2687,11 @@ class _Copy:
             ) from exc
         except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
             self._failed += 1
-            kind = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
-            reason = _reason(exc)
-            if isinstance(exc, TransferError):
-                kind, reason = exc.kind, exc.message
             if self._failed == 1:
-                self._kind = kind
+                side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+                self._kind = exc.kind if isinstance(exc, TransferError) else side
             if self._failed <= FAILURES_KEPT:
-                self._failures.append(f"{shown}: {what}{reason}")
+                self._failures.append(f"{shown}: {what}{_reason(exc)}")
 
     def _tell(self) -> None:
         """All that failed, the first few of it in the message."""
@@ -2731,20 +2719,17 @@ class _Copy:
 
     async def _land(self, place: str, *, several: bool) -> None:
         """Whether sources arrive in a folder, or one of them under this very name."""
-        found = asyncssh.SFTPAttrs()
-        what = "no such folder"
-        with contextlib.suppress(*_MISSING):
-            found = await self._destination.stat(place.rstrip("/") or "/")
-            what = "not a folder"
-        is_folder = found.type == _FOLDER_TYPE
+        existing = await self._look(place.rstrip("/") or "/", follow=True)
+        is_folder = existing is not None and existing.type == _FOLDER_TYPE
         self._into = several or is_folder or place.endswith("/")
         if self._into and not is_folder:
+            what = "not a folder" if existing else "no such folder"
             raise self._wrong(self._destination, what)
 
-    async def _look(self, path: str) -> asyncssh.SFTPAttrs | None:
+    async def _look(self, path: str, *, follow: bool = False) -> asyncssh.SFTPAttrs | None:
         """What is there on the destination's side."""
         try:
-            return await self._destination.lstat(path)
+            return await self._destination.stat(path, follow_symlinks=follow)
         except _MISSING:
             return None
 
@@ -2812,8 +2797,7 @@ class _Copy:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
-        real = os.path.realpath(path)
-        inside = f"{os.path.realpath(target)}/".startswith(f"{real}/")
+        inside = f"{os.path.realpath(target)}/".startswith(f"{os.path.realpath(path)}/")
         if inside and (self._inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
@@ -2821,26 +2805,21 @@ class _Copy:
         """One item, that was named (a link is followed) or found in a folder."""
         followed = item.level == 0
         if attrs.type == _UNKNOWN and not followed:
-            attrs = await self._source.lstat(item.path)
+            attrs = await self._source.stat(item.path, follow_symlinks=False)
         if attrs.type == _LINK and self._follow and not followed:
             attrs = await self._source.stat(item.path)
             followed = True
         if attrs.type == _REGULAR:
-            await self._beside(self._copy_file, item, attrs, followed)
+            await self._under_way.start(self._guarded, self._copy_file, item, attrs, followed)
         elif attrs.type == _LINK and not followed:
-            await self._beside(self._copy_link, item)
+            await self._under_way.start(self._guarded, self._copy_link, item)
         else:
             await self._copy_folder(item, attrs)
-
-    async def _beside(
-        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
-    ) -> None:
-        """Copy this beside the others, as soon as there is room."""
-        await self._under_way.start(self._guarded, work, item, *args)
 
     async def _guarded(
         self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
     ) -> None:
+        """What runs beside others."""
         with self._failing(item.path):
             await work(item, *args)
 
@@ -2882,7 +2861,7 @@ class _Copy:
                 else:
                     await self._enter(child, found.attrs)
         for child in links:
-            await self._beside(self._copy_link, child)
+            await self._under_way.start(self._guarded, self._copy_link, child)
 
     async def _copy_link(self, item: _CopyItem) -> None:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
@@ -3053,23 +3032,21 @@ class _Copy:
                 return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
-    def _block_size(self) -> int:
-        most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
-        return max(min(most, CHUNK // 4), 1)
-
     async def _stream(self, file: _File, copied: _File, size: int) -> None:
         """The announced size in parallel, as many requests under way as fill the window, then on to
         the real end, unless asking for one byte more than announced has shown it. The requests are
         ours, for asyncssh's own would outlive a loss or a cancellation.
         """
-        block = self._block_size()
+        most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
+        block = max(min(most, CHUNK // 4), 1)
         end, ended = 0, False
 
         async def fetch(position: int, wanted: int) -> None:
             nonlocal end, ended
             while wanted > 0 and not ended:
                 data = cast("bytes", await file.read(wanted, position))
-                await copied.write(data, position)
+                if data:
+                    await copied.write(data, position)
                 position += len(data)
                 wanted -= len(data)
                 end = max(end, position)
