@@ -5771,6 +5771,7 @@ class _CopyCommand(AbstractCommand):
             )
 
     def check_files(self) -> None:
+        """A Pull needs its local folder, and that before the first step."""
         if not self.pushing and not isinstance(self.destination, Deferred):
             _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 

@@ -6073,6 +6073,26 @@ def test_pulls_one_after_the_other_chain_nothing(keys: Path, tmp_path: Path) -> 
         assert listing(area) == AREA | leaves
 
 
+def test_folder_that_becomes_a_link_meanwhile(keys: Path, tmp_path: Path) -> None:
+    """Somebody else on this machine swaps it when it has been looked at: nothing follows."""
+    area = tmp_path / "area"
+    area.mkdir()
+    build(area, AREA)
+
+    def swapping() -> Iterator[tuple[bytes, Node]]:
+        (area / "out/tree/d").rename(area / "out/was")
+        (area / "out/tree/d").symlink_to("../../outside")
+        yield b"x", EVIL
+
+    text = run(attacked(keys, folder((b"d", Node(names=swapping)), GOOD), area))
+    assert text == (
+        "127.0.0.1: local: tree/d/x: not a directory; "
+        f"{area}/out/tree/d: mode and times not set: not a directory"
+    )
+    left = ALSO | {"out/tree/d": "-> ../../outside", "out/was/": ""}
+    assert listing(area) == AREA | left
+
+
 @pytest.mark.parametrize("name", ["out/new", "out"])
 def test_named_file_never_becomes_a_link(keys: Path, tmp_path: Path, name: str) -> None:
     """Else the next pull onto it would write through: the destination is resolved, for it is the
