@@ -2280,6 +2280,7 @@ class StepRecord:
 # --------------------------------------------------------------------------------------------------
 
 CHUNK = 1024 * 1024  # bytes of a file handled at once; two of them are under way
+BLOCK = 32 * 1024  # bytes of a request that every server takes
 FILES_IN_FLIGHT = 64  # small files cost round trips: many at once is what makes them cheap
 TREE_LIMIT = 1_000_000  # names in one copy, and links: more is an endless tree
 DEPTH_LIMIT = 100  # folders in folders
@@ -2305,30 +2306,17 @@ _LINK = asyncssh.FILEXFER_TYPE_SYMLINK
 _SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
 _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
+_CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
+_GIVES_WAY = {_REGULAR: _LINK, _LINK: _REGULAR}  # what may be replaced by a file, and by a link
 
-# the three ways to open a file; a new one never takes what is there
-_TO_READ = asyncssh.FXF_READ
+# the two ways to write a file: a new one never takes what is there
 _TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
 _TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
-_OPEN_FLAGS = {
-    _TO_READ: os.O_RDONLY,
-    _TO_MAKE: os.O_WRONLY | os.O_CREAT | os.O_EXCL,
-    _TO_OVERWRITE: os.O_WRONLY | os.O_TRUNC,
-}
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 _QUOTED = (
     r"\\([][*?\\])"  # a backslash before what has a meaning in a pattern; elsewhere it is itself
 )
-
-
-def _safe_name(name: str) -> str:
-    """A name that a server sent, for one entry of a folder: it cannot lead elsewhere, and no file
-    system has longer ones.
-    """
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
-        raise TransferError(f"refused the name '{_brief(name)}' sent by the server", kind="remote")
-    return name
 
 
 def _temporary_name(name: str) -> str:
@@ -2406,7 +2394,7 @@ class _LocalFiles:
 
     def __init__(self, top: str | None = None) -> None:
         self._top = top
-        self._folder = ""  # below the top: the one that is open, beside the top itself
+        self._folder: str | None = ""  # below the top: the one that is open beside it
         if top is not None:
             self._top_fd = os.open(top or ".", _OPEN_FOLDER)
             self._fd = os.dup(self._top_fd)
@@ -2421,22 +2409,23 @@ class _LocalFiles:
             return None, path
         folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
         if folder != self._folder:
-            fd = os.dup(self._top_fd)
-            try:
-                for each in folder.split("/") if folder else ():
-                    inner = os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
-                    os.close(fd)
-                    fd = inner
-            except OSError:
-                os.close(fd)
-                raise
-            os.close(self._fd)
-            self._folder, self._fd = folder, fd
+            self._folder = None  # until we are there
+            self._move_to(os.dup(self._top_fd))
+            for each in filter(None, folder.split("/")):
+                self._move_to(os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
+            self._folder = folder
         return self._fd, name
 
-    def _attrs(self, path: str, *, follow: bool) -> asyncssh.SFTPAttrs:
+    def _move_to(self, fd: int) -> None:
+        os.close(self._fd)
+        self._fd = fd
+
+    async def stat(self, path: str, *, follow_symlinks: bool = True) -> asyncssh.SFTPAttrs:
+        """What a copy needs to know. Not asyncssh's from_local: that asks for the owner's name,
+        which may take a server.
+        """
         fd, name = self._at(path)
-        info = os.stat(name, dir_fd=fd, follow_symlinks=follow)
+        info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
         return asyncssh.SFTPAttrs(
             type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
             size=info.st_size,
@@ -2446,12 +2435,6 @@ class _LocalFiles:
             atime=int(info.st_atime),
             mtime=int(info.st_mtime),
         )
-
-    async def stat(self, path: str) -> asyncssh.SFTPAttrs:
-        return self._attrs(path, follow=True)
-
-    async def lstat(self, path: str) -> asyncssh.SFTPAttrs:
-        return self._attrs(path, follow=False)
 
     async def realpath(self, path: str) -> str:
         return os.path.realpath(path)
@@ -2479,8 +2462,13 @@ class _LocalFiles:
         """Never through a link, and a regular file whatever was put there since it was looked at:
         a FIFO would hold us for ever.
         """
-        how = _OPEN_FLAGS[flags] | os.O_NOFOLLOW | os.O_NONBLOCK
+        how = os.O_RDONLY
+        if flags == _TO_MAKE:
+            how = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        elif flags == _TO_OVERWRITE:
+            how = os.O_WRONLY | os.O_TRUNC
         folder, name = self._at(path)
+        how |= os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -2627,7 +2615,7 @@ class _Copy:
         self._follow, self._inplace = follow_symlinks, inplace
         self._source: _Files = _LocalFiles()
         self._destination: _Files = self._source
-        self._pushing = False
+        self._pushing = self._wary = False
         self._into = False  # the destination is a folder that sources arrive in
         self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
@@ -2648,7 +2636,7 @@ class _Copy:
         """Copy files from over there (globs are expanded) onto a local path. Raises TransferError,
         ConnectionFailedError.
         """
-        self._source = sftp
+        self._source, self._wary = sftp, not isinstance(sftp, _LocalFiles)
         paths: list[str] = []
         for source in sources:
             with self._failing(source):
@@ -2666,23 +2654,19 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self._preserve = sftp, True, True
         with self._failing(path):
-            target, existing = await self._existing_file(_CopyItem(path, _there(sftp, path)))
+            item = _CopyItem(path, _there(sftp, path))
+            target, existing = await self._existing(item, _REGULAR)
             given = asyncssh.SFTPAttrs(permissions=mode)
             async with self._arriving(target, existing, given) as file:
-                size = self._block_size()
-                for position in range(0, len(content), size):
-                    await file.write(content[position : position + size], position)
+                for position in range(0, len(content), BLOCK):
+                    await file.write(content[position : position + BLOCK], position)
         self._tell()
 
     # what goes wrong
 
-    @property
-    def _wary(self) -> bool:
-        return not isinstance(self._source, _LocalFiles)
-
     def _wrong(self, files: _Files, message: str) -> TransferError:
         """An error of what this side has."""
-        return TransferError(message, host=self._host, kind=_side(files))
+        return TransferError(message, kind=_side(files))
 
     @contextlib.contextmanager
     def _failing(self, path: str, what: str = "") -> Iterator[None]:
@@ -2696,14 +2680,11 @@ class _Copy:
             ) from exc
         except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
             self._failed += 1
-            kind = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
-            reason = _reason(exc)
-            if isinstance(exc, TransferError):
-                kind, reason = exc.kind, exc.message
             if self._failed == 1:
-                self._kind = kind
+                side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+                self._kind = exc.kind if isinstance(exc, TransferError) else side
             if self._failed <= FAILURES_KEPT:
-                self._failures.append(f"{shown}: {what}{reason}")
+                self._failures.append(f"{shown}: {what}{_reason(exc)}")
 
     def _tell(self) -> None:
         """All that failed, the first few of it in the message."""
@@ -2731,20 +2712,17 @@ class _Copy:
 
     async def _land(self, place: str, *, several: bool) -> None:
         """Whether sources arrive in a folder, or one of them under this very name."""
-        found = asyncssh.SFTPAttrs()
-        what = "no such folder"
-        with contextlib.suppress(*_MISSING):
-            found = await self._destination.stat(place.rstrip("/") or "/")
-            what = "not a folder"
-        is_folder = found.type == _FOLDER_TYPE
+        existing = await self._look(place.rstrip("/") or "/", follow=True)
+        is_folder = existing is not None and existing.type == _FOLDER_TYPE
         self._into = several or is_folder or place.endswith("/")
         if self._into and not is_folder:
+            what = "not a folder" if existing else "no such folder"
             raise self._wrong(self._destination, what)
 
-    async def _look(self, path: str) -> asyncssh.SFTPAttrs | None:
+    async def _look(self, path: str, *, follow: bool = False) -> asyncssh.SFTPAttrs | None:
         """What is there on the destination's side."""
         try:
-            return await self._destination.lstat(path)
+            return await self._destination.stat(path, follow_symlinks=follow)
         except _MISSING:
             return None
 
@@ -2768,26 +2746,23 @@ class _Copy:
                     if hidden or name in (".", "..") or not fnmatch.fnmatchcase(name, wanted):
                         continue
                     with self._failing(pattern):
-                        names.add(_safe_name(name))
+                        self._take(name, names)
             found += [posixpath.join(folder, name) for name in sorted(names)]
         return found or [literal]
 
     async def _walk(self, paths: Iterable[str], place: str) -> None:
         """Copy what was named, each to its own name in the folder or the only one to this name."""
-        named: list[tuple[str, str]] = []
-        for path in dict.fromkeys(paths):
-            with self._failing(path):
-                named.append((path, await self._own_name(path) if self._into else ""))
-        alike = collections.Counter(name for _, name in named)
+        taken = set[str]()
         async with self._under_way:
-            for path, name in named:
+            for path in dict.fromkeys(paths):
                 with self._failing(path):
-                    if alike[name] > 1:
-                        what = f"two sources are called {escape(name)}"
-                        raise self._wrong(self._source, what)
+                    target = place
+                    if self._into:
+                        name = await self._own_name(path)
+                        self._take(name, taken)
+                        target = posixpath.join(place, name)
                     attrs = await self._source.stat(path)
                     self._counted(path)
-                    target = posixpath.join(place, name) if self._into else place
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
         for target, attrs in reversed(self._late):
@@ -2798,14 +2773,24 @@ class _Copy:
         name = posixpath.basename(path.rstrip("/"))
         if name in ("", ".", ".."):
             name = posixpath.basename(str(await self._source.realpath(path)))
-        return _safe_name(name)
+        return name
+
+    def _take(self, name: str, taken: set[str]) -> None:
+        """A name for one entry of a folder, that none has before: it cannot lead elsewhere, and no
+        file system has longer ones.
+        """
+        wrong = name in ("", ".", "..") or "/" in name or "\0" in name
+        if wrong or len(os.fsencode(name)) > 255:
+            raise self._wrong(self._source, f"refused the name '{_brief(name)}'")
+        if name in taken:
+            raise self._wrong(self._source, f"the name {escape(name)} comes twice")
+        taken.add(name)
 
     def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
-        real = os.path.realpath(path)
-        inside = f"{os.path.realpath(target)}/".startswith(f"{real}/")
+        inside = f"{os.path.realpath(target)}/".startswith(f"{os.path.realpath(path)}/")
         if inside and (self._inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
@@ -2813,27 +2798,23 @@ class _Copy:
         """One item, that was named (a link is followed) or found in a folder."""
         followed = item.level == 0
         if attrs.type == _UNKNOWN and not followed:
-            attrs = await self._source.lstat(item.path)
+            attrs = await self._source.stat(item.path, follow_symlinks=False)
         if attrs.type == _LINK and self._follow and not followed:
             attrs = await self._source.stat(item.path)
             followed = True
         if attrs.type == _REGULAR:
-            await self._beside(item.path, self._copy_file, item, attrs, followed)
+            await self._under_way.start(self._guarded, self._copy_file, item, attrs, followed)
         elif attrs.type == _LINK and not followed:
-            await self._beside(item.path, self._copy_link, item)
+            await self._under_way.start(self._guarded, self._copy_link, item)
         else:
             await self._copy_folder(item, attrs)
 
-    async def _beside(
-        self, path: str, work: Callable[..., Coroutine[Any, Any, None]], *args: Any
+    async def _guarded(
+        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
     ) -> None:
-        """Run this beside the others, as soon as there is room."""
-
-        async def guarded() -> None:
-            with self._failing(path):
-                await work(*args)
-
-        await self._under_way.start(guarded)
+        """What runs beside others."""
+        with self._failing(item.path):
+            await work(item, *args)
 
     async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
         """Make the folder, if need be, and enter what it holds, links last."""
@@ -2846,10 +2827,7 @@ class _Copy:
         ):
             if wrong:
                 raise self._wrong(self._source, why)
-        target, existing = await self._existing(item)
-        if existing and existing.type not in (_FOLDER_TYPE, _UNKNOWN):
-            what = "link" if existing.type == _LINK else "file"
-            raise self._wrong(self._destination, f"a {what} has that name")
+        target, existing = await self._existing(item, _FOLDER_TYPE)
         if not existing:
             await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
         if self._preserve or not existing:
@@ -2863,9 +2841,7 @@ class _Copy:
             if name in (".", ".."):
                 continue
             with self._failing(path):
-                if _safe_name(name) in taken:
-                    raise self._wrong(self._source, f"the name {escape(name)} comes twice")
-                taken.add(name)
+                self._take(name, taken)
                 child = _CopyItem(
                     path,
                     posixpath.join(target, name),
@@ -2878,7 +2854,7 @@ class _Copy:
                 else:
                     await self._enter(child, found.attrs)
         for child in links:
-            await self._beside(child.path, self._copy_link, child)
+            await self._under_way.start(self._guarded, self._copy_link, child)
 
     async def _copy_link(self, item: _CopyItem) -> None:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
@@ -2899,21 +2875,19 @@ class _Copy:
                 f"refused a link that leads out, to {_brief(link) or repr('')} "
                 "(follow_symlinks, --follow, copies what it leads to)",
             )
-        existing = None if item.fresh else await self._look(item.target)
-        if existing and existing.type == _FOLDER_TYPE:
-            raise self._wrong(self._destination, "a folder has that name")
+        await self._existing(item, _LINK)
         async with self._replacing(item.target) as temporary:
             await self._destination.symlink(link, temporary)
 
     async def _copy_file(
         self, item: _CopyItem, attrs: asyncssh.SFTPAttrs, followed: bool = False
     ) -> None:
-        target, existing = await self._existing_file(item)
+        target, existing = await self._existing(item, _REGULAR)
         path = item.path
         if followed and not self._wary:
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
-            path, _TO_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
+            path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
         )
         async with (
             _closing(opened) as file,
@@ -2923,28 +2897,24 @@ class _Copy:
 
     # one file
 
-    async def _existing(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
-        """Where this entry goes, and what is there. What the user named may be a link over there."""
+    async def _existing(
+        self, item: _CopyItem, wanted: int
+    ) -> tuple[str, asyncssh.SFTPAttrs | None]:
+        """Where this entry goes, and what of the wanted kind is there. A link that the user named
+        is resolved; in a tree it is replaced, for somebody else may have put it there. A folder,
+        and what is neither file nor link, gives way to nothing.
+        """
         target = item.target
         existing = None if item.fresh else await self._look(target)
         if self._pushing and item.level == 0 and existing and existing.type == _LINK:
             target = str(await self._destination.realpath(target))
             existing = await self._look(target)
-        return target, existing
-
-    async def _existing_file(self, item: _CopyItem) -> tuple[str, asyncssh.SFTPAttrs | None]:
-        """Where this file goes, and the file there. A link in a tree is replaced, for somebody else
-        may have put it there; what is no file is left alone.
-        """
-        target, existing = await self._existing(item)
-        if existing is None or existing.type == _REGULAR:
+        if existing is None or existing.type in (wanted, _UNKNOWN):
             return target, existing
-        if existing.type == _UNKNOWN or (existing.type == _LINK and not self._inplace):
+        if existing.type == _GIVES_WAY.get(wanted) and not self._inplace:
             return target, None
-        why = f"{_brief(target, 200)} is there and not a regular file"
-        if existing.type in (_LINK, _FOLDER_TYPE):
-            why = f"a {'link' if existing.type == _LINK else 'folder'} has that name"
-        raise self._wrong(self._destination, why)
+        what = _CALLED.get(existing.type, "a special file")
+        raise self._wrong(self._destination, f"{what} has that name")
 
     def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
@@ -2981,7 +2951,7 @@ class _Copy:
         """Owner and mode of the file that was there, unless preserve asks for the source's mode.
         What is not permitted is left: the file could be written, and that was the wish.
         """
-        if not self._preserve:
+        if not self._preserve and existing.permissions is not None:
             given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
@@ -3055,23 +3025,21 @@ class _Copy:
                 return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
         return False
 
-    def _block_size(self) -> int:
-        most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
-        return max(min(most, CHUNK // 4), 1)
-
     async def _stream(self, file: _File, copied: _File, size: int) -> None:
         """The announced size in parallel, as many requests under way as fill the window, then on to
         the real end, unless asking for one byte more than announced has shown it. The requests are
         ours, for asyncssh's own would outlive a loss or a cancellation.
         """
-        block = self._block_size()
+        most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
+        block = max(min(most, CHUNK // 4), 1)
         end, ended = 0, False
 
         async def fetch(position: int, wanted: int) -> None:
             nonlocal end, ended
             while wanted > 0 and not ended:
                 data = cast("bytes", await file.read(wanted, position))
-                await copied.write(data, position)
+                if data:
+                    await copied.write(data, position)
                 position += len(data)
                 wanted -= len(data)
                 end = max(end, position)
@@ -5739,6 +5707,7 @@ class _CopyCommand(AbstractCommand):
             )
 
     def check_files(self) -> None:
+        """A Pull needs its local folder, and that before the first step."""
         if not self.pushing and not isinstance(self.destination, Deferred):
             _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 
