@@ -5259,6 +5259,16 @@ def _read_file(what: str, path: str | os.PathLike[str]) -> tuple[bytes, int]:
         raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
 
+def _check_env(where: str, env: Mapping[str, object]) -> None:
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise UsageError(f"{where}: {name!r} is not the name of a variable")
+        if value is None:
+            raise UsageError(
+                f"{where}: {name} has no value; 'env -u {name} ...' as the command unsets it"
+            )
+
+
 class _ShellCommand(AbstractCommand):
     """What Run, RunScript and RunString share: words read by the remote shell, what the command is
     given, and where its output goes.
@@ -5291,13 +5301,7 @@ class _ShellCommand(AbstractCommand):
                 raise UsageError(
                     f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
-        for name, value in self.env.items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-                raise UsageError(f"{kind}: env: {name!r} is not the name of a variable")
-            if value is None:
-                raise UsageError(
-                    f"{kind}: env: {name} has no value; 'env -u {name} ...' as the command unsets it"
-                )
+        _check_env(f"{kind}: env", self.env)
         if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
             raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
         # what follows a terminal's keys is an iterator, which ends when it likes
@@ -5791,7 +5795,8 @@ class Pull(_CopyCommand):
 
     ``remotepaths``: a path or a list of paths, each may be Deferred or have wildcards; a list of
     one path means the same as that path; ``~`` is the remote home. ``localpath``: where to; into it
-    when it is a folder or ends in ``/``; several sources need a folder. ``preserve``: modes and
+    when it is a folder or ends in ``/``; several sources need a folder; one that is missing raises
+    UsageError when the job starts, before its first step. ``preserve``: modes and
     times of the sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links
     inside of a folder point to (else they stay links). ``inplace``: write onto existing files
     themselves instead of replacing them when the new one is complete. ``block_size`` and
@@ -5834,6 +5839,10 @@ class Pull(_CopyCommand):
             timeout=timeout,
             verbose=verbose,
         )
+
+    def check_files(self) -> None:
+        if not isinstance(self.destination, Deferred):
+            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6534,7 +6543,7 @@ class experiment:
                 raise UsageError(f"experiment: teardown is a list of jobs: {job!r} is none")
             if job in members:
                 raise UsageError(
-                    f"experiment: {job.text_label()} is in the scheduler: make a teardown job "
+                    f"experiment: {self._name(job)} is in the scheduler: make a teardown job "
                     "without scheduler="
                 )
 
@@ -6554,6 +6563,9 @@ class experiment:
         self, kind: object, failure: BaseException | None, traceback: object
     ) -> None:
         await self._leave(failure)
+
+    def _name(self, job: _Job) -> str:
+        return escape(str(job.label or job.text_label()))
 
     def _write(self) -> None:
         if self.record is not None:
@@ -6590,16 +6602,15 @@ class experiment:
 
     async def _finish(self, job: _Job) -> list[BaseException]:
         """Run one teardown job; how it failed, if it did and has not told so itself."""
-        label = escape(str(job.label or job.text_label()))
         work = asyncio.wait_for(job.co_run(), self.teardown_timeout)
         outcome: object = (await asyncio.gather(work, return_exceptions=True))[0]
         if isinstance(outcome, TimeoutError):
-            return [ApsshError(f"{label}: no end within {self.teardown_timeout:g} s")]
+            return [ApsshError(f"{self._name(job)}: no end within {self.teardown_timeout:g} s")]
         if isinstance(outcome, BaseException):
             told = isinstance(job, SshJob) and not job.critical
             return [] if told else [outcome]
         if isinstance(job, asynciojobs.PureScheduler) and not outcome:
-            return [ApsshError(f"{label}: not all of its jobs succeeded")]
+            return [ApsshError(f"{self._name(job)}: not all of its jobs succeeded")]
         return []
 
 
