@@ -2535,7 +2535,7 @@ def test_no_key(sshd: Sshd, home: Path, capfd: Any) -> None:
     assert capfd.readouterr().err.splitlines() == [
         f"127.0.0.1: auth: login as {ME} refused, after 0 keys (no SSH_AUTH_SOCK; no key in "
         "~/.ssh)",
-        "0 ok, 1 not reached or lost",
+        "0 ok, 1 not reached",
         "  auth: 127.0.0.1 (1)",
     ]
 
@@ -11137,18 +11137,54 @@ def test_quick_run(sshd: Sshd) -> None:
         rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>",
         repr(good),
     )
+    assert "stdout 'out\\n\\xff': ended with status 3: echo out" in repr(good)
     assert (good.reached, bad.reached) == (True, False)
+    again = pickle.loads(pickle.dumps([good, bad]))
+    assert [vars(result) for result in again] == [vars(good), vars(bad)]
     assert apssh.run([], "x") == []  # as in a script that goes on with those that failed
 
 
 def test_quick_run_in_a_running_loop(sshd: Sshd) -> None:
     async def notebook() -> None:
-        assert [result.stdout for result in apssh.run(sshd.target, "echo there")] == ["there\n"]
-        assert [
-            result.ok for result in await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])
-        ] == [True]
+        for plain in (apssh.run, apssh.push, apssh.pull):
+            with pytest.raises(UsageError) as caught:
+                plain(sshd.target, "x", "y") if plain is not apssh.run else plain("h", "x")
+            name = plain.__name__
+            assert str(caught.value) == (
+                f"apssh.{name} in a running loop: await apssh.co_{name}(...) there"
+            )
+        (result,) = await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])
+        assert result.ok and result.status == 4
 
     run(notebook())
+
+
+@pytest.mark.parametrize("name", ["run", "push", "pull"])
+def test_quick_functions_tell_all_their_keywords(name: str) -> None:
+    """Each in the signature, with its type and default, and in the docstring."""
+    plain, coroutine = getattr(apssh, name), getattr(apssh, f"co_{name}")
+    signature = inspect.signature(plain)
+    assert signature == inspect.signature(coroutine)
+    assert plain.__name__ == name and plain.__doc__ == coroutine.__doc__
+    assert len(signature.parameters) > 20
+    for parameter in signature.parameters.values():
+        assert parameter.annotation and f"``{parameter.name}``" in plain.__doc__, parameter
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            assert parameter.kind is parameter.KEYWORD_ONLY
+            assert parameter.default is not parameter.empty
+
+
+def test_quick_run_gives_input_and_tells_of_each_result(sshd: Sshd) -> None:
+    """``done`` hears of a host as it is done, with its output."""
+    told: list[tuple[str, str]] = []
+    results = apssh.run(
+        [sshd.target, f"127.0.0.1:{free_port()}"],
+        "cat",
+        stdin=b"given",
+        done=lambda result: told.append((result.name, result.stdout)),
+    )
+    assert sorted(told) == sorted((result.name, result.stdout) for result in results)
+    assert [result.stdout for result in results] == ["given", ""]
 
 
 def test_quick_copies(sshd: Sshd, home: Path) -> None:
@@ -11174,6 +11210,18 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
             "timeout 0 of h: seconds, more than 0 (None: no limit)",
         ),
         (lambda: apssh.run("h", ""), "Run: an empty command"),
+        (
+            lambda: apssh.run("h", "x", windwo=3),
+            "unknown option windwo: did you mean window?",
+        ),
+        (
+            lambda: apssh.pull("h", "x", "y", user="me"),
+            "unknown option user: did you mean login?",
+        ),
+        (
+            lambda: SshNode("h", login="me"),
+            "unknown option login: did you mean username?",
+        ),
         (lambda: apssh.run("h", RunScript("gone")), "script gone: no such file"),
         (lambda: apssh.push("h", "gone", "x"), "gone: no such file"),
         (
@@ -11230,7 +11278,14 @@ def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 
 def result_of(name: str, out: bytes = b"", err: bytes = b"", **fields: Any) -> apssh.Result:
     return apssh.Result(
-        name, "root", 22, name, name, **{"status": 0} | fields, stdout_bytes=out, stderr_bytes=err
+        name,
+        "root",
+        22,
+        name,
+        name,
+        **{"status": 0, "reached": True} | fields,
+        stdout_bytes=out,
+        stderr_bytes=err,
     )
 
 
@@ -11313,10 +11368,10 @@ def test_summary() -> None:
         result_of("n5", status=None, signal="KILL", error="x", kind="signal"),
         result_of("n6", status=None, error="x", kind="timeout", may_run=True),
         result_of("n7", status=None, error="x", kind="timeout", reached=False),
-        result_of("n8", status=None, error="interrupted", kind="local"),
+        result_of("n8", status=None, error="interrupted", kind="interrupted"),
     ]
     assert apssh._summary(results) == [
-        "3 ok, 3 failed, 1 not reached or lost, 1 interrupted",
+        "3 ok, 3 failed, 1 not reached, 1 interrupted",
         "  interrupted: n8 (1)",
         "  signal KILL: n5 (1)",
         "  status 3: n4 (1)",
@@ -11398,12 +11453,8 @@ def test_progress_wipes_no_line_that_is_not_ended(sshd: Sshd) -> None:
     assert code == 0 and re.search(rb"(^|\x1b\[K)hello\r\n1/2 done", seen), seen
 
 
-@pytest.mark.parametrize("options", [["-q"], ["-I"]])
-def test_no_progress(sshd: Sshd, options: list[str]) -> None:
-    """When it was not asked for, and where somebody types."""
-    code, seen = on_terminal(
-        "-F", "none", "-t", sshd.target, *options, "sleep 1.6; echo a", timeout=20
-    )
+def test_no_progress_when_quiet(sshd: Sshd) -> None:
+    code, seen = on_terminal("-F", "none", "-t", sshd.target, "-q", "sleep 1.6; echo a")
     assert code == 0 and b"done" not in seen
 
 
@@ -11486,6 +11537,7 @@ def test_demo_size(count: int) -> None:
         (["--nope", "x"], "unknown option --nope (see apssh --help)"),
         (["--tagret", "x"], "unknown option --tagret: did you mean --target?"),
         (["--user", "me", "x"], "unknown option --user: did you mean --login?"),
+        (["--fail-fast", "x"], "unknown option --fail-fast (see apssh --help)"),
         (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
         (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"),
         (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
@@ -11708,9 +11760,9 @@ async def main():
     async with apssh.demo_fleet(2) as nodes:
         for node in nodes:
             await node.run("touch f g")
-        steps, check = apssh._copies(apssh.Pull, {[source[2:] for source in sources] if len(sources) > 1 else sources[0][2:]!r}, {destination!r}, {{}})
-        check(nodes)
-        assert all(result.ok for result in await apssh._fan_out(nodes, steps))
+        plan = apssh._CopyPlan(apssh.Pull, {[source[2:] for source in sources]!r}, {destination!r}, {{}})
+        plan.check(nodes)
+        assert all(result.ok for result in await apssh._fan_out(nodes, plan))
 asyncio.run(main())"""
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (
@@ -11729,7 +11781,7 @@ def test_local_folder_that_cannot_be_made_is_its_hosts_failure(home: Path) -> No
             [
                 b"demo1: local: m/demo1/: file exists",
                 b"demo2: remote: f: no such file or directory",
-                b"0 ok, 2 failed",
+                b"0 ok, 1 failed, 1 not reached",
                 b"  local: demo1 (1)",
                 b"  remote: demo2 (1)",
             ]
@@ -11889,7 +11941,7 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
                 for kind, _ in expected.values()
             }
             assert done.stderr.decode().splitlines()[-7:] == [
-                "1 ok, 9 not reached or lost",
+                "1 ok, 9 not reached",
                 *(
                     f"  {kind}: {apssh.fold_names(names)} ({len(names)})"
                     for kind, names in sorted(kinds.items())
@@ -12081,6 +12133,30 @@ def test_interruption(sshd: Sshd, twice: bool) -> None:
     eventually(lambda: not processes(f"sleep {token}"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hangup"])
+def test_signals_that_end_in_order(sshd: Sshd, number: int) -> None:
+    token = f"91{os.getpid()}{int(number)}"
+    code, _, err, _ = interrupted(
+        ["-F", "none", "-t", sshd.target, f"touch up; sleep {token}"],
+        number,
+        lambda: (sshd.home / "up").exists() and processes(f"sleep {token}"),
+    )
+    assert (code, err) == (130, b"0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n")
+    eventually(lambda: not processes(f"sleep {token}"))
+
+
+def test_hangup_that_was_ignored_ends_nothing(sshd: Sshd) -> None:
+    """As nohup does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("-F", "none", "-t", sshd.target, "touch up; sleep 1; echo done")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    eventually((sshd.home / "up").exists)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=20) == (b"127.0.0.1:done\n", b"")
+
+
 PRINTING = "while :; do echo noise; done"
 KILLED = {
     "silent": ([], "sleep {}"),
@@ -12189,21 +12265,16 @@ def test_resolver_that_never_answers(interrupted: bool) -> None:
         assert process.stderr.read() == (
             b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n"
             if interrupted
-            else b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached or lost\n  timeout: nosuch (1)\n"
+            else b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached\n  timeout: nosuch (1)\n"
         )
 
 
-@pytest.mark.parametrize(
-    "running",
-    ["", "asyncio.new_event_loop().run_until_complete", "asyncio.run"],
-    ids=["script", "notebook", "coroutine"],
-)
-def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) -> None:
-    token = f"98{os.getpid()}{len(running)}"
-    call = f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
-    code = f"import sys, asyncio; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n" + (
-        f"async def main():\n    {call}\n{running}(main())" if running else call
-    )  # as notebooks run it
+def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
+    token = f"98{os.getpid()}"
+    code = (
+        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     try:
         eventually((sshd.home / "up").exists)
@@ -12218,9 +12289,10 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path, running: str) ->
 
 def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
     code = (
-        f"import sys, asyncio, signal; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-        f"async def main():\n    print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)\n"
-        "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True)); asyncio.run(main())"
+        "import sys, signal\n"
+        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True))\n"
+        f"print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     eventually((sshd.home / "up").exists)
