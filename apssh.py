@@ -28,6 +28,21 @@ the rest.
 from __future__ import annotations
 
 import abc
+import os
+import signal
+import sys
+
+# Ctrl-C while a program imports what it needs ends it without a traceback. A program is known by
+# its name: whoever else imports this module keeps the handler. (Python's own start, before this
+# line, is in nobody's hands.)
+if (
+    __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("apssh", "appush", "appull")
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _silent_imports = True
+else:
+    _silent_imports = False
+
 import argparse
 import asyncio
 import atexit
@@ -57,7 +72,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import os
 import posixpath
 import pwd
 import random
@@ -65,11 +79,9 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import termios
 import textwrap
@@ -114,6 +126,9 @@ from typing import (
 
 import asynciojobs
 import asyncssh
+
+if _silent_imports:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __version__ = "1.0.0"
 
@@ -9049,7 +9064,7 @@ def _program(
                 # Ctrl-C, that waits for nothing. What is left are tasks of connections, which end
                 # with the process: to close the runner would wait for them.
                 if own:
-                    os._exit(130)
+                    _die_of_sigint()
                 raise
     except SystemExit as exc:  # argparse: --help and --version
         return int(exc.code or 0)
@@ -9057,6 +9072,8 @@ def _program(
         _screen.say(f"{parser.prog}: {exc}")
         return 2 if isinstance(exc, UsageError) else 1
     except KeyboardInterrupt:
+        if own:
+            _die_of_sigint()
         return 130
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):
@@ -9065,6 +9082,14 @@ def _program(
         with contextlib.suppress(OSError, AttributeError):  # what is buffered goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _die_of_sigint() -> None:
+    """End as a program does that Ctrl-C has ended: a shell tells it by the signal, not by a status
+    of 130, and then ends its own loop too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _own_process() -> None:
