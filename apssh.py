@@ -7552,7 +7552,8 @@ class Result:
     ``error`` and ``kind``.
 
     ``kind`` is None for a success; that of an ApsshError for a failure; ``interrupted`` where
-    Ctrl-C or a cancellation came first. ``name`` is the shortest text that tells this host from the
+    Ctrl-C or a cancellation came first; ``not started`` where more hosts than ``max_failures`` had
+    failed before. ``name`` is the shortest text that tells this host from the
     others of the run; ``target`` is how the command line would name it; ``seconds`` counts from the
     first attempt to connect; ``reached``: whether the host was ever logged in to; ``may_run``: the
     command may still be running over there.
@@ -7656,24 +7657,32 @@ async def _fan_out(
     *,
     window: int = 0,
     retries: int = 0,
+    max_failures: int | None = None,
     views: Sequence[_View] = (),
 ) -> list[Result]:
     """Do what is planned on each node, at most ``window`` nodes at once (0: as many as files can be
-    open), and close the nodes; a Result each, in their order. Cancelling it ends the remote
-    commands; the views hear of all hosts even so, as interrupted.
+    open), and close the nodes; a Result each, in their order. Once more than ``max_failures`` have
+    failed (None: no limit) no further one is started. Cancelling it ends the remote commands. The
+    views hear of all hosts, those whose turn never came too.
     """
-    if window < 0 or retries < 0:
-        raise UsageError("window and retries are numbers, 0 or more")
+    if min(window, retries, max_failures or 0) < 0:
+        raise UsageError("window, retries and max_failures are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
     results: dict[SshNode, Result] = {}
     waiting = iter(nodes)
+    failures = 0
 
     def done(result: Result) -> None:
+        nonlocal failures
+        failures += not result.ok
         for view in views:
             view.done(result)
 
+    def stopped() -> bool:
+        return max_failures is not None and failures > max_failures
+
     async def worker() -> None:
-        for node in waiting:
+        while not stopped() and (node := next(waiting, None)):
             results[node] = _blank_result(node)
             async with contextlib.AsyncExitStack() as stack:
                 stack.push_async_callback(node.close)
@@ -7687,10 +7696,11 @@ async def _fan_out(
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from None
     finally:
+        reason = "not started" if stopped() else "interrupted"
         for node in nodes:
             if node not in results:
                 results[node] = _blank_result(node)
-                results[node].error = results[node].kind = "interrupted"
+                results[node].error = results[node].kind = reason
                 done(results[node])
         gateways = {hop for node in nodes for hop in node._hops()[:-1]}
         await asyncio.gather(*(gateway.close() for gateway in gateways))
@@ -7901,8 +7911,9 @@ _SHARED_KEYWORDS = """
     - ``exclude``: targets to leave out; ``login``, ``gateway``, ``port``: for targets that do not
       say (default: the config's, else the local user, no gateway, 22);
     - ``window``: at most so many hosts at once (0: no limit); ``retries``: further attempts at
-      hosts that could not be reached (0); ``connect_timeout``: seconds to be logged in, all hops
-      included (30);
+      hosts that could not be reached (0); ``max_failures``: once more hosts than that have failed
+      no further one is started (None: no limit); ``connect_timeout``: seconds to be logged in, all
+      hops included (30);
     - ``config``: None reads no ssh_config, True the user's own, a path that file;
     - ``keys``: file names or key objects, and only these (None: the agent's, else ~/.ssh/id_*);
       ``password``: tried on every host (None: none); ``forward_agent``: as ``ssh -A`` (False);
@@ -7947,6 +7958,7 @@ async def _quick(
     port: int | None,
     window: int,
     retries: int,
+    max_failures: int | None,
     config: str | bool | None,
     formatter: Formatter | None,
     done: Callable[[Result], object] | None,
@@ -7967,7 +7979,14 @@ async def _quick(
     )
     plan.check(nodes)
     views = [_Callback(done)] if done else []
-    return await _fan_out(nodes, plan, window=window, retries=retries, views=views)
+    return await _fan_out(
+        nodes,
+        plan,
+        window=window,
+        retries=retries,
+        max_failures=max_failures,
+        views=views,
+    )
 
 
 @_with_shared_keywords
@@ -7989,6 +8008,7 @@ async def co_run(
     port: int | None = None,
     window: int = 0,
     retries: int = 0,
+    max_failures: int | None = None,
     connect_timeout: float | None = None,
     config: str | bool | None = None,
     keys: Collection[str | os.PathLike[str] | Key] | None = None,
@@ -8049,6 +8069,7 @@ async def co_run(
         port=port,
         window=window,
         retries=retries,
+        max_failures=max_failures,
         connect_timeout=connect_timeout,
         config=config,
         keys=keys,
@@ -8080,6 +8101,7 @@ async def co_push(
     port: int | None = None,
     window: int = 0,
     retries: int = 0,
+    max_failures: int | None = None,
     connect_timeout: float | None = None,
     config: str | bool | None = None,
     keys: Collection[str | os.PathLike[str] | Key] | None = None,
@@ -8119,6 +8141,7 @@ async def co_push(
         port=port,
         window=window,
         retries=retries,
+        max_failures=max_failures,
         connect_timeout=connect_timeout,
         config=config,
         keys=keys,
@@ -8150,6 +8173,7 @@ async def co_pull(
     port: int | None = None,
     window: int = 0,
     retries: int = 0,
+    max_failures: int | None = None,
     connect_timeout: float | None = None,
     config: str | bool | None = None,
     keys: Collection[str | os.PathLike[str] | Key] | None = None,
@@ -8189,6 +8213,7 @@ async def co_pull(
         port=port,
         window=window,
         retries=retries,
+        max_failures=max_failures,
         connect_timeout=connect_timeout,
         config=config,
         keys=keys,
@@ -8251,7 +8276,7 @@ class _JsonLines(_View):
 
     FIELDS = (
         *("host", "user", "port", "name", "status", "signal", "error", "kind"),
-        *("seconds", "stdout", "stderr"),
+        *("reached", "seconds", "stdout", "stderr"),
     )
 
     def done(self, result: Result) -> None:
@@ -8315,7 +8340,7 @@ class _Failures(_View):
     """
 
     def __init__(self, told: Collection[str] = ()) -> None:
-        self._told = (None, "interrupted", *told)
+        self._told = (None, "interrupted", "not started", *told)
 
     def done(self, result: Result) -> None:
         if result.kind not in self._told:
@@ -8429,6 +8454,9 @@ def _output(options: argparse.Namespace) -> _Shown:
     return _OUTPUTS["".join(asked)](options)
 
 
+_CONNECTING = ("dns", "refused", "timeout", "hostkey", "auth", "lost")  # kinds of not being reached
+
+
 def _summary(results: Sequence[Result]) -> list[str]:
     """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with
     folded names.
@@ -8436,14 +8464,11 @@ def _summary(results: Sequence[Result]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for result in results:
         groups.setdefault(result.outcome, []).append(result.name)
-    ok, interrupted = len(groups.pop("ok", ())), len(groups.get("interrupted", ()))
-    failures = [result for result in results if result.kind not in (None, "interrupted")]
-    unreached = sum(not result.reached for result in failures)
-    counts = {
-        "failed": len(failures) - unreached,
-        "not reached": unreached,
-        "interrupted": interrupted,
-    }
+    ok = len(groups.pop("ok", ()))
+    unreached = sum(not result.reached for result in results if result.kind in _CONNECTING)
+    untried = {name: len(groups.get(name, ())) for name in ("interrupted", "not started")}
+    failed = len(results) - ok - unreached - sum(untried.values())
+    counts = {"failed": failed, "not reached": unreached, **untried}
     parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [_screen.paint(", ".join(parts), "32" if ok == len(results) else "31")]
     for outcome, names in sorted(groups.items()):
@@ -8781,6 +8806,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="at most N hosts at once (default 0: no limit)",
+    )
+    add(
+        "--max-failures",
+        type=_number(int, 0, "a number of hosts, 0 or more"),
+        metavar="N",
+        help="start no further host once more than N have failed (default: no limit)",
     )
     add(
         "-c",
@@ -9213,9 +9244,15 @@ async def _show_fan_out(
     options: argparse.Namespace, plan: _Plan, nodes: Sequence[SshNode], views: Sequence[_View]
 ) -> None:
     """The fan-out, followed by the views to its end, whatever the end."""
-    limits = {"window": options.window, "retries": options.retries}
     try:
-        await _fan_out(nodes, plan, views=views, **limits)
+        await _fan_out(
+            nodes,
+            plan,
+            window=options.window,
+            retries=options.retries,
+            max_failures=options.max_failures,
+            views=views,
+        )
     finally:
         for view in views if not _screen.closed else ():
             view.finish()

@@ -11200,7 +11200,10 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
     ("call", "message"),
     [
         (lambda: apssh.run("", "x"), "no target: use -t HOST ..."),
-        (lambda: apssh.run("h", "x", window=-1), "window and retries are numbers, 0 or more"),
+        (
+            lambda: apssh.run("h", "x", window=-1),
+            "window, retries and max_failures are numbers, 0 or more",
+        ),
         (
             lambda: apssh.run("h", Run("x"), timeout=1, env={}),
             "timeout, env: give it to Run(...) itself",
@@ -11246,6 +11249,35 @@ def test_window(tmp_path: Path) -> None:
     assert (
         sorted(set(done.stdout.split())) in ([b"1", b"2"], [b"2"]) and len(done.stdout.split()) == 7
     )
+
+
+def test_change_that_stops_itself(home: Path) -> None:
+    """What was not started is counted, named, and can be run again."""
+    done = cli(
+        "--demo", "5", "-w", "1", "--max-failures", "0", "-j", "case $HOME in *demo2) exit 3; esac"
+    )
+    found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1
+    assert [(line["kind"], line["reached"]) for _, line in sorted(found.items())] == [
+        (None, True),
+        ("status", True),
+        *[("not started", False)] * 3,
+    ]
+    assert messages(done) == [
+        "1 ok, 1 failed, 3 not started",
+        "  not started: demo[3-5] (3)",
+        "  status 3: demo2 (1)",
+    ]
+
+
+@pytest.mark.parametrize(("limit", "started"), [(0, 1), (1, 2), (5, 3)])
+def test_number_of_failures_that_stop(limit: int, started: int) -> None:
+    hosts = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    results = apssh.run(hosts, "true", window=1, max_failures=limit)
+    assert [result.kind for result in results] == (
+        ["refused"] * started + ["not started"] * (3 - started)
+    )
+    assert not any(result.ok or result.reached for result in results)
 
 
 def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11354,6 +11386,7 @@ def test_json_lines(capfd: Any) -> None:
         "signal": None,
         "error": None,
         "kind": None,
+        "reached": True,
         "seconds": 0.0,
         "stdout": "out\udcff\n",
         "stderr": "err\n",
@@ -11781,7 +11814,7 @@ def test_local_folder_that_cannot_be_made_is_its_hosts_failure(home: Path) -> No
             [
                 b"demo1: local: m/demo1/: file exists",
                 b"demo2: remote: f: no such file or directory",
-                b"0 ok, 1 failed, 1 not reached",
+                b"0 ok, 2 failed",
                 b"  local: demo1 (1)",
                 b"  remote: demo2 (1)",
             ]
