@@ -7627,6 +7627,9 @@ class _HoldingFormatter(Formatter):
 class _View:
     """Who follows a fan-out: a subclass redefines what it wants to hear of. Here nothing happens."""
 
+    def begin(self, names: Collection[str]) -> None:
+        """All is known to be right, and these hosts are about to have their turns."""
+
     def started(self, result: Result, step: StepRecord) -> None:
         """A host's turn has come; ``step`` tells how far it is."""
 
@@ -8254,6 +8257,39 @@ pull = _plain_form(co_pull)
 # --------------------------------------------------------------------------------------------------
 
 
+class _Folder(_View):
+    """-o and -d: files of output, which the formatter writes; here what comes of a host besides.
+
+    A host that was not reached leaves its reason in its ``.err``. What an earlier run has left of
+    hosts of this one goes first, so that nothing is taken for this run's that is not.
+    """
+
+    def __init__(self, formatter: SubdirFormatter) -> None:
+        self._folder = formatter.run_name
+
+    def begin(self, names: Collection[str]) -> None:
+        """Make the folder, and clean it of these hosts. Raises UsageError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            here = {path.name for path in self._folder.iterdir() if path.is_file()}
+            for name in names:
+                for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
+                    (self._folder / path).unlink(missing_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{escape(os.fsdecode(exc.filename))}: {_reason(exc)}") from None
+        others = {name.removesuffix(".err") for name in here}.difference(names)
+        if others:
+            _screen.say(
+                f"apssh: {escape(str(self._folder))} also holds files of hosts that are not of "
+                f"this run: {escape(fold_names(others))}"
+            )
+
+    def done(self, result: Result) -> None:
+        if result.error and not result.reached:
+            with open(self._folder / f"{result.name}.err", "a", encoding="utf-8") as file:
+                file.write(f"{result.name}: {result.kind}: {result.error}\n")
+
+
 class _Marks(_View):
     """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be
     targets of a next run.
@@ -8409,11 +8445,12 @@ _Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where
 
 
 def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
-    views: list[_View] = [_Marks(Path(folder))] if options.mark else []
-    return SubdirFormatter(folder, options.verbose), [*views, _Failures(_COMMANDS_OWN)]
+    formatter = SubdirFormatter(folder, options.verbose)
+    views: list[_View] = [_Folder(formatter), _Failures()]
+    if options.mark:
+        views.append(_Marks(formatter.run_name))
+    return formatter, views
 
-
-_COMMANDS_OWN = ("status", "signal")  # kinds of failure that are the command's, not the host's
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
 # each result (views, in this order). Without any of these options it is the last one.
@@ -8422,25 +8459,19 @@ _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
     "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
     "gather": lambda options: (
         _HoldingFormatter(options.verbose),
-        [_Gather(options.diff), _Failures(_COMMANDS_OWN)],
+        [_Gather(options.diff), _Failures(told=("status", "signal"))],
     ),
     "json": lambda options: (_HoldingFormatter(options.verbose), [_JsonLines()]),
     "format": lambda options: (
         TerminalFormatter(options.format, options.verbose),
-        [_Failures(_COMMANDS_OWN)],
+        [_Failures()],
     ),
-    "raw_format": lambda options: (
-        RawFormatter(verbose=options.verbose),
-        [_Failures(_COMMANDS_OWN)],
-    ),
+    "raw_format": lambda options: (RawFormatter(verbose=options.verbose), [_Failures()]),
     "time_colon_format": lambda options: (
         TimeHostFormatter(verbose=options.verbose),
-        [_Failures(_COMMANDS_OWN)],
+        [_Failures()],
     ),
-    "": lambda options: (
-        HostFormatter(verbose=options.verbose),
-        [_Failures(_COMMANDS_OWN)],
-    ),
+    "": lambda options: (HostFormatter(verbose=options.verbose), [_Failures()]),
 }
 
 
@@ -8745,6 +8776,15 @@ def _format(text: str) -> str:
     return text
 
 
+def _folder(text: str) -> str:
+    if re.match("[A-Za-z]+=", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an option of ssh, and -o takes a folder (./{text}): for host keys there "
+            "is --host-keys, for others an ssh config (-F)"
+        )
+    return text
+
+
 def _add_target_options(parser: argparse.ArgumentParser) -> None:
     """What the three programs share: targets, login, limits."""
     seconds = _number(float, 0.001, "seconds, more than 0")
@@ -8863,7 +8903,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
     )
     add = parser.add_argument_group("showing").add_argument
-    add("-q", "--quiet", action="store_true", help="no progress and no summary")
+    add(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="nothing but a line on stderr for each host that failed",
+    )
     add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
     add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
     add(
@@ -8947,7 +8992,13 @@ def build_parser() -> _Parser:
         metavar="FMT",
         help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...",
     )
-    add("-o", "--out-dir", metavar="D", help="files D/<host> and D/<host>.err; prints D")
+    add(
+        "-o",
+        "--out-dir",
+        type=_folder,
+        metavar="D",
+        help="files D/<host> and D/<host>.err; prints D",
+    )
     add(
         "-d",
         "--date-time",
@@ -9171,7 +9222,8 @@ async def _work(
         plan.check(nodes)
         if options.dry_run:
             return _show_plan(plan, nodes)
-        _make_folder(formatter)
+        for view in views:
+            view.begin([node.formatter.endpoint_name(node._endpoint) for node in nodes])
         await plan.prepare()
         results = _Results()
         progress = _Progress(len(nodes), options.quiet)
@@ -9231,15 +9283,6 @@ def _show_plan(plan: _Plan, nodes: Sequence[SshNode]) -> int:
     return 0
 
 
-def _make_folder(formatter: Formatter) -> None:
-    """The folder of -o and -d, now that all the rest is known to be right."""
-    if isinstance(formatter, SubdirFormatter):
-        try:
-            os.makedirs(formatter.run_name, exist_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{escape(str(formatter.run_name))}: {_reason(exc)}") from None
-
-
 async def _show_fan_out(
     options: argparse.Namespace, plan: _Plan, nodes: Sequence[SshNode], views: Sequence[_View]
 ) -> None:
@@ -9267,7 +9310,7 @@ def _conclude(options: argparse.Namespace, formatter: Formatter, results: list[R
             _screen.say(line)
     if not options.no_last and not options.demo:
         _save_last(results)
-    if isinstance(formatter, SubdirFormatter):
+    if isinstance(formatter, SubdirFormatter) and not options.quiet:
         _screen.write(os.fsencode(formatter.run_name) + b"\n")
 
 
