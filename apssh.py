@@ -8776,6 +8776,19 @@ def _format(text: str) -> str:
     return text
 
 
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
+    return int(match[1]), int(match[2])
+
+
+def _sudo_user(text: str) -> bool | str:
+    if text and not re.fullmatch(_USER, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a user name")
+    return text or True
+
+
 def _folder(text: str) -> str:
     if re.match("[A-Za-z]+=", text):
         raise argparse.ArgumentTypeError(
@@ -8824,6 +8837,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         type=_number(int, 1, "a port from 1 to 65535"),
         metavar="N",
         help="port of final hosts that do not say",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only the I-th of N equal parts of the targets, the same parts on every machine",
     )
     add("-L", "--list-targets", action="store_true", help="show the targets and stop")
     add(
@@ -8953,6 +8972,13 @@ def build_parser() -> _Parser:
         action="store_true",
         help="give standard input to every host (without it they get end of file)",
     )
+    add(
+        "--sudo",
+        type=_sudo_user,
+        default=False,
+        metavar="USER",
+        help="run by sudo as root, or (--sudo=USER) as that user; a password is asked once",
+    )
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add(
         "--env",
@@ -9072,9 +9098,12 @@ def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     # the way that takes options between paths loses the --
     plain = parser.prog == "apssh" or "--" in words
     parse = parser.parse_known_args if plain else parser.parse_known_intermixed_args
-    options, rest = parse(words)
+    # --sudo takes a user after = alone: argparse would give it the next word, the command's
+    options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
     if rest:
         raise parser.unknown(rest[0])
+    if options.command:
+        options.command = list(words[-len(options.command) :])
     if options.command and options.command[0] == "--":
         options.command.pop(0)
     elif options.command and options.command[0].startswith("-"):
@@ -9087,7 +9116,7 @@ def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 _NOT_WITH_DEMO = (
-    *("target", "exclude", "login", "gateway", "port"),
+    *("target", "exclude", "shard", "login", "gateway", "port"),
     *("key", "askpass", "forward_agent", "pty"),
 )
 
@@ -9122,6 +9151,9 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         with contextlib.suppress(UsageError):
             if len(parse(exclude=[text])) == everything:
                 _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
+    if options.shard:
+        part, parts = options.shard
+        return targets[part - 1 :: parts]
     return targets
 
 
@@ -9532,6 +9564,7 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
         pty=options.pty,
         x11=options.x11,
         stdin=stdin,
+        sudo=options.sudo,
     )
     step.check_files()
     return step

@@ -11622,6 +11622,14 @@ def test_demo_size(count: int) -> None:
         (["--record", "f", "-t", "h", "x"], "--record goes with --scenario"),
         (["--timeline", "f", "-t", "h", "x"], "--timeline goes with --scenario"),
         (
+            ["-t", "h", "--shard", "3/2", "x"],
+            "argument --shard: '3/2': I/N, as in 1/4, 2/4, 3/4 and 4/4 (see apssh --help)",
+        ),
+        (
+            ["-t", "h", "--sudo=a b", "x"],
+            "argument --sudo: 'a b' is not a user name (see apssh --help)",
+        ),
+        (
             ["-t", "h", "-o", "StrictHostKeyChecking=no", "x"],
             "argument -o/--out-dir: 'StrictHostKeyChecking=no' is an option of ssh, and -o takes a "
             "folder (./StrictHostKeyChecking=no): for host keys there is --host-keys, for others "
@@ -11700,6 +11708,11 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
             "me@gw->me@a:2200\nme@gw->you@b:23\nNone->me@c:2200\n",
         ),
         (["-V"], f"apssh {apssh.__version__}\n"),
+        (["-t", "n[1-5]", "--shard", "1/2", "-L"], "n1\nn3\nn5\n"),
+        (["-t", "n[1-5]", "--shard", "2/2", "-L"], "n2\nn4\n"),
+        (["-F", "none", "-t", "a", "--shard", "2/2", "-n", "ls"], ""),
+        (["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"], f"{ME}@a: ls --sudo\n"),
+        (["-F", "none", "-t", "a", "-n", "--sudo=bob", "ls"], f"{ME}@a: ls\n"),
     ],
 )
 def test_listings(argv: list[str], out: str, capfd: Any) -> None:
