@@ -28,6 +28,21 @@ the rest.
 from __future__ import annotations
 
 import abc
+import os
+import signal
+import sys
+
+# Ctrl-C while a program imports what it needs ends it without a traceback. A program is known by
+# its name: whoever else imports this module keeps the handler. (Python's own start, before this
+# line, is in nobody's hands.)
+if (
+    __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("apssh", "appush", "appull")
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _silent_imports = True
+else:
+    _silent_imports = False
+
 import argparse
 import asyncio
 import atexit
@@ -57,7 +72,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import os
 import posixpath
 import pwd
 import random
@@ -65,11 +79,9 @@ import re
 import resource
 import shlex
 import shutil
-import signal
 import socket
 import stat
 import subprocess
-import sys
 import tempfile
 import termios
 import textwrap
@@ -97,6 +109,7 @@ from typing import (
     BinaryIO,
     ClassVar,
     NamedTuple,
+    NoReturn,
     ParamSpec,
     Protocol,
     Self,
@@ -113,6 +126,9 @@ from typing import (
 
 import asynciojobs
 import asyncssh
+
+if _silent_imports:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __version__ = "1.0.0"
 
@@ -645,13 +661,30 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _unknown_keyword(name: str, known: Iterable[str]) -> UsageError:
-    """The answer to a keyword that nothing takes: the nearest that is taken, else all of them."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, 1) or [each for each in names if name in each]
-    if near:
-        return UsageError(f"unknown option {name}: did you mean {near[0]}?")
-    return UsageError(f"unknown option {name}: there is {', '.join(names)}")
+# One thing under the names that ssh, pssh, pdsh, clush, ansible and this library give it.
+_SYNONYMS = (
+    ("login", "username", "user"),
+    ("target", "targets", "hostname", "host", "hosts", "hostfile"),
+    ("window", "par", "parallel", "fanout", "forks"),
+    ("command-timeout", "timeout"),
+    ("out-dir", "outdir"),
+    ("key", "keys", "identity"),
+)
+
+
+def _unknown_option(word: str, known: Iterable[str], otherwise: str) -> UsageError:
+    """The answer to an option, or a keyword, that there is not: the nearest one that there is, or
+    another text: a far one would be worse than none.
+    """
+    name = word.partition("=")[0].lstrip("-")
+    options = {option.lstrip("-"): option for option in known}
+    near = [each for each in options if len(name) > 2 and name in each]
+    near = difflib.get_close_matches(name, options, 1, 0.7) or near
+    for names in _SYNONYMS:
+        if name in names:
+            near = [other for other in names if other in options] or near
+    hint = f": did you mean {options[near[0]]}?" if near else otherwise
+    return UsageError(f"unknown option {escape(word)}{hint}")
 
 
 def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -668,7 +701,7 @@ def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
     def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
         for name in keywords:
             if name not in known:
-                raise _unknown_keyword(name, known)
+                raise _unknown_option(name, known, f": there is {', '.join(known)}")
         return function(*args, **keywords)
 
     return checked
@@ -4145,9 +4178,11 @@ class SshNode(_Node):
     a channel that closes without an exit status is a success); ``keepalive``: seconds between
     probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``:
     what to connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
-    Raises UsageError for a host name, port or time that cannot be.
+    Attribute ``reached``: whether it was ever logged in to. Raises UsageError for a host name, port
+    or time that cannot be.
     """
 
+    @_keywords_checked
     def __init__(
         self,
         hostname: str,
@@ -4204,6 +4239,7 @@ class SshNode(_Node):
         self._guard_works: bool | None = None  # not known yet
         self._live: _Live | None = None
         self._leads = False  # others go through it
+        self.reached = False
         self._adopt(formatter, verbose)
 
     def __str__(self) -> str:
@@ -4331,6 +4367,7 @@ class SshNode(_Node):
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
         link = await _Shared.once(live.opening, "link", self._connect)
+        self.reached = True
         if self._live is not live:
             await link.close()
             raise ConnectionFailedError("closed while it connected", host=self.hostname)
@@ -7394,7 +7431,7 @@ def _words(text: str) -> list[str]:
 
 _GROUPS = "~/.apssh"
 _GROUP_DEPTH = 100  # groups in one another: Python's own limit is some 600 of them
-_Line = tuple[str, str]  # the place where it is written, as an error begins; the text
+_TargetLine = tuple[str, str]  # the place where it is written, as an error begins; the text
 
 
 def _find(name: str) -> str:
@@ -7411,16 +7448,18 @@ class _Sources:
     """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
-    ``stdin``: the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each, of
+    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each, of
     words that are taken for a file here and could as well be hosts; by default stderr does.
     """
 
-    def __init__(self, stdin: str | None = None, notice: Callable[[str], None] = _notice) -> None:
-        self._stdin = stdin
+    def __init__(
+        self, stdin: Callable[[], str] | None = None, notice: Callable[[str], None] = _notice
+    ) -> None:
+        self._stdin = functools.cache(stdin) if stdin else None
         self._notice = notice
         self._lines = functools.cache(self._read)
 
-    def names(self, texts: Iterable[str], *, hosts_too: bool = False) -> Iterator[_Line]:
+    def names(self, texts: Iterable[str], *, hosts_too: bool = False) -> Iterator[_TargetLine]:
         """Each target that is meant, its ranges still folded. ``hosts_too``: a word that is a file
         means the host of that name as well (an exclusion errs on the safe side).
         """
@@ -7431,7 +7470,7 @@ class _Sources:
                     yield "", word
                 yield from self._members(lines or [], (word,))
 
-    def _members(self, lines: list[_Line], within: tuple[str, ...]) -> Iterator[_Line]:
+    def _members(self, lines: list[_TargetLine], within: tuple[str, ...]) -> Iterator[_TargetLine]:
         """The targets on these lines, and those of the groups that they name."""
         for place, line in lines:
             _refuse_columns(place, line)
@@ -7450,13 +7489,13 @@ class _Sources:
                     raise UsageError(place + exc.message) from None
                 yield from self._members(members or [], (*within, word))
 
-    def _read(self, word: str, noticed: bool) -> list[_Line] | None:
+    def _read(self, word: str, noticed: bool) -> list[_TargetLine] | None:
         """What a word stands for, line by line; None: itself."""
         path = _group_path(word) if word.startswith("@") else _find(word)
         if word == "-":
             if self._stdin is None:
                 raise UsageError("-: cannot be read here")
-            lines = self._stdin.split("\n")
+            lines = self._stdin().split("\n")
         elif path:
             lines = _read_list(word, path)
         elif "/" in re.sub(r"\[[^][]*\]", "", word):
@@ -7558,11 +7597,14 @@ def _save_last(results: Iterable[Result]) -> None:
 @dataclasses.dataclass(eq=False, repr=False)
 class Result:
     """What came of one host: ``status`` (exit status) or ``signal`` (its name), or neither and
-    ``error`` and ``kind`` (see ApsshError).
+    ``error`` and ``kind``.
 
-    ``name`` is the shortest text that tells this host from the others of the run; ``seconds``
-    counts from the first attempt to connect; ``reached``: whether there was a connection to the
-    end; ``may_run``: the command may still be running over there.
+    ``kind`` is None for a success; that of an ApsshError for a failure; ``interrupted`` where
+    Ctrl-C or a cancellation came first; ``not started`` where more hosts than ``max_failures`` had
+    failed before. ``name`` is the shortest text that tells this host from the
+    others of the run; ``target`` is how the command line would name it; ``seconds`` counts from the
+    first attempt to connect; ``reached``: whether the host was ever logged in to; ``may_run``: the
+    command may still be running over there.
     """
 
     host: str
@@ -7578,12 +7620,16 @@ class Result:
     stdout_bytes: bytes = b""
     stderr_bytes: bytes = b""
     bytes_transferred: int = 0
-    reached: bool = True
+    reached: bool = False
     may_run: bool = False
 
     def __repr__(self) -> str:
-        said = f", stdout {_brief(self.stdout)!r}" if self.stdout_bytes else ""
-        return f"<Result {self.name}: {self.outcome} in {self.seconds:g} s{said}{f': {self.error}' if self.error else ''}>"
+        parts = [f"<Result {self.name}: {self.outcome} in {self.seconds:g} s"]
+        if self.stdout_bytes:
+            parts.append(f", stdout '{_brief(self.stdout)}'")
+        if self.error:
+            parts.append(f": {self.error}")
+        return "".join([*parts, ">"])
 
     @property
     def ok(self) -> bool:
@@ -7602,16 +7648,12 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """In a word or two: ok, status 3, signal TERM, interrupted, or the kind of the failure."""
-        if self.ok or self.error == "interrupted":
-            return self.error or "ok"
-        return (
-            f"status {self.status}"
-            if self.status is not None
-            else f"signal {self.signal}"
-            if self.signal
-            else self.kind or "local"
-        )
+        """In a word or two: ok, status 3, signal TERM, or else the kind of the failure."""
+        if self.kind == "status":
+            return f"status {self.status}"
+        if self.kind == "signal":
+            return f"signal {self.signal}"
+        return self.kind or "ok"
 
 
 class _HoldingFormatter(Formatter):
@@ -7630,52 +7672,73 @@ class _HoldingFormatter(Formatter):
         return (held.stdout(), held.stderr()) if held else (b"", b"")
 
 
-_Steps = Callable[[SshNode], list[AbstractCommand]]
+class _View:
+    """Who follows a fan-out: a subclass redefines what it wants to hear of. Here nothing happens."""
+
+    def begin(self, names: Collection[str]) -> None:
+        """All is known to be right, and these hosts are about to have their turns."""
+
+    def started(self, result: Result, step: StepRecord) -> None:
+        """A host's turn has come; ``step`` tells how far it is."""
+
+    def done(self, result: Result) -> None:
+        """A host is done, or was interrupted, or its turn never came."""
+
+    def finish(self) -> None:
+        """No host is at work any more."""
+
+
+class _Plan:
+    """What a fan-out does on its nodes."""
+
+    def check(self, nodes: Sequence[SshNode]) -> None:
+        """Raise UsageError for what can be found wrong on this machine, before any connection."""
+
+    async def prepare(self) -> None:
+        """Whatever must be there before the first host is connected to."""
+
+    def steps(self, node: SshNode) -> list[AbstractCommand]:
+        """The steps of one node, run in order up to the first failure."""
+        raise NotImplementedError
 
 
 async def _fan_out(
     nodes: Sequence[SshNode],
-    steps: _Steps,
+    plan: _Plan,
     *,
     window: int = 0,
     retries: int = 0,
-    started: Callable[[SshNode, StepRecord], None] = lambda node, step: None,
-    done: Callable[[Result], None] = lambda result: None,
+    max_failures: int | None = None,
+    views: Sequence[_View] = (),
 ) -> list[Result]:
-    """Run these steps on each node, at most ``window`` nodes at once (0: as many as files can be
-    open); close the nodes. ``done`` gets each result as it comes. Cancelling it ends the remote
-    commands; the other hosts are then done as interrupted.
+    """Do what is planned on each node, at most ``window`` nodes at once (0: as many as files can be
+    open), and close the nodes; a Result each, in their order. Once more than ``max_failures`` have
+    failed (None: no limit) no further one is started. Cancelling it ends the remote commands. The
+    views hear of all hosts, those whose turn never came too.
     """
-    if window < 0 or retries < 0:
-        raise UsageError("window and retries are numbers, 0 or more")
+    if min(window, retries, max_failures or 0) < 0:
+        raise UsageError("window, retries and max_failures are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
-    results = [
-        Result(
-            node.hostname,
-            node.username,
-            node.port,
-            node.formatter.endpoint_name(node._endpoint),
-            node._target,
-            error="interrupted",
-            kind="local",
-        )
-        for node in nodes
-    ]
-    waiting = iter(zip(nodes, results, strict=True))
+    results: dict[SshNode, Result] = {}
+    waiting = iter(nodes)
+    failures = 0
+
+    def done(result: Result) -> None:
+        nonlocal failures
+        failures += not result.ok
+        for view in views:
+            view.done(result)
+
+    def stopped() -> bool:
+        return max_failures is not None and failures > max_failures
 
     async def worker() -> None:
-        for node, result in waiting:
-            begin, step = time.monotonic(), StepRecord()
-            started(node, step)
-            try:
-                await _attempts(node, steps, step, result, retries)
-            finally:
-                result.seconds = round(time.monotonic() - begin, 3)
-                result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
-                if isinstance(node.formatter, _HoldingFormatter):
-                    result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
-                done(result)
-                await node.close()
+        while not stopped() and (node := next(waiting, None)):
+            results[node] = _blank_result(node)
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(node.close)
+                stack.callback(done, results[node])
+                await _run_on(node, plan, results[node], retries, views)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -7684,46 +7747,66 @@ async def _fan_out(
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from None
     finally:
-        for _, result in waiting:  # interrupted before their turn
-            done(result)
-        await asyncio.gather(
-            *(gateway.close() for gateway in {hop for node in nodes for hop in node._hops()[:-1]})
-        )
-    return results
+        reason = "not started" if stopped() else "interrupted"
+        for node in nodes:
+            if node not in results:
+                results[node] = _blank_result(node)
+                results[node].error = results[node].kind = reason
+                done(results[node])
+        gateways = {hop for node in nodes for hop in node._hops()[:-1]}
+        await asyncio.gather(*(gateway.close() for gateway in gateways))
+    return [results[node] for node in nodes]
+
+
+def _blank_result(node: SshNode) -> Result:
+    name = node.formatter.endpoint_name(node._endpoint)
+    return Result(node.hostname, node.username, node.port, name, node._target)
+
+
+async def _run_on(
+    node: SshNode, plan: _Plan, result: Result, retries: int, views: Sequence[_View]
+) -> None:
+    """All that is planned for one node, and what is known of it at the end, whatever the end."""
+    step, begin = StepRecord(), time.monotonic()
+    for view in views:
+        view.started(result, step)
+    try:
+        await _attempts(node, plan, result, step, retries)
+    except BaseException:
+        result.error = result.kind = "interrupted"
+        raise
+    finally:
+        result.seconds = round(time.monotonic() - begin, 3)
+        result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
+        result.reached = node.reached
+        if isinstance(node.formatter, _HoldingFormatter):
+            result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
 
 
 async def _attempts(
-    node: SshNode, steps: _Steps, step: StepRecord, result: Result, retries: int
+    node: SshNode, plan: _Plan, result: Result, step: StepRecord, retries: int
 ) -> None:
-    """The steps on one node, in order, up to the first failure; again when the host could not be
-    reached.
-    """
+    """The steps of one node up to the first failure; again when the host could not be reached."""
     for attempt in itertools.count():
         try:
-            for command in steps(node):
-                status = await command.attempt(node, step)
-                result.status, result.signal = (
-                    (status, None) if isinstance(status, int) else (None, status)
-                )
+            for command in plan.steps(node):
+                await command.attempt(node, step)
+            status = step.status
         except ApsshError as exc:
-            if (
-                isinstance(exc, ConnectionFailedError)
-                and not exc.command
-                and attempt < retries
-                and exc.kind not in ("hostkey", "auth")
-            ):
+            if attempt < retries and _worth_another_attempt(exc):
                 await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
                 continue
-            result.error, result.kind, result.reached = (
-                exc.message,
-                exc.kind,
-                not isinstance(exc, ConnectionFailedError),
-            )
-            result.status = exc.status if isinstance(exc.status, int) else None
-            result.signal = exc.status if isinstance(exc.status, str) else None
-        else:
-            result.error, result.kind, result.reached = None, None, True
+            result.error, result.kind = exc.message, exc.kind
+            status = exc.status
+        result.status = status if isinstance(status, int) else None
+        result.signal = status if isinstance(status, str) else None
         return
+
+
+def _worth_another_attempt(exc: ApsshError) -> bool:
+    """Whether no command began, and the host may think better of it."""
+    unreached = isinstance(exc, ConnectionFailedError) and not exc.command
+    return unreached and exc.kind not in ("hostkey", "auth")
 
 
 def _build_nodes(
@@ -7734,8 +7817,8 @@ def _build_nodes(
     connect_timeout: float | None = None,
     **options: Any,
 ) -> list[SshNode]:
-    """A node for each target, gateways shared, completed from the config. Raises UsageError,
-    ApsshError (a config that ssh refuses).
+    """A node for each target, gateways shared, completed from the config; ``options`` are SshNode's.
+    Raises UsageError, ApsshError (a config that ssh refuses).
     """
     if connect_timeout is not None:
         options["timeout"] = connect_timeout
@@ -7743,106 +7826,94 @@ def _build_nodes(
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     if ssh_config.trouble:
         _screen.say(f"apssh: {ssh_config.trouble}")
-    gateways: dict[Any, SshNode] = {}
+    gateways: dict[object, SshNode] = {}
 
     def build(
         chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
     ) -> SshNode:
         hop = chain[-1]
         answer = answers[hop]
-        before = chain[:-1] or (() if direct else answer.jumps)
-        gateway = None
-        if before:
-            for each in behind.union([hop]).intersection(before):
-                raise UsageError(f"{each.host}: it is its own gateway")
-            if (before, direct) not in gateways:
-                gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
-            gateway = gateways[before, direct]
+        before = chain[:-1]
+        if not before and not direct:
+            before = answer.jumps
+        for each in behind.union([hop]).intersection(before):
+            raise UsageError(f"{each.host}: it is its own gateway")
+        if before and (before, direct) not in gateways:
+            gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
+        gateway = gateways.get((before, direct))
         node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
         if connect_timeout is not None:  # over the config's, though it be the default
             node.timeout = connect_timeout
         return node
 
-    nodes: dict[Any, SshNode] = {}
+    nodes: dict[object, SshNode] = {}
     for target in targets:
         node = build(target.chain, target.direct, formatter)
         node._target = str(target)
-        nodes.setdefault(
-            tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()), node
-        )  # `a a:22 A` runs once
+        # `a a:22 A` runs once
+        way = [(hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()]
+        nodes.setdefault(tuple(way), node)
     return list(nodes.values())
 
 
-async def _co_quick(
-    targets: str | Iterable[str],
-    options: dict[str, Any],
-    steps: _Steps,
-    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None,
-) -> list[Result]:
-    """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
-    texts = [targets] if isinstance(targets, str) else list(targets)
-    if not texts:  # whatever is to be done to the hosts of an empty list is done
-        return []
-    parsing = {name: options.pop(name, None) for name in ("login", "gateway", "port")}
-    limits = {"window": options.pop("window", 0), "retries": options.pop("retries", 0)}
-    parsed = _parse_targets(texts, exclude=options.pop("exclude", ()), **parsing)
-    config = options.pop("config", None)
-    formatter = options.pop("formatter", None) or _HoldingFormatter()
-    nodes = await asyncio.to_thread(
-        lambda: _build_nodes(
-            parsed,
-            formatter=formatter,
-            config="none" if config is None else None if config is True else config,
-            **options,
-        )
-    )
-    check(nodes)
-    return await _fan_out(nodes, steps, **limits)
+@dataclasses.dataclass(frozen=True)
+class _CommandPlan(_Plan):
+    """One step for all nodes, so that a script has one name everywhere.
 
-
-_COMMAND_OPTIONS = ("timeout", "x11", "env", "pty", "allowed_exits")
-
-
-async def co_run(
-    targets: str | Iterable[str], command: str | AbstractCommand, **options: Any
-) -> list[Result]:
-    """Run a command (a line, or a step such as RunScript) on targets (as on the command line); a
-    Result each, in their order.
-
-    Options: ``timeout`` (seconds for the command), ``env``, ``pty``; ``login``, ``gateway``,
-    ``port``, ``exclude``, ``window`` and ``retries`` as the options of that name;
-    ``connect_timeout`` (30 s); ``config``: None reads no ssh_config, True the user's, or a path;
-    any other keyword of SshNode (keys, password, host_keys, known_hosts, guard...). Raises
-    UsageError before any connection.
+    ``spool`` is the file that the step's standard input comes from: ours goes there first, and each
+    host then reads it at its own pace. (Handed on as it comes, it would have to be kept for the
+    slowest host all the same.)
     """
-    for_command = {name: options.pop(name) for name in _COMMAND_OPTIONS if name in options}
-    if for_command and isinstance(command, AbstractCommand):
-        raise UsageError(
-            f"{', '.join(for_command)}: give it to {type(command).__name__}(...) itself"
-        )
-    step = command if isinstance(command, AbstractCommand) else Run(command, **for_command)
-    step.check_files()
-    return await _co_quick(targets, options, lambda node: [step])
+
+    step: AbstractCommand
+    spool: BinaryIO | None = None
+
+    def check(self, nodes: Sequence[SshNode]) -> None:
+        self.step.check_files()
+
+    async def prepare(self) -> None:
+        if self.spool:
+            # not sys.stdin, whose lock would be held at the end by a thread that still waits
+            with open(0, "rb", buffering=0, closefd=False) as stdin:
+                await _in_daemon(shutil.copyfileobj, stdin, self.spool)
+
+    def steps(self, node: SshNode) -> list[AbstractCommand]:
+        return [self.step]
 
 
-async def co_push(
-    targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any
-) -> list[Result]:
-    """Copy local files to targets; ``{host}``, ``{fqdn}`` and ``{user}`` may stand in paths;
-    options of Push and of co_run.
-    """
-    return await _co_quick(targets, options, *_copies(Push, localpaths, remotepath, options))
+@dataclasses.dataclass(frozen=True)
+class _CopyPlan(_Plan):
+    """One copy on each node, the fields of its paths filled in; ``options`` are Push's and Pull's."""
 
+    command: type[Push | Pull]
+    sources: Sequence[str]
+    destination: str
+    options: Mapping[str, Any]
+    dry: bool = False
 
-async def co_pull(
-    targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any
-) -> list[Result]:
-    """Copy files of targets here; ``{host}``, ``{fqdn}`` and ``{user}`` in ``localpath`` keep hosts
-    apart; options of Pull and of co_run.
+    def check(self, nodes: Sequence[SshNode]) -> None:
+        if self.command is Pull:
+            _check_places(self.destination, nodes, several=len(self.sources) > 1)
+            return
+        expanded = {_expand_path(path, node): None for node in nodes for path in self.sources}
+        for path in expanded:
+            if not os.path.lexists(path):
+                raise UsageError(f"{escape(path)}: no such file")
+            if os.path.isdir(path) and not self.options.get("recurse"):
+                raise UsageError(f"{escape(path)}: is a folder (recurse, -r, copies folders)")
 
-    Raises UsageError when two hosts would write to the same place.
-    """
-    return await _co_quick(targets, options, *_copies(Pull, remotepaths, localpath, options))
+    def steps(self, node: SshNode) -> list[AbstractCommand]:
+        paths = [_expand_path(path, node) for path in self.sources]
+        place = _expand_path(self.destination, node)
+        if self.command is Pull and _differs_by_host(self.destination) and not self.dry:
+            into = len(paths) > 1 or any(map(_is_pattern, paths))
+            folder = place if into else os.path.dirname(place) or "."
+            try:
+                os.makedirs(folder, exist_ok=True)
+            except OSError as exc:  # this host's failure: the others go on
+                message = f"{escape(place)}: {_reason(exc)}"
+                raise TransferError(message, host=node.hostname) from None
+        return [self.command(paths, place, **self.options)]
 
 
 def _expand_path(path: str, node: SshNode) -> str:
@@ -7863,56 +7934,6 @@ def _differs_by_host(path: str) -> bool:
     return re.search(r"\{(host|fqdn|user)\}", re.sub(r"\{\{|\}\}", "", path)) is not None
 
 
-def _copies(
-    command: type[Push | Pull],
-    sources: Any,
-    destination: str,
-    options: dict[str, Any],
-    dry: bool = False,
-) -> tuple[_Steps, Callable[[Sequence[SshNode]], None]]:
-    """The copy of each node, and what raises UsageError before anything is copied; takes the copy's
-    options out of ``options``.
-    """
-    texts = _paths(sources)
-    copying = {
-        name: options.pop(name)
-        for name in ("preserve", "recurse", "follow_symlinks", "inplace", "timeout")
-        if name in options
-    }
-
-    def steps(node: SshNode) -> list[AbstractCommand]:
-        paths, place = (
-            [_expand_path(str(path), node) for path in texts],
-            _expand_path(destination, node),
-        )
-        if command is Pull and _differs_by_host(destination) and not dry:
-            into = len(paths) > 1 or any(map(_is_pattern, paths))
-            try:
-                os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
-            except OSError as exc:  # this host's failure: the others go on
-                raise TransferError(
-                    f"{escape(place)}: {_reason(exc)}", host=node.hostname
-                ) from None
-        return [command(paths, place, **copying)]
-
-    def check(nodes: Sequence[SshNode]) -> None:
-        if command is Pull:
-            _check_places(destination, nodes, several=len(texts) > 1)
-            return
-        for path in dict.fromkeys(
-            _expand_path(str(text), node) for node in nodes for text in texts
-        ):
-            if not os.path.lexists(path) or (os.path.isdir(path) and not copying.get("recurse")):
-                reason = (
-                    "is a folder (recurse, -r, copies folders)"
-                    if os.path.lexists(path)
-                    else "no such file"
-                )
-                raise UsageError(f"{escape(path)}: {reason}")
-
-    return steps, check
-
-
 def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) -> None:
     """The Pull of each node can write, and not where another does."""
     places: dict[str, SshNode] = {}
@@ -7931,53 +7952,352 @@ def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) ->
         places[place] = node
 
 
-def run(
-    targets: str | Iterable[str], command: str | AbstractCommand, **options: Any
-) -> list[Result]:
-    """co_run, from code that is not a coroutine (in a notebook too)."""
-    return _synchronously(co_run(targets, command, **options))
+# run, push and pull, and their coroutine forms. What they share is described once, here, and added
+# to each docstring, so that help(apssh.run) says it all.
 
+_SHARED_KEYWORDS = """
+    ``targets`` are texts as on the command line: host names, ranges such as ``node[01-20]``, hops
+    ``gw->user@host``, files of targets, groups. What the command line's options say is said by:
 
-def push(
-    targets: str | Iterable[str], localpaths: Any, remotepath: str, **options: Any
-) -> list[Result]:
-    """co_push, from code that is not a coroutine (in a notebook too)."""
-    return _synchronously(co_push(targets, localpaths, remotepath, **options))
+    - ``exclude``: targets to leave out; ``login``, ``gateway``, ``port``: for targets that do not
+      say (default: the config's, else the local user, no gateway, 22);
+    - ``window``: at most so many hosts at once (0: no limit); ``retries``: further attempts at
+      hosts that could not be reached (0); ``max_failures``: once more hosts than that have failed
+      no further one is started (None: no limit); ``connect_timeout``: seconds to be logged in, all
+      hops included (30);
+    - ``config``: None reads no ssh_config, True the user's own, a path that file;
+    - ``keys``: file names or key objects, and only these (None: the agent's, else ~/.ssh/id_*);
+      ``password``: tried on every host (None: none); ``forward_agent``: as ``ssh -A`` (False);
+    - ``host_keys``: accept-new, yes or no (None: APSSH_HOST_KEYS, else the config's, else
+      accept-new); ``known_hosts``: None verifies nothing, a path uses that file (default: the
+      user's and the system's);
+    - ``guard``: False for hosts without a POSIX shell (True); ``keepalive``: seconds between
+      probes of a silent connection (9);
+    - ``formatter``: shows the output as it comes, in place of holding it for the Result (None);
+    - ``done``: called with each Result as it comes (None).
 
-
-def pull(
-    targets: str | Iterable[str], remotepaths: Any, localpath: str, **options: Any
-) -> list[Result]:
-    """co_pull, from code that is not a coroutine (in a notebook too)."""
-    return _synchronously(co_pull(targets, remotepaths, localpath, **options))
-
-
-def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
-    """Run a coroutine to its end, in a thread of its own when a loop runs here already. Ctrl-C ends
-    it in either case.
+    Gives a Result for each target, in their order: a host that fails raises nothing. Raises
+    UsageError for what cannot mean anything, before any connection, and for a call of the plain
+    form inside of a running event loop, where ``await`` of the ``co_`` form is meant. Cancelling
+    it, or Ctrl-C, ends the remote commands.
     """
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    interrupt: Callable[[], object] = lambda: None  # noqa: E731
 
-    async def main() -> _T:
-        nonlocal interrupt
-        interrupt = functools.partial(
-            asyncio.get_running_loop().call_soon_threadsafe,
-            cast("Any", asyncio.current_task()).cancel,
+
+def _with_shared_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The docstring completed; an unknown keyword answered as an unknown option is."""
+    function.__doc__ = f"{function.__doc__}{_SHARED_KEYWORDS}"
+    return _keywords_checked(function)
+
+
+class _Callback(_View):
+    """Tells a user's function of each Result."""
+
+    def __init__(self, function: Callable[[Result], object]) -> None:
+        self._function = function
+
+    def done(self, result: Result) -> None:
+        self._function(result)
+
+
+async def _quick(
+    targets: str | Iterable[str],
+    plan: _Plan,
+    *,
+    exclude: str | Iterable[str],
+    login: str | None,
+    gateway: str | None,
+    port: int | None,
+    window: int,
+    retries: int,
+    max_failures: int | None,
+    config: str | bool | None,
+    formatter: Formatter | None,
+    done: Callable[[Result], object] | None,
+    **node_options: Any,
+) -> list[Result]:
+    """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
+    texts = [targets] if isinstance(targets, str) else list(targets)
+    if not texts:  # whatever is to be done to the hosts of an empty list is done
+        return []
+    parsed = _parse_targets(texts, exclude=exclude, login=login, gateway=gateway, port=port)
+    files = {None: "none", False: "none", True: None}
+    nodes = await asyncio.to_thread(
+        _build_nodes,
+        parsed,
+        formatter=_HoldingFormatter() if formatter is None else formatter,
+        config=config if isinstance(config, str) else files[config],
+        **node_options,
+    )
+    plan.check(nodes)
+    views = [_Callback(done)] if done else []
+    return await _fan_out(
+        nodes,
+        plan,
+        window=window,
+        retries=retries,
+        max_failures=max_failures,
+        views=views,
+    )
+
+
+@_with_shared_keywords
+async def co_run(
+    targets: str | Iterable[str],
+    command: str | AbstractCommand,
+    *,
+    timeout: float | None = None,
+    env: Mapping[str, str] | None = None,
+    pty: bool = False,
+    x11: bool = False,
+    stdin: _StdinSource | None = None,
+    sudo: bool | str = False,
+    sudo_password: str | None = None,
+    allowed_exits: Collection[int | str] | None = None,
+    exclude: str | Iterable[str] = (),
+    login: str | None = None,
+    gateway: str | None = None,
+    port: int | None = None,
+    window: int = 0,
+    retries: int = 0,
+    max_failures: int | None = None,
+    connect_timeout: float | None = None,
+    config: str | bool | None = None,
+    keys: Collection[str | os.PathLike[str] | Key] | None = None,
+    password: str | None = None,
+    forward_agent: bool = False,
+    host_keys: str | None = None,
+    known_hosts: Any = _VERIFY,
+    guard: bool = True,
+    keepalive: float = KEEPALIVE_INTERVAL,
+    formatter: Formatter | None = None,
+    done: Callable[[Result], object] | None = None,
+) -> list[Result]:
+    """Run a command on many hosts at once; ``run`` is the plain form, ``co_run`` the coroutine.
+
+    ``command`` is a line, read by the login shell over there, or a step such as
+    ``RunScript("check.sh")``; but for ``sudo_password``, a step has the next keywords itself:
+
+    - ``timeout``: seconds for the command (None: no limit); ``env``: variables for it, whatever
+      the server accepts (None: none); ``pty``: give it a terminal (False); ``x11``: forward the
+      DISPLAY (False); ``allowed_exits``: exit codes and signal names that are a success too, as
+      ``["TERM", 4]`` (None: only 0);
+    - ``stdin``: bytes, text, an open binary file or a path object, each host getting all of it
+      (None: end of file at once); ``sudo``: run as root (True) or as the user of that name (False);
+      ``sudo_password``: for sudo where it asks for one (None: the terminal is asked, once).
+    """
+    if isinstance(command, AbstractCommand):
+        for_command = {
+            "timeout": timeout,
+            "env": env,
+            "pty": pty,
+            "x11": x11,
+            "stdin": stdin,
+            "sudo": sudo,
+            "allowed_exits": allowed_exits,
+        }
+        given = [name for name, value in for_command.items() if value not in (None, False)]
+        if given:
+            raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
+        step = command
+    else:
+        step = Run(
+            command,
+            timeout=timeout,
+            env=env,
+            pty=pty,
+            x11=x11,
+            stdin=stdin,
+            sudo=sudo,
+            allowed_exits=allowed_exits,
         )
-        return await work
+    return await _quick(
+        targets,
+        _CommandPlan(step),
+        sudo_password=sudo_password,
+        exclude=exclude,
+        login=login,
+        gateway=gateway,
+        port=port,
+        window=window,
+        retries=retries,
+        max_failures=max_failures,
+        connect_timeout=connect_timeout,
+        config=config,
+        keys=keys,
+        password=password,
+        forward_agent=forward_agent,
+        host_keys=host_keys,
+        known_hosts=known_hosts,
+        guard=guard,
+        keepalive=keepalive,
+        formatter=formatter,
+        done=done,
+    )
 
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(asyncio.run, main())
-        try:
-            with _ctrl_c_raises():
-                return future.result()
-        except KeyboardInterrupt:
-            interrupt()
-            raise
+
+@_with_shared_keywords
+async def co_push(
+    targets: str | Iterable[str],
+    localpaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    remotepath: str,
+    *,
+    recurse: bool = False,
+    preserve: bool = False,
+    follow_symlinks: bool = False,
+    inplace: bool = False,
+    timeout: float | None = None,
+    exclude: str | Iterable[str] = (),
+    login: str | None = None,
+    gateway: str | None = None,
+    port: int | None = None,
+    window: int = 0,
+    retries: int = 0,
+    max_failures: int | None = None,
+    connect_timeout: float | None = None,
+    config: str | bool | None = None,
+    keys: Collection[str | os.PathLike[str] | Key] | None = None,
+    password: str | None = None,
+    forward_agent: bool = False,
+    host_keys: str | None = None,
+    known_hosts: Any = _VERIFY,
+    guard: bool = True,
+    keepalive: float = KEEPALIVE_INTERVAL,
+    formatter: Formatter | None = None,
+    done: Callable[[Result], object] | None = None,
+) -> list[Result]:
+    """Copy local files to many hosts at once; ``push`` is the plain form, ``co_push`` the coroutine.
+
+    ``localpaths`` is a path or a list of paths, ``remotepath`` where they go: into it when it is a
+    folder, ends in ``/``, or there are several. ``{host}``, ``{fqdn}`` and ``{user}`` may stand in
+    any path (``{{`` and ``}}`` for braces).
+
+    - ``recurse``: copy folders too (False); ``preserve``: keep times too (False);
+      ``follow_symlinks``: copy what links in a tree point to (False); ``inplace``: write onto
+      existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
+      copy to one host (None: no limit).
+    """
+    copying = {
+        "recurse": recurse,
+        "preserve": preserve,
+        "follow_symlinks": follow_symlinks,
+        "inplace": inplace,
+        "timeout": timeout,
+    }
+    return await _quick(
+        targets,
+        _CopyPlan(Push, [str(path) for path in _paths(localpaths)], remotepath, copying),
+        exclude=exclude,
+        login=login,
+        gateway=gateway,
+        port=port,
+        window=window,
+        retries=retries,
+        max_failures=max_failures,
+        connect_timeout=connect_timeout,
+        config=config,
+        keys=keys,
+        password=password,
+        forward_agent=forward_agent,
+        host_keys=host_keys,
+        known_hosts=known_hosts,
+        guard=guard,
+        keepalive=keepalive,
+        formatter=formatter,
+        done=done,
+    )
+
+
+@_with_shared_keywords
+async def co_pull(
+    targets: str | Iterable[str],
+    remotepaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    localpath: str,
+    *,
+    recurse: bool = False,
+    preserve: bool = False,
+    follow_symlinks: bool = False,
+    inplace: bool = False,
+    timeout: float | None = None,
+    exclude: str | Iterable[str] = (),
+    login: str | None = None,
+    gateway: str | None = None,
+    port: int | None = None,
+    window: int = 0,
+    retries: int = 0,
+    max_failures: int | None = None,
+    connect_timeout: float | None = None,
+    config: str | bool | None = None,
+    keys: Collection[str | os.PathLike[str] | Key] | None = None,
+    password: str | None = None,
+    forward_agent: bool = False,
+    host_keys: str | None = None,
+    known_hosts: Any = _VERIFY,
+    guard: bool = True,
+    keepalive: float = KEEPALIVE_INTERVAL,
+    formatter: Formatter | None = None,
+    done: Callable[[Result], object] | None = None,
+) -> list[Result]:
+    """Copy files of many hosts here; ``pull`` is the plain form, ``co_pull`` the coroutine.
+
+    ``remotepaths`` is a path or a list of paths, globs expanded, ``localpath`` where they go.
+    ``{host}``, ``{fqdn}`` and ``{user}`` in it keep hosts apart, and the folders of such a path are
+    made (``{{`` and ``}}`` stand for braces). Two hosts that would write to one place are refused.
+
+    - ``recurse``: copy folders too (False); ``preserve``: keep times too (False);
+      ``follow_symlinks``: copy what links in a tree point to (False); ``inplace``: write onto
+      existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
+      copy from one host (None: no limit).
+    """
+    copying = {
+        "recurse": recurse,
+        "preserve": preserve,
+        "follow_symlinks": follow_symlinks,
+        "inplace": inplace,
+        "timeout": timeout,
+    }
+    return await _quick(
+        targets,
+        _CopyPlan(Pull, [str(path) for path in _paths(remotepaths)], localpath, copying),
+        exclude=exclude,
+        login=login,
+        gateway=gateway,
+        port=port,
+        window=window,
+        retries=retries,
+        max_failures=max_failures,
+        connect_timeout=connect_timeout,
+        config=config,
+        keys=keys,
+        password=password,
+        forward_agent=forward_agent,
+        host_keys=host_keys,
+        known_hosts=known_hosts,
+        guard=guard,
+        keepalive=keepalive,
+        formatter=formatter,
+        done=done,
+    )
+
+
+def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
+    """A coroutine function as a function, with the name, keywords and docstring of the first."""
+    name = coroutine.__name__
+
+    @functools.wraps(coroutine)
+    def call(*args: _P.args, **keywords: _P.kwargs) -> _T:
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            plain = name.removeprefix("co_")
+            raise UsageError(f"apssh.{plain} in a running loop: await apssh.{name}(...) there")
+        return asyncio.run(coroutine(*args, **keywords))
+
+    call.__name__ = call.__qualname__ = name.removeprefix("co_")
+    return call
+
+
+run = _plain_form(co_run)
+push = _plain_form(co_push)
+pull = _plain_form(co_pull)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7985,7 +8305,40 @@ def _synchronously(work: Coroutine[Any, Any, _T]) -> _T:
 # --------------------------------------------------------------------------------------------------
 
 
-class _Marks:
+class _Folder(_View):
+    """-o and -d: files of output, which the formatter writes; here what comes of a host besides.
+
+    A host that was not reached leaves its reason in its ``.err``. What an earlier run has left of
+    hosts of this one goes first, so that nothing is taken for this run's that is not.
+    """
+
+    def __init__(self, formatter: SubdirFormatter) -> None:
+        self._folder = formatter.run_name
+
+    def begin(self, names: Collection[str]) -> None:
+        """Make the folder, and clean it of these hosts. Raises UsageError."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            here = {path.name for path in self._folder.iterdir() if path.is_file()}
+            for name in names:
+                for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
+                    (self._folder / path).unlink(missing_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{escape(os.fsdecode(exc.filename))}: {_reason(exc)}") from None
+        others = {name.removesuffix(".err") for name in here}.difference(names)
+        if others:
+            _screen.say(
+                f"apssh: {escape(str(self._folder))} also holds files of hosts that are not of "
+                f"this run: {escape(fold_names(others))}"
+            )
+
+    def done(self, result: Result) -> None:
+        if result.error and not result.reached:
+            with open(self._folder / f"{result.name}.err", "a", encoding="utf-8") as file:
+                file.write(f"{result.name}: {result.kind}: {result.error}\n")
+
+
+class _Marks(_View):
     """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be
     targets of a next run.
     """
@@ -7994,41 +8347,28 @@ class _Marks:
         self._folder = folder
 
     def done(self, result: Result) -> None:
-        folder, other = (
-            self._folder / name
-            for name in (("0ok", "1failed") if result.ok else ("1failed", "0ok"))
-        )
+        names = ("0ok", "1failed") if result.ok else ("1failed", "0ok")
+        folder, other = (self._folder / name for name in names)
         folder.mkdir(parents=True, exist_ok=True)
         (other / result.name).unlink(missing_ok=True)  # of another run
-        (folder / result.name).write_text(
-            f"{result.status if result.status is not None else result.signal}\n"
-        )
+        status = result.signal if result.status is None else result.status
+        (folder / result.name).write_text(f"{status}\n")
 
 
-class _JsonLines:
+class _JsonLines(_View):
     """-j: one JSON object a host, a line each, as hosts finish."""
 
+    FIELDS = (
+        *("host", "user", "port", "name", "status", "signal", "error", "kind"),
+        *("reached", "seconds", "stdout", "stderr"),
+    )
+
     def done(self, result: Result) -> None:
-        fields = {
-            name: getattr(result, name)
-            for name in (
-                "host",
-                "user",
-                "port",
-                "name",
-                "status",
-                "signal",
-                "error",
-                "kind",
-                "seconds",
-                "stdout",
-                "stderr",
-            )
-        }
+        fields = {name: getattr(result, name) for name in self.FIELDS}
         _screen.write(json.dumps(fields).encode("ascii") + b"\n", raw=True)
 
 
-class _Gather:
+class _Gather(_View):
     """-b: hosts with the same output are shown once, under their folded names, the largest group
     first.
     """
@@ -8038,20 +8378,20 @@ class _Gather:
         self._groups: dict[tuple[str, bytes, bytes], list[str]] = {}
 
     def done(self, result: Result) -> None:
-        if result.status is not None or result.signal or result.stdout_bytes or result.stderr_bytes:
-            self._groups.setdefault(
-                (result.outcome, result.stdout_bytes, result.stderr_bytes), []
-            ).append(result.name)
+        outputs = result.stdout_bytes, result.stderr_bytes
+        if result.status is not None or result.signal or any(outputs):
+            self._groups.setdefault((result.outcome, *outputs), []).append(result.name)
 
     def finish(self) -> None:
-        """Show the groups."""
         groups = sorted(self._groups.items(), key=lambda group: (-len(group[1]), group[1]))
-        largest = groups[0][0][1] if groups else b""
-        for index, ((outcome, stdout, stderr), names) in enumerate(groups):
-            header = f"{fold_names(names)} ({len(names)})" + (
-                "" if outcome == "ok" else f" {outcome}"
-            )
-            if self._diff and index and stdout != largest:
+        largest = None
+        for (outcome, stdout, stderr), names in groups:
+            header = f"{fold_names(names)} ({len(names)})"
+            if outcome != "ok":
+                header += f" {outcome}"
+            if largest is None:
+                largest = stdout
+            elif self._diff and stdout != largest:
                 header += " differs"
                 stdout = self._difference(largest, stdout)
             if stdout or not stderr:
@@ -8062,25 +8402,38 @@ class _Gather:
     @staticmethod
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
-        ending = b"" if text.endswith(b"\n") or not text else b"\n"
+        if text and not text.endswith(b"\n"):
+            text += b"\n"
         _screen.write(
-            _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text + ending,
-            err=err,
+            _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text, err=err
         )
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
         before, after = ([os.fsdecode(line) for line in io.BytesIO(text)] for text in (old, new))
-        lines = itertools.islice(difflib.unified_diff(before, after), 2, None)
-        return os.fsencode(
-            "".join(
-                line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
-                for line in lines
+        lines = []
+        for line in itertools.islice(difflib.unified_diff(before, after), 2, None):
+            ended = line.endswith("\n")
+            lines.append(line if ended else f"{line}\n\\ No newline at end of file\n")
+        return os.fsencode("".join(lines))
+
+
+class _Failures(_View):
+    """A line on stderr for each host that failed, as it happens; ``told``: the kinds that the output
+    itself tells.
+    """
+
+    def __init__(self, told: Collection[str] = ()) -> None:
+        self._told = (None, "interrupted", "not started", *told)
+
+    def done(self, result: Result) -> None:
+        if result.kind not in self._told:
+            _screen.say(
+                _screen.paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31")
             )
-        )
 
 
-class _Progress:
+class _Progress(_View):
     """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no
     terminal.
     """
@@ -8093,8 +8446,8 @@ class _Progress:
         self._active = sys.stderr.isatty() and not quiet
         self._handle: asyncio.TimerHandle | None = None
 
-    def started(self, node: SshNode, step: StepRecord) -> None:
-        self._running[node.formatter.endpoint_name(node._endpoint)] = step
+    def started(self, result: Result, step: StepRecord) -> None:
+        self._running[result.name] = step
         if self._active and not self._handle:
             self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
@@ -8106,21 +8459,81 @@ class _Progress:
 
     def _tick(self) -> None:
         self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        text = f"{self._finished}/{self._total} done"
+        parts = [f"{self._finished}/{self._total} done"]
         if self._failed:
-            text += f", {self._failed} failed"
-        text += f", {len(self._running)} running"
-        if moved := self._moved + sum(step.bytes_transferred for step in self._running.values()):
-            text += f", {moved / 1e6:.1f} MB at {moved / 1e6 / (time.monotonic() - self._begin):.1f} MB/s"
+            parts.append(f"{self._failed} failed")
+        parts.append(f"{len(self._running)} running")
+        moved = self._moved + sum(step.bytes_transferred for step in self._running.values())
+        if moved:
+            speed = moved / 1e6 / (time.monotonic() - self._begin)
+            parts.append(f"{moved / 1e6:.1f} MB at {speed:.1f} MB/s")
+        text = ", ".join(parts)
         if 0 < len(self._running) <= 8:
             text += f": {fold_names(self._running)}"
         _screen.show(text)
 
     def finish(self) -> None:
-        """Take it away."""
         if self._handle:
             self._handle.cancel()
         _screen.show("")
+
+
+class _Results(_View):
+    """Keeps the results for the end, but for the outputs, which the other views have seen."""
+
+    def __init__(self) -> None:
+        self.all: list[Result] = []
+
+    def done(self, result: Result) -> None:
+        result.stdout_bytes = result.stderr_bytes = b""
+        self.all.append(result)
+
+
+_Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
+
+
+def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
+    formatter = SubdirFormatter(folder, options.verbose)
+    views: list[_View] = [_Folder(formatter), _Failures()]
+    if options.mark:
+        views.append(_Marks(formatter.run_name))
+    return formatter, views
+
+
+# An output format is a row here: the option, and what it makes of each line (a formatter) and of
+# each result (views, in this order). Without any of these options it is the last one.
+_OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
+    "out_dir": lambda options: _shown_in_folder(options, options.out_dir),
+    "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "gather": lambda options: (
+        _HoldingFormatter(options.verbose),
+        [_Gather(options.diff), _Failures(told=("status", "signal"))],
+    ),
+    "json": lambda options: (_HoldingFormatter(options.verbose), [_JsonLines()]),
+    "format": lambda options: (
+        TerminalFormatter(options.format, options.verbose),
+        [_Failures()],
+    ),
+    "raw_format": lambda options: (RawFormatter(verbose=options.verbose), [_Failures()]),
+    "time_colon_format": lambda options: (
+        TimeHostFormatter(verbose=options.verbose),
+        [_Failures()],
+    ),
+    "": lambda options: (HostFormatter(verbose=options.verbose), [_Failures()]),
+}
+
+
+def _output(options: argparse.Namespace) -> _Shown:
+    """What the options ask to show."""
+    if options.mark and not (options.out_dir or options.date_time):
+        raise UsageError("-m goes with -o or -d")
+    if options.diff and not options.gather:
+        raise UsageError("--diff goes with -b")
+    asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
+    return _OUTPUTS["".join(asked)](options)
+
+
+_CONNECTING = ("dns", "refused", "timeout", "hostkey", "auth", "lost")  # kinds of not being reached
 
 
 def _summary(results: Sequence[Result]) -> list[str]:
@@ -8130,21 +8543,18 @@ def _summary(results: Sequence[Result]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for result in results:
         groups.setdefault(result.outcome, []).append(result.name)
-    ok, interrupted = len(groups.pop("ok", ())), len(groups.get("interrupted", ()))
-    unreached = sum(not result.reached for result in results)
-    counts = {
-        "failed": len(results) - ok - unreached - interrupted,
-        "not reached or lost": unreached,
-        "interrupted": interrupted,
-    }
+    ok = len(groups.pop("ok", ()))
+    unreached = sum(not result.reached for result in results if result.kind in _CONNECTING)
+    untried = {name: len(groups.get(name, ())) for name in ("interrupted", "not started")}
+    failed = len(results) - ok - unreached - sum(untried.values())
+    counts = {"failed": failed, "not reached": unreached, **untried}
     parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [_screen.paint(", ".join(parts), "32" if ok == len(results) else "31")]
-    lines += [
-        f"  {outcome}: {fold_names(names)} ({len(names)})"
-        for outcome, names in sorted(groups.items())
-    ]
-    if lost := [result.name for result in results if result.may_run]:
-        lines.append(f"  the command may still be running on: {fold_names(lost)}")
+    for outcome, names in sorted(groups.items()):
+        lines.append(f"  {outcome}: {fold_names(names)} ({len(names)})")
+    left = [result.name for result in results if result.may_run]
+    if left:
+        lines.append(f"  the command may still be running on: {fold_names(left)}")
     return lines
 
 
@@ -8309,39 +8719,13 @@ class _Parser(argparse.ArgumentParser):
         )
         _add_target_options(self)
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def unknown(self, word: str) -> UsageError:
         """What to say of an option that does not exist."""
-        options, name = (
-            [option for option in self._option_string_actions if option.startswith("--")],
-            word.split("=")[0],
-        )
-        near = (
-            [_OTHER_TOOLS[name]]
-            if name in _OTHER_TOOLS
-            else difflib.get_close_matches(name, options, 1)
-        )
-        return UsageError(
-            f"unknown option {escape(word)}"
-            + (f": did you mean {near[0]}?" if near else f" (see {self.prog} --help)")
-        )
-
-
-_OTHER_TOOLS = {  # what pssh, pdsh, clush and ssh call it
-    "--user": "--login",
-    "--username": "--login",
-    "--host": "--target",
-    "--hosts": "--target",
-    "--hostfile": "--target",
-    "--par": "--window",
-    "--parallel": "--window",
-    "--fanout": "--window",
-    "--timeout": "--command-timeout",
-    "--outdir": "--out-dir",
-    "--identity": "--key",
-}
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        return _unknown_option(word, known, f" (see {self.prog} --help)")
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
@@ -8371,6 +8755,28 @@ def _format(text: str) -> str:
         Formatter(text)
     except UsageError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
+    return text
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
+    return int(match[1]), int(match[2])
+
+
+def _sudo_user(text: str) -> bool | str:
+    if text and not re.fullmatch(_USER, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a user name")
+    return text or True
+
+
+def _folder(text: str) -> str:
+    if re.match("[A-Za-z]+=", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is an option of ssh, and -o takes a folder (./{text}): for host keys there "
+            "is --host-keys, for others an ssh config (-F)"
+        )
     return text
 
 
@@ -8414,6 +8820,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="port of final hosts that do not say",
     )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only the I-th of N equal parts of the targets, the same parts on every machine",
+    )
     add("-L", "--list-targets", action="store_true", help="show the targets and stop")
     add(
         "-n",
@@ -8435,6 +8847,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="at most N hosts at once (default 0: no limit)",
+    )
+    add(
+        "--max-failures",
+        type=_number(int, 0, "a number of hosts, 0 or more"),
+        metavar="N",
+        help="start no further host once more than N have failed (default: no limit)",
     )
     add(
         "-c",
@@ -8486,7 +8904,12 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
     )
     add = parser.add_argument_group("showing").add_argument
-    add("-q", "--quiet", action="store_true", help="no progress and no summary")
+    add(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="nothing but a line on stderr for each host that failed",
+    )
     add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
     add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
     add(
@@ -8499,7 +8922,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
     add("-V", "--version", action="version", version=f"apssh {__version__}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     """The command line of apssh."""
     parser = _Parser(
         "apssh [options] command ...",
@@ -8530,6 +8953,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--stdin",
         action="store_true",
         help="give standard input to every host (without it they get end of file)",
+    )
+    add(
+        "--sudo",
+        type=_sudo_user,
+        default=False,
+        metavar="USER",
+        help="run by sudo as root, or (--sudo=USER) as that user; a password is asked once",
     )
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add(
@@ -8570,7 +9000,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FMT",
         help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...",
     )
-    add("-o", "--out-dir", metavar="D", help="files D/<host> and D/<host>.err; prints D")
+    add(
+        "-o",
+        "--out-dir",
+        type=_folder,
+        metavar="D",
+        help="files D/<host> and D/<host>.err; prints D",
+    )
     add(
         "-d",
         "--date-time",
@@ -8600,8 +9036,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _build_copy_parser(usage: str, description: str, *examples: str) -> argparse.ArgumentParser:
+def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
     parser = _Parser(usage, description, *examples)
+    absent = ("command", "stdin", "pty", "mark", "diff", *filter(None, _OUTPUTS))
+    parser.set_defaults(**dict.fromkeys(absent))
     add = parser.add_argument_group("copying").add_argument
     add("-r", "--recurse", action="store_true", help="copy folders too")
     add("--preserve", action="store_true", help="keep times, and modes of existing files too")
@@ -8615,7 +9053,7 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> argparse
     return parser
 
 
-def build_push_parser() -> argparse.ArgumentParser:
+def build_push_parser() -> _Parser:
     """The command line of appush."""
     return _build_copy_parser(
         "appush [options] local ... @:remote",
@@ -8626,7 +9064,7 @@ def build_push_parser() -> argparse.ArgumentParser:
     )
 
 
-def build_pull_parser() -> argparse.ArgumentParser:
+def build_pull_parser() -> _Parser:
     """The command line of appull."""
     return _build_copy_parser(
         "appull [options] @:remote ... local",
@@ -8636,60 +9074,52 @@ def build_pull_parser() -> argparse.ArgumentParser:
     )
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked against one another; raises UsageError."""
-    plain = parser.prog == "apssh" or "--" in (
-        sys.argv[1:] if argv is None else argv
-    )  # the other way loses the --
-    options, rest = (parser.parse_known_args if plain else parser.parse_known_intermixed_args)(argv)
+    words = sys.argv[1:] if argv is None else argv
+    # the way that takes options between paths loses the --
+    plain = parser.prog == "apssh" or "--" in words
+    parse = parser.parse_known_args if plain else parser.parse_known_intermixed_args
+    # --sudo takes a user after = alone: argparse would give it the next word, the command's
+    options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
     if rest:
-        raise cast("_Parser", parser).unknown(rest[0])
-    _screen.colour = options.color
-    command = getattr(options, "command", [])
-    if command and command[0] == "--":
-        command.pop(0)
-    elif command and command[0].startswith("-"):
-        raise cast("_Parser", parser).unknown(command[0])
-    if options.demo and (
-        given := [
-            name
-            for name in (
-                "target",
-                "exclude",
-                "login",
-                "gateway",
-                "port",
-                "key",
-                "askpass",
-                "forward_agent",
-                "pty",
-            )
-            if getattr(options, name, False)
-        ]
-    ):
-        raise UsageError(
-            f"--demo brings its own hosts: leave out --{' --'.join(given).replace('_', '-')}"
-        )
-    # now, when Ctrl-C still works while somebody types
-    if not getattr(options, "scenario", None) and any(
-        "-" in _words(text) for text in options.target + options.exclude
-    ):
-        if getattr(options, "stdin", False):
-            raise UsageError("-t - and -I both take standard input: put the targets in a file")
-        options.piped = sys.stdin.read()
+        raise parser.unknown(rest[0])
+    if options.command:
+        options.command = list(words[-len(options.command) :])
+    if options.command and options.command[0] == "--":
+        options.command.pop(0)
+    elif options.command and options.command[0].startswith("-"):
+        raise parser.unknown(options.command[0])
+    given = [name for name in _NOT_WITH_DEMO if getattr(options, name)]
+    if options.demo and given:
+        named = " --".join(given).replace("_", "-")
+        raise UsageError(f"--demo brings its own hosts: leave out --{named}")
     return options
 
 
+_NOT_WITH_DEMO = (
+    *("target", "exclude", "shard", "login", "gateway", "port"),
+    *("key", "askpass", "forward_agent", "pty"),
+)
+
+
 def _targets(options: argparse.Namespace) -> list[Target]:
+    """What -t and -x name; a word on stderr of what they may not have been meant to name."""
+
+    def typed() -> str:
+        if getattr(options, "stdin", False):
+            raise UsageError("-t - and -I both take standard input: put the targets in a file")
+        with _ctrl_c_raises():
+            return sys.stdin.read()
+
     notice: Callable[[str], None] = (lambda text: None) if options.quiet else _notice
-    sources = _Sources(getattr(options, "piped", None), notice)
     parse = functools.partial(
         _parse_targets,
         options.target,
         login=options.login,
         gateway=options.gateway,
         port=options.port,
-        sources=sources,
+        sources=_Sources(typed, notice),
     )
     targets = parse(exclude=options.exclude)
     recalled = _recalled(options.target, targets)
@@ -8700,204 +9130,199 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         with contextlib.suppress(UsageError):
             if len(parse(exclude=[text])) == everything:
                 _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
+    if options.shard:
+        part, parts = options.shard
+        return targets[part - 1 :: parts]
     return targets
 
 
 def _program(
-    parser: argparse.ArgumentParser,
+    parser: _Parser,
     argv: Sequence[str] | None,
     body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
 ) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
-    if (
-        argv is None
-        # a process of our own: to look for garbage in all that was imported, at the end too, takes
-        # as long as to start
-    ):
-        gc.freeze()
-        atexit.register(gc.freeze)
-    for name in (
-        "stdin",
-        "stdout",
-        "stderr",
-    ):  # one that was closed when we were started is /dev/null, as for ssh
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    own = argv is None and threading.current_thread() is threading.main_thread()
+    if own:
+        _own_process()
     try:
+        options = _parse(parser, argv)
+        _screen.colour = options.color
+        _log(options.debug)
         with asyncio.Runner(loop_factory=_Loop) as runner:
-            options = _parse(parser, argv)
-            logging.getLogger("asyncio").setLevel(
-                logging.NOTSET if options.debug else logging.ERROR
-            )  # it warns of what is lost, as we do
-            if options.debug:
-                logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
-                logging.getLogger("asyncssh").setLevel(logging.DEBUG)
-            return runner.run(_interruptible(body(options)))
+            try:
+                return runner.run(_ending_in_order(body(options)) if own else body(options))
+            except KeyboardInterrupt:
+                # The main task has ended in order, and told what is known; or this is a second
+                # Ctrl-C, that waits for nothing. What is left are tasks of connections, which end
+                # with the process: to close the runner would wait for them.
+                if own:
+                    _die_of_sigint()
+                raise
     except SystemExit as exc:  # argparse: --help and --version
         return int(exc.code or 0)
     except ApsshError as exc:
         _screen.say(f"{parser.prog}: {exc}")
         return 2 if isinstance(exc, UsageError) else 1
     except KeyboardInterrupt:
+        if own:
+            _die_of_sigint()
         return 130
     except OSError as exc:
         if not isinstance(exc, BrokenPipeError):
             place = f"{escape(os.fsdecode(exc.filename))}: " if exc.filename else ""
             _screen.say(f"{parser.prog}: {place}{_reason(exc)}")
-        with contextlib.suppress(OSError, AttributeError):
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # what is buffered goes nowhere
+        with contextlib.suppress(OSError, AttributeError):  # what is buffered goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
-async def _interruptible(work: Coroutine[Any, Any, int]) -> int:
-    """Ctrl-C ends the work in order; a second one leaves at once."""
-    task, loop = cast("asyncio.Task[int]", asyncio.current_task()), asyncio.get_running_loop()
-    interrupted = False
+def _die_of_sigint() -> None:
+    """End as a program does that Ctrl-C has ended: a shell tells it by the signal, not by a status
+    of 130, and then ends its own loop too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
-    def interrupt(
-        *_: object,
-        # no handler of the loop's: that would wait for a terminal or a pipe that takes no more
-        # output
-    ) -> None:
-        nonlocal interrupted
-        if interrupted or task.done():
-            os._exit(130)
-        interrupted = True
-        loop.call_soon_threadsafe(task.cancel)
 
-    main = threading.current_thread() is threading.main_thread()
-    before = {
-        number: signal.signal(number, interrupt)
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if main
-    }
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not interrupted:
-            raise
-        return 130
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+def _own_process() -> None:
+    """What a process needs that exists for this program alone."""
+    # to look for garbage in all that was imported, at the end too, takes as long as to start
+    gc.freeze()
+    atexit.register(gc.freeze)
+    # asyncio.Runner leaves Ctrl-C alone where it finds another handler
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a stream that was closed when we were started is /dev/null, as for ssh
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _log(debug: bool) -> None:
+    """-D: the ssh library's log; without it not even asyncio's, which warns of what is lost, as we
+    do.
+    """
+    logging.getLogger("asyncio").setLevel(logging.NOTSET if debug else logging.ERROR)
+    if debug:
+        logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
+        logging.getLogger("asyncssh").setLevel(logging.DEBUG)
+
+
+async def _ending_in_order(work: Coroutine[Any, Any, int]) -> int:
+    """SIGTERM is answered as Ctrl-C is; SIGHUP too, unless it was ignored when we started (nohup).
+
+    The handler is asyncio.Runner's: the first time it cancels the main task, and so this coroutine,
+    wherever it waits; the second time it raises KeyboardInterrupt, which leaves a write that nobody
+    takes too. A handler of the event loop would wait for that write.
+    """
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, ctrl_c)
+    return await work
 
 
 async def _work(
-    options: argparse.Namespace,
-    formatter: Formatter,
-    steps: _Steps,
-    views: Sequence[Any] = (),
-    check: Callable[[Sequence[SshNode]], None] = lambda nodes: None,
+    options: argparse.Namespace, plan: _Plan, formatter: Formatter, views: Sequence[_View]
 ) -> int:
-    """Nodes, fan-out, views, summary: the common body of the programs; or, with -n, what they would
-    do.
+    """The common body of the programs: nodes, then checks, then (-n) a listing or else the work,
+    then what came of it.
     """
     async with contextlib.AsyncExitStack() as stack:
-        if options.demo and options.dry_run:
-            nodes = [
-                SshNode(f"demo{number}", username=getpass.getuser(), formatter=formatter)
-                for number in range(1, options.demo + 1)
-            ]
-        elif options.demo:
-            nodes = await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
-        else:
-            targets = _targets(options)
-            _host_key_policy(
-                "", options.host_keys, None
-            )  # raises for a variable that means nothing
-            keys = (
-                load_private_keys(options.key, options.verbose)
-                if options.key and not options.dry_run
-                else []
-            )  # Ctrl-C reaches a prompt
-            nodes = await asyncio.to_thread(  # a Match exec may take its time
-                _build_nodes,
-                targets,
-                formatter=formatter,
-                config=options.ssh_config,
-                connect_timeout=options.connect_timeout,
-                keys=keys,
-                password=_ask_secret("password")
-                if options.askpass and not options.dry_run
-                else None,
-                host_keys=options.host_keys,
-                guard=not options.no_guard,
-                forward_agent=options.forward_agent,
-                verbose=options.verbose,
-            )
-            configured = any(node._host_config.names_keys for node in nodes)
-            if not (
-                keys
-                or options.ok_if_no_key
-                or options.askpass
-                or options.dry_run
-                or configured
-                or load_private_keys()
-            ):
-                raise UsageError(
-                    "no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)"
-                )
-        check(nodes)
+        nodes = await _nodes_of_run(options, formatter, stack)
+        plan.check(nodes)
         if options.dry_run:
-            for node in nodes:
-                for command in steps(node):
-                    _screen.write(
-                        f"{_way(node)}: {escape(command.dry_run_text())}\n".encode(
-                            "utf-8", "surrogateescape"
-                        )
-                    )
-            return 0
-        if isinstance(formatter, SubdirFormatter):  # now that all the rest is known to be right
-            try:
-                os.makedirs(formatter.run_name, exist_ok=True)
-            except OSError as exc:
-                raise UsageError(f"{escape(str(formatter.run_name))}: {_reason(exc)}") from None
-        progress = _Progress(
-            len(nodes), options.quiet or (getattr(options, "stdin", False) and sys.stdin.isatty())
-        )
-        results: list[Result] = []
-
-        def done(result: Result) -> None:
-            results.append(result)
-            for view in (progress, *views):
-                view.done(result)
-            result.stdout_bytes = result.stderr_bytes = b""  # the views have what they need of it
-            if (
-                result.kind not in (None, "status", "signal")
-                and result.error != "interrupted"
-                and not getattr(options, "json", False)
-            ):
-                _screen.say(
-                    _screen.paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31")
-                )
-
+            return _show_plan(plan, nodes)
+        for view in views:
+            view.begin([node.formatter.endpoint_name(node._endpoint) for node in nodes])
+        await plan.prepare()
+        results = _Results()
+        progress = _Progress(len(nodes), options.quiet)
         try:
-            await _fan_out(
-                nodes,
-                steps,
-                window=options.window,
-                retries=options.retries,
-                started=progress.started,
-                done=done,
-            )
+            await _show_fan_out(options, plan, nodes, [progress, *views, results])
         finally:
-            progress.finish()
-            for view in views if not _screen.closed else ():
-                getattr(view, "finish", lambda: None)()
-            if (
-                not options.quiet
-                and not _screen.closed
-                and (len(nodes) > 1 or any(not result.ok for result in results))
-            ):
-                for line in _summary(results):
-                    _screen.say(line)
-            if not options.no_last and not options.demo and not _screen.closed:
-                _save_last(results)
-            if isinstance(formatter, SubdirFormatter):
-                _screen.write(os.fsencode(formatter.run_name) + b"\n")
-        return 0 if all(result.ok for result in results) else 1
+            if not _screen.closed:
+                _conclude(options, formatter, results.all)
+        return 0 if all(result.ok for result in results.all) else 1
+
+
+async def _nodes_of_run(
+    options: argparse.Namespace, formatter: Formatter, stack: contextlib.AsyncExitStack
+) -> Sequence[SshNode]:
+    """The nodes that the options name, or those of a demo, which lives as long as ``stack``."""
+    if options.demo and options.dry_run:
+        names = [f"demo{number}" for number in range(1, options.demo + 1)]
+        user = getpass.getuser()
+        return [SshNode(name, username=user, formatter=formatter) for name in names]
+    if options.demo:
+        return await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
+    targets = _targets(options)
+    _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
+    keys, password = [], None
+    if not options.dry_run:  # Ctrl-C reaches a prompt
+        keys = load_private_keys(options.key, options.verbose) if options.key else []
+        password = _ask_secret("password") if options.askpass else None
+    nodes = await asyncio.to_thread(  # a Match exec may take its time
+        _build_nodes,
+        targets,
+        formatter=formatter,
+        config=options.ssh_config,
+        connect_timeout=options.connect_timeout,
+        keys=keys,
+        password=password,
+        host_keys=options.host_keys,
+        guard=not options.no_guard,
+        forward_agent=options.forward_agent,
+        verbose=options.verbose,
+    )
+    if not (keys or options.ok_if_no_key or options.askpass or options.dry_run):
+        configured = any(node._host_config.names_keys for node in nodes)
+        if not configured and not load_private_keys():
+            raise UsageError(
+                "no key: give one with -k, load one into an agent, "
+                "or use -A (password) or -K (go on without)"
+            )
+    return nodes
+
+
+def _show_plan(plan: _Plan, nodes: Sequence[SshNode]) -> int:
+    """-n: what would be done on each host."""
+    for node in nodes:
+        for command in plan.steps(node):
+            line = f"{_way(node)}: {escape(command.dry_run_text())}\n"
+            _screen.write(line.encode("utf-8", "surrogateescape"))
+    return 0
+
+
+async def _show_fan_out(
+    options: argparse.Namespace, plan: _Plan, nodes: Sequence[SshNode], views: Sequence[_View]
+) -> None:
+    """The fan-out, followed by the views to its end, whatever the end."""
+    try:
+        await _fan_out(
+            nodes,
+            plan,
+            window=options.window,
+            retries=options.retries,
+            max_failures=options.max_failures,
+            views=views,
+        )
+    finally:
+        for view in views if not _screen.closed else ():
+            view.finish()
+
+
+def _conclude(options: argparse.Namespace, formatter: Formatter, results: list[Result]) -> None:
+    """What came of the run: a summary where there is something to sum up, the groups of the last
+    run, the folder.
+    """
+    if not options.quiet and (len(results) > 1 or not all(result.ok for result in results)):
+        for line in _summary(results):
+            _screen.say(line)
+    if not options.no_last and not options.demo:
+        _save_last(results)
+    if isinstance(formatter, SubdirFormatter) and not options.quiet:
+        _screen.write(os.fsencode(formatter.run_name) + b"\n")
 
 
 def _way(node: _Node) -> str:
@@ -8933,14 +9358,11 @@ async def _run_program(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name} goes with --scenario")
     if options.list_targets:
         return _show_targets(options)
-    command = _command(options)
-    formatter, views = _views(options)
-    with (
-        contextlib.closing(_Spool())
-        if options.stdin and not options.dry_run
-        else contextlib.nullcontext() as spool
-    ):
-        return await _work(options, formatter, lambda node: [command(spool)], views)
+    formatter, views = _output(options)
+    with contextlib.ExitStack() as stack:
+        spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
+        plan = _CommandPlan(_step_of(options, spool), spool)
+        return await _work(options, plan, formatter, views)
 
 
 def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
@@ -9098,99 +9520,33 @@ def _conclude_scenario(
     return 0 if ok else 1
 
 
-def _command(options: argparse.Namespace) -> Callable[[Any], _ShellCommand]:
-    """What the command line asks to run, as a function of each host's standard input; checked on
-    this machine.
-    """
+def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellCommand:
+    """What the command line asks to run."""
     words = options.command
     if not words or not any(word.strip() for word in words):
         raise UsageError("no command: apssh [options] command ...")
-    common = {
-        "timeout": options.command_timeout,
-        "env": _assignments("--env", options.env),
-        "pty": options.pty,
-        "x11": options.x11,
-    }
     if options.includes and not options.script:
         raise UsageError("-i goes with -s")
     if options.pty and options.stdin:
         raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
     if options.x11 and not os.environ.get("DISPLAY"):
         raise UsageError("-X: no DISPLAY here to forward to")
-    make: Callable[..., _ShellCommand] = Run
+    kind: Callable[..., _ShellCommand] = Run
     if options.script:
-        make = (
-            RunScript if os.path.isfile(words[0]) or not re.search(r"\s", words[0]) else RunString
-        )
-        common["includes"] = options.includes
-        make(*words, **common).check_files()
-    step = make(*words, **common)  # one for all, so that a script has one name everywhere
-    return lambda spool: make(*words, stdin=spool.read(), **common) if spool else step
-
-
-class _Spool:
-    """Standard input for many hosts, each at its own pace: read once, as fast as the fastest host
-    wants it, kept in a temporary file.
-    """
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the run
-        self._size = 0
-        self._ended = False
-        self._reading: asyncio.Task[None] | None = None
-
-    async def read(self) -> AsyncIterator[bytes]:
-        """All of it, for one host."""
-        position = 0
-        while True:
-            while position == self._size and not self._ended:
-                self._reading = self._reading or asyncio.create_task(self._more())
-                await asyncio.shield(self._reading)  # what one host waited for is the others' too
-            data = os.pread(self._file.fileno(), SESSION_WINDOW, position)
-            if not data:
-                return
-            position += len(data)
-            yield data
-
-    def close(self) -> None:
-        """Forget it all."""
-        self._file.close()
-
-    async def _more(self) -> None:
-        """Read once more."""
-        try:
-            data = await _in_daemon(os.read, 0, SESSION_WINDOW)
-            self._ended = not data
-            self._size += os.pwrite(self._file.fileno(), data, self._size)
-        finally:
-            self._reading = None
-
-
-def _views(options: argparse.Namespace) -> tuple[Formatter, list[Any]]:
-    """The formatter that the nodes print to, and the other views."""
-    folder = options.out_dir or (
-        datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S") if options.date_time else None
+        a_file = os.path.isfile(words[0]) or not re.search(r"\s", words[0])
+        kind = RunScript if a_file else RunString
+        kind = functools.partial(kind, includes=options.includes)
+    step = kind(
+        *words,
+        timeout=options.command_timeout,
+        env=_assignments("--env", options.env),
+        pty=options.pty,
+        x11=options.x11,
+        stdin=stdin,
+        sudo=options.sudo,
     )
-    if options.mark and not folder:
-        raise UsageError("-m goes with -o or -d")
-    if options.diff and not options.gather:
-        raise UsageError("--diff goes with -b")
-    if folder:
-        return SubdirFormatter(folder, options.verbose), [_Marks(Path(folder))] * options.mark
-    if options.gather or options.json:
-        return _HoldingFormatter(options.verbose), [
-            _Gather(options.diff) if options.gather else _JsonLines()
-        ]
-    if options.format is not None:
-        return TerminalFormatter(options.format, options.verbose), []
-    kind = (
-        RawFormatter
-        if options.raw_format
-        else TimeHostFormatter
-        if options.time_colon_format
-        else HostFormatter
-    )
-    return kind(verbose=options.verbose), []
+    step.check_files()
+    return step
 
 
 def main_push(argv: Sequence[str] | None = None) -> int:
@@ -9214,14 +9570,8 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         "inplace": options.inplace,
         "timeout": options.command_timeout,
     }
-    steps, check = _copies(
-        Push if pushing else Pull,
-        sources if len(sources) > 1 else sources[0],
-        destination,
-        copying,
-        options.dry_run,
-    )
-    return await _work(options, HostFormatter(verbose=options.verbose), steps, check=check)
+    plan = _CopyPlan(Push if pushing else Pull, sources, destination, copying, dry=options.dry_run)
+    return await _work(options, plan, *_output(options))
 
 
 def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:

@@ -336,7 +336,7 @@ class Cases:
             interrupt=lambda: self._counters.working.value == count,
         )
         fine = (
-            outcome.code == 130
+            outcome.code == -signal.SIGINT
             and outcome.seconds < 5
             and outcome.errors.startswith(f"0 ok, {count} interrupted\n  interrupted: ")
         )
