@@ -6695,9 +6695,9 @@ class Service:
     ``command``: a shell line or a Deferred, run by /bin/sh. ``service_id``: the unit's name.
     ``tty``: whether it gets a terminal, by script(1). ``systemd_type``: simple, exec, forking,
     oneshot..., as in systemd.service(5). ``environ``: variables of the unit, whose values may be
-    Deferred (None: no more than systemd's own). ``stop_if_running``: whether starting it first stops
-    and resets an older unit of that name. ``verbose``: a word on stderr when one of its commands
-    runs. Raises UsageError for a command, a name, a type or a variable that cannot be.
+    Deferred (None: no more than systemd's own). ``stop_if_running``: whether starting it first
+    stops and resets an older unit of that name. ``verbose``: a word on stderr when one of its
+    commands runs. Raises UsageError for a command, a name, a type or a variable that cannot be.
 
     The four methods make the steps of jobs: each gives a Run for a root login (or with ``sudo``),
     and takes Run's keywords; ``label`` is by default ``Service NAME: start`` and the like, and
@@ -7210,7 +7210,7 @@ def _scenario_text(
     env: Mapping[str, Any] | None,
     save_intermediate: bool | str | os.PathLike[str] | None,
 ) -> tuple[str, str]:
-    """The name of a scenario for messages, and its text: as it is, or what comes of the template."""
+    """The name of a scenario for messages, and its text: as it is, or as the template has it."""
     name, path = os.fspath(filename), Path(filename)
     try:
         text = path.read_text("utf-8-sig")
@@ -7277,11 +7277,11 @@ class YamlLoader:
     ) -> asynciojobs.Scheduler:
         """Read the file; its jobs in an asynciojobs Scheduler, ready to run.
 
-        ``env``: variables; when there are any, the text is a Jinja2 template. ``save_intermediate``:
-        where to write what comes of the template: True beside the file (``x.yaml.j2`` gives
-        ``x.yaml``, any other name gets ``.tmp``), a path there; None or False nowhere. Raises
-        ScenarioError, with file, line, section, id and the remedy, for any mistake; UsageError where
-        PyYAML or Jinja2 is missing.
+        ``env``: variables; when there are any, the text is a Jinja2 template.
+        ``save_intermediate``: where to write what comes of the template: True beside the file
+        (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a path there; None or False
+        nowhere. Raises ScenarioError, with file, line, section, id and the remedy, for any mistake;
+        UsageError where PyYAML or Jinja2 is missing.
         """
         return self.load_with_maps(env, save_intermediate=save_intermediate)[2]
 
@@ -7294,11 +7294,11 @@ class YamlLoader:
         """Read the file; its nodes by id and its jobs by id, in the order of the file, and their
         Scheduler.
 
-        ``env``: variables; when there are any, the text is a Jinja2 template. ``save_intermediate``:
-        where to write what comes of the template: True beside the file (``x.yaml.j2`` gives
-        ``x.yaml``, any other name gets ``.tmp``), a path there; None or False nowhere. Raises
-        ScenarioError, with file, line, section, id and the remedy, for any mistake; UsageError where
-        PyYAML or Jinja2 is missing.
+        ``env``: variables; when there are any, the text is a Jinja2 template.
+        ``save_intermediate``: where to write what comes of the template: True beside the file
+        (``x.yaml.j2`` gives ``x.yaml``, any other name gets ``.tmp``), a path there; None or False
+        nowhere. Raises ScenarioError, with file, line, section, id and the remedy, for any mistake;
+        UsageError where PyYAML or Jinja2 is missing.
         """
         name, text = _scenario_text(self.filename, env, save_intermediate)
         self.variables = Variables()
