@@ -6565,7 +6565,7 @@ class experiment:
                 raise UsageError(f"experiment: teardown is a list of jobs: {job!r} is none")
             if job in members:
                 raise UsageError(
-                    f"experiment: {job.text_label()} is in the scheduler: make a teardown job "
+                    f"experiment: {self._name(job)} is in the scheduler: make a teardown job "
                     "without scheduler="
                 )
 
@@ -6585,6 +6585,9 @@ class experiment:
         self, kind: object, failure: BaseException | None, traceback: object
     ) -> None:
         await self._leave(failure)
+
+    def _name(self, job: _Job) -> str:
+        return escape(str(job.label or job.text_label()))
 
     def _write(self) -> None:
         if self.record is not None:
@@ -6621,16 +6624,15 @@ class experiment:
 
     async def _finish(self, job: _Job) -> list[BaseException]:
         """Run one teardown job; how it failed, if it did and has not told so itself."""
-        label = escape(str(job.label or job.text_label()))
         work = asyncio.wait_for(job.co_run(), self.teardown_timeout)
         outcome: object = (await asyncio.gather(work, return_exceptions=True))[0]
         if isinstance(outcome, TimeoutError):
-            return [ApsshError(f"{label}: no end within {self.teardown_timeout:g} s")]
+            return [ApsshError(f"{self._name(job)}: no end within {self.teardown_timeout:g} s")]
         if isinstance(outcome, BaseException):
             told = isinstance(job, SshJob) and not job.critical
             return [] if told else [outcome]
         if isinstance(job, asynciojobs.PureScheduler) and not outcome:
-            return [ApsshError(f"{label}: not all of its jobs succeeded")]
+            return [ApsshError(f"{self._name(job)}: not all of its jobs succeeded")]
         return []
 
 

@@ -8014,7 +8014,10 @@ def test_wait_for_a_unit_that_takes_its_time(capfd: Any) -> None:
     """Five seconds until it listens."""
     port = 20000 + os.getpid() % 10000
     unit = f"apssh-wait-{port}"
-    server = f"sleep 5; exec python3 -m http.server --bind 127.0.0.1 {port}"
+    server = (
+        "sleep 5; exec python3 -c 'import socket, time; "
+        f's = socket.create_server(("127.0.0.1", {port})); time.sleep(600)\''
+    )
     node = box()
     service = apssh.Service(server, service_id=unit)
     probe = f"python3 -c 'import socket; socket.create_connection((\"127.0.0.1\", {port}))' 2>&1"
@@ -8027,7 +8030,7 @@ def test_wait_for_a_unit_that_takes_its_time(capfd: Any) -> None:
             commands=[
                 service.start_command(),
                 Run(f"! {probe}", ignore_outputs=True),
-                Wait(probe),
+                Wait(probe, timeout=60),
                 Run(probe),
             ],
         )
@@ -8115,6 +8118,96 @@ def test_run_script(node: Any, home: Path, sshd: Sshd, capfdbinary: Any) -> None
     assert capfdbinary.readouterr() == (b"", b"")
     assert not list((where / ".apssh-remote").iterdir())
     assert stat.S_IMODE((where / ".apssh-remote").stat().st_mode) == 0o700
+
+
+def test_includes_may_name_the_script_and_each_other(node: Any, home: Path, capfd: Any) -> None:
+    """One list serves all scripts of an experiment."""
+    (home / "lib").mkdir()
+    (home / "lib/lib.sh").write_text("say() { echo said $1; }\n")
+    (home / "nodes.sh").write_text('#!/bin/bash\n. "$(dirname "$BASH_SOURCE")/lib.sh"; say "$1"\n')
+    (home / "copy").mkdir()
+    (home / "copy/lib.sh").write_text("say() { echo said $1; }\n")
+    includes = ["lib/lib.sh", "nodes.sh", "lib/../lib/lib.sh", home / "nodes.sh", "copy/lib.sh"]
+    assert step(node, RunScript("nodes.sh", "go", includes=includes)) == 0
+    assert step(node, RunString(". ${0%/*}/lib.sh; say 2", includes=includes)) == 0
+    assert capfd.readouterr().out == "said go\nsaid 2\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: RunScript("go.sh", includes=["a/lib.sh", "b/lib.sh"]), "lib.sh"),
+        (lambda: RunScript("go.sh", includes=["a/go.sh"]), "go.sh"),
+        (lambda: RunString("true", remote_name="go.sh", includes=["go.sh"]), "go.sh"),
+        (
+            lambda: RunString(Deferred("{{x}}", {}), includes=["a/lib.sh", "b/lib.sh"]),
+            "lib.sh",
+        ),
+        (
+            lambda: RunScript(Deferred("{{x}}", {}), includes=["a/lib.sh", "b/lib.sh"]),
+            "lib.sh",
+        ),
+    ],
+    ids=["includes", "script and include", "text and include", "late text", "late script"],
+)
+def test_two_files_of_one_name(
+    make: Callable[[], apssh.AbstractCommand], name: str, home: Path
+) -> None:
+    """Found before anything runs, by jobs and by whatever checks before it connects."""
+    for folder in ("a", "b", "."):
+        (home / folder).mkdir(exist_ok=True)
+        for file in ("lib.sh", "go.sh"):
+            (home / folder / file).write_text(f"#!/bin/sh\n: {folder}\n")
+    scheduler = Scheduler(SshJob(LocalNode(), commands=[Run("touch ran"), make()]))
+    with pytest.raises(UsageError) as caught:
+        scheduler.run()
+    assert str(caught.value) == f"two different files for one folder are called {name}"
+    assert not (home / "ran").exists()
+    with pytest.raises(UsageError):
+        apssh.run("192.0.2.1", make())
+
+
+def test_programs_find_two_files_of_one_name(home: Path) -> None:
+    for folder in ("a", "b"):
+        (home / folder).mkdir()
+        (home / folder / "lib.sh").write_text(folder)
+    (home / "go.sh").write_text("#!/bin/sh\n")
+    done = cli("-t", "192.0.2.1", "-s", "-i", "a/lib.sh", "-i", "b/lib.sh", "go.sh")
+    assert done.returncode == 2
+    assert b"two different files for one folder are called lib.sh" in done.stderr
+
+
+def test_script_has_one_folder_name_on_all_hosts(make_sshd: Callable[..., Sshd]) -> None:
+    """So equal messages of a script are equal texts; another name each time on one host."""
+    servers = [make_sshd() for _ in range(3)]
+    show = RunString('basename "${0%/*}"')
+    for script, wanted in ((show, 1), (show, 1), (RunString('basename "${0%/*}"'), 1)):
+        results = apssh.run([server.target for server in servers], script)
+        assert all(result.ok for result in results)
+        assert len({result.stdout for result in results}) == wanted
+    first, second = apssh.run(servers[0].target, show), apssh.run(servers[0].target, show)
+    assert first[0].stdout != second[0].stdout
+    assert not any(list((server.home / ".apssh-remote").iterdir()) for server in servers)
+
+
+def test_scripts_of_hosts_that_share_a_home(sshd: Sshd) -> None:
+    """The name is taken there: each has a folder of its own."""
+    both = RunString(
+        'echo $$ >> ids; while [ $(wc -l < ids) -lt 2 ]; do sleep 0.1; done; basename "${0%/*}"',
+        timeout=30,
+    )
+    results = apssh.run([sshd.target, sshd.target.replace("127.0.0.1", "localhost")], both)
+    assert [result.error for result in results] == [None, None]
+    assert results[0].stdout != results[1].stdout
+    assert not list((sshd.home / ".apssh-remote").iterdir())
+
+
+def test_same_script_after_one_that_was_given_up(sshd: Sshd) -> None:
+    """What ends the first does not take the second's folder away."""
+    slow = RunString("[ -e once ] || { touch once; sleep 60; }; sleep 3; cat $0", timeout=4)
+    [first] = apssh.run(sshd.target, slow)
+    [second] = apssh.run(sshd.target, slow)
+    assert (first.kind, second.error) == ("timeout", None)
 
 
 def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
@@ -8359,6 +8452,12 @@ def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: 
 # --------------------------------------------------------------------------------------------------
 
 
+UNKNOWN_OF_JOB = (
+    "unknown option depends: there is node, command, commands, keep_connection, verbose, forever, "
+    "critical, label, required, scheduler"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -8381,6 +8480,8 @@ def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: 
             "SshJob: a string, a Deferred, a command, or a list of commands or of words, not 3",
         ),
         ({"command": ""}, "Run: an empty command"),
+        ({"comand": "x"}, "unknown option comand: did you mean command?"),
+        ({"command": "x", "depends": []}, UNKNOWN_OF_JOB),
     ],
 )
 def test_job_misuse(arguments: dict[str, Any], message: str) -> None:
@@ -8466,6 +8567,51 @@ def test_unreachable_host_is_never_a_success() -> None:
     assert isinstance(job.result(), ConnectionFailedError) and job.result()
     with pytest.raises(ConnectionFailedError):
         Scheduler(SshJob(lost, command="true")).run()
+
+
+def test_failure_of_a_job_that_is_not_critical(sshd: Sshd, capfd: Any) -> None:
+    """It is the result and the exception, as published scripts look for it, and it is told."""
+    lost = SshNode("127.0.0.1", port=free_port())
+    away = SshJob(lost, command="true", critical=False, label="away")
+    status = SshJob(sshd.node(), command="exit 3", critical=False)
+    good = SshJob(sshd.node(), command="true", critical=False)
+    missing = SshJob(sshd.node(), command=RunScript("gone.sh"), critical=False)
+    idle = SshJob(sshd.node(), command="true", critical=False)
+    scheduler = Scheduler(away, status, good, missing)
+    assert scheduler.run()
+    assert isinstance(away.raised_exception(), ConnectionFailedError)
+    assert away.raised_exception() is away.result()
+    assert (status.raised_exception(), status.result()) == (None, 3)
+    assert (good.raised_exception(), good.result()) == (None, 0)
+    assert str(missing.raised_exception()) == "script gone.sh: no such file"
+    assert idle.raised_exception() is None
+    told = capfd.readouterr().err.splitlines()
+    assert sorted(told) == [
+        "127.0.0.1:failed (not critical): script gone.sh: no such file",
+        "127.0.0.1:failed (not critical): status: ended with status 3: exit 3",
+        f"127.0.0.1:job away failed (not critical): refused: nothing listens on port {lost.port}",
+    ]
+    scheduler.debrief()
+    shown = capfd.readouterr().out
+    assert f"non-critical: away: exception {away.result()}" in shown
+    assert "2 job(s) with an exception, including 0 critical" in shown
+    apssh.close_ssh_in_scheduler(scheduler)
+
+
+def test_failure_of_a_job_whose_formatter_is_silenced(capfd: Any) -> None:
+    class Silent(apssh.Formatter):
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            pass
+
+    job = SshJob(LocalNode(formatter=Silent()), command="echo x; exit 3", critical=False)
+    assert Scheduler(job).run() and job.result() == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_critical_none_means_critical() -> None:
+    assert SshJob(SshNode("h"), command="x", critical=None).is_critical() is True
+    with pytest.raises(CommandFailedError):
+        Scheduler(SshJob(LocalNode(), command="exit 1", critical=None)).run()
 
 
 def test_failing_jobs_give_back_their_window_slot() -> None:
@@ -8772,6 +8918,287 @@ def test_plain_jobs_between_ssh_jobs(capfd: Any) -> None:
         "LOCALNODE:second",
         "printed",
     ]
+
+
+# experiment
+
+
+def teardown_jobs(node: SshNode | LocalNode) -> list[SshJob]:
+    """The second fails, the third takes too long."""
+    return [
+        SshJob(node, command="echo a >> down"),
+        SshJob(node, command="echo b >> down; exit 5"),
+        SshJob(node, command="echo c >> down; sleep 60"),
+        SshJob(node, command="echo d >> down", critical=False),
+    ]
+
+
+@pytest.fixture
+def brief_teardown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apssh.experiment, "teardown_timeout", 2)
+
+
+def saved(path: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(Path(path).read_text())
+    return record
+
+
+@pytest.mark.parametrize("way", ["with", "async with"])
+@pytest.mark.parametrize("ending", ["done", "failed", "raised"])
+def test_experiment_leaves_nothing_behind(
+    make_sshd: Callable[..., Sshd], brief_teardown: None, way: str, ending: str, capfd: Any
+) -> None:
+    """However the block ends: all of the teardown, the files, no connection; the first failure is
+    the one that is seen.
+    """
+    sshd = make_sshd()
+    gateway = sshd.node()
+    node, other = sshd.node(gateway=gateway), sshd.node(gateway=gateway)
+    token = f"93{os.getpid()}"
+    scheduler = Scheduler(
+        SshJob(node, command=f"sleep {token}", forever=True),
+        SshJob(node, command="exit 4" if ending == "failed" else "true"),
+    )
+    around = apssh.experiment(
+        scheduler, record="run.json", timeline="run.svg", teardown=teardown_jobs(other)
+    )
+
+    async def main() -> None:
+        async with around:
+            await scheduler.co_run()
+            assert ending != "raised", "mine"
+
+    failures: dict[str, type[BaseException]] = {"raised": AssertionError}
+    with pytest.raises(failures.get(ending, CommandFailedError)) as caught:
+        if way == "async with":
+            run(main())
+        else:
+            with around:
+                scheduler.run()
+                assert ending != "raised", "mine"
+    third = "teardown: me: no end within 2 s".replace(
+        "me", f"{ME}@127.0.0.1: echo c >> down; sleep 60"
+    )
+    second = "127.0.0.1: status: ended with status 5: echo b >> down; exit 5"
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("teardown")]
+    if ending == "done":
+        assert (str(caught.value), told) == (second, [third])
+    else:
+        assert told == [f"teardown: {second}", third]
+    assert (sshd.home / "down").read_text() == "a\nb\nc\nd\n"
+    states = {job["label"]: job["state"] for job in saved("run.json")["jobs"]}
+    assert states["exit 4" if ending == "failed" else "true"] == (
+        "failed" if ending == "failed" else "ok"
+    )
+    assert "<svg" in Path("run.svg").read_text()
+    eventually(lambda: not sshd.connections())
+    assert not gateway.is_connected()
+    eventually(lambda: not processes(f"sleep {token}"))
+
+
+@pytest.mark.parametrize("way", ["with", "async with"])
+def test_experiment_that_is_interrupted(make_sshd: Callable[..., Sshd], way: str) -> None:
+    """Ctrl-C: what runs is ended, the teardown runs, the files are written."""
+    sshd = make_sshd()
+    token = f"92{os.getpid()}"
+    block = {
+        "with": "with around:\n    scheduler.run()\n",
+        "async with": "async def main():\n    async with around:\n"
+        "        await scheduler.co_run()\nasyncio.run(main())\n",
+    }[way]
+    script = (
+        f"""
+import asyncio, sys
+sys.path.insert(0, {str(MODULE.parent)!r})
+import apssh
+from asynciojobs import Scheduler
+node = apssh.SshNode("127.0.0.1", port={sshd.port}, username={ME!r})
+scheduler = Scheduler(apssh.SshJob(node, command="sleep {token}", label="long"))
+stop = apssh.SshJob(node, command="echo down >> down")
+around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", teardown=[stop])
+"""
+        + block
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+    def remote_command() -> bool:
+        """Not whoever names it: the script itself does."""
+        return any(line.startswith(f"sleep {token}") for line in processes(token))
+
+    eventually(remote_command)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip().split(b"\n")[-1]) == (
+        -signal.SIGINT,
+        b"KeyboardInterrupt",
+    )
+    assert (sshd.home / "down").read_text() == "down\n"
+    assert out == b""
+    eventually(lambda: not remote_command())
+    assert [job["state"] for job in saved("run.json")["jobs"]] == ["cancelled"]
+    eventually(lambda: not sshd.connections())
+
+
+def test_experiment_with_nothing_to_tear_down(capfd: Any) -> None:
+    scheduler = Scheduler(SshJob(LocalNode(), command="echo x"))
+    with apssh.experiment(scheduler) as around:
+        assert scheduler.run() and around.scheduler is scheduler
+    assert capfd.readouterr() == ("LOCALNODE:x\n", "")
+
+
+def test_experiment_teardown_of_other_jobs(capfd: Any) -> None:
+    """A Scheduler runs its jobs at once; plain jobs do; a failure in one of them is told."""
+
+    async def plain() -> None:
+        raise ValueError("plain")
+
+    scheduler = Scheduler(SshJob(LocalNode(), command="true"))
+    both = Scheduler(
+        *(SshJob(LocalNode(), command=f"touch {name}") for name in "ab"),
+        SshJob(LocalNode(), command="exit 1"),
+        label="both",
+        critical=False,
+    )
+    teardown = [both, Job(plain(), label="p"), PrintJob("printed")]
+    with pytest.raises(ApsshError) as caught, apssh.experiment(scheduler, teardown=teardown):
+        scheduler.run()
+    assert str(caught.value) == "both: not all of its jobs succeeded"
+    shown = capfd.readouterr()
+    assert shown.err == "teardown: plain\n" and shown.out.endswith("printed\n")
+
+
+def test_experiment_misuse(home: Path) -> None:
+    job = SshJob(LocalNode(), command="true", label="mine")
+    scheduler = Scheduler(Scheduler(job))
+    for arguments, message in (
+        (
+            {"teardown": [job]},
+            "experiment: mine is in the scheduler: make a teardown job without scheduler=",
+        ),
+        ({"teardown": ["x"]}, "experiment: teardown is a list of jobs: 'x' is none"),
+        ({"recrod": "x"}, "unknown option recrod: did you mean record?"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            apssh.experiment(scheduler, **arguments)  # type: ignore[arg-type]
+        assert str(caught.value) == message
+    for option in ("record", "timeline"):
+        with pytest.raises(FileNotFoundError), apssh.experiment(scheduler, **{option: "no/x"}):
+            raise AssertionError("it was told too late")
+
+    async def main() -> None:
+        with pytest.raises(UsageError) as caught, apssh.experiment(scheduler):
+            raise AssertionError
+        assert str(caught.value) == (
+            "experiment in a running loop: async with apssh.experiment(...) there"
+        )
+
+    run(main())
+
+
+# published scripts
+
+
+def test_script_in_the_style_of_a_testbed_kit(
+    make_sshd: Callable[..., Sshd], home: Path, capfd: Any
+) -> None:
+    """One list of includes, verbose=None everywhere, a shared formatter, nested schedulers, a
+    window, plain jobs in between, listings and pictures, and what came of it looked at afterwards.
+    """
+    sshd = make_sshd()
+    (home / "nodes.sh").write_text(
+        '#!/bin/bash\nsource $(dirname "$BASH_SOURCE")/r2labutils.sh\n"$@"\n'
+    )
+    (home / "r2labutils.sh").write_text("init() { echo init $1; }\nfails() { return 7; }\n")
+    includes = ["r2labutils.sh", "nodes.sh"]
+    verbose = None
+    formatter = TimeHostFormatter(verbose=verbose)
+    found = Variables()
+
+    async def measured() -> str:
+        return f"computed {found.kernel}"
+
+    for _ in range(2):
+        gateway = sshd.node(formatter=formatter, verbose=verbose)
+        nodes = [sshd.node(gateway=gateway, formatter=formatter, verbose=verbose) for _ in range(3)]
+        lease = SshJob(
+            gateway, critical=True, verbose=verbose, command=Run("true", verbose=verbose)
+        )
+        inner = Scheduler(critical=None, verbose=verbose, label="prepare", required=lease)
+        prepared = [
+            SshJob(
+                node,
+                scheduler=inner,
+                critical=None,
+                verbose=verbose,
+                commands=[
+                    RunScript("nodes.sh", "init", number, includes=includes, verbose=verbose),
+                    None,
+                    Push("nodes.sh", f"copy{number}", verbose=verbose),
+                ],
+            )
+            for number, node in enumerate(nodes)
+        ]
+        bad = SshJob(
+            nodes[0],
+            critical=False,
+            required=inner,
+            label="bad",
+            command=RunScript("nodes.sh", "fails", includes=includes, verbose=verbose),
+        )
+        dead = SshJob(
+            SshNode("127.0.0.1", port=free_port(), gateway=gateway, formatter=formatter),
+            critical=False,
+            required=inner,
+            command="true",
+        )
+        kernel = SshJob(
+            nodes[1],
+            required=[bad, (dead, None)],
+            command=Run("uname -s", capture=Capture("kernel", found)),
+        )
+        said = PrintJob("measuring", sleep=0.1, required=kernel)
+        compute = Job(measured(), label="compute", required=said)
+        scheduler = Scheduler(
+            lease, inner, bad, dead, kernel, said, compute, jobs_window=2, verbose=verbose
+        )
+        scheduler.check_cycles()
+        scheduler.list()
+        scheduler.export_as_dotfile("kit.dot")
+        assert scheduler.run(), scheduler.debrief()
+        assert (bad.result(), bad.raised_exception()) == (7, None)
+        assert isinstance(dead.raised_exception(), ConnectionFailedError)
+        assert [job.result() for job in prepared] == [0, 0, 0]
+        assert compute.result() == "computed Linux"
+        scheduler.list(details=True)
+        apssh.close_ssh_in_scheduler(scheduler)
+        eventually(lambda: not sshd.connections())
+    shown = capfd.readouterr()
+    assert shown.out.count(":init ") == 6 and shown.out.count("measuring") >= 2
+    assert shown.err.count("job bad failed (not critical): status: ended with status 7") == 2
+    assert "RunScript: nodes.sh init 2" in Path("kit.dot").read_text()
+
+
+def test_scheduler_in_a_thread_with_a_loop_of_its_own(sshd: Sshd, capfd: Any) -> None:
+    """Nodes and scheduler are made elsewhere, as at the import of a script."""
+    scheduler = Scheduler(SshJob(sshd.node(), commands=[Run("echo threaded"), Run("true")]))
+    outcome: list[bool] = []
+
+    def work() -> None:
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            outcome.append(loop.run_until_complete(scheduler.co_run()))
+            loop.run_until_complete(apssh.co_close_ssh_in_scheduler(scheduler))
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert outcome == [True]
+    assert capfd.readouterr().out == "127.0.0.1:threaded\n"
 
 
 # --------------------------------------------------------------------------------------------------
