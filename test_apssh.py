@@ -8935,7 +8935,7 @@ def teardown_jobs(node: SshNode | LocalNode) -> list[SshJob]:
 
 @pytest.fixture
 def brief_teardown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apssh.experiment, "teardown_timeout", 2)
+    monkeypatch.setattr(apssh.experiment, "teardown_timeout", 1)
 
 
 def saved(path: str) -> dict[str, Any]:
@@ -8976,7 +8976,7 @@ def test_experiment_leaves_nothing_behind(
             with around:
                 scheduler.run()
                 assert ending != "raised", "mine"
-    third = "teardown: me: no end within 2 s".replace(
+    third = "teardown: me: no end within 1 s".replace(
         "me", f"{ME}@127.0.0.1: echo c >> down; sleep 60"
     )
     second = "127.0.0.1: status: ended with status 5: echo b >> down; exit 5"
