@@ -5291,6 +5291,16 @@ def _read_file(what: str, path: str | os.PathLike[str]) -> tuple[bytes, int]:
         raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
 
+def _check_env(where: str, env: Mapping[str, object]) -> None:
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
+            raise UsageError(f"{where}: {name!r} is not the name of a variable")
+        if value is None:
+            raise UsageError(
+                f"{where}: {name} has no value; 'env -u {name} ...' as the command unsets it"
+            )
+
+
 class _ShellCommand(AbstractCommand):
     """What Run, RunScript and RunString share: words read by the remote shell, what the command is
     given, and where its output goes.
@@ -5323,13 +5333,7 @@ class _ShellCommand(AbstractCommand):
                 raise UsageError(
                     f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
-        for name, value in self.env.items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII):
-                raise UsageError(f"{kind}: env: {name!r} is not the name of a variable")
-            if value is None:
-                raise UsageError(
-                    f"{kind}: env: {name} has no value; 'env -u {name} ...' as the command unsets it"
-                )
+        _check_env(f"{kind}: env", self.env)
         if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
             raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
         # what follows a terminal's keys is an iterator, which ends when it likes
@@ -5822,7 +5826,8 @@ class Pull(_CopyCommand):
 
     ``remotepaths``: a path or a list of paths, each may be Deferred or have wildcards; a list of
     one path means the same as that path; ``~`` is the remote home. ``localpath``: where to; into it
-    when it is a folder or ends in ``/``; several sources need a folder. ``preserve``: modes and
+    when it is a folder or ends in ``/``; several sources need a folder; one that is missing raises
+    UsageError when the job starts, before its first step. ``preserve``: modes and
     times of the sources, too. ``recurse``: copy folders. ``follow_symlinks``: copy what links
     inside of a folder point to (else they stay links). ``inplace``: write onto existing files
     themselves instead of replacing them when the new one is complete. ``block_size`` and
@@ -5865,6 +5870,10 @@ class Pull(_CopyCommand):
             timeout=timeout,
             verbose=verbose,
         )
+
+    def check_files(self) -> None:
+        if not isinstance(self.destination, Deferred):
+            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8246,7 +8246,8 @@ def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
 def test_run_string(node: Any, capfdbinary: Any) -> None:
     variables = Variables(n=3)
     body = Deferred(
-        "#!/usr/bin/env python3\nimport os, sys\nprint(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
+        "#!/usr/bin/env python3\nimport os, sys\n"
+        "print(sys.argv[1:], {{n}}, os.path.basename(sys.argv[0]), "
         "oct(os.stat(os.path.dirname(sys.argv[0])).st_mode)[-3:])",
         variables,
     )
@@ -8327,6 +8328,29 @@ def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> Non
     assert job.records == []
 
 
+def test_folder_that_a_pull_needs(sshd: Sshd, home: Path) -> None:
+    """Looked for when the job starts: an earlier job may make it, and nothing has run without it."""
+    (sshd.home / "f").write_text("x")
+    node = sshd.node()
+    for paths, place, message in (
+        ("f", "logs/f", "logs: no such folder"),
+        (["f", "g"], "logs", "logs: no such folder"),
+        ("f", ".ssh/id_ed25519/", ".ssh/id_ed25519/: not a folder"),
+    ):
+        job = SshJob(node, commands=[Run("touch ran"), Pull(paths, place)])
+        with pytest.raises(UsageError) as caught:
+            Scheduler(job).run()
+        assert (str(caught.value), job.records) == (message, [])
+    assert not (sshd.home / "ran").exists()
+    make = SshJob(LocalNode(), command="mkdir logs")
+    found = Variables(name="logs")
+    late = Pull("f", Deferred("{{name}}/late", found))
+    scheduler = Scheduler(make, SshJob(node, commands=[Pull("f", "logs/f"), late], required=make))
+    assert scheduler.run()
+    apssh.close_ssh_in_scheduler(scheduler)
+    assert sorted(os.listdir("logs")) == ["f", "late"]
+
+
 def test_paths_known_when_the_step_runs(home: Path) -> None:
     (home / "one").write_text("")
     (home / "two").write_text("")
@@ -8380,7 +8404,8 @@ def test_step_of_a_users_own_class(node: Any, capfd: Any) -> None:
 
     with pytest.raises(
         UsageError,
-        match=r"^Nothing: a step defines co_run_remote\(node\), and co_run_local\(node\) to run on a LocalNode$",
+        match=r"^Nothing: a step defines co_run_remote\(node\), and co_run_local\(node\) "
+        "to run on a LocalNode$",
     ):
         step(node, Nothing())
 
@@ -8432,7 +8457,12 @@ def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: 
     )
     try:
         monkeypatch.setenv("DISPLAY", f":{os.read(read, 10).decode().strip()}")
-        probe = "python3 -c \"import socket,os; h,d=os.environ['DISPLAY'].split(':'); s=socket.create_connection(('127.0.0.1',6000+int(d.split('.')[0]))); print('shown')\""
+        code = (
+            "import socket, os; h, d = os.environ['DISPLAY'].split(':'); "
+            "s = socket.create_connection(('127.0.0.1', 6000 + int(d.split('.')[0]))); "
+            "print('shown')"
+        )
+        probe = f'python3 -c "{code}"'
 
         async def main() -> None:
             async with sshd.node(formatter=apssh.RawFormatter()) as node:
@@ -8473,7 +8503,8 @@ UNKNOWN_OF_JOB = (
         ),
         (
             {"commands": ["ls", Run("x")]},
-            "SshJob: a mix of words and commands: write each command as Run(...), RunScript(...), ...",
+            "SshJob: a mix of words and commands: write each command as Run(...), "
+            "RunScript(...), ...",
         ),
         (
             {"command": 3},
@@ -8531,10 +8562,7 @@ def test_critical_job_stops_at_its_first_failure(sshd: Sshd, capfd: Any) -> None
     assert [line for line in capfd.readouterr().out.splitlines() if "SCHEDULER" not in line] == [
         "127.0.0.1:one"
     ]
-    assert (
-        job.repr_result()
-        == "!! step 1 `echo one; exit 3`: 127.0.0.1: status: ended with status 3: echo one; exit 3 !!"
-    )
+    assert job.repr_result() == f"!! step 1 `echo one; exit 3`: {error} !!"
     apssh.close_ssh_in_scheduler(scheduler)
 
 
@@ -8826,9 +8854,9 @@ def test_closing_in_a_running_loop_names_the_coroutine() -> None:
     async def main() -> None:
         with pytest.raises(UsageError) as caught:
             apssh.close_ssh_in_scheduler(Scheduler())
-        assert (
-            str(caught.value)
-            == "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+        assert str(caught.value) == (
+            "close_ssh_in_scheduler in a running loop: "
+            "await co_close_ssh_in_scheduler(scheduler) there"
         )
 
     run(main())
