@@ -8981,7 +8981,7 @@ def test_experiment_leaves_nothing_behind(
     """
     sshd = make_sshd()
     gateway = sshd.node()
-    node, other = sshd.node(gateway=gateway), sshd.node(gateway=gateway)
+    node, other = sshd.node(gateway=gateway), sshd.node()
     token = f"93{os.getpid()}"
     scheduler = Scheduler(
         SshJob(node, command=f"sleep {token}", forever=True),
