@@ -5742,10 +5742,6 @@ class _CopyCommand(AbstractCommand):
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
 
-    def check_files(self) -> None:
-        if not self.pushing and not isinstance(self.destination, Deferred):
-            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
-
     def _text(self) -> str:
         more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
         return (
