@@ -1364,14 +1364,14 @@ class _KeySearch:
         """
         path = Path(filename).expanduser()
         data = b""
-        for public in (path.with_name(f"{path.name}.pub"), path):
+        for public in (Path(f"{path}.pub"), path):
             # a pipe, -k <(...), is read once
             if self.agent_keys and public.is_file():
                 with contextlib.suppress(OSError, ValueError):
                     data = asyncssh.read_public_key(public).public_data
         held = [key for key in self.agent_keys if key.public_data == data]
         found: list[Key] = [*held] or [import_private_key(path)]
-        beside = path.with_name(path.name.removesuffix(".pub") + "-cert.pub")
+        beside = Path(str(path).removesuffix(".pub") + "-cert.pub")
         return [*_certified(found, beside), *found]
 
     def of_usable_files(self, files: Collection[str]) -> list[Key]:
@@ -5746,11 +5746,6 @@ class _CopyCommand(AbstractCommand):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
-
-    def check_files(self) -> None:
-        """A Pull needs its local folder, and that before the first step."""
-        if not self.pushing and not isinstance(self.destination, Deferred):
-            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
 
     def _text(self) -> str:
         more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
