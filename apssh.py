@@ -7651,15 +7651,43 @@ class Result:
         return self.kind or "ok"
 
 
-class _HoldingFormatter(Formatter):
-    """Holds what each host prints until it is asked for."""
+class _TwoSinks:
+    """Gives what comes to both of two sinks."""
 
-    def __init__(self, verbose: bool = False) -> None:
+    def __init__(self, *sinks: _Sink) -> None:
+        self._sinks = sinks
+
+    def data(self, data: bytes, datatype: int | None) -> None:
+        for sink in self._sinks:
+            sink.data(data, datatype)
+
+    def end(self) -> None:
+        for sink in self._sinks:
+            sink.end()
+
+
+class _HoldingFormatter(Formatter):
+    """Holds what each host prints until it is asked for. Another formatter, if there is one, shows
+    it too, and hears of all that happens.
+    """
+
+    HANDED_ON = (
+        *("connection_made", "connection_lost", "auth_completed", "session_start", "session_stop"),
+        *("sftp_start", "sftp_stop", "line", "stderr_line"),
+        *("add_endpoint", "endpoint_name", "endpoint_started"),
+    )
+
+    def __init__(self, verbose: bool = False, shown: Formatter | None = None) -> None:
         super().__init__(None, verbose)
         self._held: dict[Endpoint, _HeldSink] = {}
+        self._shown = shown
+        if shown:
+            self.verbose = shown.verbose
+            vars(self).update({name: getattr(shown, name) for name in self.HANDED_ON})
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        return self._held.setdefault(endpoint, _HeldSink())
+        held = self._held.setdefault(endpoint, _HeldSink())
+        return _TwoSinks(held, self._shown.endpoint_sink(endpoint)) if self._shown else held
 
     def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
         """Both streams of a host, which are then forgotten."""
@@ -7668,7 +7696,7 @@ class _HoldingFormatter(Formatter):
 
 
 class _View:
-    """Who follows a fan-out: a subclass redefines what it wants to hear of. Here nothing happens."""
+    """Who follows a fan-out: a subclass redefines what it wants to hear of; here all is empty."""
 
     def begin(self, names: Collection[str]) -> None:
         """All is known to be right, and these hosts are about to have their turns."""
@@ -7812,8 +7840,8 @@ def _build_nodes(
     connect_timeout: float | None = None,
     **options: Any,
 ) -> list[SshNode]:
-    """A node for each target, gateways shared, completed from the config; ``options`` are SshNode's.
-    Raises UsageError, ApsshError (a config that ssh refuses).
+    """A node for each target, gateways shared, completed from the config; ``options`` are
+    SshNode's. Raises UsageError, ApsshError (a config that ssh refuses).
     """
     if connect_timeout is not None:
         options["timeout"] = connect_timeout
@@ -7878,7 +7906,7 @@ class _CommandPlan(_Plan):
 
 @dataclasses.dataclass(frozen=True)
 class _CopyPlan(_Plan):
-    """One copy on each node, the fields of its paths filled in; ``options`` are Push's and Pull's."""
+    """One copy on each node, the fields of its paths filled in; ``options`` are those of Push."""
 
     command: type[Push | Pull]
     sources: Sequence[str]
@@ -7941,9 +7969,8 @@ def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) ->
         if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
             raise UsageError(f"{escape(folder)}: permission denied")
         if place in places:
-            raise UsageError(
-                f"{places[place].hostname} and {node.hostname} would both write to {localpath}: put {{host}} in the path"
-            )
+            both = f"{places[place].hostname} and {node.hostname}"
+            raise UsageError(f"{both} would both write to {localpath}: put {{host}} in the path")
         places[place] = node
 
 
@@ -8008,6 +8035,7 @@ async def _quick(
     config: str | bool | None,
     formatter: Formatter | None,
     done: Callable[[Result], object] | None,
+    hold: bool = False,
     **node_options: Any,
 ) -> list[Result]:
     """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
@@ -8016,10 +8044,12 @@ async def _quick(
         return []
     parsed = _parse_targets(texts, exclude=exclude, login=login, gateway=gateway, port=port)
     files = {None: "none", False: "none", True: None}
+    if formatter is None or hold:
+        formatter = _HoldingFormatter(shown=formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
         parsed,
-        formatter=_HoldingFormatter() if formatter is None else formatter,
+        formatter=formatter,
         config=config if isinstance(config, str) else files[config],
         **node_options,
     )
@@ -8048,6 +8078,7 @@ async def co_run(
     sudo: bool | str = False,
     sudo_password: str | None = None,
     allowed_exits: Collection[int | str] | None = None,
+    hold: bool = False,
     exclude: str | Iterable[str] = (),
     login: str | None = None,
     gateway: str | None = None,
@@ -8070,7 +8101,7 @@ async def co_run(
     """Run a command on many hosts at once; ``run`` is the plain form, ``co_run`` the coroutine.
 
     ``command`` is a line, read by the login shell over there, or a step such as
-    ``RunScript("check.sh")``; but for ``sudo_password``, a step has the next keywords itself:
+    ``RunScript("check.sh")``; but for ``sudo_password`` and ``hold``, a step has the next keywords itself:
 
     - ``timeout``: seconds for the command (None: no limit); ``env``: variables for it, whatever
       the server accepts (None: none); ``pty``: give it a terminal (False); ``x11``: forward the
@@ -8079,6 +8110,9 @@ async def co_run(
     - ``stdin``: bytes, text, an open binary file or a path object, each host getting all of it
       (None: end of file at once); ``sudo``: run as root (True) or as the user of that name (False);
       ``sudo_password``: for sudo where it asks for one (None: the terminal is asked, once).
+
+    ``hold``: with a formatter, hold the output for the Result too (False; without a formatter it is
+    always held).
     """
     if isinstance(command, AbstractCommand):
         for_command = {
@@ -8109,6 +8143,7 @@ async def co_run(
         targets,
         _CommandPlan(step),
         sudo_password=sudo_password,
+        hold=hold,
         exclude=exclude,
         login=login,
         gateway=gateway,
@@ -8160,7 +8195,7 @@ async def co_push(
     formatter: Formatter | None = None,
     done: Callable[[Result], object] | None = None,
 ) -> list[Result]:
-    """Copy local files to many hosts at once; ``push`` is the plain form, ``co_push`` the coroutine.
+    """Copy local files to many hosts at once; ``push`` is plain, ``co_push`` the coroutine form.
 
     ``localpaths`` is a path or a list of paths, ``remotepath`` where they go: into it when it is a
     folder, ends in ``/``, or there are several. ``{host}``, ``{fqdn}`` and ``{user}`` may stand in
@@ -8414,8 +8449,8 @@ class _Gather(_View):
 
 
 class _Failures(_View):
-    """A line on stderr for each host that failed, as it happens; ``told``: the kinds that the output
-    itself tells.
+    """A line on stderr for each host that failed, as it happens; ``told``: the kinds that the
+    output itself tells.
     """
 
     def __init__(self, told: Collection[str] = ()) -> None:
@@ -8785,8 +8820,9 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="T",
-        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; blanks and commas separate; an existing "
-        "file holds targets, a folder's file names are targets; - is standard input; @web is the file ~/.apssh/web; @last-failed is of the last run",
+        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; "
+        "blanks and commas separate; an existing file holds targets, a folder's file names are "
+        "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last run",
     )
     add(
         "-x",
@@ -8832,7 +8868,7 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         "--demo",
         type=_number(int, 1, "a number of hosts"),
         metavar="N",
-        help="N throw-away hosts inside this process, in place of targets (or of a scenario's hosts)",
+        help="N throw-away hosts inside this process, in place of targets (or of a scenario's)",
     )
     add = parser.add_argument_group("connecting").add_argument
     add(
@@ -8890,7 +8926,8 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         "--host-keys",
         choices=("accept-new", "yes", "no"),
         metavar="P",
-        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse unknown hosts), no (check nothing)",
+        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
+        "unknown hosts), no (check nothing)",
     )
     add("--forward-agent", action="store_true", help="let hosts use your agent, as ssh -A does")
     add(
@@ -8933,7 +8970,8 @@ def build_parser() -> _Parser:
         "-s",
         "--script",
         action="store_true",
-        help="the first word is a local script; or the text of one, if there is no such file and it holds a blank",
+        help="the first word is a local script; or the text of one, if there is no such file and "
+        "it holds a blank",
     )
     add(
         "-i",
@@ -8968,7 +9006,8 @@ def build_parser() -> _Parser:
     add(
         "--scenario",
         metavar="F",
-        help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and command",
+        help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
+        "command",
     )
     add(
         "--set",
@@ -8993,7 +9032,8 @@ def build_parser() -> _Parser:
         "--format",
         type=_format,
         metavar="FMT",
-        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and strftime's %%H:%%M...",
+        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and "
+        "strftime's %%H:%%M...",
     )
     add(
         "-o",
@@ -9581,9 +9621,8 @@ def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
     for index, path in enumerate(paths):
         remote = (index == len(paths) - 1) == pushing
         if path.startswith("@:") != remote:
-            raise UsageError(
-                f"{escape(path)}: a {'remote path is written @:path' if remote else 'local path has no @: in front'}: {usage}"
-            )
+            rule = "remote path is written @:path" if remote else "local path has no @: in front"
+            raise UsageError(f"{escape(path)}: a {rule}: {usage}")
         if not path:
             raise UsageError(f"an empty path: {usage}")
     return [path.removeprefix("@:") or "." for path in paths]

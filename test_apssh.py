@@ -11837,6 +11837,23 @@ def test_quick_run_gives_input_and_tells_of_each_result(sshd: Sshd) -> None:
     assert [result.stdout for result in results] == ["given", ""]
 
 
+def test_quick_run_shows_and_holds_the_output(
+    sshd: Sshd, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A user's formatter hears of all that happens, whether the output is held or not."""
+    heard: list[str] = []
+
+    class Mine(apssh.HostFormatter):
+        def session_start(self, hostname: str, command: str) -> None:
+            heard.append(command)
+
+    for hold, stdout in ((False, ""), (True, "out\n")):
+        (result,) = apssh.run(sshd.target, "echo out", formatter=Mine(), hold=hold)
+        assert result.stdout == stdout
+        assert capfd.readouterr().out == "127.0.0.1:out\n"
+    assert heard == ["echo out"] * 2
+
+
 def test_quick_copies(sshd: Sshd, home: Path) -> None:
     (home / "f").write_text("text")
     assert [result.ok for result in apssh.push(sshd.target, "f", "g")] == [True]
