@@ -3921,7 +3921,7 @@ def _tell(host: str, text: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class _How:
     """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
-    /dev/null over there; ``folder``: what is removed with it.
+    /dev/null over there; ``folder``: what is removed with it; ``ours``: interests nobody else.
     """
 
     x11: bool = False
@@ -3931,6 +3931,21 @@ class _How:
     sudo: bool | str = False
     quiet: bool = False
     folder: str = ""
+    ours: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What is asked of a server to run a command: the line and the options of the channel; what
+    tells the guard to end it (see ``_guarded``); who talks to sudo.
+    """
+
+    command: str
+    how: _How
+    text: str
+    options: Mapping[str, Any]
+    watch: str
+    talk: _SudoTalk | None
 
 
 class _Node(abc.ABC):
@@ -4618,67 +4633,101 @@ class SshNode(_Node):
         timeout: float | None,
     ) -> int | str:
         """One channel; its time begins when it opens. Cancelling it ends the command."""
+        call = self._call(command, sink, how)
+        for attempt in itertools.count():
+            async with (
+                self._slot(alone=call.watch == "connection") as link,
+                asyncio.timeout(timeout),
+            ):
+                session = _Session(call.talk or sink, step)
+                if await self._opens(link, session, call, step, attempt):
+                    status = await self._converse(link, session, call, step)
+                    break
+        if status == 0:
+            self._guard_works = True
+        elif self.guard and self._guard_works is None:
+            await self._doubt_guard(status)
+        return status
+
+    def _call(self, command: str, sink: _Sink, how: _How) -> _Call:
+        """What to ask of the server so that this command runs. Raises UsageError."""
         if how.x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
+        if how.sudo and not self.guard:
+            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
+        talk = _SudoTalk(sink) if how.sudo else None
         watch = "connection" if how.stdin else "stdin"
         if how.pty or not self.guard:
             watch = ""
-        talk = _SudoTalk(sink) if how.sudo else None
-        if talk and not self.guard:
-            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
+        options: dict[str, Any] = {"x11_forwarding": how.x11}
         if self.guard:
             text = _guarded(command, how, watch, talk)
         else:
             text = f"{{ {command}\n}} >/dev/null 2>&1" if how.quiet else command
-        options: dict[str, Any] = {
-            "encoding": None,
-            "window": SESSION_WINDOW,
-            "x11_forwarding": how.x11,
-            "env": None if self.guard else how.env,
-        }
+            options["env"] = how.env
         if how.pty:
             options["request_pty"] = "force"
             options["term_type"] = os.environ.get("TERM", "dumb")
             options["term_size"] = tuple(shutil.get_terminal_size())
-        for attempt in itertools.count():
-            async with (
-                self._slot(alone=watch == "connection") as link,
-                asyncio.timeout(timeout),
-            ):
-                session = _Session(talk or sink, step)
-                try:
-                    await self._open_session(link, session, text, options)
-                except (asyncssh.Error, ConnectionError) as exc:
-                    if await self._refused(link, exc, attempt):
-                        continue
-                    # the request may have arrived
-                    step.may_run = not link.alive or isinstance(exc, ConnectionError)
-                    if link.alive:
-                        raise self._failure(exc) from None
-                    raise self._lost(link, step.command or command) from None
-                try:
-                    with self._shown(command):
-                        await session.run(*self._helpers(session, how, watch, talk))
-                finally:
-                    if not session.ended.done():
-                        await self._end(link, session, watch, step)
-                if talk and not talk.begun.done() and link.alive and not session.error:
-                    raise talk.failure()
-                return self._outcome(link, session, step, command)
-        raise AssertionError
+        return _Call(command, how, text, options, watch, talk)
 
-    def _helpers(
-        self, session: _Session, how: _How, watch: str, talk: _SudoTalk | None
-    ) -> list[Coroutine[Any, Any, None]]:
-        """What is at work while a command runs: who gives it its input, and sudo the password."""
+    async def _opens(
+        self, link: _Link, session: _Session, call: _Call, step: StepRecord, attempt: int
+    ) -> bool:
+        """Open the channel and start its command; False when it is worth to try once more."""
+        create: Callable[..., Awaitable[Any]] = link.conn.create_session
+        opening = create(
+            lambda: session, call.text, encoding=None, window=SESSION_WINDOW, **call.options
+        )
+        try:
+            await self._open(opening, lambda opened: opened[1].abort())
+            return True
+        except (asyncssh.Error, ConnectionError) as exc:
+            if await self._refused(link, exc, attempt):
+                return False
+            # the request may have arrived
+            step.may_run = not link.alive or isinstance(exc, ConnectionError)
+            if link.alive:
+                raise self._failure(exc) from None
+            raise self._lost(link, step.command or call.command) from None
+
+    async def _converse(
+        self, link: _Link, session: _Session, call: _Call, step: StepRecord
+    ) -> int | str:
+        """Wait for the end of a command, with input for it, and sudo's password; the status."""
         helpers = []
-        if how.stdin:
-            helpers.append(session.feed(how.stdin, talk))
-        elif not watch and not how.pty and session.chan:
+        if call.how.stdin:
+            helpers.append(session.feed(call.how.stdin, call.talk))
+        elif not call.watch and not call.how.pty and session.chan:
             session.chan.write_eof()
-        if talk:
-            helpers.append(talk.answer(session, self._sudo_secret))
-        return helpers
+        if call.talk:
+            helpers.append(call.talk.answer(session, self._sudo_secret))
+        try:
+            with contextlib.nullcontext() if call.how.ours else self._shown(call.command):
+                await session.run(*helpers)
+        finally:
+            if not session.ended.done():
+                await self._end(link, session, call.watch, step)
+        if call.talk and not call.talk.begun.done() and link.alive and not session.error:
+            raise call.talk.failure()
+        return self._outcome(link, session, step, call.command)
+
+    async def _doubt_guard(self, status: int | str) -> None:
+        """After the first command on a host that failed: would any command fail so? A shell that
+        is not POSIX, a key with a forced command or a start-up file that takes stdin does not let
+        the guard be, and what the host says then speaks of no guard.
+        """
+        self._guard_works = True  # it is asked once
+        probe = "sleep 1" if status == "TERM" else ":"
+        with contextlib.suppress(ApsshError, TimeoutError):
+            how = _How(ours=True)
+            if await self._session(probe, StepRecord(), _HeldSink(), how, CLOSE_TIMEOUT * 5) == 0:
+                return
+        self._say(
+            "commands fail there because of their guard, which ends them with their connection "
+            "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
+            "--no-guard, guard=False, leaves it out"
+        )
 
     async def _sudo_secret(self) -> str:
         """The password for sudo: the node's, or what the terminal answers, asked once for all."""
@@ -4688,15 +4737,6 @@ class SshNode(_Node):
                 limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
             )
         return self._sudo_password or limits.sudo_password or ""
-
-    async def _open_session(
-        self, link: _Link, session: _Session, text: str, options: Mapping[str, Any]
-    ) -> None:
-        """Open the channel and start its command."""
-        await self._open(
-            cast("Any", link.conn).create_session(lambda: session, text, **options),
-            lambda opened: opened[1].abort(),
-        )
 
     async def _end(self, link: _Link, session: _Session, watch: str, step: StepRecord) -> None:
         """End a command whose channel is open, and tell ``step`` whether it may still be running.

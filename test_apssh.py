@@ -42,6 +42,7 @@ import sys
 import termios
 import threading
 import time
+import weakref
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -6957,6 +6958,207 @@ def test_what_left_its_group_lives(sshd: Sshd) -> None:
     run(main())
     assert len(processes(f"sleep {token}")) >= 2
     subprocess.run(["pkill", "-f", f"^sleep {token}"], check=True)
+
+
+SHELLS = [
+    shell for shell in ("dash", "bash", "busybox sh", "zsh") if shutil.which(shell.split()[0])
+]
+
+
+@contextlib.contextmanager
+def guarded_by(shell: str, command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command under the guard where /bin/sh is this shell; its leader's number is the pid."""
+    line = apssh._guarded(command, apssh._How(), "stdin").replace("/bin/sh", shell)
+    with subprocess.Popen(
+        ["sh", "-c", line],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"SHELL": "/bin/sh"} | environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def watchdog_of(leader: int) -> tuple[int, str]:
+    """The number and the command line of the watchdog that looks after this leader."""
+
+    def find() -> tuple[int, str] | None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+                if "apssh-guard" in words and str(leader) in words:
+                    return int(folder.name), " ".join(words)
+        return None
+
+    found: tuple[int, str] = eventually(find)
+    return found
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_guard_whatever_the_shell(shell: str) -> None:
+    """TMOUT is the default time of read in bash; a signal that reaches the watchdog is no end."""
+    with guarded_by(shell, "sleep 2; echo done", TMOUT="1") as process:
+        number, line = watchdog_of(process.pid)
+        assert not re.search("sleep|cat|kill|done", line)
+        for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            os.kill(number, each)
+        assert process.stdout
+        assert process.stdout.read() == b"done\n"
+        assert process.wait() == 0
+        assert Path(f"/proc/{number}").exists()  # its stdin has not ended: sshd closes it by now
+        assert process.stdin
+        process.stdin.close()
+        eventually(lambda: not Path(f"/proc/{number}").exists())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_guard_ends_what_ignores_signals(shell: str) -> None:
+    with guarded_by(shell, "trap '' TERM HUP; sleep 60 & sleep 60; sleep 60") as process:
+        number, _ = watchdog_of(process.pid)
+        assert process.stdin
+        process.stdin.close()
+        assert process.wait(10) == -signal.SIGKILL
+        eventually(lambda: not Path(f"/proc/{number}").exists())
+
+
+def test_guard_leaves_nothing_behind(sshd: Sshd) -> None:
+    """It goes with its command; what a shell left on purpose stays."""
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            command = "echo $$ > leader; nohup sleep 60 >/dev/null 2>&1 & echo $! > left; sleep 1"
+            task = asyncio.create_task(node.run(command))
+            await eventually_async((sshd.home / "left").exists)
+            leader = int(await eventually_async((sshd.home / "leader").read_text))
+            number, _ = await asyncio.to_thread(watchdog_of, leader)
+            assert await task == 0
+            await eventually_async(lambda: not Path(f"/proc/{number}").exists())
+            left = int((sshd.home / "left").read_text())
+            assert Path(f"/proc/{left}").exists()
+            os.kill(left, signal.SIGKILL)
+
+    run(main())
+
+
+HINT = (
+    "127.0.0.1: commands fail there because of their guard, which ends them with their connection "
+    "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
+    "--no-guard, guard=False, leaves it out\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("forced", "status"),
+    [
+        ("case $SSH_ORIGINAL_COMMAND in true) ;; *) echo only true; exit 7;; esac", 7),
+        ('exec </dev/null; eval "$SSH_ORIGINAL_COMMAND"', "TERM"),
+    ],
+    ids=["allow list", "stdin taken"],
+)
+def test_hosts_that_refuse_the_guard(
+    make_sshd: Callable[..., Sshd], tmp_path: Path, forced: str, status: int | str, capfd: Any
+) -> None:
+    """The first command that fails for this reason alone says so, once."""
+    script = tmp_path / "forced"
+    script.write_text(f"#!/bin/sh\n{forced}\n")
+    script.chmod(0o755)
+    server = make_sshd(ForceCommand=script)
+
+    async def main() -> None:
+        formatter = apssh.CaptureFormatter()
+        async with server.node(formatter=formatter) as node:
+            assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
+            assert capfd.readouterr().err == HINT
+            assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
+            assert capfd.readouterr().err == ""
+        async with server.node(formatter=formatter, guard=False) as node:
+            assert await node.run("true") == 0
+
+    run(main())
+
+
+def test_failing_command_says_nothing_of_the_guard(sshd: Sshd, capfd: Any) -> None:
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
+            assert await node.run("exit 3") == 3
+            assert await node.run("kill -TERM $$") == "TERM"
+
+    run(main())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_channel_that_closes_without_a_status(keys: Path) -> None:
+    """Some network devices do; the connection is still up."""
+
+    async def device(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        process.stdout.write(b"shown\n")
+        process.close()
+
+    async def main() -> None:
+        async with ssh_server(keys, process=device) as port:
+            formatter = apssh.CaptureFormatter()
+            options: dict[str, Any] = {"port": port, "known_hosts": None, "formatter": formatter}
+            async with SshNode("127.0.0.1", **options) as node:
+                with pytest.raises(CommandFailedError) as caught:
+                    await node.run("show")
+                assert str(caught.value) == (
+                    "127.0.0.1: status: ended without an exit status: show "
+                    "(--no-guard, guard=False, takes that for a success)"
+                )
+            async with SshNode("127.0.0.1", guard=False, **options) as node:
+                assert await node.run("show") == 0
+            assert formatter.get_capture() == "shown\nshown\n"
+
+    run(main())
+
+
+def test_loops_are_not_kept(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+    made = asyncio.new_event_loop
+
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = made()
+        loops.append(weakref.ref(loop))
+        return loop
+
+    monkeypatch.setattr(asyncio.events, "new_event_loop", new_event_loop)
+    for _ in range(3):
+        assert apssh.run(sshd.target, "true")[0].ok
+    gc.collect()
+    assert len(loops) == 3
+    assert [loop() for loop in loops] == [None, None, None]
+
+
+def test_node_in_two_loops_that_run(sshd: Sshd) -> None:
+    node = sshd.node()
+    connected, done = threading.Event(), threading.Event()
+
+    async def hold() -> None:
+        await node.connect_lazy()
+        connected.set()
+        await asyncio.to_thread(done.wait, 30)
+        await node.close()
+
+    thread = threading.Thread(target=run, args=(hold(),))
+    thread.start()
+    connected.wait(30)
+    try:
+        with pytest.raises(UsageError) as caught:
+            run(node.run("true"))
+    finally:
+        done.set()
+        thread.join()
+    assert str(caught.value) == (
+        "127.0.0.1: local: it is connected in another event loop that runs: "
+        "give each loop a node of its own, or close() it there first"
+    )
+    assert run(node.run("true")) == 0
+    run(node.close())
 
 
 def test_without_the_guard(sshd: Sshd) -> None:
