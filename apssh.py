@@ -4145,6 +4145,11 @@ class _Node(abc.ABC):
             ) from exc
         finally:
             (held or sink).end()
+        if status == 126 and how.folder:
+            self._say(
+                f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
+                "give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
+            )
         if held and capture:  # of a command that ended: half of an output, or none, is no value
             capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
@@ -5057,16 +5062,25 @@ class LocalNode(_Node):
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        if how.pty or how.stdin or how.sudo:
-            raise UsageError(
-                "pty, stdin and sudo are for commands on an SshNode", host=self.hostname
-            )
+        if how.pty or how.sudo:
+            raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
+        if how.stdin:
+            with tempfile.TemporaryFile() as spool:
+                async for data in how.stdin:
+                    spool.write(data)
+                spool.flush()
+                # the guard waits for the end of the other one
+                os.set_inheritable(spool.fileno(), True)
+                command = f"exec </dev/fd/{spool.fileno()}\n{command}"
+                how = dataclasses.replace(how, stdin=None)
+                return await self._session(command, step, sink, how, timeout)
         session = _Session(sink, step)
         line = _guarded(command, how, "stdin")
         process = subprocess.Popen(
             ["/bin/sh", "-c", line],
             env=os.environ | {"SHELL": "/bin/sh"},
             start_new_session=True,
+            close_fds=False,  # Python's own are closed anyway; that of standard input is not
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -7082,6 +7082,31 @@ def test_hosts_that_refuse_the_guard(
     run(main())
 
 
+@on_testbed
+def test_script_in_a_home_that_is_mounted_noexec(capfd: Any) -> None:
+    async def main() -> None:
+        async with box(formatter=apssh.CaptureFormatter()) as node:
+            place = "/root/.apssh-remote"
+            mount = f"mkdir -p {place} && mount -t tmpfs -o noexec,mode=700 none {place}"
+            assert await node.run(mount) == 0
+            try:
+                assert await RunString("#!/bin/sh\ntrue").co_run_remote(node) == 126
+                said = capfd.readouterr().err.splitlines()
+                assert len(said) == 2
+                assert "Permission denied" in said[0]
+                assert re.fullmatch(
+                    rf"{re.escape(node.hostname)}: {place}/\w+ cannot be executed there; where its "
+                    "file system is mounted noexec, give the script as standard input: "
+                    "apssh -I ... sh -s < SCRIPT, stdin=",
+                    said[1],
+                )
+                assert await Run("sh -s", stdin=b"exit 4").co_run_remote(node) == 4
+            finally:
+                assert await node.run(f"umount {place}") == 0
+
+    run(main())
+
+
 def test_failing_command_says_nothing_of_the_guard(sshd: Sshd, capfd: Any) -> None:
     async def main() -> None:
         async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
@@ -7842,11 +7867,12 @@ def test_local_node(home: Path, capfd: Any) -> None:
             assert str(caught.value).endswith("> left (it may still be running)")
             assert processes(f"sleep 86{os.getpid()}")
             os.kill(int(Path("left").read_text()), signal.SIGKILL)
+            assert await Run("read x; test $x = 12; exit $?", stdin=b"12\n").co_run_local(node) == 0
             with pytest.raises(UsageError) as misused:
                 await Run("tty", pty=True).co_run_local(node)
             assert (
                 str(misused.value)
-                == "LOCALNODE: local: pty, stdin and sudo are for commands on an SshNode"
+                == "LOCALNODE: local: pty and sudo are for commands on an SshNode"
             )
 
     run(main())
