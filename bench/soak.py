@@ -454,10 +454,14 @@ class Soak:
     def left(self) -> list[str]:
         """What must not be there any more."""
         end = time.monotonic() + GRACE + 3
-        while (found := processes(self._token)) and time.monotonic() < end:
+        while True:  # what ends a script removes its folder, up to seconds later
+            found = processes(self._token)
+            folders = list(self._server.home.glob(".apssh-remote/*"))
+            if not (found or folders) or time.monotonic() > end:
+                break
             time.sleep(0.2)
         left = [f"process {pid}: {line}" for pid, line in found]
-        left += [f"file {path}" for path in self._server.home.glob(".apssh-remote/*")]
+        left += [f"file {path}" for path in folders]
         left += [f"temporary file {path}" for path in (self._folder / "local").glob(".*.apssh-*")]
         left += [f"temporary file {path}" for path in self._server.home.glob(".*.apssh-*")][
             self._lost_copies :
