@@ -23,6 +23,25 @@ asynciojobs Scheduler runs:
 
 Without a scheduler: ``apssh.run("node[1-3]", "uname -r")`` gives a list of results. README.md has
 the rest.
+
+The rooms of this file, each of which uses only those above it:
+
+    errors        one root, ApsshError; each kind keeps its data and says it in one line
+    text          host names, ranges and folding, quoting, reasons, keywords: pure functions
+    formatters    where output goes: events and bytes in, lines out; the one screen
+    credentials   keys and agent, known hosts and their policy, what ssh -G says of a host
+    values        Variables, Capture, Deferred; the record of a step
+    transfers     copies: one walk and one file engine for both directions and for this machine
+    nodes         connections, sessions and their guard, sudo; SshNode, LocalNode
+    commands      the steps: Run, RunScript, RunString, Push, Pull, Wait
+    jobs          SshJob, closing, topology, records, timelines, experiment
+    services      Service: units of the remote systemd
+    scenarios     YamlLoader
+    targets       what -t and -x name, groups, frozen Target values
+    fan-out       steps on many nodes within limits: run, push, pull stand on it
+    views         what the programs show of a fan-out: marks, gather, JSON, progress, summary
+    demo          a throw-away fleet inside this process
+    programs      options, and the mains of apssh, appush and appull
 """
 
 from __future__ import annotations
