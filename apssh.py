@@ -2252,6 +2252,10 @@ class Deferred:
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
+_Path = str | os.PathLike[str] | Deferred
+_Paths = _Path | Iterable[_Path]
+
+
 def _text_of(value: object) -> str:
     """The text of what a job is given, when it runs."""
     if isinstance(value, Deferred):
@@ -4042,13 +4046,55 @@ class _Node(abc.ABC):
         how = _How(x11=x11, quiet=ignore_outputs)
         return await self._execute(command, StepRecord(), how, timeout=timeout, capture=capture)
 
-    async def put_file_s(self, localpaths: Any, remotepath: str, **options: Any) -> None:
-        """Copy local files there, as the command Push does."""
-        await Push(localpaths, remotepath, **options).co_run_remote(cast("SshNode", self))
+    async def put_file_s(
+        self,
+        localpaths: _Paths,
+        remotepath: str,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+    ) -> None:
+        """Copy local files there. ``localpaths``: a path or a list; ``remotepath``: a file, or a
+        folder to copy into; the keywords are those of Push. Raises TransferError,
+        ConnectionFailedError.
+        """
+        copying = _Copy(
+            self.hostname,
+            StepRecord(),
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+        )
+        sources = [_text_of(path) for path in _paths(localpaths)]
+        await copying.push(await self.sftp_connect_lazy(), sources, remotepath)
 
-    async def get_file_s(self, remotepaths: Any, localpath: str, **options: Any) -> None:
-        """Copy remote files here, as the command Pull does."""
-        await Pull(remotepaths, localpath, **options).co_run_remote(cast("SshNode", self))
+    async def get_file_s(
+        self,
+        remotepaths: _Paths,
+        localpath: str,
+        *,
+        preserve: bool = False,
+        recurse: bool = False,
+        follow_symlinks: bool = False,
+        inplace: bool = False,
+    ) -> None:
+        """Copy remote files here. ``remotepaths``: a path or a list, globs in them are expanded;
+        ``localpath``: a file, or a folder to copy into; the keywords are those of Pull. Raises
+        TransferError, ConnectionFailedError.
+        """
+        copying = _Copy(
+            self.hostname,
+            StepRecord(),
+            preserve=preserve,
+            recurse=recurse,
+            follow_symlinks=follow_symlinks,
+            inplace=inplace,
+        )
+        sources = [_text_of(path) for path in _paths(remotepaths)]
+        await copying.pull(await self.sftp_connect_lazy(), sources, localpath)
 
     async def mkdir(self, path: str) -> None:
         """Make a folder there, parents included; one that exists is fine. ``~`` is the home.
@@ -5146,8 +5192,6 @@ class LocalNode(_Node):
 
 
 _AnyNode = SshNode | LocalNode
-_Path = str | os.PathLike[str] | Deferred
-_Paths = _Path | Iterable[_Path]
 _ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
 

@@ -299,7 +299,7 @@ class Soak:
         node, rnd = self._random.choice(self._nodes), self._random
         if rnd.random() < 0.5:
             step = apssh.RunString("#!/bin/sh\necho $0 $1\nexit $2\n", "one", 5)
-            await self._status("script", 5, step._run(node, apssh.StepRecord()))
+            await self._status("script", 5, step.co_run_remote(node))
         else:
             step = apssh.RunString(
                 f"#!/bin/bash\n{self._sleep()}\n", timeout=rnd.choice([None, rnd.uniform(0.5, 2)])
@@ -307,7 +307,7 @@ class Soak:
             await self._status(
                 "endless script",
                 "timeout",
-                step._run(node, apssh.StepRecord()),
+                step.co_run_remote(node),
                 rnd.uniform(0, 2) if step.timeout is None else None,
             )
 
