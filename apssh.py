@@ -4750,7 +4750,7 @@ class SshNode(_Node):
             lambda: session, call.text, encoding=None, window=SESSION_WINDOW, **call.options
         )
         try:
-            await self._open(opening, lambda opened: opened[1].abort())
+            await self._open(opening, lambda opened: opened[0].abort())
             return True
         except (asyncssh.Error, ConnectionError) as exc:
             if await self._refused(link, exc, attempt):
