@@ -7313,6 +7313,34 @@ def test_closed_while_it_connects(
     run(main())
 
 
+def test_channel_that_opens_after_its_cancellation(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is closed, and its command ends."""
+    token = f"94{os.getpid()}"
+    create = asyncssh.SSHClientConnection.create_session
+    channels: list[asyncssh.SSHClientChannel[bytes]] = []
+
+    async def late(self: asyncssh.SSHClientConnection, *args: Any, **options: Any) -> Any:
+        opened = await create(self, *args, **options)
+        channels.append(opened[0])
+        await asyncio.sleep(0.3)
+        return opened
+
+    async def main() -> None:
+        async with sshd.node() as node:
+            monkeypatch.setattr(asyncssh.SSHClientConnection, "create_session", late)
+            task = asyncio.create_task(node.run(f"sleep {token}"))
+            await eventually_async(lambda: channels and processes(f"sleep {token}"))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await eventually_async(lambda: channels[0].is_closing())
+            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+    run(main())
+
+
 def test_sink_that_fails_ends_a_command_with_stdin(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
