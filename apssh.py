@@ -244,6 +244,7 @@ CONNECTIONS_PER_NODE = (
 RETRIES_BEFORE_LOGIN = 6  # when sshd drops us before login: 0.2 s, then twice as long each time
 GUARD_TIMEOUT = 2.6  # seconds until the guard has ended a command: 2 from TERM to KILL, and the way
 CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
+SUDO_SAYS = 128 * 1024  # bytes kept of sudo: one that refuses a command quotes it (execve(2))
 SESSION_WINDOW = (
     128 * 1024
 )  # bytes in flight for a command's output: costs no speed and bounds memory
@@ -3355,7 +3356,9 @@ def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None)
         steps.append(f"exec 3<&0 </dev/null; {leave}exec 3<&-; " if by_stdin else leave)
     steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
     if talk:
-        steps.append(f"printf %s {talk.start} >&2; cd . 2>/dev/null || cd /; ")
+        # in halves: a sudo that refuses the command prints all of it
+        halves = f"{talk.start[:12]} {talk.start[12:]}"
+        steps.append(f"printf %s {halves} >&2; cd . 2>/dev/null || cd /; ")
     if how.quiet:
         steps.append("exec >/dev/null 2>&1; ")
     line = _decoded(
@@ -3374,36 +3377,35 @@ class _SudoTalk:
     the command has begun. The prompt is another such mark, so that nothing else gets a password.
     """
 
-    def __init__(self, sink: _Sink) -> None:
-        self._sink = sink
+    def __init__(self, sink: _Sink, pty: bool) -> None:
+        self._sink, self._pty = sink, pty
         self.prompt, self.start = os.urandom(12).hex(), os.urandom(12).hex()
-        loop = asyncio.get_running_loop()
-        self.asked: asyncio.Future[None] = loop.create_future()
-        self.begun: asyncio.Future[None] = loop.create_future()
+        self.asked, self.begun = asyncio.Event(), asyncio.Event()
         self._said = b""
 
     def data(self, data: bytes, datatype: int | None) -> None:
         """Pass what the command prints, and hold what sudo says. Raises ApsshError when sudo asks
         again: the password was refused.
         """
-        if self.begun.done():
+        # sudo talks on stderr; the command's stdout may overtake the mark
+        if self.begun.is_set() or not (datatype or self._pty):
             self._sink.data(data, datatype)
             return
         self._said += data
         before, begun, after = self._said.partition(self.start.encode())
         if begun:
-            _settle(self.begun)
+            self.begun.set()
             # a lecture comes with a question, and is none of the command's output
-            words = after if self.asked.done() else before + after
+            words = after if self.asked.is_set() else before + after
             if words:
                 self._sink.data(words, datatype)
             return
         before, asks, after = self._said.partition(self.prompt.encode())
-        self._said = (before + after)[-2000:]
-        if asks and self.asked.done():
+        self._said = (before + after)[-SUDO_SAYS:]
+        if asks and self.asked.is_set():
             raise self.failure("the password was refused")
         if asks:
-            _settle(self.asked)
+            self.asked.set()
 
     def end(self) -> None:
         """Nothing more will come."""
@@ -3411,7 +3413,11 @@ class _SudoTalk:
 
     def failure(self, why: str = "") -> ApsshError:
         """Why sudo did not run the command: its last words, as a rule."""
-        lines = self._said.decode("utf-8", "replace").strip().splitlines()
+        said = re.sub(
+            "execute '.*' as", "execute /bin/sh as", self._said.decode("utf-8", "replace")
+        )
+        # the last line but that of a plugin, which fails with the rest
+        lines = [line for line in said.strip().splitlines() if "audit plugin" not in line]
         why = why or (_brief(lines[-1], 200) if lines else "it said nothing")
         if "must have a tty" in why or "a terminal is required" in why:
             why += " (--pty, pty=True, gives one)"
@@ -3419,10 +3425,10 @@ class _SudoTalk:
 
     async def answer(self, session: _Session, secret: Callable[[], Awaitable[str]]) -> None:
         """Give the password when sudo asks for it."""
-        await self.asked
+        await self.asked.wait()
         try:
             password = await secret()
-        except ApsshError as exc:
+        except Exception as exc:
             session.fail(exc)
             return
         if session.chan and not session.ended.done():
@@ -3918,7 +3924,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         assert self.chan
         try:
             if talk:
-                await talk.begun
+                await talk.begun.wait()
             async for data in stdin:
                 await self._writable.wait()
                 if self.ended.done() or self.chan.is_closing():
@@ -4725,7 +4731,7 @@ class SshNode(_Node):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
         if how.sudo and not self.guard:
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
-        talk = _SudoTalk(sink) if how.sudo else None
+        talk = _SudoTalk(sink, how.pty) if how.sudo else None
         watch = "connection" if how.stdin else "stdin"
         if how.pty or not self.guard:
             watch = ""
@@ -4778,7 +4784,7 @@ class SshNode(_Node):
         finally:
             if not session.ended.done():
                 await self._end(link, session, call.watch, step)
-        if call.talk and not call.talk.begun.done() and link.alive and not session.error:
+        if call.talk and not call.talk.begun.is_set() and link.alive and not session.error:
             raise call.talk.failure()
         return self._outcome(link, session, step, call.command)
 
