@@ -105,6 +105,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import (
+    Annotated,
     Any,
     BinaryIO,
     ClassVar,
@@ -122,6 +123,7 @@ from typing import (
     cast,
     get_args,
     get_origin,
+    get_type_hints,
 )
 
 import asynciojobs
@@ -687,24 +689,53 @@ def _unknown_option(word: str, known: Iterable[str], otherwise: str) -> UsageErr
     return UsageError(f"unknown option {escape(word)}{hint}")
 
 
+# Many public functions take the same keywords. Each is said once, in a TypedDict, with its type and
+# default (``x11: Annotated[bool, False]``), and a function takes ``**keywords: Unpack[...]`` of it.
+# Type checkers read that; help() and inspect.signature() see what is made of it here.
+
+
+def _keywords_shown(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, with each of its ``**keywords: Unpack[...]`` in its signature."""
+    shown = list(inspect.signature(function).parameters.values())
+    if shown[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        signature = inspect.signature(function, eval_str=True)
+        *shown, keywords = signature.parameters.values()
+        hints = get_type_hints(get_args(keywords.annotation)[0], include_extras=True)
+        for name, hint in hints.items():
+            meant, default = get_args(hint)
+            each = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=meant, default=default
+            )
+            shown.append(each)
+        vars(function)["__signature__"] = signature.replace(parameters=shown)
+    return function
+
+
 def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function (or constructor); a keyword that it does not take raises UsageError.
+    """The function (or constructor), which gets the default of each keyword that is left out; one
+    that it does not take raises UsageError.
 
     Python's own answer names the constructor that found it, which is often that of a class of which
-    the user has never heard. The signature stays as it is for ``help()``.
+    the user has never heard.
     """
+    parameters = inspect.signature(_keywords_shown(function)).parameters.values()
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = inspect.signature(function).parameters.values()
     known = [each.name for each in parameters if each.kind in named and each.name != "self"]
+    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
     @functools.wraps(function)
     def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
         for name in keywords:
             if name not in known:
                 raise _unknown_option(name, known, f": there is {', '.join(known)}")
-        return function(*args, **keywords)
+        return cast("Callable[..., _T]", function)(*args, **(defaults | keywords))
 
     return checked
+
+
+def _part(keywords: Mapping[str, object], kind: type) -> dict[str, Any]:
+    """Those of the keywords that a TypedDict names."""
+    return {name: keywords[name] for name in kind.__annotations__}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5115,8 +5146,58 @@ class LocalNode(_Node):
 _AnyNode = SshNode | LocalNode
 _Path = str | os.PathLike[str] | Deferred
 _Paths = _Path | Iterable[_Path]
+_Word = Union[int, float, _Path, "Run"]
 _ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
+_Exits = Collection[int | str] | None
+
+
+class _StepKeywords(TypedDict, total=False):
+    """What every step takes."""
+
+    label: Annotated[str | bool | None, None]
+    allowed_exits: Annotated[_Exits, None]
+    verbose: Annotated[bool | None, False]
+
+
+class _TimedKeywords(_StepKeywords, total=False):
+    timeout: Annotated[float | None, None]
+
+
+class _ShellOptions(TypedDict, total=False):
+    """What a command line is given, besides its words."""
+
+    x11: Annotated[bool, False]
+    env: Annotated[Mapping[str, str] | None, None]
+    pty: Annotated[bool, False]
+    stdin: Annotated[_StdinSource | None, None]
+    sudo: Annotated[bool | str, False]
+
+
+class _ShellKeywords(_TimedKeywords, _ShellOptions, total=False):
+    capture: Annotated[Capture | None, None]
+
+
+class _RunKeywords(_ShellKeywords, total=False):
+    ignore_outputs: Annotated[bool, False]
+
+
+class _ScriptKeywords(_ShellKeywords, total=False):
+    includes: Annotated[Collection[str | os.PathLike[str]] | None, ()]
+
+
+class _CopyOptions(TypedDict, total=False):
+    """How a copy is made."""
+
+    preserve: Annotated[bool, False]
+    recurse: Annotated[bool, False]
+    follow_symlinks: Annotated[bool, False]
+    inplace: Annotated[bool, False]
+
+
+class _CopyKeywords(_TimedKeywords, _CopyOptions, total=False):
+    block_size: Annotated[int | None, None]
+    max_requests: Annotated[int | None, None]
 
 
 class AbstractCommand:
@@ -5139,23 +5220,14 @@ class AbstractCommand:
     verbose: bool | None = False
 
     @_keywords_checked
-    def __init__(
-        self,
-        *,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
-    ) -> None:
-        if timeout is not None and timeout <= 0:
-            raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
-        self.label, self.timeout, self.verbose = label, timeout, verbose
-        if allowed_exits is None:
-            allowed_exits = ()
-        if isinstance(allowed_exits, int | str):
-            allowed_exits = (allowed_exits,)
+    def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
+        vars(self).update(keywords)
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"timeout {self.timeout!r}: seconds, more than 0 (None: no limit)")
+        exits = keywords["allowed_exits"] or ()
         self.allowed_exits = {
-            each.removeprefix("SIG") if isinstance(each, str) else each for each in allowed_exits
+            each.removeprefix("SIG") if isinstance(each, str) else each
+            for each in ([exits] if isinstance(exits, int | str) else exits)
         }
 
     async def co_run_remote(self, node: SshNode) -> int | str | None:
@@ -5351,38 +5423,28 @@ class _ShellCommand(AbstractCommand):
     given, and where its output goes.
     """
 
-    def __init__(
-        self,
-        words: tuple[_Word, ...],
-        *,
-        label: str | bool | None,
-        allowed_exits: Collection[int | str] | None,
-        timeout: float | None,
-        verbose: bool | None,
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-    ) -> None:
-        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
-        self.words, self.x11, self.capture, self.pty, self.sudo = words, x11, capture, pty, sudo
-        self.env = dict(env or {})
+    @_keywords_checked
+    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ShellKeywords]) -> None:
+        super().__init__(**_part(keywords, _TimedKeywords))
+        self.words, self.capture, stdin = words, keywords["capture"], keywords["stdin"]
+        self.x11, self.pty, self.sudo = keywords["x11"], keywords["pty"], keywords["sudo"]
+        self.env = dict(keywords["env"] or {})
         self.stdin = None if stdin is None else _Stdin(stdin)
         kind = type(self).__name__
-        if capture is not None and not isinstance(capture, Capture):
-            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {capture!r}")
+        if not isinstance(self.capture, Capture | None):
+            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {self.capture!r}")
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(
                     f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
         _check_env(f"{kind}: env", self.env)
-        if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
-            raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
+        if not isinstance(self.sudo, bool | str) or not re.fullmatch(_USER, str(self.sudo)):
+            raise UsageError(
+                f"{kind}: sudo is True (root) or the name of a user, not {self.sudo!r}"
+            )
         # what follows a terminal's keys is an iterator, which ends when it likes
-        if pty and stdin is not None and not isinstance(stdin, AsyncIterator):
+        if self.pty and not isinstance(stdin, AsyncIterator | None):
             raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
 
     def _words(self, text: Callable[[_Word], str] = _text_of) -> str:
@@ -5442,35 +5504,9 @@ class Run(_ShellCommand):
     """
 
     @_keywords_checked
-    def __init__(
-        self,
-        *argv: _Word,
-        x11: bool = False,
-        ignore_outputs: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
-    ) -> None:
-        super().__init__(
-            argv,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
-        self.ignore_outputs = ignore_outputs
+    def __init__(self, *argv: _Word, **keywords: Unpack[_RunKeywords]) -> None:
+        super().__init__(argv, **_part(keywords, _ShellKeywords))
+        self.ignore_outputs = keywords["ignore_outputs"]
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
 
@@ -5482,9 +5518,6 @@ class Run(_ShellCommand):
         return await self._by_shell(
             node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
         )
-
-
-_Word = int | float | _Path | Run
 
 
 class Wait(_ShellCommand):
@@ -5508,13 +5541,9 @@ class Wait(_ShellCommand):
         *argv: _Word,
         timeout: float | None = 300,
         interval: float = 1,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        verbose: bool | None = False,
+        **keywords: Unpack[_StepKeywords],
     ) -> None:
-        super().__init__(
-            argv, label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose
-        )
+        super().__init__(argv, timeout=timeout, **keywords)
         self.interval = interval
         if interval <= 0:
             raise UsageError(f"Wait: interval {interval!r}: seconds, more than 0")
@@ -5558,9 +5587,10 @@ class _Script(_ShellCommand):
     time, since what ends a script that was given up removes its folder up to seconds later.
     """
 
-    includes: tuple[str, ...]
-
-    def _include(self, includes: Collection[str | os.PathLike[str]] | None) -> None:
+    @_keywords_checked
+    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ScriptKeywords]) -> None:
+        super().__init__(words, **_part(keywords, _ShellKeywords))
+        includes = keywords["includes"]
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         self._name = os.urandom(8).hex()
         self._uses: collections.Counter[Endpoint] = collections.Counter()
@@ -5622,36 +5652,10 @@ class RunScript(_Script):
 
     @_keywords_checked
     def __init__(
-        self,
-        local_script: str | os.PathLike[str] | Deferred,
-        *args: _Word,
-        includes: Collection[str | os.PathLike[str]] | None = (),
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, local_script: _Path, *args: _Word, **keywords: Unpack[_ScriptKeywords]
     ) -> None:
-        super().__init__(
-            args,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(args, **keywords)
         self.local_script = local_script
-        self._include(includes)
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
@@ -5701,34 +5705,11 @@ class RunString(_Script):
         script_body: str | Deferred,
         *args: _Word,
         remote_name: str | None = None,
-        includes: Collection[str | os.PathLike[str]] | None = (),
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        **keywords: Unpack[_ScriptKeywords],
     ) -> None:
-        super().__init__(
-            args,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(args, **keywords)
         self.script_body = script_body
         self.remote_name = os.path.basename(remote_name or "script")
-        self._include(includes)
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
@@ -5759,28 +5740,10 @@ class _CopyCommand(AbstractCommand):
     pushing: ClassVar[bool]
     preposition: ClassVar[str]
 
-    def __init__(
-        self,
-        sources: _Paths,
-        destination: _Path,
-        *,
-        preserve: bool,
-        recurse: bool,
-        follow_symlinks: bool,
-        inplace: bool,
-        label: str | bool | None,
-        allowed_exits: Collection[int | str] | None,
-        timeout: float | None,
-        verbose: bool | None,
-    ) -> None:
-        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
+    def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
+        super().__init__(**_part(keywords, _TimedKeywords))
         self.sources, self.destination = sources, destination
-        self.options = {
-            "preserve": preserve,
-            "recurse": recurse,
-            "follow_symlinks": follow_symlinks,
-            "inplace": inplace,
-        }
+        self.options = _part(keywords, _CopyOptions)
         self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
@@ -5833,33 +5796,9 @@ class Push(_CopyCommand):
 
     @_keywords_checked
     def __init__(
-        self,
-        localpaths: _Paths,
-        remotepath: _Path,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, localpaths: _Paths, remotepath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        super().__init__(
-            localpaths,
-            remotepath,
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(localpaths, remotepath, keywords)
 
 
 class Pull(_CopyCommand):
@@ -5884,33 +5823,9 @@ class Pull(_CopyCommand):
 
     @_keywords_checked
     def __init__(
-        self,
-        remotepaths: _Paths,
-        localpath: _Path,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, remotepaths: _Paths, localpath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        super().__init__(
-            remotepaths,
-            localpath,
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(remotepaths, localpath, keywords)
 
     def check_files(self) -> None:
         if not isinstance(self.destination, Deferred):
@@ -6691,38 +6606,6 @@ class experiment:
 # --------------------------------------------------------------------------------------------------
 
 
-class _RunKeywords(TypedDict, total=False):
-    """Run's keywords, as a type checker sees them in the methods of Service."""
-
-    x11: bool
-    ignore_outputs: bool
-    capture: Capture | None
-    env: Mapping[str, str] | None
-    pty: bool
-    stdin: _StdinSource | None
-    sudo: bool | str
-    label: str | bool | None
-    allowed_exits: Collection[int | str] | None
-    timeout: float | None
-    verbose: bool | None
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Run])
-
-
-def _with_keywords_of_run(method: _Method) -> _Method:
-    """Let help() and inspect.signature() show Run's keywords one by one in place of
-    ``**keywords``: written out in four methods they would be most of this room.
-    """
-    shown = [
-        *inspect.signature(method, eval_str=True).parameters.values(),
-        *inspect.signature(Run, eval_str=True).parameters.values(),
-    ]
-    shown = [each for each in shown if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    setattr(method, "__signature__", inspect.Signature(shown, return_annotation=Run))  # noqa: B010
-    return method
-
-
 class Service:
     """A command that runs on a host as a transient unit of its systemd, by systemd-run(1): it
     outlives the connection that starts it.
@@ -6783,7 +6666,7 @@ class Service:
         keywords.setdefault("verbose", self.verbose)
         return Run(*words, **keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def start_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
         """A Run that starts the unit; it fails when the unit cannot be started."""
         unit = f"{self.service_id}.service"
@@ -6804,7 +6687,7 @@ class Service:
             words += ["/bin/sh -c", shell]
         return self._step("start", words, keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
         """A Run that stops the unit. ``allowed_exits`` is by default 5: a unit that has gone is
         fine.
@@ -6812,7 +6695,7 @@ class Service:
         keywords.setdefault("allowed_exits", [5])
         return self._step("stop", [f"systemctl stop {self.service_id}.service"], keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def status_command(
         self, output: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
@@ -6829,7 +6712,7 @@ class Service:
             words += [">", _Quoted(output, lambda path: path.removeprefix("~/"))]
         return self._step("status", words, keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def journal_command(
         self, since: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
