@@ -5144,7 +5144,8 @@ class LocalNode(_Node):
 
 
 _AnyNode = SshNode | LocalNode
-_Path = str | os.PathLike[str] | Deferred
+_StrPath = str | os.PathLike[str]
+_Path = _StrPath | Deferred
 _Paths = _Path | Iterable[_Path]
 _Word = Union[int, float, _Path, "Run"]
 _ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
@@ -5174,7 +5175,7 @@ class _ShellOptions(TypedDict, total=False):
     sudo: Annotated[bool | str, False]
 
 
-class _ShellKeywords(_TimedKeywords, _ShellOptions, total=False):
+class _ShellKeywords(_ShellOptions, _TimedKeywords, total=False):
     capture: Annotated[Capture | None, None]
 
 
@@ -5183,7 +5184,7 @@ class _RunKeywords(_ShellKeywords, total=False):
 
 
 class _ScriptKeywords(_ShellKeywords, total=False):
-    includes: Annotated[Collection[str | os.PathLike[str]] | None, ()]
+    includes: Annotated[Collection[_StrPath] | None, ()]
 
 
 class _CopyOptions(TypedDict, total=False):
@@ -5195,7 +5196,7 @@ class _CopyOptions(TypedDict, total=False):
     inplace: Annotated[bool, False]
 
 
-class _CopyKeywords(_TimedKeywords, _CopyOptions, total=False):
+class _CopyKeywords(_CopyOptions, _TimedKeywords, total=False):
     block_size: Annotated[int | None, None]
     max_requests: Annotated[int | None, None]
 
@@ -7944,48 +7945,86 @@ class _Callback(_View):
         self._function(result)
 
 
+class _TargetKeywords(TypedDict, total=False):
+    exclude: Annotated[str | Iterable[str], ()]
+    login: Annotated[str | None, None]
+    gateway: Annotated[str | None, None]
+    port: Annotated[int | None, None]
+
+
+class _LimitKeywords(TypedDict, total=False):
+    window: Annotated[int, 0]
+    retries: Annotated[int, 0]
+    max_failures: Annotated[int | None, None]
+
+
+class _NodeKeywords(TypedDict, total=False):
+    connect_timeout: Annotated[float | None, None]
+    keys: Annotated[Collection[_StrPath | Key] | None, None]
+    password: Annotated[str | None, None]
+    forward_agent: Annotated[bool, False]
+    host_keys: Annotated[str | None, None]
+    known_hosts: Annotated[_KnownHostsChoice, _VERIFY]
+    guard: Annotated[bool, True]
+    keepalive: Annotated[float, KEEPALIVE_INTERVAL]
+
+
+class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False):
+    """What co_run, co_push and co_pull share."""
+
+    config: Annotated[str | bool | None, None]
+    formatter: Annotated[Formatter | None, None]
+    done: Annotated[Callable[[Result], object] | None, None]
+
+
+class _RunManyKeywords(_ShellOptions, _ManyKeywords, total=False):
+    """What co_run takes further."""
+
+
+class _CopyManyKeywords(_CopyOptions, _ManyKeywords, total=False):
+    timeout: Annotated[float | None, None]
+
+
 async def _quick(
     targets: str | Iterable[str],
     plan: _Plan,
+    keywords: _ManyKeywords,
     *,
-    exclude: str | Iterable[str],
-    login: str | None,
-    gateway: str | None,
-    port: int | None,
-    window: int,
-    retries: int,
-    max_failures: int | None,
-    config: str | bool | None,
-    formatter: Formatter | None,
-    done: Callable[[Result], object] | None,
     hold: bool = False,
     **node_options: Any,
 ) -> list[Result]:
-    """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
+    """Targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
     if not texts:  # whatever is to be done to the hosts of an empty list is done
         return []
-    parsed = _parse_targets(texts, exclude=exclude, login=login, gateway=gateway, port=port)
-    files = {None: "none", False: "none", True: None}
+    config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
+    if not isinstance(config, str):
+        config = None if config else "none"
     if formatter is None or hold:
         formatter = _HoldingFormatter(shown=formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
-        parsed,
+        _parse_targets(texts, **_part(keywords, _TargetKeywords)),
         formatter=formatter,
-        config=config if isinstance(config, str) else files[config],
+        config=config,
+        **_part(keywords, _NodeKeywords),
         **node_options,
     )
     plan.check(nodes)
     views = [_Callback(done)] if done else []
-    return await _fan_out(
-        nodes,
-        plan,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        views=views,
-    )
+    return await _fan_out(nodes, plan, views=views, **_part(keywords, _LimitKeywords))
+
+
+async def _copy_many(
+    kind: type[Push | Pull],
+    targets: str | Iterable[str],
+    sources: _StrPath | Iterable[_StrPath],
+    destination: str,
+    keywords: _CopyManyKeywords,
+) -> list[Result]:
+    options = _part(keywords, _CopyOptions) | {"timeout": keywords["timeout"]}
+    paths = [str(path) for path in _paths(sources)]
+    return await _quick(targets, _CopyPlan(kind, paths, destination, options), keywords)
 
 
 @_with_shared_keywords
@@ -7994,32 +8033,10 @@ async def co_run(
     command: str | AbstractCommand,
     *,
     timeout: float | None = None,
-    env: Mapping[str, str] | None = None,
-    pty: bool = False,
-    x11: bool = False,
-    stdin: _StdinSource | None = None,
-    sudo: bool | str = False,
+    allowed_exits: _Exits = None,
     sudo_password: str | None = None,
-    allowed_exits: Collection[int | str] | None = None,
     hold: bool = False,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_RunManyKeywords],
 ) -> list[Result]:
     """Run a command on many hosts at once; ``run`` is the plain form, ``co_run`` the coroutine.
 
@@ -8037,86 +8054,22 @@ async def co_run(
     ``hold``: with a formatter, hold the output for the Result too (False; without a formatter it is
     always held).
     """
-    if isinstance(command, AbstractCommand):
-        for_command = {
-            "timeout": timeout,
-            "env": env,
-            "pty": pty,
-            "x11": x11,
-            "stdin": stdin,
-            "sudo": sudo,
-            "allowed_exits": allowed_exits,
-        }
-        given = [name for name, value in for_command.items() if value not in (None, False)]
-        if given:
-            raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
-        step = command
-    else:
-        step = Run(
-            command,
-            timeout=timeout,
-            env=env,
-            pty=pty,
-            x11=x11,
-            stdin=stdin,
-            sudo=sudo,
-            allowed_exits=allowed_exits,
-        )
-    return await _quick(
-        targets,
-        _CommandPlan(step),
-        sudo_password=sudo_password,
-        hold=hold,
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    options: dict[str, Any] = {"timeout": timeout, "allowed_exits": allowed_exits}
+    options |= _part(keywords, _ShellOptions)
+    if not isinstance(command, AbstractCommand):
+        command = Run(command, **options)
+    elif given := [name for name, value in options.items() if value not in (None, False)]:
+        raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
+    plan = _CommandPlan(command)
+    return await _quick(targets, plan, keywords, hold=hold, sudo_password=sudo_password)
 
 
 @_with_shared_keywords
 async def co_push(
     targets: str | Iterable[str],
-    localpaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    localpaths: _StrPath | Iterable[_StrPath],
     remotepath: str,
-    *,
-    recurse: bool = False,
-    preserve: bool = False,
-    follow_symlinks: bool = False,
-    inplace: bool = False,
-    timeout: float | None = None,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
     """Copy local files to many hosts at once; ``push`` is plain, ``co_push`` the coroutine form.
 
@@ -8129,66 +8082,15 @@ async def co_push(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy to one host (None: no limit).
     """
-    copying = {
-        "recurse": recurse,
-        "preserve": preserve,
-        "follow_symlinks": follow_symlinks,
-        "inplace": inplace,
-        "timeout": timeout,
-    }
-    return await _quick(
-        targets,
-        _CopyPlan(Push, [str(path) for path in _paths(localpaths)], remotepath, copying),
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    return await _copy_many(Push, targets, localpaths, remotepath, keywords)
 
 
 @_with_shared_keywords
 async def co_pull(
     targets: str | Iterable[str],
-    remotepaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    remotepaths: _StrPath | Iterable[_StrPath],
     localpath: str,
-    *,
-    recurse: bool = False,
-    preserve: bool = False,
-    follow_symlinks: bool = False,
-    inplace: bool = False,
-    timeout: float | None = None,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
     """Copy files of many hosts here; ``pull`` is the plain form, ``co_pull`` the coroutine.
 
@@ -8201,35 +8103,7 @@ async def co_pull(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy from one host (None: no limit).
     """
-    copying = {
-        "recurse": recurse,
-        "preserve": preserve,
-        "follow_symlinks": follow_symlinks,
-        "inplace": inplace,
-        "timeout": timeout,
-    }
-    return await _quick(
-        targets,
-        _CopyPlan(Pull, [str(path) for path in _paths(remotepaths)], localpath, copying),
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    return await _copy_many(Pull, targets, remotepaths, localpath, keywords)
 
 
 def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
