@@ -124,6 +124,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import (
+    Annotated,
     Any,
     BinaryIO,
     ClassVar,
@@ -141,6 +142,7 @@ from typing import (
     cast,
     get_args,
     get_origin,
+    get_type_hints,
 )
 
 import asynciojobs
@@ -590,7 +592,7 @@ def _caseless(endpoint: Endpoint) -> Endpoint:
     return user, host.lower(), port
 
 
-def _write_whole(path: str | os.PathLike[str], text: str) -> None:
+def _write_whole(path: _StrPath, text: str) -> None:
     """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file
     (/dev/null) is written to.
     """
@@ -707,24 +709,53 @@ def _unknown_option(word: str, known: Iterable[str], otherwise: str) -> UsageErr
     return UsageError(f"unknown option {escape(word)}{hint}")
 
 
+# Many public functions take the same keywords. Each is said once, in a TypedDict, with its type and
+# default (``x11: Annotated[bool, False]``), and a function takes ``**keywords: Unpack[...]`` of it.
+# Type checkers read that; help() and inspect.signature() see what is made of it here.
+
+
+def _keywords_shown(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The function, with each of its ``**keywords: Unpack[...]`` in its signature."""
+    shown = list(inspect.signature(function).parameters.values())
+    if shown[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        signature = inspect.signature(function, eval_str=True)
+        *shown, keywords = signature.parameters.values()
+        hints = get_type_hints(get_args(keywords.annotation)[0], include_extras=True)
+        for name, hint in hints.items():
+            meant, default = get_args(hint)
+            each = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, annotation=meant, default=default
+            )
+            shown.append(each)
+        vars(function)["__signature__"] = signature.replace(parameters=shown)
+    return function
+
+
 def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The function (or constructor); a keyword that it does not take raises UsageError.
+    """The function (or constructor), which gets the default of each keyword that is left out; one
+    that it does not take raises UsageError.
 
     Python's own answer names the constructor that found it, which is often that of a class of which
-    the user has never heard. The signature stays as it is for ``help()``.
+    the user has never heard.
     """
+    parameters = inspect.signature(_keywords_shown(function)).parameters.values()
     named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = inspect.signature(function).parameters.values()
     known = [each.name for each in parameters if each.kind in named and each.name != "self"]
+    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
     @functools.wraps(function)
     def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
         for name in keywords:
             if name not in known:
                 raise _unknown_option(name, known, f": there is {', '.join(known)}")
-        return function(*args, **keywords)
+        return cast("Callable[..., _T]", function)(*args, **(defaults | keywords))
 
     return checked
+
+
+def _part(keywords: Mapping[str, object], kind: type) -> dict[str, Any]:
+    """Those of the keywords that a TypedDict names."""
+    return {name: keywords[name] for name in kind.__annotations__}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1149,7 +1180,7 @@ class SubdirFormatter(Formatter):
 
     _on_screen = False
 
-    def __init__(self, run_name: str | os.PathLike[str], verbose: bool = False) -> None:
+    def __init__(self, run_name: _StrPath, verbose: bool = False) -> None:
         super().__init__(None, verbose)
         self.run_name = Path(run_name)
         self._begun: set[Endpoint] = set()
@@ -1296,7 +1327,7 @@ def _ask_secret(prompt: str) -> str:
         raise UsageError(f"no answer: {prompt}") from None
 
 
-def import_private_key(filename: str | os.PathLike[str]) -> asyncssh.SSHKey:
+def import_private_key(filename: _StrPath) -> asyncssh.SSHKey:
     """Load one private key; an encrypted one asks for its passphrase on the terminal, once for the
     whole run.
 
@@ -1409,7 +1440,7 @@ class _KeySearch:
             self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
         return keys
 
-    def find(self, named: Collection[str | os.PathLike[str] | Key]) -> list[Key]:
+    def find(self, named: Collection[_StrPath | Key]) -> list[Key]:
         """Those named, and only they; or what the host's config names and the agent holds, as ssh
         takes them; or the agent's, else those of the default files. Raises UsageError for a named
         one that cannot be used.
@@ -1432,7 +1463,7 @@ class _KeySearch:
 
 
 def load_private_keys(
-    command_line_keys: Collection[str | os.PathLike[str] | Key] | None = None, verbose: bool = False
+    command_line_keys: Collection[_StrPath | Key] | None = None, verbose: bool = False
 ) -> list[Key]:
     """The keys to log in with: those named, and only they; else the agent's; else
     ~/.ssh/id_ed25519, id_ecdsa, id_rsa and their _sk forms, as far as they exist.
@@ -1730,12 +1761,10 @@ class _Verify:
 
 
 _VERIFY = _Verify()
-_KnownHostsChoice = _Verify | str | os.PathLike[str] | Collection[asyncssh.SSHKey] | None
+_KnownHostsChoice = _Verify | _StrPath | Collection[asyncssh.SSHKey] | None
 
 
-def _files_to_know_from(
-    choice: _Verify | str | os.PathLike[str], config: _HostConfig
-) -> Sequence[str]:
+def _files_to_know_from(choice: _Verify | _StrPath, config: _HostConfig) -> Sequence[str]:
     if isinstance(choice, _Verify):
         return config.known_hosts_files or KNOWN_HOSTS_FILES
     return [os.fspath(choice)]
@@ -2253,7 +2282,8 @@ class Deferred:
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
-_Path = str | os.PathLike[str] | Deferred
+_StrPath = str | os.PathLike[str]
+_Path = _StrPath | Deferred
 _Paths = _Path | Iterable[_Path]
 
 
@@ -4279,7 +4309,7 @@ class SshNode(_Node):
         hostname: str,
         *,
         username: str | None = None,
-        keys: Collection[str | os.PathLike[str] | Key] | None = None,
+        keys: Collection[_StrPath | Key] | None = None,
         gateway: SshNode | None = None,
         known_hosts: _KnownHostsChoice = _VERIFY,
         port: int = 22,
@@ -5198,8 +5228,58 @@ class LocalNode(_Node):
 
 
 _AnyNode = SshNode | LocalNode
+_Word = Union[int, float, _Path, "Run"]
 _ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
+_Exits = Collection[int | str] | None
+
+
+class _StepKeywords(TypedDict, total=False):
+    """What every step takes."""
+
+    label: Annotated[str | bool | None, None]
+    allowed_exits: Annotated[_Exits, None]
+    verbose: Annotated[bool | None, False]
+
+
+class _TimedKeywords(_StepKeywords, total=False):
+    timeout: Annotated[float | None, None]
+
+
+class _ShellOptions(TypedDict, total=False):
+    """What a command line is given, besides its words."""
+
+    x11: Annotated[bool, False]
+    env: Annotated[Mapping[str, str] | None, None]
+    pty: Annotated[bool, False]
+    stdin: Annotated[_StdinSource | None, None]
+    sudo: Annotated[bool | str, False]
+
+
+class _ShellKeywords(_ShellOptions, _TimedKeywords, total=False):
+    capture: Annotated[Capture | None, None]
+
+
+class _RunKeywords(_ShellKeywords, total=False):
+    ignore_outputs: Annotated[bool, False]
+
+
+class _ScriptKeywords(_ShellKeywords, total=False):
+    includes: Annotated[Collection[_StrPath] | None, ()]
+
+
+class _CopyOptions(TypedDict, total=False):
+    """How a copy is made."""
+
+    preserve: Annotated[bool, False]
+    recurse: Annotated[bool, False]
+    follow_symlinks: Annotated[bool, False]
+    inplace: Annotated[bool, False]
+
+
+class _CopyKeywords(_CopyOptions, _TimedKeywords, total=False):
+    block_size: Annotated[int | None, None]
+    max_requests: Annotated[int | None, None]
 
 
 class AbstractCommand:
@@ -5222,23 +5302,14 @@ class AbstractCommand:
     verbose: bool | None = False
 
     @_keywords_checked
-    def __init__(
-        self,
-        *,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
-    ) -> None:
-        if timeout is not None and timeout <= 0:
-            raise UsageError(f"timeout {timeout!r}: seconds, more than 0 (None: no limit)")
-        self.label, self.timeout, self.verbose = label, timeout, verbose
-        if allowed_exits is None:
-            allowed_exits = ()
-        if isinstance(allowed_exits, int | str):
-            allowed_exits = (allowed_exits,)
+    def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
+        vars(self).update(keywords)
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"timeout {self.timeout!r}: seconds, more than 0 (None: no limit)")
+        exits = keywords["allowed_exits"] or ()
         self.allowed_exits = {
-            each.removeprefix("SIG") if isinstance(each, str) else each for each in allowed_exits
+            each.removeprefix("SIG") if isinstance(each, str) else each
+            for each in ([exits] if isinstance(exits, int | str) else exits)
         }
 
     async def co_run_remote(self, node: SshNode) -> int | str | None:
@@ -5401,7 +5472,7 @@ class _Stdin:
                 yield data
 
 
-def _check_file(what: str, path: str | os.PathLike[str]) -> None:
+def _check_file(what: str, path: _StrPath) -> None:
     """Raise UsageError, naming it, unless this is a file that is there."""
     place = Path(path).expanduser()
     if not place.is_file():
@@ -5409,7 +5480,7 @@ def _check_file(what: str, path: str | os.PathLike[str]) -> None:
         raise UsageError(f"{what} {escape(str(path))}: {problem}")
 
 
-def _read_file(what: str, path: str | os.PathLike[str]) -> tuple[bytes, int]:
+def _read_file(what: str, path: _StrPath) -> tuple[bytes, int]:
     """Content and mode of a file of this machine. Raises UsageError, naming it."""
     _check_file(what, path)
     place = Path(path).expanduser()
@@ -5434,38 +5505,28 @@ class _ShellCommand(AbstractCommand):
     given, and where its output goes.
     """
 
-    def __init__(
-        self,
-        words: tuple[_Word, ...],
-        *,
-        label: str | bool | None,
-        allowed_exits: Collection[int | str] | None,
-        timeout: float | None,
-        verbose: bool | None,
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-    ) -> None:
-        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
-        self.words, self.x11, self.capture, self.pty, self.sudo = words, x11, capture, pty, sudo
-        self.env = dict(env or {})
+    @_keywords_checked
+    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ShellKeywords]) -> None:
+        super().__init__(**_part(keywords, _TimedKeywords))
+        self.words, self.capture, stdin = words, keywords["capture"], keywords["stdin"]
+        self.x11, self.pty, self.sudo = keywords["x11"], keywords["pty"], keywords["sudo"]
+        self.env = dict(keywords["env"] or {})
         self.stdin = None if stdin is None else _Stdin(stdin)
         kind = type(self).__name__
-        if capture is not None and not isinstance(capture, Capture):
-            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {capture!r}")
+        if not isinstance(self.capture, Capture | None):
+            raise UsageError(f"{kind}: capture is a Capture(name, variables), not {self.capture!r}")
         for word in words:
             if not isinstance(word, str | int | float | Deferred | Run | os.PathLike):
                 raise UsageError(
                     f"{kind}: a word is a string, a number, a Deferred or a Run, not {word!r}"
                 )
         _check_env(f"{kind}: env", self.env)
-        if not isinstance(sudo, bool) and not (isinstance(sudo, str) and re.fullmatch(_USER, sudo)):
-            raise UsageError(f"{kind}: sudo is True (root) or the name of a user, not {sudo!r}")
+        if not isinstance(self.sudo, bool | str) or not re.fullmatch(_USER, str(self.sudo)):
+            raise UsageError(
+                f"{kind}: sudo is True (root) or the name of a user, not {self.sudo!r}"
+            )
         # what follows a terminal's keys is an iterator, which ends when it likes
-        if pty and stdin is not None and not isinstance(stdin, AsyncIterator):
+        if self.pty and not isinstance(stdin, AsyncIterator | None):
             raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
 
     def _words(self, text: Callable[[_Word], str] = _text_of) -> str:
@@ -5525,35 +5586,9 @@ class Run(_ShellCommand):
     """
 
     @_keywords_checked
-    def __init__(
-        self,
-        *argv: _Word,
-        x11: bool = False,
-        ignore_outputs: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
-    ) -> None:
-        super().__init__(
-            argv,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
-        self.ignore_outputs = ignore_outputs
+    def __init__(self, *argv: _Word, **keywords: Unpack[_RunKeywords]) -> None:
+        super().__init__(argv, **_part(keywords, _ShellKeywords))
+        self.ignore_outputs = keywords["ignore_outputs"]
         if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
 
@@ -5565,9 +5600,6 @@ class Run(_ShellCommand):
         return await self._by_shell(
             node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
         )
-
-
-_Word = int | float | _Path | Run
 
 
 class Wait(_ShellCommand):
@@ -5591,13 +5623,9 @@ class Wait(_ShellCommand):
         *argv: _Word,
         timeout: float | None = 300,
         interval: float = 1,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        verbose: bool | None = False,
+        **keywords: Unpack[_StepKeywords],
     ) -> None:
-        super().__init__(
-            argv, label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose
-        )
+        super().__init__(argv, timeout=timeout, **keywords)
         self.interval = interval
         if interval <= 0:
             raise UsageError(f"Wait: interval {interval!r}: seconds, more than 0")
@@ -5641,9 +5669,10 @@ class _Script(_ShellCommand):
     time, since what ends a script that was given up removes its folder up to seconds later.
     """
 
-    includes: tuple[str, ...]
-
-    def _include(self, includes: Collection[str | os.PathLike[str]] | None) -> None:
+    @_keywords_checked
+    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ScriptKeywords]) -> None:
+        super().__init__(words, **_part(keywords, _ShellKeywords))
+        includes = keywords["includes"]
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         self._name = os.urandom(8).hex()
         self._uses: collections.Counter[Endpoint] = collections.Counter()
@@ -5705,36 +5734,10 @@ class RunScript(_Script):
 
     @_keywords_checked
     def __init__(
-        self,
-        local_script: str | os.PathLike[str] | Deferred,
-        *args: _Word,
-        includes: Collection[str | os.PathLike[str]] | None = (),
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, local_script: _Path, *args: _Word, **keywords: Unpack[_ScriptKeywords]
     ) -> None:
-        super().__init__(
-            args,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(args, **keywords)
         self.local_script = local_script
-        self._include(includes)
         if not str(local_script):
             raise UsageError("RunScript: an empty script name")
 
@@ -5784,34 +5787,11 @@ class RunString(_Script):
         script_body: str | Deferred,
         *args: _Word,
         remote_name: str | None = None,
-        includes: Collection[str | os.PathLike[str]] | None = (),
-        x11: bool = False,
-        capture: Capture | None = None,
-        env: Mapping[str, str] | None = None,
-        pty: bool = False,
-        stdin: _StdinSource | None = None,
-        sudo: bool | str = False,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        **keywords: Unpack[_ScriptKeywords],
     ) -> None:
-        super().__init__(
-            args,
-            x11=x11,
-            capture=capture,
-            env=env,
-            pty=pty,
-            stdin=stdin,
-            sudo=sudo,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(args, **keywords)
         self.script_body = script_body
         self.remote_name = os.path.basename(remote_name or "script")
-        self._include(includes)
         if not str(script_body).strip():
             raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
@@ -5842,28 +5822,10 @@ class _CopyCommand(AbstractCommand):
     pushing: ClassVar[bool]
     preposition: ClassVar[str]
 
-    def __init__(
-        self,
-        sources: _Paths,
-        destination: _Path,
-        *,
-        preserve: bool,
-        recurse: bool,
-        follow_symlinks: bool,
-        inplace: bool,
-        label: str | bool | None,
-        allowed_exits: Collection[int | str] | None,
-        timeout: float | None,
-        verbose: bool | None,
-    ) -> None:
-        super().__init__(label=label, allowed_exits=allowed_exits, timeout=timeout, verbose=verbose)
+    def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
+        super().__init__(**_part(keywords, _TimedKeywords))
         self.sources, self.destination = sources, destination
-        self.options = {
-            "preserve": preserve,
-            "recurse": recurse,
-            "follow_symlinks": follow_symlinks,
-            "inplace": inplace,
-        }
+        self.options = _part(keywords, _CopyOptions)
         self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
@@ -5916,33 +5878,9 @@ class Push(_CopyCommand):
 
     @_keywords_checked
     def __init__(
-        self,
-        localpaths: _Paths,
-        remotepath: _Path,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, localpaths: _Paths, remotepath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        super().__init__(
-            localpaths,
-            remotepath,
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(localpaths, remotepath, keywords)
 
 
 class Pull(_CopyCommand):
@@ -5967,33 +5905,9 @@ class Pull(_CopyCommand):
 
     @_keywords_checked
     def __init__(
-        self,
-        remotepaths: _Paths,
-        localpath: _Path,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-        block_size: int | None = None,
-        max_requests: int | None = None,
-        label: str | bool | None = None,
-        allowed_exits: Collection[int | str] | None = None,
-        timeout: float | None = None,
-        verbose: bool | None = False,
+        self, remotepaths: _Paths, localpath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        super().__init__(
-            remotepaths,
-            localpath,
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-            label=label,
-            allowed_exits=allowed_exits,
-            timeout=timeout,
-            verbose=verbose,
-        )
+        super().__init__(remotepaths, localpath, keywords)
 
     def check_files(self) -> None:
         if not isinstance(self.destination, Deferred):
@@ -6295,14 +6209,14 @@ def topology_graph(scheduler: _Scheduler) -> Any:
         ) from None
 
 
-def topology_as_dotfile(scheduler: _Scheduler, filename: str | os.PathLike[str]) -> None:
+def topology_as_dotfile(scheduler: _Scheduler, filename: _StrPath) -> None:
     """Write Graphviz source of which node is the gateway of which (``topology_dot``) into a file
     of exactly this name.
     """
     Path(filename).write_text(topology_dot(scheduler), "utf-8")
 
 
-def topology_as_pngfile(scheduler: _Scheduler, filename: str | os.PathLike[str]) -> str:
+def topology_as_pngfile(scheduler: _Scheduler, filename: _StrPath) -> str:
     """Draw which node is the gateway of which: write ``filename.dot`` and ``filename.png``, and
     return the name of the second. Raises UsageError where there is no ``dot`` program (Graphviz),
     and ApsshError when it fails.
@@ -6427,7 +6341,7 @@ def _job_records(
             yield from _job_records(job, places, numbers, numbers[job])
 
 
-def save_record(scheduler: _Scheduler, path: str | os.PathLike[str]) -> None:
+def save_record(scheduler: _Scheduler, path: _StrPath) -> None:
     """Write what is known of a run (``run_record``) as JSON, for its owner's eyes only: commands
     may hold secrets. The file is whole at any time. Raises OSError where it cannot be written.
     """
@@ -6435,7 +6349,7 @@ def save_record(scheduler: _Scheduler, path: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def recording(scheduler: _Scheduler, path: str | os.PathLike[str]) -> Iterator[None]:
+def recording(scheduler: _Scheduler, path: _StrPath) -> Iterator[None]:
     """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an
     exception and Ctrl-C too. A first one is there before anything runs: OSError tells at once of a
     place that cannot be written.
@@ -6624,9 +6538,7 @@ def _svg(timeline: _Timeline) -> str:
     )
 
 
-def timeline_as_svgfile(
-    scheduler: _Scheduler | Mapping[str, Any], filename: str | os.PathLike[str]
-) -> str:
+def timeline_as_svgfile(scheduler: _Scheduler | Mapping[str, Any], filename: _StrPath) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
 
@@ -6686,8 +6598,8 @@ class experiment:
     def __init__(
         self,
         scheduler: _Scheduler,
-        record: str | os.PathLike[str] | None = None,
-        timeline: str | os.PathLike[str] | None = None,
+        record: _StrPath | None = None,
+        timeline: _StrPath | None = None,
         teardown: Iterable[_Job] = (),
     ) -> None:
         self.scheduler, self.record, self.timeline = scheduler, record, timeline
@@ -6774,38 +6686,6 @@ class experiment:
 # --------------------------------------------------------------------------------------------------
 
 
-class _RunKeywords(TypedDict, total=False):
-    """Run's keywords, as a type checker sees them in the methods of Service."""
-
-    x11: bool
-    ignore_outputs: bool
-    capture: Capture | None
-    env: Mapping[str, str] | None
-    pty: bool
-    stdin: _StdinSource | None
-    sudo: bool | str
-    label: str | bool | None
-    allowed_exits: Collection[int | str] | None
-    timeout: float | None
-    verbose: bool | None
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Run])
-
-
-def _with_keywords_of_run(method: _Method) -> _Method:
-    """Let help() and inspect.signature() show Run's keywords one by one in place of
-    ``**keywords``: written out in four methods they would be most of this room.
-    """
-    shown = [
-        *inspect.signature(method, eval_str=True).parameters.values(),
-        *inspect.signature(Run, eval_str=True).parameters.values(),
-    ]
-    shown = [each for each in shown if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    setattr(method, "__signature__", inspect.Signature(shown, return_annotation=Run))  # noqa: B010
-    return method
-
-
 class Service:
     """A command that runs on a host as a transient unit of its systemd, by systemd-run(1): it
     outlives the connection that starts it.
@@ -6866,7 +6746,7 @@ class Service:
         keywords.setdefault("verbose", self.verbose)
         return Run(*words, **keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def start_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
         """A Run that starts the unit; it fails when the unit cannot be started."""
         unit = f"{self.service_id}.service"
@@ -6887,7 +6767,7 @@ class Service:
             words += ["/bin/sh -c", shell]
         return self._step("start", words, keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
         """A Run that stops the unit. ``allowed_exits`` is by default 5: a unit that has gone is
         fine.
@@ -6895,7 +6775,7 @@ class Service:
         keywords.setdefault("allowed_exits", [5])
         return self._step("stop", [f"systemctl stop {self.service_id}.service"], keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def status_command(
         self, output: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
@@ -6912,7 +6792,7 @@ class Service:
             words += [">", _Quoted(output, lambda path: path.removeprefix("~/"))]
         return self._step("status", words, keywords)
 
-    @_with_keywords_of_run
+    @_keywords_shown
     def journal_command(
         self, since: str | Deferred | None = None, **keywords: Unpack[_RunKeywords]
     ) -> Run:
@@ -7324,9 +7204,9 @@ class _Scenario:
 
 
 def _scenario_text(
-    filename: str | os.PathLike[str],
+    filename: _StrPath,
     env: Mapping[str, Any] | None,
-    save_intermediate: bool | str | os.PathLike[str] | None,
+    save_intermediate: bool | _StrPath | None,
 ) -> tuple[str, str]:
     """The name of a scenario for messages, and its text: as it is, or as the template has it."""
     name, path = os.fspath(filename), Path(filename)
@@ -7383,7 +7263,7 @@ class YamlLoader:
     nothing. The label of a job is its id, unless the file gives another.
     """
 
-    def __init__(self, filename: str | os.PathLike[str]) -> None:
+    def __init__(self, filename: _StrPath) -> None:
         self.filename = filename
         self.variables = Variables()
 
@@ -7391,7 +7271,7 @@ class YamlLoader:
         self,
         env: Mapping[str, Any] | None = None,
         *,
-        save_intermediate: bool | str | os.PathLike[str] | None = None,
+        save_intermediate: bool | _StrPath | None = None,
     ) -> asynciojobs.Scheduler:
         """Read the file; its jobs in an asynciojobs Scheduler, ready to run.
 
@@ -7407,7 +7287,7 @@ class YamlLoader:
         self,
         env: Mapping[str, Any] | None = None,
         *,
-        save_intermediate: bool | str | os.PathLike[str] | None = None,
+        save_intermediate: bool | _StrPath | None = None,
     ) -> tuple[dict[str, SshNode | LocalNode], dict[str, SshJob], asynciojobs.Scheduler]:
         """Read the file; its nodes by id and its jobs by id, in the order of the file, and their
         Scheduler.
@@ -8144,48 +8024,86 @@ class _Callback(_View):
         self._function(result)
 
 
+class _TargetKeywords(TypedDict, total=False):
+    exclude: Annotated[str | Iterable[str], ()]
+    login: Annotated[str | None, None]
+    gateway: Annotated[str | None, None]
+    port: Annotated[int | None, None]
+
+
+class _LimitKeywords(TypedDict, total=False):
+    window: Annotated[int, 0]
+    retries: Annotated[int, 0]
+    max_failures: Annotated[int | None, None]
+
+
+class _NodeKeywords(TypedDict, total=False):
+    connect_timeout: Annotated[float | None, None]
+    keys: Annotated[Collection[_StrPath | Key] | None, None]
+    password: Annotated[str | None, None]
+    forward_agent: Annotated[bool, False]
+    host_keys: Annotated[str | None, None]
+    known_hosts: Annotated[_KnownHostsChoice, _VERIFY]
+    guard: Annotated[bool, True]
+    keepalive: Annotated[float, KEEPALIVE_INTERVAL]
+
+
+class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False):
+    """What co_run, co_push and co_pull share."""
+
+    config: Annotated[str | bool | None, None]
+    formatter: Annotated[Formatter | None, None]
+    done: Annotated[Callable[[Result], object] | None, None]
+
+
+class _RunManyKeywords(_ShellOptions, _ManyKeywords, total=False):
+    """What co_run takes further."""
+
+
+class _CopyManyKeywords(_CopyOptions, _ManyKeywords, total=False):
+    timeout: Annotated[float | None, None]
+
+
 async def _quick(
     targets: str | Iterable[str],
     plan: _Plan,
+    keywords: _ManyKeywords,
     *,
-    exclude: str | Iterable[str],
-    login: str | None,
-    gateway: str | None,
-    port: int | None,
-    window: int,
-    retries: int,
-    max_failures: int | None,
-    config: str | bool | None,
-    formatter: Formatter | None,
-    done: Callable[[Result], object] | None,
     hold: bool = False,
     **node_options: Any,
 ) -> list[Result]:
-    """What co_run, co_push and co_pull share: targets, nodes, fan-out."""
+    """Targets, nodes, fan-out."""
     texts = [targets] if isinstance(targets, str) else list(targets)
     if not texts:  # whatever is to be done to the hosts of an empty list is done
         return []
-    parsed = _parse_targets(texts, exclude=exclude, login=login, gateway=gateway, port=port)
-    files = {None: "none", False: "none", True: None}
+    config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
+    if not isinstance(config, str):
+        config = None if config else "none"
     if formatter is None or hold:
         formatter = _HoldingFormatter(shown=formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
-        parsed,
+        _parse_targets(texts, **_part(keywords, _TargetKeywords)),
         formatter=formatter,
-        config=config if isinstance(config, str) else files[config],
+        config=config,
+        **_part(keywords, _NodeKeywords),
         **node_options,
     )
     plan.check(nodes)
     views = [_Callback(done)] if done else []
-    return await _fan_out(
-        nodes,
-        plan,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        views=views,
-    )
+    return await _fan_out(nodes, plan, views=views, **_part(keywords, _LimitKeywords))
+
+
+async def _copy_many(
+    kind: type[Push | Pull],
+    targets: str | Iterable[str],
+    sources: _StrPath | Iterable[_StrPath],
+    destination: str,
+    keywords: _CopyManyKeywords,
+) -> list[Result]:
+    options = _part(keywords, _CopyOptions) | {"timeout": keywords["timeout"]}
+    paths = [str(path) for path in _paths(sources)]
+    return await _quick(targets, _CopyPlan(kind, paths, destination, options), keywords)
 
 
 @_with_shared_keywords
@@ -8194,32 +8112,10 @@ async def co_run(
     command: str | AbstractCommand,
     *,
     timeout: float | None = None,
-    env: Mapping[str, str] | None = None,
-    pty: bool = False,
-    x11: bool = False,
-    stdin: _StdinSource | None = None,
-    sudo: bool | str = False,
+    allowed_exits: _Exits = None,
     sudo_password: str | None = None,
-    allowed_exits: Collection[int | str] | None = None,
     hold: bool = False,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_RunManyKeywords],
 ) -> list[Result]:
     """Run a command on many hosts at once; ``run`` is the plain form, ``co_run`` the coroutine.
 
@@ -8237,86 +8133,22 @@ async def co_run(
     ``hold``: with a formatter, hold the output for the Result too (False; without a formatter it is
     always held).
     """
-    if isinstance(command, AbstractCommand):
-        for_command = {
-            "timeout": timeout,
-            "env": env,
-            "pty": pty,
-            "x11": x11,
-            "stdin": stdin,
-            "sudo": sudo,
-            "allowed_exits": allowed_exits,
-        }
-        given = [name for name, value in for_command.items() if value not in (None, False)]
-        if given:
-            raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
-        step = command
-    else:
-        step = Run(
-            command,
-            timeout=timeout,
-            env=env,
-            pty=pty,
-            x11=x11,
-            stdin=stdin,
-            sudo=sudo,
-            allowed_exits=allowed_exits,
-        )
-    return await _quick(
-        targets,
-        _CommandPlan(step),
-        sudo_password=sudo_password,
-        hold=hold,
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    options: dict[str, Any] = {"timeout": timeout, "allowed_exits": allowed_exits}
+    options |= _part(keywords, _ShellOptions)
+    if not isinstance(command, AbstractCommand):
+        command = Run(command, **options)
+    elif given := [name for name, value in options.items() if value not in (None, False)]:
+        raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
+    plan = _CommandPlan(command)
+    return await _quick(targets, plan, keywords, hold=hold, sudo_password=sudo_password)
 
 
 @_with_shared_keywords
 async def co_push(
     targets: str | Iterable[str],
-    localpaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    localpaths: _StrPath | Iterable[_StrPath],
     remotepath: str,
-    *,
-    recurse: bool = False,
-    preserve: bool = False,
-    follow_symlinks: bool = False,
-    inplace: bool = False,
-    timeout: float | None = None,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
     """Copy local files to many hosts at once; ``push`` is plain, ``co_push`` the coroutine form.
 
@@ -8329,66 +8161,15 @@ async def co_push(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy to one host (None: no limit).
     """
-    copying = {
-        "recurse": recurse,
-        "preserve": preserve,
-        "follow_symlinks": follow_symlinks,
-        "inplace": inplace,
-        "timeout": timeout,
-    }
-    return await _quick(
-        targets,
-        _CopyPlan(Push, [str(path) for path in _paths(localpaths)], remotepath, copying),
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    return await _copy_many(Push, targets, localpaths, remotepath, keywords)
 
 
 @_with_shared_keywords
 async def co_pull(
     targets: str | Iterable[str],
-    remotepaths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    remotepaths: _StrPath | Iterable[_StrPath],
     localpath: str,
-    *,
-    recurse: bool = False,
-    preserve: bool = False,
-    follow_symlinks: bool = False,
-    inplace: bool = False,
-    timeout: float | None = None,
-    exclude: str | Iterable[str] = (),
-    login: str | None = None,
-    gateway: str | None = None,
-    port: int | None = None,
-    window: int = 0,
-    retries: int = 0,
-    max_failures: int | None = None,
-    connect_timeout: float | None = None,
-    config: str | bool | None = None,
-    keys: Collection[str | os.PathLike[str] | Key] | None = None,
-    password: str | None = None,
-    forward_agent: bool = False,
-    host_keys: str | None = None,
-    known_hosts: Any = _VERIFY,
-    guard: bool = True,
-    keepalive: float = KEEPALIVE_INTERVAL,
-    formatter: Formatter | None = None,
-    done: Callable[[Result], object] | None = None,
+    **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
     """Copy files of many hosts here; ``pull`` is the plain form, ``co_pull`` the coroutine.
 
@@ -8401,35 +8182,7 @@ async def co_pull(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy from one host (None: no limit).
     """
-    copying = {
-        "recurse": recurse,
-        "preserve": preserve,
-        "follow_symlinks": follow_symlinks,
-        "inplace": inplace,
-        "timeout": timeout,
-    }
-    return await _quick(
-        targets,
-        _CopyPlan(Pull, [str(path) for path in _paths(remotepaths)], localpath, copying),
-        exclude=exclude,
-        login=login,
-        gateway=gateway,
-        port=port,
-        window=window,
-        retries=retries,
-        max_failures=max_failures,
-        connect_timeout=connect_timeout,
-        config=config,
-        keys=keys,
-        password=password,
-        forward_agent=forward_agent,
-        host_keys=host_keys,
-        known_hosts=known_hosts,
-        guard=guard,
-        keepalive=keepalive,
-        formatter=formatter,
-        done=done,
-    )
+    return await _copy_many(Pull, targets, remotepaths, localpath, keywords)
 
 
 def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
