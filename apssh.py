@@ -290,6 +290,7 @@ CIPHERS = (
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
+StrPath = str | os.PathLike[str]
 Endpoint = tuple[
     str, str, int
 ]  # user, host, port: what tells two nodes apart in columns and file names
@@ -592,7 +593,7 @@ def _caseless(endpoint: Endpoint) -> Endpoint:
     return user, host.lower(), port
 
 
-def _write_whole(path: _StrPath, text: str) -> None:
+def _write_whole(path: StrPath, text: str) -> None:
     """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file
     (/dev/null) is written to.
     """
@@ -1180,7 +1181,7 @@ class SubdirFormatter(Formatter):
 
     _on_screen = False
 
-    def __init__(self, run_name: _StrPath, verbose: bool = False) -> None:
+    def __init__(self, run_name: StrPath, verbose: bool = False) -> None:
         super().__init__(None, verbose)
         self.run_name = Path(run_name)
         self._begun: set[Endpoint] = set()
@@ -1237,35 +1238,22 @@ class CaptureFormatter(Formatter):
 
 
 class _KeyMemory:
-    """What this process remembers of keys.
-
-    Those that it has decoded, by what is in their file, so that a passphrase is asked once for the
-    whole run; and in ``accepted`` the public halves of those that logged in: they are offered first
-    to the next hosts.
+    """What this process remembers of keys: in ``accepted`` the public halves of those that logged
+    in, which are offered first to the next hosts. While ``lock`` is held a passphrase is asked.
     """
 
     def __init__(self) -> None:
         self.accepted: set[bytes] = set()
-        self._decoded: dict[bytes, asyncssh.SSHKey] = {}
-        self._said: set[str] = set()
-        self._lock = threading.Lock()
-
-    def decode(self, path: Path, data: bytes) -> asyncssh.SSHKey:
-        """The key in these data of a file. Raises UsageError."""
-        digest = hashlib.sha256(data).digest()
-        with self._lock:
-            if digest not in self._decoded:
-                self._decoded[digest] = _decode_key(path, data)
-            return self._decoded[digest]
-
-    def say_once(self, text: str) -> None:
-        """What is wrong with a key: keys are looked for again after each refused login."""
-        if text not in self._said:
-            self._said.add(text)
-            _screen.say(text)
+        self.lock = threading.Lock()
 
 
 _key_memory = _KeyMemory()
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """What is wrong with a key: keys are looked for again after each refused login."""
+    _screen.say(text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -1296,13 +1284,10 @@ Key = (
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for
-    what we wait for. A handler of the user's own stays, and so does one that ignores it.
+    what we wait for. Where it is ignored it stays so.
     """
     handler = signal.getsignal(signal.SIGINT)
-    function = getattr(handler, "func", handler)
-    module = str(getattr(function, "__module__", ""))
-    main = threading.current_thread() is threading.main_thread()
-    replaced = main and (module.startswith("asyncio.") or module == __name__)
+    replaced = callable(handler) and threading.current_thread() is threading.main_thread()
     if replaced:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1327,7 +1312,7 @@ def _ask_secret(prompt: str) -> str:
         raise UsageError(f"no answer: {prompt}") from None
 
 
-def import_private_key(filename: _StrPath) -> asyncssh.SSHKey:
+def import_private_key(filename: StrPath) -> asyncssh.SSHKey:
     """Load one private key; an encrypted one asks for its passphrase on the terminal, once for the
     whole run.
 
@@ -1339,11 +1324,15 @@ def import_private_key(filename: _StrPath) -> asyncssh.SSHKey:
         data = path.read_bytes()
     except OSError as exc:
         raise UsageError(f"key {escape(str(path))}: {_reason(exc)}") from None
-    return _key_memory.decode(path, data)
+    with _key_memory.lock:
+        return _decode_key(path, data)
 
 
+@functools.cache
 def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
-    """The key in the text of a file, with its passphrase if it needs one."""
+    """The key in the text of a file, with its passphrase if it needs one: asked once for a run, for
+    what is given here is kept.
+    """
     try:
         return asyncssh.import_private_key(data)
     except ValueError as exc:
@@ -1380,11 +1369,12 @@ def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
     certified: list[Key] = []
     with contextlib.suppress(OSError, ValueError):
         certificate = asyncssh.read_certificate(file)
-        about = certificate.key.public_data
         for key in keys:
-            if isinstance(key, _AgentKey) and key.public_data == about:
+            if isinstance(key, tuple) or key.public_data != certificate.key.public_data:
+                continue
+            if isinstance(key, _AgentKey):
                 certified.append(dataclasses.replace(key, certificate=certificate))
-            elif isinstance(key, asyncssh.SSHKey) and key.public_data == about:
+            elif isinstance(key, asyncssh.SSHKey):
                 certified.append((key, certificate))
     return certified
 
@@ -1394,19 +1384,18 @@ class _KeySearch:
 
     def __init__(self, config: _HostConfig) -> None:
         self._config = config
-        self._agent_path = config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
         self.missed: list[str] = []
 
     @functools.cached_property
     def agent_keys(self) -> list[_AgentKey]:
         """What the agent holds, asked for once."""
-        keys = load_agent_keys(self._agent_path)
+        path = self._config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
+        keys = load_agent_keys(path)
         if not keys:
-            path = self._agent_path
             self.missed.append(f"agent {path}: no key" if path else "no SSH_AUTH_SOCK")
         return keys
 
-    def of_file(self, filename: str) -> list[Key]:
+    def of_file(self, filename: StrPath) -> list[Key]:
         """What a key file stands for: the agent's key when it holds it, else the file, with the
         certificate beside it. Raises UsageError.
 
@@ -1422,48 +1411,44 @@ class _KeySearch:
                     data = asyncssh.read_public_key(public).public_data
         held = [key for key in self.agent_keys if key.public_data == data]
         found: list[Key] = [*held] or [import_private_key(path)]
-        beside = Path(str(path).removesuffix(".pub") + "-cert.pub")
-        return [*_certified(found, beside), *found]
+        return [*_certified(found, f"{path}".removesuffix(".pub") + "-cert.pub"), *found]
 
     def of_usable_files(self, files: Collection[str]) -> list[Key]:
         """What these files (none: the default ones that exist) stand for; one that cannot be used
         is skipped, as ssh does.
         """
         keys: list[Key] = []
-        defaults = [each for each in DEFAULT_KEYS if os.path.exists(os.path.expanduser(each))]
-        for file in files or defaults:
+        for file in files or filter(os.path.exists, map(os.path.expanduser, DEFAULT_KEYS)):
             try:
                 keys += self.of_file(file) if file != "none" else []
             except UsageError as exc:
-                _key_memory.say_once(f"skipped: {exc}")
+                _say_once(f"skipped: {exc}")
         if not keys:
             self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
         return keys
 
-    def find(self, named: Collection[_StrPath | Key]) -> list[Key]:
+    def find(self, named: Iterable[StrPath | Key]) -> list[Key]:
         """Those named, and only they; or what the host's config names and the agent holds, as ssh
         takes them; or the agent's, else those of the default files. Raises UsageError for a named
         one that cannot be used.
         """
         keys: list[Key] = []
         for each in named:
-            keys += self.of_file(os.fspath(each)) if isinstance(each, str | os.PathLike) else [each]
+            keys += self.of_file(each) if isinstance(each, str | os.PathLike) else [each]
         only = self._config.one("identitiesonly")
         if keys:
             return keys
         if not (only or self._config.names_keys):
             return [*self.agent_keys] or self.of_usable_files([])
         keys = self.of_usable_files(self._config.paths("identityfile"))
-        if not only:
-            keys += self.agent_keys
         certified: list[Key] = []
         for file in self._config.paths("certificatefile"):
             certified += _certified([*keys, *self.agent_keys], file)
-        return certified + keys
+        return [*certified, *keys] if only else [*certified, *keys, *self.agent_keys]
 
 
 def load_private_keys(
-    command_line_keys: Collection[_StrPath | Key] | None = None, verbose: bool = False
+    command_line_keys: Collection[StrPath | Key] | None = None, verbose: bool = False
 ) -> list[Key]:
     """The keys to log in with: those named, and only they; else the agent's; else
     ~/.ssh/id_ed25519, id_ecdsa, id_rsa and their _sk forms, as far as they exist.
@@ -1479,7 +1464,7 @@ def load_private_keys(
 
 
 def _keys_to_offer(
-    named: Collection[str | Key], config: _HostConfig
+    named: Iterable[StrPath | Key], config: _HostConfig
 ) -> tuple[list[Key], list[str]]:
     """The keys to offer to a host, and where others were looked for in vain. Raises UsageError for
     a named one that cannot be used.
@@ -1513,13 +1498,12 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
     """Fresh key pairs for one login (asyncssh keeps a login's signature algorithm in them), those
     that have logged in elsewhere first. Agents that had to sign are left at the end.
     """
-    agents: dict[str, asyncssh.SSHAgentClient] = {}
-    pairs: dict[tuple[bytes, bytes], asyncssh.SSHKeyPair] = {}
+    agents: list[asyncssh.SSHAgentClient] = []
+    pairs: dict[object, asyncssh.SSHKeyPair] = {}
     for key in keys:
         if isinstance(key, _AgentKey):
-            if key.agent_path not in agents:
-                agents[key.agent_path] = asyncssh.SSHAgentClient(key.agent_path)
-            fresh = [key.pair(agents[key.agent_path])]
+            agents.append(asyncssh.SSHAgentClient(key.agent_path))
+            fresh = [key.pair(agents[-1])]
         else:
             fresh = [copy.copy(pair) for pair in asyncssh.load_keypairs([key])]
         for offer in itertools.chain.from_iterable(map(_offers, fresh)):
@@ -1527,7 +1511,7 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
     try:
         yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _key_memory.accepted)
     finally:
-        for agent in agents.values():
+        for agent in agents:
             agent.close()
             with contextlib.suppress(OSError):
                 await agent.wait_closed()
@@ -1556,28 +1540,21 @@ def _fingerprint(key: asyncssh.SSHKey) -> str:
     return f"{kind}{security_key} {key.get_fingerprint()}"
 
 
-def _is_listed(patterns: Iterable[str], matches: Callable[[str], bool]) -> bool:
-    """Whether one of these patterns matches and none that begins with ``!``, which excludes
-    whatever else matches.
+def _is_listed(name: str, patterns: Collection[str]) -> bool:
+    """Whether one of these patterns (fnmatch's) matches and none that begins with ``!``, which
+    excludes whatever else matches.
     """
-    matching = [pattern for pattern in patterns if matches(pattern.removeprefix("!"))]
-    return bool(matching) and not any(pattern.startswith("!") for pattern in matching)
+    matching = [each for each in patterns if fnmatch.fnmatchcase(name, each.removeprefix("!"))]
+    return bool(matching) and not any(each.startswith("!") for each in matching)
 
 
-def _matches_patterns(
-    patterns: Iterable[str], name: str, flags: re.RegexFlag = re.IGNORECASE
-) -> bool:
-    """OpenSSH's pattern lists: ``*`` and ``?``, and ``!``."""
-
-    def matches(pattern: str) -> bool:
-        expression = re.escape(pattern).replace(r"\*", ".*").replace(r"\?", ".")
-        return re.fullmatch(expression, name, flags) is not None
-
-    return _is_listed(patterns, matches)
+def _ssh_patterns(text: str, separator: str | None = None) -> list[str]:
+    """A list of OpenSSH's patterns, which have ``*`` and ``?`` and no sets, as fnmatch's."""
+    return text.replace("[", "[[]").split(separator)
 
 
 _Line = tuple[str | None, str, str, int]  # marker, key as it is written, file, number of the line
-_KNOWN_HOSTS_LINE = re.compile(r"\s*(?:(@\S+)\s+)?([^\s@#]\S*)\s+(\S+\s+\S+)")
+_KNOWN_HOSTS_LINE = re.compile(r"\s*(?:(@revoked|@cert-authority)\s+)?([^\s@#]\S*)\s+(\S+\s+\S+)")
 
 
 class _KnownHosts:
@@ -1595,44 +1572,36 @@ class _KnownHosts:
         self._lock = threading.RLock()
         self._stamp: object = None
 
-    @classmethod
-    def now(cls, files: Iterable[str]) -> _KnownHosts:
-        """These files, as they are now: the same object as long as the process lives."""
-        known = _known_hosts_object(*map(os.path.expanduser, files))
-        known.refresh()
-        return known
-
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Parse again if a file has changed."""
-        with self._lock:
-            stamp = self._stamp_now()
-            if stamp == self._stamp:
-                return
-            self._stamp = stamp
-            self._plain: dict[str, list[_Line]] = {}
-            self._hashed: list[tuple[bytes, bytes, _Line]] = []
-            self._patterns: list[tuple[list[str], _Line]] = []
-            for file in self._files:
-                with (
-                    contextlib.suppress(OSError),
-                    open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
-                ):
-                    for number, line in enumerate(lines, 1):
-                        self._parse(line, file, number)
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        self._plain: dict[str, list[_Line]] = {}
+        self._hashed: list[tuple[bytes, bytes, _Line]] = []
+        self._patterns: list[tuple[list[str], _Line]] = []
+        for file in self._files:
+            with (
+                contextlib.suppress(OSError),
+                open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
+            ):
+                for number, line in enumerate(lines, 1):
+                    self._parse(line, file, number)
 
-    def _stamp_now(self) -> dict[str, tuple[int, int, int]]:
+    def _stamp_now(self) -> object:
         """Changes when one of the files does; which is not there has none."""
-        stamp: dict[str, tuple[int, int, int]] = {}
+        stamp: list[object] = []
         for file in self._files:
             with contextlib.suppress(OSError):
                 info = os.stat(file)
-                stamp[file] = (info.st_ino, info.st_size, info.st_mtime_ns)
+                stamp += file, info.st_ino, info.st_size, info.st_mtime_ns
         return stamp
 
     def _parse(self, text: str, file: str, number: int) -> None:
         """A line that is not one is skipped, as ssh does."""
         match = _KNOWN_HOSTS_LINE.match(text)
-        if match is None or match[1] not in (None, "@revoked", "@cert-authority"):
+        if match is None:
             return
         names, line = match[2], (match[1], match[3], file, number)
         if names.startswith("|1|"):
@@ -1640,7 +1609,7 @@ class _KnownHosts:
                 salt, digest = map(base64.b64decode, names.split("|")[2:])
                 self._hashed.append((salt, digest, line))
         elif re.search("[*?!]", names):
-            self._patterns.append((names.split(","), line))
+            self._patterns.append((_ssh_patterns(names.lower(), ","), line))
         else:
             for name in names.lower().split(","):
                 self._plain.setdefault(name, []).append(line)
@@ -1651,17 +1620,20 @@ class _KnownHosts:
         """
         name = name.lower()
         data = os.fsencode(name)
-        found = list(self._plain.get(name, ()))
-        for salt, digest, line in self._hashed:
-            # a marker costs nothing to look at, and a digest 2 microseconds
-            if (line[0] or not marked) and hmac.digest(salt, data, "sha1") == digest:
-                found.append(line)
-        found += [line for patterns, line in self._patterns if _matches_patterns(patterns, name)]
+        with self._lock:
+            self._refresh()
+            found = list(self._plain.get(name, ()))
+            found += [line for patterns, line in self._patterns if _is_listed(name, patterns)]
+            for salt, digest, line in self._hashed:
+                # a marker costs nothing to look at, and a digest 2 microseconds
+                if (line[0] or not marked) and hmac.digest(salt, data, "sha1") == digest:
+                    found.append(line)
         keys: list[_KnownKey] = []
         for marker, text, file, number in found:
             with contextlib.suppress(ValueError, OverflowError):
-                key = _KnownKey(marker, asyncssh.import_public_key(text), file, number)
-                keys += [key] if marker or not marked else []
+                if marker or not marked:
+                    key = asyncssh.import_public_key(text)
+                    keys.append(_KnownKey(marker, key, file, number))
         return keys
 
     def record(self, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> bool:
@@ -1674,34 +1646,35 @@ class _KnownHosts:
             opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             with self._lock, open(opened, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                self.refresh()  # somebody else may have added it
+                # somebody else may have added it
                 known = [each for each in self.find(name) if not each.marker]
                 if key in (each.key for each in known):
                     return False
                 if known:
                     raise ApsshError(f"its key was not recorded: known is {known[0]}")
                 before = file.read()
-                newline = b"" if before.endswith(b"\n") or not before else b"\n"
-                algorithm, data = key.export_public_key().split()[:2]
-                names = _hashed_name(name) if hashed else name.encode()
-                file.write(newline + b" ".join([names, algorithm, data]) + b"\n")
+                if before and not before.endswith(b"\n"):
+                    file.write(b"\n")
+                    before += b"\n"
+                names = _hashed_name(name) if hashed else name
+                text = key.export_public_key().decode().strip()
+                file.write(f"{names} {text}\n".encode())
                 file.flush()
-                number = (before + newline).count(b"\n") + 1
-                self._parse(f"{name} {algorithm.decode()} {data.decode()}", str(path), number)
+                self._parse(f"{name} {text}", str(path), before.count(b"\n") + 1)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
         return str(path) != os.devnull
 
 
-_known_hosts_object = functools.cache(_KnownHosts)
+_known_hosts_of = functools.cache(_KnownHosts)
 
 
-def _hashed_name(name: str) -> bytes:
+def _hashed_name(name: str) -> str:
     """A name as HashKnownHosts writes it."""
     salt = os.urandom(20)
     digest = hmac.digest(salt, name.lower().encode(), "sha1")
-    return b"|1|" + base64.b64encode(salt) + b"|" + base64.b64encode(digest)
+    return "|".join(["", "1", *(base64.b64encode(each).decode() for each in (salt, digest))])
 
 
 # the words of StrictHostKeyChecking; ask means accept-new: nobody is asked
@@ -1715,9 +1688,10 @@ _POLICIES = {
 }
 
 
-def _policy_of_variable(host: str) -> str | None:
-    """What APSSH_HOST_KEYS says of a host: a policy, or a policy for host patterns. Raises
-    UsageError for what is neither.
+def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
+    """The policy for a host: what was given, else APSSH_HOST_KEYS, a policy or a policy for host
+    patterns, else the ssh config's, else accept-new. Raises UsageError for a variable that is
+    neither.
     """
     variable = os.environ.get("APSSH_HOST_KEYS", "")
     policy, colon, patterns = variable.partition(":")
@@ -1726,21 +1700,9 @@ def _policy_of_variable(host: str) -> str | None:
             f"APSSH_HOST_KEYS={escape(variable)}: write accept-new, yes or no, "
             "perhaps with host patterns: no:fit*,node[1-9]*"
         )
-    words = [each.strip() for each in patterns.split(",")]
-    if colon and not _is_listed(words, functools.partial(fnmatch.fnmatchcase, host)):
-        return None
-    return policy or None
-
-
-def _host_key_policy(host: str, given: str | None, configured: str | None) -> str:
-    """The policy for a host: what was given, else APSSH_HOST_KEYS, else the ssh config's, else
-    accept-new. Raises UsageError for one that there is not.
-    """
-    by_variable = _policy_of_variable(host)
-    policy = given or by_variable or configured or "accept-new"
-    if policy not in _POLICIES:
-        raise UsageError(f"host key policy {escape(policy)}: accept-new, yes or no")
-    return _POLICIES[policy]
+    if colon and not _is_listed(host, re.split(r"\s*,\s*", patterns.strip())):
+        policy = ""
+    return _POLICIES[given or policy or configured or "accept-new"]
 
 
 _RSA = ["rsa-sha2-512", "rsa-sha2-256"]
@@ -1761,15 +1723,10 @@ class _Verify:
 
 
 _VERIFY = _Verify()
-_KnownHostsChoice = _Verify | _StrPath | Collection[asyncssh.SSHKey] | None
+_KnownHostsChoice = _Verify | StrPath | Collection[asyncssh.SSHKey] | None
 
 
-def _files_to_know_from(choice: _Verify | _StrPath, config: _HostConfig) -> Sequence[str]:
-    if isinstance(choice, _Verify):
-        return config.known_hosts_files or KNOWN_HOSTS_FILES
-    return [os.fspath(choice)]
-
-
+@dataclasses.dataclass(eq=False)
 class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through
     here.
@@ -1783,22 +1740,19 @@ class _Trust:
     sends no password; ``recorded``, whether the host was never seen, and a line was written.
     """
 
-    def __init__(
-        self,
-        hostname: str,
-        address: str,
-        port: int,
-        *,
-        known_hosts: _KnownHostsChoice,
-        host_keys: str | None,
-        config: _HostConfig,
-        asking: bool = True,
-    ) -> None:
-        self._hostname, self._config = hostname, config
-        alias = config.one("hostkeyalias")
-        host = alias or address
-        self.name = host if alias or port == 22 else f"[{host}]:{port}"
-        self.policy = "no" if known_hosts is None else "yes"
+    hostname: str
+    address: str
+    port: int
+    known_hosts: _KnownHostsChoice
+    host_keys: str | None
+    config: _HostConfig
+    asking: bool = True
+
+    def __post_init__(self) -> None:
+        alias = self.config.one("hostkeyalias")
+        host = alias or self.address
+        self.name = host if alias or self.port == 22 else f"[{host}]:{self.port}"
+        self.policy = "no" if self.known_hosts is None else "yes"
         self.shown = ""
         self.changed = self.recorded = False
         self._new: asyncssh.SSHKey | None = None
@@ -1806,9 +1760,13 @@ class _Trust:
         lines: list[_KnownKey] = []
         self._known: list[_KnownKey] = []
         self._keys: list[asyncssh.SSHKey] = []
-        if isinstance(known_hosts, _Verify | str | os.PathLike):
-            self.policy = _host_key_policy(hostname, host_keys, config.one("stricthostkeychecking"))
-            self._file = _KnownHosts.now(_files_to_know_from(known_hosts, config))
+        if isinstance(self.known_hosts, _Verify | str | os.PathLike):
+            configured = self.config.one("stricthostkeychecking")
+            self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
+            files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
+            if not isinstance(self.known_hosts, _Verify):
+                files = [os.fspath(self.known_hosts)]
+            self._file = _known_hosts_of(*map(os.path.expanduser, files))
             lines = self._file.find(self.name)
             # authorities and revoked keys count whatever the port; a key without port counts when
             # none is known for the port, and nobody is told that it has changed
@@ -1816,18 +1774,18 @@ class _Trust:
             if self.name != host:
                 lines += self._file.find(host, marked=bool(self._known))
             self._keys = [line.key for line in lines if not line.marker]
-        elif known_hosts:
-            self._keys = [key.convert_to_public() for key in known_hosts]
+        elif self.known_hosts:
+            self._keys = [key.convert_to_public() for key in self.known_hosts]
         self._revoked = {line.key: line.file for line in lines if line.marker == "@revoked"}
         self._authorities = [line.key for line in lines if line.marker == "@cert-authority"]
-        self.certified = asking and self.policy != "no" and self._authorities != []
+        self.certified = self.asking and self.policy != "no" and self._authorities != []
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it
         first.
         """
         certificates = _CERTIFICATE_ALGORITHMS if self.certified else []
-        if configured := self._config.one("hostkeyalgorithms"):
+        if configured := self.config.one("hostkeyalgorithms"):
             there_are = {each.decode() for each in asyncssh.public_key.get_public_key_algs()}
             allowed = there_are.union(certificates)
             return [each for each in configured.split(",") if each in allowed]
@@ -1881,13 +1839,13 @@ class _Trust:
         when that could not be done.
         """
         if self._new and self._file:
-            hashed = self._config.one("hashknownhosts") == "yes"
+            hashed = self.config.one("hashknownhosts") == "yes"
             self.recorded = self._file.record(self.name, self._new, hashed=hashed)
         return self.recorded
 
     def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:
         revoked = self._revoked
-        if file := self._config.one("revokedhostkeys"):
+        if file := self.config.one("revokedhostkeys"):
             try:
                 path = Path(file).expanduser()
                 listed = asyncssh.read_public_key_list(path)
@@ -1903,7 +1861,7 @@ class _Trust:
             raise self._error(f"{what} is revoked in {revoked[key]}")
 
     def _error(self, message: str) -> HostKeyError:
-        return HostKeyError(escape(message), host=self._hostname)
+        return HostKeyError(escape(message), host=self.hostname)
 
 
 # ssh_config(5), answered by ssh itself
@@ -2064,22 +2022,21 @@ _NOTHING_SAID = (
 )
 
 
-def _asks_host_by_host(keyword: str, value: str) -> bool:
-    """Whether hosts that match the same patterns may be answered differently after such a line, or
-    the line is quoted in a way that is ssh's to read.
-    """
-    if keyword in ("include", "host"):
-        return re.search(r"""['\\%$]|"[^"]*\s""", value) is not None
-    if keyword in ("hostname", "userknownhostsfile"):
-        return "%" in value  # ssh -G expands these two
-    if keyword == "match":
-        return value.lower() != "all"
-    return keyword == "canonicalizehostname" or '"' in keyword
+# lines after which hosts that match the same patterns may be answered differently
+_HOST_BY_HOST = re.compile(
+    r"""
+    (include|host)\ .*(['\\%$]|"[^"]*\s)  # quoted in a way that is ssh's to read
+    | (hostname|userknownhostsfile)\ .*%  # ssh -G expands these two
+    | match\ (?!all\s*$)
+    | canonicalizehostname
+    | \S*"
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 class _SshConfig:
-    """The user's ssh configuration (None), that of a file, or none at all (``none``). ``trouble``:
-    why it is not used, empty when it is.
+    """The user's ssh configuration (None), that of a file, or none at all (``none``).
 
     The values are ssh's to tell. What is read here is only which keywords there are, and for which
     host patterns, so that ssh is asked once for all hosts that match the same ones, and not at all
@@ -2087,13 +2044,13 @@ class _SshConfig:
     """
 
     def __init__(self, path: str | None) -> None:
-        self.trouble = ""
         self._patterns: list[list[str]] = []
         self._one_by_one = False
         self._keywords: set[str] = set()
         self._names: set[str] = set()  # those that a HostName gives
+        self._questions: dict[object, Hop] = {}
         home = os.path.expanduser("~")
-        user_file = os.path.join(home, ".ssh", "config")
+        user_file = f"{home}/.ssh/config"
         with contextlib.suppress(KeyError):
             # ssh takes the home from the passwd file, and does not look at HOME
             if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:
@@ -2106,29 +2063,24 @@ class _SshConfig:
             self._keywords.discard("hashknownhosts")  # Debian's default
         elif not os.path.isfile(path):
             raise UsageError(f"ssh config {escape(path)}: no such file")
-        self._scan(path or user_file, os.path.join(home, ".ssh"))
+        self._scan(path or user_file, f"{home}/.ssh")
 
     def _scan(self, file: str, folder: str, depth: int = 0) -> None:
         """Read a file; relative names of Include are below the folder."""
-        try:
-            lines = Path(file).read_text("utf-8", "surrogateescape").splitlines()
-        except OSError:
-            return
-        for line in lines:
-            keyword, *rest = re.split(r"\s*=\s*|\s+", line.strip(), maxsplit=1)
-            keyword, value = keyword.lower(), "".join(rest)
-            plain = value.replace('"', "").split()
-            if not keyword or keyword.startswith("#"):
-                continue
+        text = ""
+        with contextlib.suppress(OSError):
+            text = Path(file).read_text("utf-8", "surrogateescape")
+        for keyword, value in re.findall(r"^\s*([^\s=#]+)[ \t=]*(.*)", text, re.MULTILINE):
+            keyword, plain = keyword.lower(), value.replace('"', "")
             self._keywords.add(keyword)
-            if _asks_host_by_host(keyword, value):
+            if _HOST_BY_HOST.match(f"{keyword} {value}"):
                 self._one_by_one = True
             elif keyword == "host":
-                self._patterns.append(plain)
+                self._patterns.append(_ssh_patterns(plain))
             elif keyword == "hostname":
-                self._names.update(map(str.lower, plain))
+                self._names.update(plain.lower().split())
             elif keyword == "include" and depth < 16:
-                for pattern in plain:
+                for pattern in plain.split():
                     path = os.path.join(folder, os.path.expanduser(pattern))
                     for found in sorted(glob.glob(path)):
                         self._scan(found, folder, depth + 1)
@@ -2149,39 +2101,35 @@ class _SshConfig:
     def _lookup(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
         asking = self._one_by_one or not self._keywords.issubset(_NOTHING_SAID.split())
         if asking and not shutil.which("ssh"):
-            self.trouble = "no ssh program here to read the ssh config: it is not used"
+            _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
             asking = False
         if not asking:
             return {hop: _HostConfig(hop, {}, {}, "") for hop in hops}
-        classes: dict[object, list[Hop]] = {}
-        for hop in hops:
-            classes.setdefault(self._class_of(hop), []).append(hop)
-        asked = [members[0] for members in classes.values()]
-        if not self._one_by_one:
-            asked = [Hop(hop.host) for hop in asked]
-        paths = ["none", *(self._path for _ in asked)]
+        questions = {hop: self._question(hop) for hop in hops}
+        asked = list(set(questions.values()))
         with ThreadPoolExecutor(8) as pool:
-            defaults, *answers = pool.map(_ask_ssh, paths, [Hop("default"), *asked])
-        configs: dict[Hop, _HostConfig] = {}
-        for members, said in zip(classes.values(), answers, strict=True):
-            for hop in members:
-                configs[hop] = _HostConfig(hop, said, defaults, members[0].host)
-        return configs
+            defaults = pool.submit(_ask_ssh, "none", Hop("default"))
+            found = pool.map(functools.partial(_ask_ssh, self._path), asked)
+            answers = dict(zip(asked, found, strict=True))
+        return {
+            hop: _HostConfig(hop, answers[question], defaults.result(), question.host)
+            for hop, question in questions.items()
+        }
 
-    def _class_of(self, hop: Hop) -> object:
-        """Equal for hops that ssh can be asked about at once. A HostName equal to what was asked
-        would say nothing.
+    def _question(self, hop: Hop) -> Hop:
+        """What to ask ssh about for a hop: one for all that match the same patterns. A HostName
+        equal to what was asked would say nothing.
         """
         if self._one_by_one or hop.host.lower() in self._names:
             return hop
-        return tuple(_matches_patterns(each, hop.host, re.NOFLAG) for each in self._patterns)
+        matching = tuple(_is_listed(hop.host, each) for each in self._patterns)
+        return self._questions.setdefault(matching, Hop(hop.host))
 
 
 def _ask_ssh(path: str | None, hop: Hop) -> _Said:
     """ssh -G. Raises UsageError."""
-    given = (("-F", path), ("-l", hop.user), ("-p", hop.port))
     words = ["ssh", "-G"]
-    for option, value in given:
+    for option, value in (("-F", path), ("-l", hop.user), ("-p", hop.port)):
         words += [option, str(value)] if value else []
     try:
         done = subprocess.run(
@@ -2282,8 +2230,7 @@ class Deferred:
             raise UsageError(f"{escape(self.template)}: {exc}") from None
 
 
-_StrPath = str | os.PathLike[str]
-_Path = _StrPath | Deferred
+_Path = StrPath | Deferred
 _Paths = _Path | Iterable[_Path]
 
 
@@ -4309,7 +4256,7 @@ class SshNode(_Node):
         hostname: str,
         *,
         username: str | None = None,
-        keys: Collection[_StrPath | Key] | None = None,
+        keys: Collection[StrPath | Key] | None = None,
         gateway: SshNode | None = None,
         known_hosts: _KnownHostsChoice = _VERIFY,
         port: int = 22,
@@ -5265,7 +5212,7 @@ class _RunKeywords(_ShellKeywords, total=False):
 
 
 class _ScriptKeywords(_ShellKeywords, total=False):
-    includes: Annotated[Collection[_StrPath] | None, ()]
+    includes: Annotated[Collection[StrPath] | None, ()]
 
 
 class _CopyOptions(TypedDict, total=False):
@@ -5472,7 +5419,7 @@ class _Stdin:
                 yield data
 
 
-def _check_file(what: str, path: _StrPath) -> None:
+def _check_file(what: str, path: StrPath) -> None:
     """Raise UsageError, naming it, unless this is a file that is there."""
     place = Path(path).expanduser()
     if not place.is_file():
@@ -5480,7 +5427,7 @@ def _check_file(what: str, path: _StrPath) -> None:
         raise UsageError(f"{what} {escape(str(path))}: {problem}")
 
 
-def _read_file(what: str, path: _StrPath) -> tuple[bytes, int]:
+def _read_file(what: str, path: StrPath) -> tuple[bytes, int]:
     """Content and mode of a file of this machine. Raises UsageError, naming it."""
     _check_file(what, path)
     place = Path(path).expanduser()
@@ -6209,14 +6156,14 @@ def topology_graph(scheduler: _Scheduler) -> Any:
         ) from None
 
 
-def topology_as_dotfile(scheduler: _Scheduler, filename: _StrPath) -> None:
+def topology_as_dotfile(scheduler: _Scheduler, filename: StrPath) -> None:
     """Write Graphviz source of which node is the gateway of which (``topology_dot``) into a file
     of exactly this name.
     """
     Path(filename).write_text(topology_dot(scheduler), "utf-8")
 
 
-def topology_as_pngfile(scheduler: _Scheduler, filename: _StrPath) -> str:
+def topology_as_pngfile(scheduler: _Scheduler, filename: StrPath) -> str:
     """Draw which node is the gateway of which: write ``filename.dot`` and ``filename.png``, and
     return the name of the second. Raises UsageError where there is no ``dot`` program (Graphviz),
     and ApsshError when it fails.
@@ -6341,7 +6288,7 @@ def _job_records(
             yield from _job_records(job, places, numbers, numbers[job])
 
 
-def save_record(scheduler: _Scheduler, path: _StrPath) -> None:
+def save_record(scheduler: _Scheduler, path: StrPath) -> None:
     """Write what is known of a run (``run_record``) as JSON, for its owner's eyes only: commands
     may hold secrets. The file is whole at any time. Raises OSError where it cannot be written.
     """
@@ -6349,7 +6296,7 @@ def save_record(scheduler: _Scheduler, path: _StrPath) -> None:
 
 
 @contextlib.contextmanager
-def recording(scheduler: _Scheduler, path: _StrPath) -> Iterator[None]:
+def recording(scheduler: _Scheduler, path: StrPath) -> Iterator[None]:
     """``with recording(scheduler, path): scheduler.run()`` saves the record, whatever the end: an
     exception and Ctrl-C too. A first one is there before anything runs: OSError tells at once of a
     place that cannot be written.
@@ -6538,7 +6485,7 @@ def _svg(timeline: _Timeline) -> str:
     )
 
 
-def timeline_as_svgfile(scheduler: _Scheduler | Mapping[str, Any], filename: _StrPath) -> str:
+def timeline_as_svgfile(scheduler: _Scheduler | Mapping[str, Any], filename: StrPath) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
 
@@ -6598,8 +6545,8 @@ class experiment:
     def __init__(
         self,
         scheduler: _Scheduler,
-        record: _StrPath | None = None,
-        timeline: _StrPath | None = None,
+        record: StrPath | None = None,
+        timeline: StrPath | None = None,
         teardown: Iterable[_Job] = (),
     ) -> None:
         self.scheduler, self.record, self.timeline = scheduler, record, timeline
@@ -7204,9 +7151,9 @@ class _Scenario:
 
 
 def _scenario_text(
-    filename: _StrPath,
+    filename: StrPath,
     env: Mapping[str, Any] | None,
-    save_intermediate: bool | _StrPath | None,
+    save_intermediate: bool | StrPath | None,
 ) -> tuple[str, str]:
     """The name of a scenario for messages, and its text: as it is, or as the template has it."""
     name, path = os.fspath(filename), Path(filename)
@@ -7263,7 +7210,7 @@ class YamlLoader:
     nothing. The label of a job is its id, unless the file gives another.
     """
 
-    def __init__(self, filename: _StrPath) -> None:
+    def __init__(self, filename: StrPath) -> None:
         self.filename = filename
         self.variables = Variables()
 
@@ -7271,7 +7218,7 @@ class YamlLoader:
         self,
         env: Mapping[str, Any] | None = None,
         *,
-        save_intermediate: bool | _StrPath | None = None,
+        save_intermediate: bool | StrPath | None = None,
     ) -> asynciojobs.Scheduler:
         """Read the file; its jobs in an asynciojobs Scheduler, ready to run.
 
@@ -7287,7 +7234,7 @@ class YamlLoader:
         self,
         env: Mapping[str, Any] | None = None,
         *,
-        save_intermediate: bool | _StrPath | None = None,
+        save_intermediate: bool | StrPath | None = None,
     ) -> tuple[dict[str, SshNode | LocalNode], dict[str, SshJob], asynciojobs.Scheduler]:
         """Read the file; its nodes by id and its jobs by id, in the order of the file, and their
         Scheduler.
@@ -7850,8 +7797,6 @@ def _build_nodes(
         options["timeout"] = connect_timeout
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
-    if ssh_config.trouble:
-        _screen.say(f"apssh: {ssh_config.trouble}")
     gateways: dict[object, SshNode] = {}
 
     def build(
@@ -8039,7 +7984,7 @@ class _LimitKeywords(TypedDict, total=False):
 
 class _NodeKeywords(TypedDict, total=False):
     connect_timeout: Annotated[float | None, None]
-    keys: Annotated[Collection[_StrPath | Key] | None, None]
+    keys: Annotated[Collection[StrPath | Key] | None, None]
     password: Annotated[str | None, None]
     forward_agent: Annotated[bool, False]
     host_keys: Annotated[str | None, None]
@@ -8097,7 +8042,7 @@ async def _quick(
 async def _copy_many(
     kind: type[Push | Pull],
     targets: str | Iterable[str],
-    sources: _StrPath | Iterable[_StrPath],
+    sources: StrPath | Iterable[StrPath],
     destination: str,
     keywords: _CopyManyKeywords,
 ) -> list[Result]:
@@ -8146,7 +8091,7 @@ async def co_run(
 @_with_shared_keywords
 async def co_push(
     targets: str | Iterable[str],
-    localpaths: _StrPath | Iterable[_StrPath],
+    localpaths: StrPath | Iterable[StrPath],
     remotepath: str,
     **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
@@ -8167,7 +8112,7 @@ async def co_push(
 @_with_shared_keywords
 async def co_pull(
     targets: str | Iterable[str],
-    remotepaths: _StrPath | Iterable[_StrPath],
+    remotepaths: StrPath | Iterable[StrPath],
     localpath: str,
     **keywords: Unpack[_CopyManyKeywords],
 ) -> list[Result]:
