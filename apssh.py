@@ -437,39 +437,34 @@ def _expand_ranges(text: str) -> list[str]:
     """The names meant by ``node[01-20,25]`` or ``node[1-9/2]`` (each second): brackets multiply,
     zeros are kept, an IPv6 address in brackets stays.
     """
-    pieces = re.split(r"(\[[^][]*+\])", text)
-    fixed = "".join(pieces[::2])
+    fixed = re.sub(r"\[[^][]*+\]", "#", text)
+    names = [""]
     try:
-        if "[" in fixed or "]" in fixed:
+        if re.search(r"[][]", fixed):
             raise UsageError("brackets must be closed and not nested, as in node[01-20,25]")
-        if len(fixed) + len(pieces) > MAX_TARGET_TEXT:
+        if len(fixed) > MAX_TARGET_TEXT:
             raise UsageError("too long for a target")
-        names = [pieces[0]]
-        for bracket, rest in zip(pieces[1::2], pieces[2::2], strict=True):
-            numbers = [bracket]
-            if ":" not in bracket:
-                numbers = _expand_numbers(bracket, most=MAX_TARGETS // len(names))
-            names = [name + number + rest for name, number in itertools.product(names, numbers)]
+        for piece in re.split(r"(\[[^][:]*+\])", text):
+            parts = [piece]
+            if piece.startswith("[") and ":" not in piece:
+                parts = _expand_numbers(piece, most=MAX_TARGETS // len(names))
+            names = list(map("".join, itertools.product(names, parts)))
     except UsageError as exc:
         raise UsageError(f"{_brief(text)}: {exc}") from None
     return names
 
 
-_NUMBERS = r"([0-9]{1,18})(?:-([0-9]{1,18})(?:/([0-9]{1,18}))?)?"
+_NUMBERS = r"([0-9]{1,18})(?:-([0-9]{1,18})(?:/([1-9][0-9]{0,17}))?)?"
 
 
 def _expand_numbers(bracket: str, *, most: int) -> list[str]:
     numbers: list[str] = []
     for item in bracket[1:-1].split(","):
         match = re.fullmatch(_NUMBERS, item)
-        if not match:
+        first, last, step = match.groups() if match else ("1", "0", "1")
+        found = range(int(first), int(last or first) + 1, int(step or 1))
+        if not found:
             raise UsageError(f"'{_brief(item)}' is not a number or a range such as 01-20")
-        first, last, step = match[1], match[2] or match[1], int(match[3] or 1)
-        if int(first) > int(last):
-            raise UsageError(f"{item} runs backwards; write {last}-{first}")
-        if step == 0:
-            raise UsageError(f"{item} never ends; a step is 1 or more")
-        found = range(int(first), int(last) + 1, step)
         if len(found) > most - len(numbers):
             raise UsageError(f"more than {MAX_TARGETS} names")
         numbers += [str(number).zfill(len(first)) for number in found]
@@ -536,14 +531,8 @@ def _endpoint_text(host: str, user: str | None = None, port: int | None = None) 
 
 # What may be said of an endpoint besides its short name, the shortest first.
 _NAME_FORMS = (
-    "",
-    "domain",
-    "user",
-    "port",
-    "user domain",
-    "domain port",
-    "user port",
-    "user domain port",
+    *("", "domain", "user", "port"),
+    *("user domain", "domain port", "user port", "user domain port"),
 )
 
 
@@ -567,25 +556,20 @@ def _distinct_names(
     """For each endpoint the shortest text that no other has, even where case is ignored, made safe
     as a file's name; names in use stay. Hosts that differ by case alone are one.
     """
-    named: dict[Endpoint, Endpoint] = {}
+    same: dict[Endpoint, Endpoint] = {}
     for endpoint in (*used, *endpoints):
-        named.setdefault(_caseless(endpoint), endpoint)
+        same.setdefault(_caseless(endpoint), endpoint)
     names = dict(used)
-    taken = {name.casefold() for name in used.values()}
     for form in _NAME_FORMS:
-        texts = {endpoint: _file_name(endpoint, form) for endpoint in named.values()}
-        counts = collections.Counter(map(str.casefold, texts.values()))
+        texts = {each: _file_name(each, form) for each in same.values() if each not in names}
+        counts = collections.Counter(map(str.casefold, [*names.values(), *texts.values()]))
         for endpoint, text in texts.items():
-            alike = text.casefold()
-            if endpoint not in names and counts[alike] == 1 and alike not in taken:
+            if counts[text.casefold()] == 1:
                 names[endpoint] = text
-                taken.add(alike)
-        if len(names) == len(named):
-            break
     # those left differ by refused characters, or by the case of a user, only
-    for number, (endpoint, text) in enumerate(texts.items(), 1):
-        names.setdefault(endpoint, f"{text}~{number}")
-    return {endpoint: names[named[_caseless(endpoint)]] for endpoint in endpoints}
+    for endpoint, text in texts.items():
+        names.setdefault(endpoint, f"{text}~{len(names) + 1}")
+    return {endpoint: names[same[_caseless(endpoint)]] for endpoint in endpoints}
 
 
 def _caseless(endpoint: Endpoint) -> Endpoint:
@@ -597,18 +581,15 @@ def _write_whole(path: StrPath, text: str) -> None:
     """Replace a file at once, for its owner's eyes only; a link is followed, and what is no file
     (/dev/null) is written to.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        Path(path).write_text(text, "utf-8")
+    place = Path(os.path.realpath(path))
+    if place.exists() and not place.is_file():
+        place.write_text(text, "utf-8")
         return
-    place = os.path.realpath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(place), prefix=".apssh-")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, place)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".apssh-") as folder:
+        whole = Path(folder, "whole")
+        whole.touch(0o600)
+        whole.write_text(text, "utf-8")
+        whole.replace(place)
 
 
 _HOST = r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?|[0-9a-fA-F.]*:[0-9a-fA-F:.]*(%[\w.-]+)?"
@@ -639,16 +620,18 @@ class Hop:
         return _endpoint_text(self.host, self.user, self.port)
 
 
+# With more than one colon and no brackets it is an IPv6 address.
+_HOP = r"(?s)(?:(.*)@)?(\[.*\]|[^:]*|.*:.*:.*)(?::([^:]*))?"
+
+
 def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
     """One hop of a target; ``login`` and ``port`` are for what it does not say."""
-    user, at, address = text.rpartition("@")
-    host, colon, digits = address, "", ""
-    # with more than one colon it is an IPv6 address, whose port comes after brackets
-    if not address.endswith("]") and (address.startswith("[") or address.count(":") == 1):
-        host, colon, digits = address.rpartition(":")
-    if colon:
+    match = re.fullmatch(_HOP, text)
+    assert match  # any text is, right or wrong
+    user, host, digits = match.groups()
+    if digits is not None:
         port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
-    hop = Hop(host.removeprefix("[").removesuffix("]"), user if at else login, port)
+    hop = Hop(host.strip("[]"), login if user is None else user, port)
     if problem := _problem(hop):
         raise UsageError(f"{_brief(target)}: {problem}")
     return hop
