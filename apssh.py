@@ -3977,6 +3977,11 @@ class _Node(abc.ABC):
     def _endpoint(self) -> Endpoint:
         return self.username, self.hostname, self.port
 
+    @property
+    def shown_name(self) -> str:
+        """The shortest text that tells it from the others of its formatter."""
+        return self.formatter.endpoint_name(self._endpoint)
+
     def _say(self, text: str) -> None:
         """A word about this host on stderr, in apssh's own name."""
         _tell(self.hostname, text)
@@ -4229,8 +4234,9 @@ class SshNode(_Node):
     a channel that closes without an exit status is a success); ``keepalive``: seconds between
     probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``:
     what to connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
-    Attribute ``reached``: whether it was ever logged in to. Raises UsageError for a host name, port
-    or time that cannot be.
+    Attributes ``reached``: whether it was ever logged in to; ``host_key_recorded``: whether its key
+    was recorded then, the host never seen before. Raises UsageError for a host name, port or time
+    that cannot be.
     """
 
     @_keywords_checked
@@ -4281,7 +4287,7 @@ class SshNode(_Node):
         self._password, self._sudo_password = password, sudo_password
         self._config, self._username_given = config, username is not None
         self._host_config = _UNCONFIGURED
-        self._host_key_recorded = False  # the host was never seen before
+        self.host_key_recorded = False  # the host was never seen before
         self._keys_missed: list[str] = []  # where keys were looked for, when there were none
         if isinstance(config, _HostConfig):
             self._complete(config)
@@ -4521,7 +4527,7 @@ class SshNode(_Node):
                     raise await self._login_failure(exc, attempt) from None
             finally:
                 self._host_key_shown = trust.shown or self._host_key_shown
-                self._host_key_recorded |= trust.recorded
+                self.host_key_recorded |= trust.recorded
                 clock.progress = attempt.progress()
                 if not connected:
                     attempt.abandon()
@@ -7715,7 +7721,7 @@ async def _fan_out(
 
 
 def _blank_result(node: SshNode) -> Result:
-    name = node.formatter.endpoint_name(node._endpoint)
+    name = node.shown_name
     return Result(node.hostname, node.username, node.port, name, node._target)
 
 
@@ -7877,7 +7883,7 @@ def _expand_path(path: str, node: SshNode) -> str:
     values = {
         "{{": "{",
         "}}": "}",
-        "{host}": node.formatter.endpoint_name(node._endpoint),
+        "{host}": node.shown_name,
         "{fqdn}": re.sub(_NOT_IN_FILE_NAME, "_", node.hostname),
         "{user}": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
     }
@@ -9073,7 +9079,7 @@ async def _work(
         if options.dry_run:
             return _show_plan(plan, nodes)
         for view in views:
-            view.begin([node.formatter.endpoint_name(node._endpoint) for node in nodes])
+            view.begin([node.shown_name for node in nodes])
         await plan.prepare()
         results = _Results()
         progress = _Progress(len(nodes), options.quiet)
@@ -9081,7 +9087,7 @@ async def _work(
             await _show_fan_out(options, plan, nodes, [progress, *views, results])
         finally:
             if not _screen.closed:
-                _conclude(options, formatter, results.all)
+                _conclude(options, formatter, nodes, results.all)
         return 0 if all(result.ok for result in results.all) else 1
 
 
@@ -9151,17 +9157,35 @@ async def _show_fan_out(
             view.finish()
 
 
-def _conclude(options: argparse.Namespace, formatter: Formatter, results: list[Result]) -> None:
-    """What came of the run: a summary where there is something to sum up, the groups of the last
-    run, the folder.
+def _conclude(
+    options: argparse.Namespace,
+    formatter: Formatter,
+    nodes: Iterable[SshNode],
+    results: list[Result],
+) -> None:
+    """What came of the run: a summary where there is something to sum up, the hosts met for the
+    first time, the groups of the last run, the folder.
     """
     if not options.quiet and (len(results) > 1 or not all(result.ok for result in results)):
         for line in _summary(results):
             _screen.say(line)
+    _tell_first_contacts(options, nodes)
     if not options.no_last and not options.demo:
         _save_last(results)
     if isinstance(formatter, SubdirFormatter) and not options.quiet:
         _screen.write(os.fsencode(formatter.run_name) + b"\n")
+
+
+def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) -> None:
+    """The hosts, gateways too, whose keys were recorded; with -v each was told as it happened."""
+    if options.quiet or options.verbose:
+        return
+    hops = {hop for node in nodes if isinstance(node, SshNode) for hop in node._hops()}
+    names = [hop.shown_name for hop in hops if hop.host_key_recorded]
+    if names:
+        keys = "key" if len(names) == 1 else "keys"
+        hosts = _count(len(names), "host")
+        _screen.say(f"recorded the {keys} of {hosts} never seen: {escape(fold_names(names))}")
 
 
 def _way(node: _Node) -> str:
@@ -9356,6 +9380,7 @@ def _conclude_scenario(
         counts = collections.Counter(states)
         text = ", ".join(f"{count} {state}" for state, count in counts.items())
         _screen.say(_screen.paint(text, "32" if ok else "31"))
+    _tell_first_contacts(options, [job.node for job in jobs.values()])
     return 0 if ok else 1
 
 

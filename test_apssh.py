@@ -326,8 +326,8 @@ def shared_sshd(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Iterato
 
 
 @pytest.fixture
-def sshd(shared_sshd: Sshd) -> Sshd:
-    """The server that the tests share, its home emptied."""
+def sshd(shared_sshd: Sshd, home: Path) -> Sshd:
+    """The server that the tests share, its home emptied; its key is known here."""
     shared_sshd.home.chmod(0o700)
     for path in shared_sshd.home.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -336,7 +336,15 @@ def sshd(shared_sshd: Sshd) -> Sshd:
             shutil.rmtree(path)
         else:
             path.unlink()
+    key = shared_sshd.key.export_public_key().decode()
+    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{shared_sshd.port} {key}")
     return shared_sshd
+
+
+@pytest.fixture
+def never_seen(sshd: Sshd, home: Path) -> None:
+    """No server's key is known, that of the shared one neither."""
+    (home / ".ssh" / "known_hosts").unlink()
 
 
 @pytest.fixture
@@ -1184,6 +1192,7 @@ def known_hosts_text(text: str, port: int, key: asyncssh.SSHKey) -> bytes:
 
 
 @pytest.mark.parametrize("case", HOST_KEYS)
+@pytest.mark.usefixtures("never_seen")
 def test_host_keys(sshd: Sshd, home: Path, case: str) -> None:
     """Each situation: who is trusted, what is written, and the words."""
     lines, policy, outcome = HOST_KEYS[case][:3]
@@ -1417,6 +1426,7 @@ def test_new_files(sshd: Sshd, home: Path, keys: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_file_that_cannot_be_written(sshd: Sshd, home: Path, capfd: Any) -> None:
     """The host is reached all the same, with a word about it."""
     file = home / ".ssh" / "known_hosts"
@@ -1451,6 +1461,7 @@ def test_read_only_file(sshd: Sshd, home: Path, capfd: Any) -> None:
     )
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_global_file(
     sshd: Sshd, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1677,6 +1688,7 @@ def test_variable_of_the_program(
 
 
 @pytest.mark.parametrize("config", ["accept-new", "yes", "no", "ask", "off"])
+@pytest.mark.usefixtures("never_seen")
 def test_policy_of_the_config(sshd: Sshd, home: Path, config: str) -> None:
     """StrictHostKeyChecking, where nothing more explicit is said; ask means accept-new."""
     (home / "config").write_text(f"Host *\n StrictHostKeyChecking {config}\n")
@@ -1689,6 +1701,7 @@ def test_policy_of_the_config(sshd: Sshd, home: Path, config: str) -> None:
     assert file.exists() == (config in ("accept-new", "ask"))
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_host_keys_behind_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path) -> None:
     """Each hop is checked, and recorded, under its own name as the one before it knows it."""
     middle, last = make_sshd(), make_sshd()
@@ -1761,6 +1774,7 @@ def test_refused_login_of_a_gateway(sshd: Sshd, make_sshd: Callable[..., Sshd]) 
     assert (type(error), error.kind) == (ConnectionFailedError, "auth")
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_recorded_host_is_told(sshd: Sshd, home: Path, tmp_path: Path, capfd: Any) -> None:
     """The node knows it, and says it when it is verbose; a host known before, or one that nothing
     is kept of, is none.
@@ -1775,11 +1789,12 @@ def test_recorded_host_is_told(sshd: Sshd, home: Path, tmp_path: Path, capfd: An
     ):
         node = sshd.node(**options)
         run(log_in(node))
-        assert node._host_key_recorded is recorded
+        assert node.host_key_recorded is recorded
     said = [line for line in capfd.readouterr().err.splitlines() if "recorded" in line]
     assert said == [f"127.0.0.1: recorded its key {fingerprint(sshd.key)}"]
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
     """The server proves that it has its key, then goes: nothing was begun with it."""
 
@@ -2091,7 +2106,10 @@ def test_agent_with_many_keys(
         make_sshd(MaxAuthTries=6, AuthorizedKeysFile=tmp_path / "allowed") for _ in range(2)
     )
     assert apssh.main(["-t", first.target, "echo in"]) == 0
-    assert capfd.readouterr() == ("127.0.0.1:in\n", "")
+    assert capfd.readouterr() == (
+        "127.0.0.1:in\n",
+        "recorded the key of 1 host never seen: 127.0.0.1\n",
+    )
     assert [line.split()[1] for line in accepted(first)] == [key.get_fingerprint()]
     assert first.log().count("Failed publickey") == 7
     run(log_in(second.node()))
@@ -2904,7 +2922,7 @@ def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
     target = f"{user}@127.0.0.1:{server.port}"
     assert typed("-A", "-t", target, "id -un", answers=[PASSWORD.encode() + b"\n"]) == (
         0,
-        b"password: \n127.0.0.1:apsshtest\n",
+        b"password: \n127.0.0.1:apsshtest\nrecorded the key of 1 host never seen: 127.0.0.1\n",
     )
     assert "Accepted password for apsshtest" in server.log()
     code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
@@ -4041,6 +4059,7 @@ def test_proxy_command_that_fails(
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_host_key_alias(program: Program, sshd: Sshd, config: Config, home: Path) -> None:
     config(aliases(sshd, "box", "wrong", more="HostKeyAlias the-box"))
     assert program("-t", "box", "true")[0] == 0
@@ -4059,6 +4078,7 @@ def test_host_key_alias(program: Program, sshd: Sshd, config: Config, home: Path
     assert "ssh-keygen -R 'the-box' -f" in said
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_user_known_hosts_file(
     program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path
 ) -> None:
@@ -4223,10 +4243,8 @@ def test_config_restricts_and_widens(
     if message.startswith("*"):
         assert done == code and re.fullmatch(message[1:], err[0]), err
     else:
-        assert (done, err[:1]) == (
-            code,
-            [message.format(folder=sshd.folder, shown=shown)] if message else [],
-        )
+        message = message or "recorded the key of 1 host never seen: box"
+        assert (done, err[0]) == (code, message.format(folder=sshd.folder, shown=shown))
     ssh = subprocess.run(
         [
             "ssh",
@@ -4255,6 +4273,7 @@ def test_config_restricts_and_widens(
 
 
 @pytest.mark.parametrize(("policy", "code"), [("ask", 0), ("yes", 1), ("accept-new", 0), ("no", 0)])
+@pytest.mark.usefixtures("never_seen")
 def test_strict_host_key_checking(
     program: Program, policy: str, code: int, sshd: Sshd, config: Config, home: Path
 ) -> None:
@@ -12791,6 +12810,52 @@ def test_script_with_includes(sshd: Sshd, home: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"127.0.0.1:said a -b c d\n", b"")
 
 
+@pytest.mark.parametrize("options", [[], ["-j"], ["-q"], ["-v"]], ids=" ".join)
+def test_hosts_never_seen_are_told_once_at_the_end(
+    make_sshd: Callable[..., Sshd], options: list[str]
+) -> None:
+    """Gateways too; with -v each as it happens; those known before are not told."""
+    servers = [make_sshd() for _ in range(3)]
+    gateway, *others = (server.target for server in servers)
+    recorded = [
+        f"127.0.0.1: recorded its key {fingerprint(server.key)}".encode() for server in servers
+    ]
+
+    def said(*targets: str) -> list[bytes]:
+        words = itertools.chain.from_iterable(("-t", target) for target in targets)
+        done = cli("-F", "none", "--no-last", *options, *words, "true")
+        assert done.returncode == 0
+        return [line for line in done.stderr.splitlines() if b"recorded" in line]
+
+    told = said(f"{gateway}->{others[0]}")
+    if "-v" in options:
+        assert told == recorded[:2]
+    elif "-q" in options:
+        assert told == []
+    else:
+        assert told == [b"recorded the keys of 2 hosts never seen: 127.0.0.1"]
+    told = said(*others)
+    if "-v" in options:
+        assert told == recorded[2:]
+    elif "-q" in options:
+        assert told == []
+    else:
+        assert told == [
+            f"recorded the key of 1 host never seen: 127.0.0.1:{servers[2].port}".encode()
+        ]
+    assert said(*others) == []
+
+
+@pytest.mark.usefixtures("never_seen")
+def test_hosts_never_seen_by_a_scenario_are_told(sshd: Sshd, home: Path) -> None:
+    Path("s.yaml").write_text(
+        f"nodes: [{{id: n, hostname: 127.0.0.1, port: {sshd.port}, username: {ME}}}]\n"
+        "jobs: [{id: j, node: n, command: echo x}]\n"
+    )
+    for err in (b"1 ok\nrecorded the key of 1 host never seen: 127.0.0.1\n", b"1 ok\n"):
+        assert cli("--scenario", "s.yaml").stderr == err
+
+
 def test_json(sshd: Sshd) -> None:
     port = free_port()
     done = cli("-F", "none", "-t", f"{sshd.target},127.0.0.1:{port}", "-j", "echo x")
@@ -13514,6 +13579,7 @@ def test_record_that_cannot_be_written_is_told_before_anything_runs(home: Path, 
     assert not Path("ran").exists()
 
 
+@pytest.mark.usefixtures("never_seen")
 def test_host_keys_of_a_scenario_are_those_of_the_option(
     home: Path, sshd: Sshd, capfd: Any
 ) -> None:
