@@ -151,7 +151,7 @@ import asyncssh
 if _silent_imports:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "EXTENDED_DATA_STDERR",
@@ -8545,6 +8545,14 @@ class _ScreenHandler(logging.Handler):
         _screen.say(escape(self.format(record)))
 
 
+_HELP_GROUPS = (
+    *("targets", "what runs", "copying", "output", "login"),
+    *("how many, how long", "messages", "scenarios"),
+)
+_EXIT_CODES = """exit code:
+  0 all succeeded; 1 some did not; 2 misuse, nothing was done; 130 interrupted"""
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, with what the three programs share, and hints in place of guesses."""
 
@@ -8555,9 +8563,12 @@ class _Parser(argparse.ArgumentParser):
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog="\n  ".join(["examples:", *examples]),
+            epilog="\n  ".join(["examples:", *examples]) + f"\n\n{_EXIT_CODES}",
+            add_help=False,  # -h stands among the others
         )
-        _add_target_options(self)
+        # shown in this order, as far as a program has options of the group
+        self.groups = {title: self.add_argument_group(title) for title in _HELP_GROUPS}
+        _add_shared_options(self)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -8620,17 +8631,17 @@ def _folder(text: str) -> str:
     return text
 
 
-def _add_target_options(parser: argparse.ArgumentParser) -> None:
-    """What the three programs share: targets, login, limits."""
+def _add_shared_options(parser: _Parser) -> None:
+    """What the three programs share: targets, login, limits, messages."""
     seconds = _number(float, 0.001, "seconds, more than 0")
-    add = parser.add_argument_group("targets").add_argument
+    add = parser.groups["targets"].add_argument
     add(
         "-t",
         "--target",
         action="append",
         default=[],
         metavar="T",
-        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops gw->host; "
+        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops 'gw->host'; "
         "blanks and commas separate; an existing file holds targets, a folder's file names are "
         "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last run",
     )
@@ -8642,6 +8653,26 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="leave these out; same syntax, matching on the parts it names",
     )
+    add("-L", "--list-targets", action="store_true", help="show the targets and stop")
+    add(
+        "-n",
+        "--dry-run",
+        action="store_true",
+        help="show what would be done, connect to nothing, and stop",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only the I-th of N equal parts of the targets, the same parts on every machine",
+    )
+    add(
+        "--demo",
+        type=_number(int, 1, "a number of hosts"),
+        metavar="N",
+        help="N throw-away hosts inside this process, in place of targets (or of a scenario's)",
+    )
+    add = parser.groups["login"].add_argument
     add(
         "-l",
         "--login",
@@ -8652,35 +8683,44 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         "-g",
         "--gateway",
         metavar="T",
-        help="go through this host, or chain of hosts; None->host goes direct in spite of it",
+        help="go through this host, or chain of hosts; 'None->host' goes direct in spite of it",
     )
     add(
         "-p",
         "--port",
         type=_number(int, 1, "a port from 1 to 65535"),
         metavar="N",
-        help="port of final hosts that do not say",
+        help="port of final hosts that do not say (default: the ssh config's, else 22)",
     )
     add(
-        "--shard",
-        type=_shard,
-        metavar="I/N",
-        help="only the I-th of N equal parts of the targets, the same parts on every machine",
+        "-k",
+        "--key",
+        action="append",
+        default=[],
+        metavar="F",
+        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
     )
-    add("-L", "--list-targets", action="store_true", help="show the targets and stop")
+    add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
+    add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
     add(
-        "-n",
-        "--dry-run",
+        "-F",
+        "--ssh-config",
+        metavar="F",
+        help="another ssh config than ~/.ssh/config; none: no config",
+    )
+    add(
+        "--host-keys",
+        choices=("accept-new", "yes", "no"),
+        metavar="P",
+        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
+        "unknown hosts), no (check nothing)",
+    )
+    add(
+        "--forward-agent",
         action="store_true",
-        help="show what would be done, connect to nothing, and stop",
+        help="let hosts use your agent, as ssh's option -A does",
     )
-    add(
-        "--demo",
-        type=_number(int, 1, "a number of hosts"),
-        metavar="N",
-        help="N throw-away hosts inside this process, in place of targets (or of a scenario's)",
-    )
-    add = parser.add_argument_group("connecting").add_argument
+    add = parser.groups["how many, how long"].add_argument
     add(
         "-w",
         "--window",
@@ -8714,43 +8754,19 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         type=_number(int, 0, "a number, 0 or more"),
         default=0,
         metavar="N",
-        help="try unreachable hosts N times more",
+        help="try unreachable hosts N times more (default 0)",
     )
-    add(
-        "-k",
-        "--key",
-        action="append",
-        default=[],
-        metavar="F",
-        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
-    )
-    add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
-    add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
-    add(
-        "-F",
-        "--ssh-config",
-        metavar="F",
-        help="another ssh config than ~/.ssh/config; none: no config",
-    )
-    add(
-        "--host-keys",
-        choices=("accept-new", "yes", "no"),
-        metavar="P",
-        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
-        "unknown hosts), no (check nothing)",
-    )
-    add("--forward-agent", action="store_true", help="let hosts use your agent, as ssh -A does")
     add(
         "--no-guard",
         action="store_true",
         help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
     )
-    add = parser.add_argument_group("showing").add_argument
+    add = parser.groups["messages"].add_argument
     add(
         "-q",
         "--quiet",
         action="store_true",
-        help="nothing but a line on stderr for each host that failed",
+        help="no progress and no summary: nothing but a line on stderr for each host that failed",
     )
     add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
     add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
@@ -8761,7 +8777,14 @@ def _add_target_options(parser: argparse.ArgumentParser) -> None:
         help="colour of messages (default auto; NO_COLOR is obeyed)",
     )
     add("--no-last", action="store_true", help="leave the groups @last-... as they are")
-    add("-V", "--version", action="version", version=f"apssh {__version__}")
+    add(
+        "-V",
+        "--version",
+        action="version",
+        version=f"apssh {__version__}",
+        help="show the version and stop",
+    )
+    add("-h", "--help", action="help", help="show this text and stop")
 
 
 def build_parser() -> _Parser:
@@ -8770,12 +8793,16 @@ def build_parser() -> _Parser:
         "apssh [options] command ...",
         "Run a command, or a local script, on many hosts at once.",
         "apssh -t node[01-20] uptime",
-        "apssh -t 'gw->node1' -s check.sh --all",
+        "apssh -t 'gw->node[1-3]' --sudo systemctl restart nginx",
         "apssh -t hosts.txt -b uname -r",
-        "apssh -t @last-failed -l root -o out systemctl restart web",
+        "apssh -t @web -s check.sh --all",
+        "apssh -t @web -w 1 --max-failures 0 systemctl restart nginx",
+        "apssh -t @last-failed -o logs journalctl -n 100",
+        "appush -t @web nginx.conf @:/etc/nginx/",
+        "appull -t @web @:/var/log/nginx/error.log 'logs/{host}'",
         "apssh --demo 3 'echo hello; id -un'",
     )
-    add = parser.add_argument_group("what runs").add_argument
+    add = parser.groups["what runs"].add_argument
     add(
         "-s",
         "--script",
@@ -8789,7 +8816,7 @@ def build_parser() -> _Parser:
         action="append",
         default=[],
         metavar="F",
-        help="with -s: a local file that lands beside the script, as $(dirname $0)/F",
+        help='with -s: a local file that lands beside the script, as $(dirname "$0")/F',
     )
     add(
         "-I",
@@ -8801,8 +8828,8 @@ def build_parser() -> _Parser:
         "--sudo",
         type=_sudo_user,
         default=False,
-        metavar="USER",
-        help="run by sudo as root, or (--sudo=USER) as that user; a password is asked once",
+        metavar="[=USER]",
+        help="run by sudo as root, or as that user; a password is asked once, when a host asks",
     )
     add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
     add(
@@ -8813,6 +8840,7 @@ def build_parser() -> _Parser:
         help="a variable for the command, whatever the server accepts",
     )
     add("-X", "--x11", action="store_true", help="forward the DISPLAY")
+    add = parser.groups["scenarios"].add_argument
     add(
         "--scenario",
         metavar="F",
@@ -8827,8 +8855,8 @@ def build_parser() -> _Parser:
         help="with --scenario: a variable of its Jinja2 template",
     )
     add("--record", metavar="F", help="with --scenario: what ran, when and how it ended, as JSON")
-    add("--timeline", metavar="F", help="with --scenario: the same as a picture, F.svg")
-    group = parser.add_argument_group("output")
+    add("--timeline", metavar="F", help="with --scenario: the record as a picture, F.svg")
+    group = parser.groups["output"]
     add = group.add_mutually_exclusive_group().add_argument
     add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
     add(
@@ -8856,7 +8884,7 @@ def build_parser() -> _Parser:
         "-d",
         "--date-time",
         action="store_true",
-        help="the same in a folder named after date and time; prints its name",
+        help="files as of -o, in a folder named after date and time; prints its name",
     )
     add(
         "-b",
@@ -8885,7 +8913,7 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
     parser = _Parser(usage, description, *examples)
     absent = ("command", "stdin", "pty", "mark", "diff", *filter(None, _OUTPUTS))
     parser.set_defaults(**dict.fromkeys(absent))
-    add = parser.add_argument_group("copying").add_argument
+    add = parser.groups["copying"].add_argument
     add("-r", "--recurse", action="store_true", help="copy folders too")
     add("--preserve", action="store_true", help="keep times, and modes of existing files too")
     add("--follow", action="store_true", help="copy what links in a tree lead to")
@@ -8903,9 +8931,10 @@ def build_push_parser() -> _Parser:
     return _build_copy_parser(
         "appush [options] local ... @:remote",
         "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
-        "appush -t node[1-3] hosts @:/etc/hosts",
+        "appush -t node[1-3] -l root hosts @:/etc/hosts",
         "appush -t node[1-3] -r site @:",
         "appush -t hosts.txt 'keys/{host}' @:.ssh/id_ed25519",
+        "appush -t @web a.conf @: && apssh -t @web --sudo install a.conf /etc/",
     )
 
 
@@ -8916,6 +8945,7 @@ def build_pull_parser() -> _Parser:
         "Copy files from many hosts; {host} in the local path keeps them apart.",
         "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'",
         "appull -t node[1-3] -r @:results 'results/{host}/'",
+        "appull -t 'gw->node1' '@:/var/log/*.log' logs/",
     )
 
 
