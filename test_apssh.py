@@ -7064,6 +7064,49 @@ def test_guard_leaves_nothing_behind(sshd: Sshd) -> None:
     run(main())
 
 
+@on_testbed
+def test_dropbear_and_an_ordinary_login(capfd: Any) -> None:
+    """Its process over there belongs to root, which may be neither signalled nor looked into."""
+    token = f"93{os.getpid()}"
+
+    async def main() -> None:
+        async with box(1) as root:
+            if await root.run("command -v dropbear >/dev/null"):
+                pytest.skip("no dropbear on the test hosts")
+            make = "dropbearkey -t ed25519 -f k >/dev/null 2>&1"
+            start = "dropbear -p 2222 -r $d/k -P $d/pid"
+            folder = "d=$(mktemp -d) && echo $d > /tmp/dropbear-of-tests && cd $d"
+            assert await root.run(f"{folder} && {make} && {start}") == 0
+            try:
+                await commands(box(1, port=2222, username="tester", known_hosts=None))
+            finally:
+                stop = "d=$(cat /tmp/dropbear-of-tests); kill $(cat $d/pid); rm -r $d"
+                assert await root.run(f"{stop} /tmp/dropbear-of-tests") == 0
+
+    async def commands(node: SshNode) -> None:
+        async with node:
+            capfd.readouterr()
+            assert await node.run("id -un") == 0
+            assert await RunString("#!/bin/sh\nexit 4").co_run_remote(node) == 4
+            assert await Run("cat", stdin=b"data\n").co_run_remote(node) == 0
+            assert capfd.readouterr() == ("tester\ndata\n", "")
+            for given in (None, b"data"):
+                command = f"trap '' TERM; sleep {token} & sleep {token}"
+                with pytest.raises(CommandFailedError):
+                    await Run(command, timeout=1, stdin=given).co_run_remote(node)
+            looking = Run(f"pgrep -f '^[s]leep {token}'", ignore_outputs=True)
+            end = time.monotonic() + 10
+            while await looking.co_run_remote(node) == 0:
+                assert time.monotonic() < end, "still there"
+            assert (
+                await node.run(f"sleep {token} >/dev/null & pgrep -f '^[s]leep {token}'; kill %1")
+                == 0
+            )
+            assert re.fullmatch(r"\d+\n", capfd.readouterr().out)  # it would have been seen
+
+    run(main())
+
+
 HINT = (
     "127.0.0.1: commands fail there because of their guard, which ends them with their connection "
     "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
