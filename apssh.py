@@ -7598,8 +7598,8 @@ class _HoldingFormatter(Formatter):
 
     def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
         """Both streams of a host, which are then forgotten."""
-        held = self._held.pop(endpoint, None)
-        return (held.stdout(), held.stderr()) if held else (b"", b"")
+        held = self._held.pop(endpoint, _HeldSink())
+        return held.stdout(), held.stderr()
 
 
 class _View:
@@ -7730,15 +7730,11 @@ async def _attempts(node: SshNode, plan: _Plan, step: StepRecord, retries: int) 
             await plan.step(node).attempt(node, step)
             return
         except ApsshError as exc:
-            if attempt >= retries or not _worth_another_attempt(exc):
+            # where no command began, and the host may think better of it
+            unreached = isinstance(exc, ConnectionFailedError) and not exc.command
+            if attempt >= retries or not unreached or exc.kind in ("hostkey", "auth"):
                 raise
         await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
-
-
-def _worth_another_attempt(exc: ApsshError) -> bool:
-    """Whether no command began, and the host may think better of it."""
-    unreached = isinstance(exc, ConnectionFailedError) and not exc.command
-    return unreached and exc.kind not in ("hostkey", "auth")
 
 
 def _build_nodes(
@@ -7763,16 +7759,15 @@ def _build_nodes(
     def build(
         chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
     ) -> SshNode:
-        *before, hop = chain
-        way = tuple(before)
-        if not way and not direct:
-            way = answers[hop].jumps
+        hop, before = chain[-1], chain[:-1]
+        if not before and not direct:
+            before = answers[hop].jumps
         behind |= {hop}
-        for each in behind.intersection(way):
+        for each in behind.intersection(before):
             raise UsageError(f"{each.host}: it is its own gateway")
-        if way and (way, direct) not in gateways:
-            gateways[way, direct] = build(way, direct, _quiet, behind)
-        gateway = gateways.get((way, direct))
+        if before and (before, direct) not in gateways:
+            gateways[before, direct] = build(before, direct, _quiet, behind)
+        gateway = gateways.get((before, direct))
         node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answers[hop], **options)
         if connect_timeout is not None:  # over the config's, though it be the default
             node.timeout = connect_timeout
@@ -7783,8 +7778,8 @@ def _build_nodes(
         node = build(target.chain, target.direct, formatter)
         node._target = str(target)
         # `a a:22 A` runs once
-        way = [(hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()]
-        nodes.setdefault(tuple(way), node)
+        way = tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops())
+        nodes.setdefault(way, node)
     return list(nodes.values())
 
 
@@ -7827,8 +7822,7 @@ class _CopyPlan(_Plan):
         if self.kind is Pull:
             _check_places(self.destination, nodes, several=len(self.sources) > 1)
             return
-        expanded = {_expand_path(path, node): None for node in nodes for path in self.sources}
-        for path in expanded:
+        for path in {_expand_path(path, node): None for node in nodes for path in self.sources}:
             if not os.path.lexists(path):
                 raise UsageError(f"{escape(path)}: no such file")
             if os.path.isdir(path) and not self.options.get("recurse"):
@@ -7867,20 +7861,18 @@ def _differs_by_host(path: str) -> bool:
 
 
 def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) -> None:
-    """The Pull of each node can write, and not where another does."""
+    """What each node's Pull writes into is there, and not where another's goes."""
     places: dict[str, SshNode] = {}
     for node in nodes:
-        place = os.path.realpath(shown := _expand_path(localpath, node))
-        into = os.path.isdir(place) or shown.endswith("/")
-        folder = place if into else os.path.dirname(place)
+        place = _expand_path(localpath, node)
         if not _differs_by_host(localpath):  # those that do are made
-            _check_landing(shown, several=several)
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"{escape(folder)}: permission denied")
-        if place in places:
-            both = f"{places[place].hostname} and {node.hostname}"
-            raise UsageError(f"{both} would both write to {localpath}: put {{host}} in the path")
-        places[place] = node
+            _check_landing(place, several=several)
+        first = places.setdefault(os.path.realpath(place), node)
+        if first is not node:
+            raise UsageError(
+                f"{first.hostname} and {node.hostname} would both write to {localpath}: "
+                "put {host} in the path"
+            )
 
 
 # run, push and pull, and their coroutine forms. What they share is described once, here, and added
@@ -7979,9 +7971,10 @@ async def _quick(
     **node_options: Any,
 ) -> list[Result]:
     """Targets, nodes, fan-out."""
-    texts = [targets] if isinstance(targets, str) else list(targets)
-    if not texts:  # whatever is to be done to the hosts of an empty list is done
-        return []
+    if not isinstance(targets, str):
+        targets = list(targets)
+        if not targets:  # whatever is to be done to the hosts of an empty list is done
+            return []
     config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
     if not isinstance(config, str):
         config = None if config else "none"
@@ -7989,7 +7982,7 @@ async def _quick(
         formatter = _HoldingFormatter(shown=formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
-        _parse_targets(texts, **_part(keywords, _TargetKeywords)),
+        _parse_targets(targets, **_part(keywords, _TargetKeywords)),
         formatter=formatter,
         config=config,
         **_part(keywords, _NodeKeywords),
