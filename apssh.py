@@ -5349,13 +5349,11 @@ class _Stdin:
         self._used = False
         if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator):
             return
-        if not hasattr(source, "read"):
+        if not hasattr(source, "read") or hasattr(source, "encoding"):
             raise UsageError(
                 "stdin: bytes, text, a path object, an open binary file or an asynchronous "
                 f"iterator, not {source!r}"
             )
-        if hasattr(source, "encoding"):
-            raise UsageError("stdin: the file is open as text: open it in mode 'rb'")
         if source.closed or not (source.readable() and source.seekable()):
             raise UsageError(
                 "stdin: this file cannot be read from its beginning for each host: give the bytes "
@@ -5373,11 +5371,9 @@ class _Stdin:
         if isinstance(source, AsyncIterator):
             self._check_unused()
             return self._read_once(source)
-        if isinstance(source, Deferred):
-            source = source.render()
-        if isinstance(source, str):
-            source = source.encode("utf-8", "surrogateescape")
-        return self._read(source)
+        if isinstance(source, str | Deferred):
+            source = _text_of(source).encode("utf-8", "surrogateescape")
+        return self._read(io.BytesIO(source) if isinstance(source, bytes) else source)
 
     def _check_unused(self) -> None:
         if self._used:
@@ -5392,12 +5388,10 @@ class _Stdin:
         async for data in source:
             yield data
 
-    async def _read(self, source: bytes | os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
+    async def _read(self, source: os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
         with contextlib.ExitStack() as stack:
             if isinstance(source, os.PathLike):
                 source = stack.enter_context(open(Path(source).expanduser(), "rb"))
-            if isinstance(source, bytes):
-                source = io.BytesIO(source)
             place = 0
             while True:
                 source.seek(place)
@@ -5410,18 +5404,17 @@ class _Stdin:
 
 def _check_file(what: str, path: StrPath) -> None:
     """Raise UsageError, naming it, unless this is a file that is there."""
-    place = Path(path).expanduser()
-    if not place.is_file():
-        problem = "not a file" if place.exists() else "no such file"
+    if not os.path.isfile(os.path.expanduser(path)):
+        problem = "not a file" if os.path.exists(os.path.expanduser(path)) else "no such file"
         raise UsageError(f"{what} {escape(str(path))}: {problem}")
 
 
 def _read_file(what: str, path: StrPath) -> tuple[bytes, int]:
     """Content and mode of a file of this machine. Raises UsageError, naming it."""
     _check_file(what, path)
-    place = Path(path).expanduser()
     try:
-        return place.read_bytes(), place.stat().st_mode
+        with open(os.path.expanduser(path), "rb") as file:
+            return file.read(), os.fstat(file.fileno()).st_mode
     except OSError as exc:
         raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
@@ -5768,22 +5761,20 @@ class _CopyCommand(AbstractCommand):
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
 
+    def _line(self, sources: str) -> str:
+        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}"
+
     def _text(self) -> str:
         more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
-        return (
-            f"{type(self).__name__}: {self._sources[0]}{more} {self.preposition} {self.destination}"
-        )
+        return self._line(f"{self._sources[0]}{more}")
 
     def dry_run_text(self) -> str:
-        sources = " ".join(map(str, self._sources))
-        options = "".join(f", {name}" for name, value in self.options.items() if value)
-        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}{options}"
+        options = [name for name, value in self.options.items() if value]
+        return ", ".join([self._line(" ".join(map(str, self._sources))), *options])
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        sources, destination = (
-            [_text_of(path) for path in self._sources],
-            _text_of(self.destination),
-        )
+        sources = [_text_of(path) for path in self._sources]
+        destination = _text_of(self.destination)
         step.command = step.command or self._text()
         sftp = await node.sftp_connect_lazy()
         async with self._in_time(node, step):
@@ -6622,6 +6613,7 @@ class experiment:
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(eq=False)
 class Service:
     """A command that runs on a host as a transient unit of its systemd, by systemd-run(1): it
     outlives the connection that starts it.
@@ -6638,43 +6630,34 @@ class Service:
     ``verbose`` the service's own.
     """
 
-    def __init__(
-        self,
-        command: str | Deferred,
-        *,
-        service_id: str,
-        tty: bool = False,
-        systemd_type: str = "simple",
-        environ: Mapping[str, Any] | None = None,
-        stop_if_running: bool = True,
-        verbose: bool = False,
-    ) -> None:
-        if not isinstance(command, str | Deferred) or not str(command).strip():
-            raise UsageError(f"Service: the command is a shell line or a Deferred, not {command!r}")
-        name = r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*"
-        if not isinstance(service_id, str) or not re.fullmatch(name, service_id):
-            raise UsageError(f"service_id {service_id!r}: letters, digits and :-_.@ only")
-        if not re.fullmatch(r"[a-z-]+", systemd_type):
+    command: str | Deferred
+    _: dataclasses.KW_ONLY
+    service_id: str
+    tty: bool = False
+    systemd_type: str = "simple"
+    environ: Mapping[str, Any] | None = None
+    stop_if_running: bool = True
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.command, str | Deferred) or not str(self.command).strip():
             raise UsageError(
-                f"systemd_type {systemd_type!r}: as in systemd.service(5): "
+                f"Service: the command is a shell line or a Deferred, not {self.command!r}"
+            )
+        name = r"[A-Za-z0-9:_][A-Za-z0-9:_.@-]*"
+        if not isinstance(self.service_id, str) or not re.fullmatch(name, self.service_id):
+            raise UsageError(f"service_id {self.service_id!r}: letters, digits and :-_.@ only")
+        if not re.fullmatch(r"[a-z-]+", self.systemd_type):
+            raise UsageError(
+                f"systemd_type {self.systemd_type!r}: as in systemd.service(5): "
                 "simple, forking, oneshot..."
             )
-        if tty and systemd_type == "forking":
+        if self.tty and self.systemd_type == "forking":
             raise UsageError(
                 "tty: script(1), which gives the terminal, does not fork: leave systemd_type out"
             )
-        self.command = command
-        self.service_id = service_id.removesuffix(".service")
-        self.tty = tty
-        self.systemd_type = systemd_type
-        self.environ = dict(environ or {})
-        self.stop_if_running = stop_if_running
-        self.verbose = verbose
-        for variable, value in self.environ.items():
-            if not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
-                raise UsageError(f"environ: {variable!r} is not the name of a variable")
-            if value is None:
-                raise UsageError(f"environ: {variable} has no value")
+        _check_env("environ", self.environ or {})
+        self.service_id = self.service_id.removesuffix(".service")
 
     def _step(self, action: str, words: list[str | Deferred], keywords: _RunKeywords) -> Run:
         if keywords.get("label") is None:
@@ -6692,7 +6675,7 @@ class Service:
                 f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
             )
         words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
-        for name, value in self.environ.items():
+        for name, value in (self.environ or {}).items():
             words.append(_Quoted(value, f"--setenv={name}={{}}".format))
         # systemd.service(5): $ in words is expanded by systemd itself, before any shell
         shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))
@@ -7558,12 +7541,12 @@ class Result:
     may_run: bool = False
 
     def __repr__(self) -> str:
-        parts = [f"<Result {self.name}: {self.outcome} in {self.seconds:g} s"]
+        text = f"{self.name}: {self.outcome} in {self.seconds:g} s"
         if self.stdout_bytes:
-            parts.append(f", stdout '{_brief(self.stdout)}'")
+            text += f", stdout '{_brief(self.stdout)}'"
         if self.error:
-            parts.append(f": {self.error}")
-        return "".join([*parts, ">"])
+            text += f": {self.error}"
+        return f"<Result {text}>"
 
     @property
     def ok(self) -> bool:
@@ -7630,8 +7613,8 @@ class _HoldingFormatter(Formatter):
 
     def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
         """Both streams of a host, which are then forgotten."""
-        held = self._held.pop(endpoint, None)
-        return (held.stdout(), held.stderr()) if held else (b"", b"")
+        held = self._held.pop(endpoint, _HeldSink())
+        return held.stdout(), held.stderr()
 
 
 class _View:
@@ -7659,8 +7642,8 @@ class _Plan:
     async def prepare(self) -> None:
         """Whatever must be there before the first host is connected to."""
 
-    def steps(self, node: SshNode) -> list[AbstractCommand]:
-        """The steps of one node, run in order up to the first failure."""
+    def step(self, node: SshNode) -> AbstractCommand:
+        """What is done on one node."""
         raise NotImplementedError
 
 
@@ -7696,11 +7679,17 @@ async def _fan_out(
 
     async def worker() -> None:
         while not stopped() and (node := next(waiting, None)):
-            results[node] = _blank_result(node)
-            async with contextlib.AsyncExitStack() as stack:
-                stack.push_async_callback(node.close)
-                stack.callback(done, results[node])
-                await _run_on(node, plan, results[node], retries, views)
+            result = results[node] = _blank_result(node)
+            step = StepRecord()
+            for view in views:
+                view.started(result, step)
+            try:
+                await _run_on(node, plan, result, step, retries)
+            finally:
+                try:
+                    done(result)
+                finally:
+                    await node.close()
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -7710,34 +7699,37 @@ async def _fan_out(
         raise exc.exceptions[0] from None
     finally:
         reason = "not started" if stopped() else "interrupted"
-        for node in nodes:
-            if node not in results:
-                results[node] = _blank_result(node)
-                results[node].error = results[node].kind = reason
-                done(results[node])
+        for node in waiting:
+            results[node] = _blank_result(node, reason)
+            done(results[node])
         gateways = {hop for node in nodes for hop in node._hops()[:-1]}
         await asyncio.gather(*(gateway.close() for gateway in gateways))
     return [results[node] for node in nodes]
 
 
-def _blank_result(node: SshNode) -> Result:
-    name = node.shown_name
-    return Result(node.hostname, node.username, node.port, name, node._target)
+def _blank_result(node: SshNode, reason: str | None = None) -> Result:
+    result = Result(node.hostname, node.username, node.port, node.shown_name, node._target)
+    result.error = result.kind = reason
+    return result
 
 
 async def _run_on(
-    node: SshNode, plan: _Plan, result: Result, retries: int, views: Sequence[_View]
+    node: SshNode, plan: _Plan, result: Result, step: StepRecord, retries: int
 ) -> None:
-    """All that is planned for one node, and what is known of it at the end, whatever the end."""
-    step, begin = StepRecord(), time.monotonic()
-    for view in views:
-        view.started(result, step)
+    """What is planned for one node, and what is known of it at the end, whatever the end."""
+    begin = time.monotonic()
     try:
-        await _attempts(node, plan, result, step, retries)
+        await _attempts(node, plan, step, retries)
+    except ApsshError as exc:
+        result.error, result.kind, step.status = exc.message, exc.kind, exc.status
     except BaseException:
         result.error = result.kind = "interrupted"
         raise
     finally:
+        if isinstance(step.status, str):
+            result.signal = step.status
+        else:
+            result.status = step.status
         result.seconds = round(time.monotonic() - begin, 3)
         result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
         result.reached = node.reached
@@ -7745,30 +7737,18 @@ async def _run_on(
             result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
 
 
-async def _attempts(
-    node: SshNode, plan: _Plan, result: Result, step: StepRecord, retries: int
-) -> None:
-    """The steps of one node up to the first failure; again when the host could not be reached."""
+async def _attempts(node: SshNode, plan: _Plan, step: StepRecord, retries: int) -> None:
+    """The step of one node; again when the host could not be reached."""
     for attempt in itertools.count():
         try:
-            for command in plan.steps(node):
-                await command.attempt(node, step)
-            status = step.status
+            await plan.step(node).attempt(node, step)
+            return
         except ApsshError as exc:
-            if attempt < retries and _worth_another_attempt(exc):
-                await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
-                continue
-            result.error, result.kind = exc.message, exc.kind
-            status = exc.status
-        result.status = status if isinstance(status, int) else None
-        result.signal = status if isinstance(status, str) else None
-        return
-
-
-def _worth_another_attempt(exc: ApsshError) -> bool:
-    """Whether no command began, and the host may think better of it."""
-    unreached = isinstance(exc, ConnectionFailedError) and not exc.command
-    return unreached and exc.kind not in ("hostkey", "auth")
+            # where no command began, and the host may think better of it
+            unreached = isinstance(exc, ConnectionFailedError) and not exc.command
+            if attempt >= retries or not unreached or exc.kind in ("hostkey", "auth"):
+                raise
+        await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
 
 
 def _build_nodes(
@@ -7791,17 +7771,16 @@ def _build_nodes(
     def build(
         chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
     ) -> SshNode:
-        hop = chain[-1]
-        answer = answers[hop]
-        before = chain[:-1]
+        hop, before = chain[-1], chain[:-1]
         if not before and not direct:
-            before = answer.jumps
-        for each in behind.union([hop]).intersection(before):
+            before = answers[hop].jumps
+        behind |= {hop}
+        for each in behind.intersection(before):
             raise UsageError(f"{each.host}: it is its own gateway")
         if before and (before, direct) not in gateways:
-            gateways[before, direct] = build(before, direct, _quiet, behind | {hop})
+            gateways[before, direct] = build(before, direct, _quiet, behind)
         gateway = gateways.get((before, direct))
-        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answer, **options)
+        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answers[hop], **options)
         if connect_timeout is not None:  # over the config's, though it be the default
             node.timeout = connect_timeout
         return node
@@ -7811,8 +7790,8 @@ def _build_nodes(
         node = build(target.chain, target.direct, formatter)
         node._target = str(target)
         # `a a:22 A` runs once
-        way = [(hop.hostname.lower(), hop.username, hop.port) for hop in node._hops()]
-        nodes.setdefault(tuple(way), node)
+        way = tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops())
+        nodes.setdefault(way, node)
     return list(nodes.values())
 
 
@@ -7825,11 +7804,11 @@ class _CommandPlan(_Plan):
     slowest host all the same.)
     """
 
-    step: AbstractCommand
+    command: AbstractCommand
     spool: BinaryIO | None = None
 
     def check(self, nodes: Sequence[SshNode]) -> None:
-        self.step.check_files()
+        self.command.check_files()
 
     async def prepare(self) -> None:
         if self.spool:
@@ -7837,35 +7816,34 @@ class _CommandPlan(_Plan):
             with open(0, "rb", buffering=0, closefd=False) as stdin:
                 await _in_daemon(shutil.copyfileobj, stdin, self.spool)
 
-    def steps(self, node: SshNode) -> list[AbstractCommand]:
-        return [self.step]
+    def step(self, node: SshNode) -> AbstractCommand:
+        return self.command
 
 
 @dataclasses.dataclass(frozen=True)
 class _CopyPlan(_Plan):
     """One copy on each node, the fields of its paths filled in; ``options`` are those of Push."""
 
-    command: type[Push | Pull]
+    kind: type[Push | Pull]
     sources: Sequence[str]
     destination: str
     options: Mapping[str, Any]
     dry: bool = False
 
     def check(self, nodes: Sequence[SshNode]) -> None:
-        if self.command is Pull:
+        if self.kind is Pull:
             _check_places(self.destination, nodes, several=len(self.sources) > 1)
             return
-        expanded = {_expand_path(path, node): None for node in nodes for path in self.sources}
-        for path in expanded:
+        for path in {_expand_path(path, node): None for node in nodes for path in self.sources}:
             if not os.path.lexists(path):
                 raise UsageError(f"{escape(path)}: no such file")
             if os.path.isdir(path) and not self.options.get("recurse"):
                 raise UsageError(f"{escape(path)}: is a folder (recurse, -r, copies folders)")
 
-    def steps(self, node: SshNode) -> list[AbstractCommand]:
+    def step(self, node: SshNode) -> AbstractCommand:
         paths = [_expand_path(path, node) for path in self.sources]
         place = _expand_path(self.destination, node)
-        if self.command is Pull and _differs_by_host(self.destination) and not self.dry:
+        if self.kind is Pull and _differs_by_host(self.destination) and not self.dry:
             into = len(paths) > 1 or any(map(_is_pattern, paths))
             folder = place if into else os.path.dirname(place) or "."
             try:
@@ -7873,7 +7851,7 @@ class _CopyPlan(_Plan):
             except OSError as exc:  # this host's failure: the others go on
                 message = f"{escape(place)}: {_reason(exc)}"
                 raise TransferError(message, host=node.hostname) from None
-        return [self.command(paths, place, **self.options)]
+        return self.kind(paths, place, **self.options)
 
 
 def _expand_path(path: str, node: SshNode) -> str:
@@ -7895,20 +7873,18 @@ def _differs_by_host(path: str) -> bool:
 
 
 def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) -> None:
-    """The Pull of each node can write, and not where another does."""
+    """What each node's Pull writes into is there, and not where another's goes."""
     places: dict[str, SshNode] = {}
     for node in nodes:
-        place = os.path.realpath(shown := _expand_path(localpath, node))
-        into = os.path.isdir(place) or shown.endswith("/")
-        folder = place if into else os.path.dirname(place)
+        place = _expand_path(localpath, node)
         if not _differs_by_host(localpath):  # those that do are made
-            _check_landing(shown, several=several)
-        if os.path.isdir(folder) and not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"{escape(folder)}: permission denied")
-        if place in places:
-            both = f"{places[place].hostname} and {node.hostname}"
-            raise UsageError(f"{both} would both write to {localpath}: put {{host}} in the path")
-        places[place] = node
+            _check_landing(place, several=several)
+        first = places.setdefault(os.path.realpath(place), node)
+        if first is not node:
+            raise UsageError(
+                f"{first.hostname} and {node.hostname} would both write to {localpath}: "
+                "put {host} in the path"
+            )
 
 
 # run, push and pull, and their coroutine forms. What they share is described once, here, and added
@@ -8007,9 +7983,10 @@ async def _quick(
     **node_options: Any,
 ) -> list[Result]:
     """Targets, nodes, fan-out."""
-    texts = [targets] if isinstance(targets, str) else list(targets)
-    if not texts:  # whatever is to be done to the hosts of an empty list is done
-        return []
+    if not isinstance(targets, str):
+        targets = list(targets)
+        if not targets:  # whatever is to be done to the hosts of an empty list is done
+            return []
     config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
     if not isinstance(config, str):
         config = None if config else "none"
@@ -8017,7 +7994,7 @@ async def _quick(
         formatter = _HoldingFormatter(shown=formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
-        _parse_targets(texts, **_part(keywords, _TargetKeywords)),
+        _parse_targets(targets, **_part(keywords, _TargetKeywords)),
         formatter=formatter,
         config=config,
         **_part(keywords, _NodeKeywords),
@@ -8121,17 +8098,14 @@ async def co_pull(
 
 def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
     """A coroutine function as a function, with the name, keywords and docstring of the first."""
-    name = coroutine.__name__
+    name = coroutine.__name__.removeprefix("co_")
 
     @functools.wraps(coroutine)
     def call(*args: _P.args, **keywords: _P.kwargs) -> _T:
-        with contextlib.suppress(RuntimeError):
-            asyncio.get_running_loop()
-            plain = name.removeprefix("co_")
-            raise UsageError(f"apssh.{plain} in a running loop: await apssh.{name}(...) there")
+        _refuse_running_loop(f"apssh.{name}", f"await apssh.co_{name}(...)")
         return asyncio.run(coroutine(*args, **keywords))
 
-    call.__name__ = call.__qualname__ = name.removeprefix("co_")
+    call.__name__ = call.__qualname__ = name
     return call
 
 
@@ -9163,9 +9137,8 @@ async def _nodes_of_run(
 def _show_plan(plan: _Plan, nodes: Sequence[SshNode]) -> int:
     """-n: what would be done on each host."""
     for node in nodes:
-        for command in plan.steps(node):
-            line = f"{_way(node)}: {escape(command.dry_run_text())}\n"
-            _screen.write(line.encode("utf-8", "surrogateescape"))
+        line = f"{_way(node)}: {escape(plan.step(node).dry_run_text())}\n"
+        _screen.write(line.encode("utf-8", "surrogateescape"))
     return 0
 
 

@@ -8044,6 +8044,9 @@ STDIN_ONCE = (
 )
 
 
+OPEN_AS_TEXT = io.StringIO("b")
+
+
 def closed_file() -> io.BytesIO:
     file = io.BytesIO(b"x")
     file.close()
@@ -8096,8 +8099,9 @@ def step_with_a_pipe() -> Run:
             "not ['b']",
         ),
         (
-            lambda: RunScript("a", stdin=io.StringIO("b")),
-            "stdin: the file is open as text: open it in mode 'rb'",
+            lambda: RunScript("a", stdin=OPEN_AS_TEXT),
+            "stdin: bytes, text, a path object, an open binary file or an asynchronous iterator, "
+            f"not {OPEN_AS_TEXT!r}",
         ),
         (lambda: Run("a", stdin=closed_file()), STDIN_ONCE),
         (step_with_a_pipe, STDIN_ONCE),
@@ -10318,7 +10322,10 @@ def test_text_of_a_run() -> None:
             {"service_id": "x", "environ": {"A B": 1}},
             "environ: 'A B' is not the name of a variable",
         ),
-        ({"service_id": "x", "environ": {"A": None}}, "environ: A has no value"),
+        (
+            {"service_id": "x", "environ": {"A": None}},
+            "environ: A has no value; 'env -u A ...' as the command unsets it",
+        ),
         (
             {"service_id": Deferred("x", {})},
             "service_id Deferred('x'): letters, digits and :-_.@ only",
@@ -10805,8 +10812,8 @@ MISTAKES = {  # text of the file, the whole message
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
         "s.yaml:8: section jobs, id j1, command 1: unknown key 'local_script': there is type, "
-        "command, args, includes, x11, capture, env, pty, stdin, sudo, label, allowed_exits, "
-        "timeout, verbose",
+        "command, args, x11, env, pty, stdin, sudo, label, allowed_exits, verbose, timeout, "
+        "capture, includes",
     ),
     "script none": (
         STEP + "type: RunScript\n        args: [a]\n        ",
