@@ -1485,10 +1485,8 @@ class _KnownKey(NamedTuple):
 
 def _fingerprint(key: asyncssh.SSHKey) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
-    algorithm = key.get_algorithm().split("@")[0]
-    security_key = "-SK" if algorithm.startswith("sk-") else ""
-    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", algorithm).upper()
-    return f"{kind}{security_key} {key.get_fingerprint()}"
+    kind = re.sub("^ssh-|-sha2-.*", "", key.get_algorithm()).upper()
+    return f"{kind} {key.get_fingerprint()}"
 
 
 def _is_listed(name: str, patterns: Collection[str]) -> bool:
@@ -1598,11 +1596,11 @@ class _KnownHosts:
             with self._lock, open(opened, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 # somebody else may have added it
-                known = [each for each in self.find(name) if not each.marker]
-                if key in (each.key for each in known):
+                known = {each.key: each for each in self.find(name) if not each.marker}
+                if key in known:
                     return False
-                if known:
-                    raise ApsshError(f"its key was not recorded: known is {known[0]}")
+                for other in known.values():
+                    raise ApsshError(f"its key was not recorded: known is {other}")
                 before = file.read()
                 if before and not before.endswith(b"\n"):
                     file.write(b"\n")
@@ -1624,8 +1622,8 @@ _known_hosts_of = functools.cache(_KnownHosts)
 def _hashed_name(name: str) -> str:
     """A name as HashKnownHosts writes it."""
     salt = os.urandom(20)
-    digest = hmac.digest(salt, name.lower().encode(), "sha1")
-    return "|".join(["", "1", *(base64.b64encode(each).decode() for each in (salt, digest))])
+    parts = [salt, hmac.digest(salt, name.lower().encode(), "sha1")]
+    return "|1|" + "|".join(base64.b64encode(part).decode() for part in parts)
 
 
 # the words of StrictHostKeyChecking; ask means accept-new: nobody is asked
@@ -1737,8 +1735,7 @@ class _Trust:
         """
         certificates = _CERTIFICATE_ALGORITHMS if self.certified else []
         if configured := self.config.one("hostkeyalgorithms"):
-            there_are = {each.decode() for each in asyncssh.public_key.get_public_key_algs()}
-            allowed = there_are.union(certificates)
+            allowed = {*certificates, *_usable_algorithms(configured)}
             return [each for each in configured.split(",") if each in allowed]
         known: list[str] = []
         for key in self._keys:
@@ -1819,19 +1816,41 @@ class _Trust:
 
 _Said = Mapping[str, list[str]]  # keyword to values
 
-# lists of algorithms: asyncssh's argument, and what it knows
-_ALGORITHM_LISTS = {
-    "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs),
-    "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
-    "macs": ("mac_algs", asyncssh.mac.get_mac_algs),
-    "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs),
+_ALGORITHMS = {
+    *asyncssh.encryption.get_encryption_algs(),
+    *asyncssh.kex.get_kex_algs(),
+    *asyncssh.mac.get_mac_algs(),
+    *asyncssh.public_key.get_public_key_algs(),
 }
-_METHODS = {
-    "pubkeyauthentication": "public_key_auth",
-    "passwordauthentication": "password_auth",
-    "kbdinteractiveauthentication": "kbdint_auth",
+
+
+def _usable_algorithms(names: str) -> list[str]:
+    """Those of a list that asyncssh knows, certificates apart."""
+    return [name for name in names.split(",") if name.encode() in _ALGORITHMS]
+
+
+def _is_yes(value: str) -> bool:
+    return value not in ("no", "false")
+
+
+_Arguments = Mapping[str, tuple[str, Callable[[str], Any]]]
+
+# keyword: argument of asyncssh.connect, and what to make of the value
+_LOGIN_ARGUMENTS: _Arguments = {
+    "ciphers": ("encryption_algs", _usable_algorithms),
+    "kexalgorithms": ("kex_algs", _usable_algorithms),
+    "macs": ("mac_algs", _usable_algorithms),
+    "pubkeyacceptedalgorithms": ("signature_algs", _usable_algorithms),
+    "pubkeyauthentication": ("public_key_auth", _is_yes),
+    "passwordauthentication": ("password_auth", _is_yes),
+    "kbdinteractiveauthentication": ("kbdint_auth", _is_yes),
+    "preferredauthentications": ("preferred_auth", str),
 }
-_FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+# of loop.create_connection
+_SOCKET_ARGUMENTS: _Arguments = {
+    "addressfamily": ("family", {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get),
+    "bindaddress": ("local_addr", lambda address: (address, 0)),
+}
 
 
 class _HostConfig:
@@ -1938,29 +1957,12 @@ class _HostConfig:
                 files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
         return [os.devnull if file == "none" else self._path(file) for file in files]
 
-    @property
-    def login(self) -> dict[str, Any]:
-        """Arguments of asyncssh.connect."""
+    def arguments(self, table: _Arguments) -> dict[str, Any]:
+        """The arguments of a call that were configured."""
         arguments: dict[str, Any] = {}
-        for keyword, (name, get_known) in _ALGORITHM_LISTS.items():
+        for keyword, (name, convert) in table.items():
             if value := self.one(keyword):
-                known = get_known()
-                arguments[name] = [each for each in value.split(",") if each.encode() in known]
-        for keyword, name in _METHODS.items():
-            if self.one(keyword) in ("no", "false"):
-                arguments[name] = False
-        if preferred := self.one("preferredauthentications"):
-            arguments["preferred_auth"] = preferred
-        return arguments
-
-    @property
-    def socket(self) -> dict[str, Any]:
-        """Arguments of loop.create_connection."""
-        arguments: dict[str, Any] = {}
-        if family := self.one("addressfamily"):
-            arguments["family"] = _FAMILIES[family]
-        if address := self.one("bindaddress"):
-            arguments["local_addr"] = (address, 0)
+                arguments[name] = convert(value)
         return arguments
 
 
@@ -3601,7 +3603,7 @@ class _Attempt:
             proxy.socket.setblocking(False)
             return proxy.socket
         host = node._address or node.hostname
-        how = dict(node._host_config.socket)
+        how = node._host_config.arguments(_SOCKET_ARGUMENTS)
         numeric = ":" in host or host.replace(".", "").isdigit()
         if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
             how["happy_eyeballs_delay"] = 0.25
@@ -4462,7 +4464,7 @@ class SshNode(_Node):
             "login_timeout": 0,
             "gss_host": None,
             "encryption_algs": CIPHERS,
-            **self._host_config.login,
+            **self._host_config.arguments(_LOGIN_ARGUMENTS),
         }
 
     async def _login_failure(self, exc: Exception, attempt: _Attempt) -> ConnectionFailedError:
