@@ -1517,10 +1517,8 @@ class _KnownKey(NamedTuple):
 
 def _fingerprint(key: asyncssh.SSHKey) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
-    algorithm = key.get_algorithm().split("@")[0]
-    security_key = "-SK" if algorithm.startswith("sk-") else ""
-    kind = re.sub(r"^(sk-)?(ssh-|(ecdsa)-sha2-nistp\d+)", r"\3", algorithm).upper()
-    return f"{kind}{security_key} {key.get_fingerprint()}"
+    kind = re.sub("^ssh-|-sha2-.*", "", key.get_algorithm()).upper()
+    return f"{kind} {key.get_fingerprint()}"
 
 
 def _is_listed(name: str, patterns: Collection[str]) -> bool:
@@ -1630,11 +1628,11 @@ class _KnownHosts:
             with self._lock, open(opened, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 # somebody else may have added it
-                known = [each for each in self.find(name) if not each.marker]
-                if key in (each.key for each in known):
+                known = {each.key: each for each in self.find(name) if not each.marker}
+                if key in known:
                     return False
-                if known:
-                    raise ApsshError(f"its key was not recorded: known is {known[0]}")
+                for other in known.values():
+                    raise ApsshError(f"its key was not recorded: known is {other}")
                 before = file.read()
                 if before and not before.endswith(b"\n"):
                     file.write(b"\n")
@@ -1656,8 +1654,8 @@ _known_hosts_of = functools.cache(_KnownHosts)
 def _hashed_name(name: str) -> str:
     """A name as HashKnownHosts writes it."""
     salt = os.urandom(20)
-    digest = hmac.digest(salt, name.lower().encode(), "sha1")
-    return "|".join(["", "1", *(base64.b64encode(each).decode() for each in (salt, digest))])
+    parts = [salt, hmac.digest(salt, name.lower().encode(), "sha1")]
+    return "|1|" + "|".join(base64.b64encode(part).decode() for part in parts)
 
 
 # the words of StrictHostKeyChecking; ask means accept-new: nobody is asked
@@ -1769,8 +1767,7 @@ class _Trust:
         """
         certificates = _CERTIFICATE_ALGORITHMS if self.certified else []
         if configured := self.config.one("hostkeyalgorithms"):
-            there_are = {each.decode() for each in asyncssh.public_key.get_public_key_algs()}
-            allowed = there_are.union(certificates)
+            allowed = {*certificates, *_usable_algorithms(configured)}
             return [each for each in configured.split(",") if each in allowed]
         known: list[str] = []
         for key in self._keys:
@@ -1851,19 +1848,41 @@ class _Trust:
 
 _Said = Mapping[str, list[str]]  # keyword to values
 
-# lists of algorithms: asyncssh's argument, and what it knows
-_ALGORITHM_LISTS = {
-    "ciphers": ("encryption_algs", asyncssh.encryption.get_encryption_algs),
-    "kexalgorithms": ("kex_algs", asyncssh.kex.get_kex_algs),
-    "macs": ("mac_algs", asyncssh.mac.get_mac_algs),
-    "pubkeyacceptedalgorithms": ("signature_algs", asyncssh.public_key.get_public_key_algs),
+_ALGORITHMS = {
+    *asyncssh.encryption.get_encryption_algs(),
+    *asyncssh.kex.get_kex_algs(),
+    *asyncssh.mac.get_mac_algs(),
+    *asyncssh.public_key.get_public_key_algs(),
 }
-_METHODS = {
-    "pubkeyauthentication": "public_key_auth",
-    "passwordauthentication": "password_auth",
-    "kbdinteractiveauthentication": "kbdint_auth",
+
+
+def _usable_algorithms(names: str) -> list[str]:
+    """Those of a list that asyncssh knows, certificates apart."""
+    return [name for name in names.split(",") if name.encode() in _ALGORITHMS]
+
+
+def _is_yes(value: str) -> bool:
+    return value not in ("no", "false")
+
+
+_Arguments = Mapping[str, tuple[str, Callable[[str], Any]]]
+
+# keyword: argument of asyncssh.connect, and what to make of the value
+_LOGIN_ARGUMENTS: _Arguments = {
+    "ciphers": ("encryption_algs", _usable_algorithms),
+    "kexalgorithms": ("kex_algs", _usable_algorithms),
+    "macs": ("mac_algs", _usable_algorithms),
+    "pubkeyacceptedalgorithms": ("signature_algs", _usable_algorithms),
+    "pubkeyauthentication": ("public_key_auth", _is_yes),
+    "passwordauthentication": ("password_auth", _is_yes),
+    "kbdinteractiveauthentication": ("kbdint_auth", _is_yes),
+    "preferredauthentications": ("preferred_auth", str),
 }
-_FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+# of loop.create_connection
+_SOCKET_ARGUMENTS: _Arguments = {
+    "addressfamily": ("family", {"inet": socket.AF_INET, "inet6": socket.AF_INET6}.get),
+    "bindaddress": ("local_addr", lambda address: (address, 0)),
+}
 
 
 class _HostConfig:
@@ -1970,29 +1989,12 @@ class _HostConfig:
                 files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
         return [os.devnull if file == "none" else self._path(file) for file in files]
 
-    @property
-    def login(self) -> dict[str, Any]:
-        """Arguments of asyncssh.connect."""
+    def arguments(self, table: _Arguments) -> dict[str, Any]:
+        """The arguments of a call that were configured."""
         arguments: dict[str, Any] = {}
-        for keyword, (name, get_known) in _ALGORITHM_LISTS.items():
+        for keyword, (name, convert) in table.items():
             if value := self.one(keyword):
-                known = get_known()
-                arguments[name] = [each for each in value.split(",") if each.encode() in known]
-        for keyword, name in _METHODS.items():
-            if self.one(keyword) in ("no", "false"):
-                arguments[name] = False
-        if preferred := self.one("preferredauthentications"):
-            arguments["preferred_auth"] = preferred
-        return arguments
-
-    @property
-    def socket(self) -> dict[str, Any]:
-        """Arguments of loop.create_connection."""
-        arguments: dict[str, Any] = {}
-        if family := self.one("addressfamily"):
-            arguments["family"] = _FAMILIES[family]
-        if address := self.one("bindaddress"):
-            arguments["local_addr"] = (address, 0)
+                arguments[name] = convert(value)
         return arguments
 
 
@@ -2336,11 +2338,6 @@ _QUOTED = (
 )
 
 
-def _temporary_name(name: str) -> str:
-    """One that nobody guesses, and that no file system finds too long."""
-    return f".{os.fsencode(name)[:100].decode('utf-8', 'ignore')}.apssh-{os.urandom(6).hex()}"
-
-
 def _paths(paths: Any) -> list[Any]:
     """One path or several, as a list; a list of one means that path."""
     many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
@@ -2495,8 +2492,8 @@ class _LocalFiles:
     async def setstat(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
         """Of a folder."""
         fd, name = self._at(path)
-        file = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd))
-        async with _closing(file):
+        folder = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+        async with _closing(_LocalFile(folder)) as file:
             await file.setstat(attrs)
 
     async def symlink(self, target: str, path: str) -> None:
@@ -2527,9 +2524,7 @@ def _there(files: _Files, path: str) -> str:
     """A path of a step as its host has it: ``~`` and nothing are the home, where SFTP starts."""
     if isinstance(files, _LocalFiles):
         return os.path.expanduser(path) or "."
-    if path in ("", "~"):
-        return "."
-    return path[2:].lstrip("/") or "." if path.startswith("~/") else path
+    return re.sub("^~(/+|$)", "", path) or "."
 
 
 @contextlib.asynccontextmanager
@@ -2578,21 +2573,20 @@ class _UnderWay:
         failure = None if task.cancelled() else task.exception()
         self._failure = self._failure or failure
 
-    async def __aenter__(self) -> _UnderWay:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
-            while kind is None and self._tasks and not self._failure:
+            if kind is None and self._tasks and not self._failure:
                 await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
             if kind is None and self._failure:
                 raise self._failure
         finally:
-            left = set(self._tasks)
-            for task in left:
+            for task in self._tasks:
                 task.cancel()
-            if left:
-                await asyncio.wait(left)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
             self._failure = None  # kept here, it would keep its frames
 
 
@@ -2606,6 +2600,7 @@ class _CopyItem(NamedTuple):
     inside: str = ""  # the real path of its folder, when links are followed
 
 
+@dataclasses.dataclass(eq=False)
 class _Copy:
     """One Push or Pull with one host: its options, what it has moved (``step``), what failed while
     the other files went on.
@@ -2617,19 +2612,14 @@ class _Copy:
     folder. Cancelling a copy leaves no temporary file.
     """
 
-    def __init__(
-        self,
-        host: str,
-        step: StepRecord,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
-    ) -> None:
-        self._host, self._step = host, step
-        self._preserve, self._recurse = preserve, recurse
-        self._follow, self._inplace = follow_symlinks, inplace
+    host: str
+    step: StepRecord
+    preserve: bool = False
+    recurse: bool = False
+    follow_symlinks: bool = False
+    inplace: bool = False
+
+    def __post_init__(self) -> None:
         self._source: _Files = _LocalFiles()
         self._destination: _Files = self._source
         self._pushing = self._wary = False
@@ -2638,7 +2628,7 @@ class _Copy:
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
         self._names = 0
         self._failures: list[str] = []
-        self._failed, self._kind = 0, "local"
+        self._failed, self._kind = 0, ""
 
     async def push(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
         """Copy local files onto a path over there. Raises TransferError, ConnectionFailedError."""
@@ -2669,12 +2659,10 @@ class _Copy:
 
     async def put(self, sftp: _Files, content: bytes, path: str, mode: int) -> None:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
-        self._destination, self._pushing, self._preserve = sftp, True, True
+        self._destination, self._pushing, self.preserve = sftp, True, True
         with self._failing(path):
-            item = _CopyItem(path, _there(sftp, path))
-            target, existing = await self._existing(item, _REGULAR)
-            given = asyncssh.SFTPAttrs(permissions=mode)
-            async with self._arriving(target, existing, given) as file:
+            item, given = _CopyItem(path, _there(sftp, path)), asyncssh.SFTPAttrs(permissions=mode)
+            async with self._arriving(item, given) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
         self._tell()
@@ -2693,13 +2681,12 @@ class _Copy:
             yield
         except _LOST as exc:
             raise ConnectionFailedError(
-                f"connection lost during the copy of {shown}", host=self._host
+                f"connection lost during the copy of {shown}", host=self.host
             ) from exc
         except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
+            side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+            self._kind = self._kind or getattr(exc, "kind", side)
             self._failed += 1
-            if self._failed == 1:
-                side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
-                self._kind = exc.kind if isinstance(exc, TransferError) else side
             if self._failed <= FAILURES_KEPT:
                 self._failures.append(f"{shown}: {what}{_reason(exc)}")
 
@@ -2710,7 +2697,7 @@ class _Copy:
             raise TransferError(
                 "; ".join(self._failures[:FAILURES_SHOWN])
                 + (f" (and {more} more)" if more > 0 else ""),
-                host=self._host,
+                host=self.host,
                 kind=self._kind,
                 failures=self._failures,
             )
@@ -2721,7 +2708,7 @@ class _Copy:
         if self._names > TREE_LIMIT:
             raise ApsshError(
                 f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
-                host=self._host,
+                host=self.host,
                 kind=_side(self._source),
             )
 
@@ -2808,7 +2795,7 @@ class _Copy:
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
         inside = f"{os.path.realpath(target)}/".startswith(f"{os.path.realpath(path)}/")
-        if inside and (self._inplace or attrs.type == _FOLDER_TYPE):
+        if inside and (self.inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
     async def _enter(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
@@ -2816,7 +2803,7 @@ class _Copy:
         followed = item.level == 0
         if attrs.type == _UNKNOWN and not followed:
             attrs = await self._source.stat(item.path, follow_symlinks=False)
-        if attrs.type == _LINK and self._follow and not followed:
+        if attrs.type == _LINK and self.follow_symlinks and not followed:
             attrs = await self._source.stat(item.path)
             followed = True
         if attrs.type == _REGULAR:
@@ -2835,10 +2822,10 @@ class _Copy:
 
     async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
         """Make the folder, if need be, and enter what it holds, links last."""
-        real = str(await self._source.realpath(item.path)) if self._follow else ""
+        real = str(await self._source.realpath(item.path)) if self.follow_symlinks else ""
         for wrong, why in (
             (attrs.type != _FOLDER_TYPE, "not a regular file, folder or link"),
-            (not self._recurse, "is a folder (recurse, -r, copies folders)"),
+            (not self.recurse, "is a folder (recurse, -r, copies folders)"),
             (item.level >= DEPTH_LIMIT, f"more than {DEPTH_LIMIT} folders deep"),
             (real and f"{item.inside}/".startswith(f"{real}/"), "a link to a folder it is in"),
         ):
@@ -2847,7 +2834,7 @@ class _Copy:
         target, existing = await self._existing(item, _FOLDER_TYPE)
         if not existing:
             await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
-        if self._preserve or not existing:
+        if self.preserve or not existing:
             self._late.append((target, self._given(attrs)))
         links: list[_CopyItem] = []
         taken = set[str]()
@@ -2866,7 +2853,7 @@ class _Copy:
                     fresh=not existing,
                     inside=real,
                 )
-                if found.attrs.type == _LINK and not self._follow:
+                if found.attrs.type == _LINK and not self.follow_symlinks:
                     links.append(child)
                 else:
                     await self._enter(child, found.attrs)
@@ -2899,17 +2886,13 @@ class _Copy:
     async def _copy_file(
         self, item: _CopyItem, attrs: asyncssh.SFTPAttrs, followed: bool = False
     ) -> None:
-        target, existing = await self._existing(item, _REGULAR)
         path = item.path
         if followed and not self._wary:
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
             path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
         )
-        async with (
-            _closing(opened) as file,
-            self._arriving(target, existing, self._given(attrs)) as copied,
-        ):
+        async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
             await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
 
     # one file
@@ -2928,38 +2911,35 @@ class _Copy:
             existing = await self._look(target)
         if existing is None or existing.type in (wanted, _UNKNOWN):
             return target, existing
-        if existing.type == _GIVES_WAY.get(wanted) and not self._inplace:
+        if existing.type == _GIVES_WAY.get(wanted) and not self.inplace:
             return target, None
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")
 
     def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
-        given = asyncssh.SFTPAttrs(permissions=self._mode(attrs))
-        if not self._preserve:
-            given.permissions = self._mode(attrs) & 0o777
-        elif attrs.mtime is not None:
-            given.atime, given.mtime = attrs.atime or attrs.mtime, attrs.mtime
-        return given
+        mode = self._mode(attrs)
+        if self.preserve:
+            return asyncssh.SFTPAttrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
+        return asyncssh.SFTPAttrs(permissions=mode & 0o777)
 
     def _mode(self, attrs: asyncssh.SFTPAttrs) -> int:
         """The mode bits; setuid and the like not from a server."""
         return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
 
     @contextlib.asynccontextmanager
-    async def _arriving(
-        self, target: str, existing: asyncssh.SFTPAttrs | None, given: asyncssh.SFTPAttrs
-    ) -> AsyncIterator[_File]:
+    async def _arriving(self, item: _CopyItem, given: asyncssh.SFTPAttrs) -> AsyncIterator[_File]:
         """A file to write, that becomes the target when it is whole. An existing one keeps its
         owner, where that is permitted, and its mode, unless preserve asks for the source's.
         """
-        overwriting = existing is not None and self._inplace
+        target, existing = await self._existing(item, _REGULAR)
+        overwriting = existing is not None and self.inplace
         place = contextlib.nullcontext(target) if overwriting else self._replacing(target)
         async with place as path, _closing(await self._open(path, overwriting)) as file:
             yield file
             if existing is None:
                 await file.setstat(given)
-            elif self._preserve or not overwriting:
+            elif self.preserve or not overwriting:
                 await self._keep(file, existing, given)
 
     async def _keep(
@@ -2968,7 +2948,7 @@ class _Copy:
         """Owner and mode of the file that was there, unless preserve asks for the source's mode.
         What is not permitted is left: the file could be written, and that was the wish.
         """
-        if not self._preserve and existing.permissions is not None:
+        if not self.preserve and existing.permissions is not None:
             given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
@@ -2983,7 +2963,7 @@ class _Copy:
             return await self._destination.open(
                 path,
                 _TO_OVERWRITE if overwriting else _TO_MAKE,
-                asyncssh.SFTPAttrs(permissions=None if overwriting else 0o600),
+                asyncssh.SFTPAttrs(permissions=0o600),
                 encoding=None,
                 block_size=0,
             )
@@ -3001,8 +2981,8 @@ class _Copy:
         """A name beside the target that nobody guesses; what is made there becomes the target, or
         is removed.
         """
-        folder, name = posixpath.split(target)
-        temporary = posixpath.join(folder, _temporary_name(name))
+        folder = posixpath.dirname(target)
+        temporary = posixpath.join(folder, f".new.apssh-{os.urandom(8).hex()}")
         try:
             yield temporary
             await self._rename(temporary, target)
@@ -3060,7 +3040,7 @@ class _Copy:
                 position += len(data)
                 wanted -= len(data)
                 end = max(end, position)
-                self._step.bytes_transferred += len(data)
+                self.step.bytes_transferred += len(data)
                 if not data or (position == size and wanted == 1):
                     ended = True
 
@@ -3642,7 +3622,7 @@ class _Attempt:
             proxy.socket.setblocking(False)
             return proxy.socket
         host = node._address or node.hostname
-        how = dict(node._host_config.socket)
+        how = node._host_config.arguments(_SOCKET_ARGUMENTS)
         numeric = ":" in host or host.replace(".", "").isdigit()
         if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
             how["happy_eyeballs_delay"] = 0.25
@@ -4556,7 +4536,7 @@ class SshNode(_Node):
             "login_timeout": 0,
             "gss_host": None,
             "encryption_algs": CIPHERS,
-            **self._host_config.login,
+            **self._host_config.arguments(_LOGIN_ARGUMENTS),
         }
 
     async def _login_failure(self, exc: Exception, attempt: _Attempt) -> ConnectionFailedError:
