@@ -207,8 +207,10 @@ def home(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy2(keys / name, folder / ".ssh" / name)
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.chdir(folder)
-    for name in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS", "NO_COLOR", "COLUMNS"):
+    for name in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS", "NO_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
+        # readline, once imported, sets the last two behind the back of os.environ
+        os.unsetenv(name)
     return folder
 
 
