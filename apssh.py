@@ -3417,11 +3417,18 @@ class _ProxyCommand:
         return f"the proxy command ended: {_brief(self.command, 200)}{said}"
 
 
-class _PausedProtocol(asyncio.Protocol):
-    """Of a transport that connects, and reads nothing."""
+class _Connected(asyncio.Protocol):
+    """Takes the socket of a transport as soon as it is connected, and ends the transport at once,
+    so that nothing is read: uvloop goes on to read where the reading was only paused here.
+    """
+
+    def __init__(self) -> None:
+        self.socket: socket.socket | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast("asyncio.Transport", transport).pause_reading()
+        self.socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        self.socket.setblocking(False)
+        cast("asyncio.Transport", transport).abort()
 
 
 async def _ask_secret_meanwhile(prompt: str) -> str:
@@ -3626,12 +3633,14 @@ class _Attempt:
         numeric = ":" in host or host.replace(".", "").isdigit()
         if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
             how["happy_eyeballs_delay"] = 0.25
+        connected = _Connected()
         async with self._clock.turn(_Limits.here().connects):
-            transport, _ = await loop.create_connection(_PausedProtocol, host, node.port, **how)
-        sock = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        sock.setblocking(False)
-        transport.abort()
-        return sock
+            try:
+                await loop.create_connection(lambda: connected, host, node.port, **how)
+            finally:  # a cancellation may come between
+                self._socket = connected.socket
+        assert self._socket
+        return self._socket
 
     async def _hear(self, sock: socket.socket) -> None:
         """Wait for the first bytes of the server, and look at them."""
@@ -8377,46 +8386,67 @@ class _DemoServer(asyncssh.SSHServer):
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-    ) -> bool:
-        return dest_host == "127.0.0.1" and dest_port in self.ports
+    ) -> Any:
+        allowed = dest_host == "127.0.0.1" and dest_port in self.ports
+        return functools.partial(_demo_forward, dest_port) if allowed else False
+
+
+async def _demo_pump(reader: Any, writer: Any, *, close: bool = False) -> None:
+    """Hand on what comes, of asyncio's streams or asyncssh's, until the end of it."""
+    with contextlib.suppress(OSError, asyncssh.Error):  # the other side has gone
+        while data := await reader.read(SESSION_WINDOW):
+            writer.write(data)
+            await writer.drain()
+    if close:
+        writer.close()
+
+
+async def _demo_forward(port: int, reader: Any, writer: Any) -> None:
+    """A connection through one demo host to another. Not asyncssh's own: no data comes through that
+    one in uvloop.
+    """
+    there, back = await asyncio.open_connection("127.0.0.1", port)
+    feeding = asyncio.create_task(_demo_pump(reader, back, close=True))
+    try:
+        await _demo_pump(there, writer, close=True)
+    finally:
+        feeding.cancel()
+        back.close()
 
 
 async def _demo_session(
-    home: str, children: set[asyncio.subprocess.Process], process: asyncssh.SSHServerProcess[bytes]
+    home: str, children: set[subprocess.Popen[bytes]], process: asyncssh.SSHServerProcess[bytes]
 ) -> None:
-    """One command, by the shell of whoever runs the demo, in the home of the demo host."""
+    """One command, by the shell of whoever runs the demo, in the home of the demo host.
+
+    Its process is not asyncio's: uvloop's keep the outputs open in what a command leaves behind.
+    """
     shell = os.environ.get("SHELL") or "/bin/sh"
     keep = {
         name: value
         for name, value in os.environ.items()
         if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
     }
-    child = await asyncio.create_subprocess_exec(
-        shell,
-        "-c",
-        process.command or shell,
+    pairs = [socket.socketpair() for _ in range(3)]
+    child = subprocess.Popen(
+        [shell, "-c", process.command or shell],
         cwd=home,
         start_new_session=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdin=pairs[0][1].fileno(),
+        stdout=pairs[1][1].fileno(),
+        stderr=pairs[2][1].fileno(),
         env=keep
         | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()},
     )
-    assert child.stdin and child.stdout and child.stderr
     children.add(child)
-
-    async def pump(reader: Any, writer: Any) -> None:
-        with contextlib.suppress(OSError, asyncssh.Error):  # the other side has gone
-            while data := await reader.read(SESSION_WINDOW):
-                writer.write(data)
-                await writer.drain()
-
-    feeding = asyncio.create_task(pump(process.stdin, child.stdin))
-    feeding.add_done_callback(lambda task: cast("asyncio.StreamWriter", child.stdin).close())
+    for _, theirs in pairs:
+        theirs.close()
+    streams = [await asyncio.open_connection(sock=ours) for ours, _ in pairs]
+    stdin, stdout, stderr = streams[0][1], streams[1][0], streams[2][0]
+    feeding = asyncio.create_task(_demo_pump(process.stdin, stdin, close=True))
     try:
-        await asyncio.gather(pump(child.stdout, process.stdout), pump(child.stderr, process.stderr))
-        status = await child.wait()
+        await asyncio.gather(_demo_pump(stdout, process.stdout), _demo_pump(stderr, process.stderr))
+        status = await _in_daemon(child.wait)
         if status >= 0:
             process.exit(status)
         else:
@@ -8424,6 +8454,8 @@ async def _demo_session(
     finally:
         children.discard(child)
         feeding.cancel()
+        for _, writer in streams:
+            writer.close()
 
 
 @contextlib.asynccontextmanager
@@ -8442,7 +8474,7 @@ async def demo_fleet(
     allowed = asyncssh.import_authorized_keys(key.export_public_key().decode())
     formatter = formatter or HostFormatter()
     servers: list[asyncssh.SSHAcceptor] = []
-    children: set[asyncio.subprocess.Process] = set()
+    children: set[subprocess.Popen[bytes]] = set()
     nodes: list[SshNode] = []
     with tempfile.TemporaryDirectory(prefix="apssh-demo-", ignore_cleanup_errors=True) as homes:
         try:

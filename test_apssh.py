@@ -9456,6 +9456,59 @@ def test_experiment_misuse(home: Path) -> None:
     run(main())
 
 
+def test_uvloop(sshd: Sshd, capfd: Any) -> None:
+    """Nodes, a real gateway, copies, jobs and the demo fleet, in uvloop's loop."""
+    uvloop = pytest.importorskip("uvloop")  # not for every Python, as in its first months
+    Path("f").write_text("sent")
+
+    async def main() -> list[Any]:
+        gateway = sshd.node()
+        node = sshd.node(gateway=gateway)
+        scheduler = Scheduler(
+            SshJob(
+                node,
+                commands=[
+                    Wait(),
+                    Push("f", "there"),
+                    RunString("cat there; echo"),
+                    Pull("there", "back"),
+                ],
+            ),
+            SshJob(LocalNode(), command="echo here"),
+        )
+        async with apssh.experiment(scheduler):
+            found = [await node.run("exit 3"), await scheduler.co_run()]
+        async with apssh.demo_fleet(2) as nodes:
+            _open_ports.update(node.port for node in nodes)
+            nodes[1].gateway = nodes[0]
+            found += [await node.run("true") for node in nodes]
+        (result,) = await apssh.co_run(sshd.target, "echo quick")
+        return [*found, result.stdout]
+
+    assert uvloop.run(main()) == [3, True, 0, 0, "quick\n"]
+    shown = capfd.readouterr()
+    assert sorted(shown.out.splitlines()) == ["127.0.0.1:sent", "LOCALNODE:here"]
+    assert (shown.err, Path("back").read_text()) == ("", "sent")
+
+
+def test_node_outlives_event_loops(make_sshd: Callable[..., Sshd]) -> None:
+    """Each loop has a connection of its own, and the last one is closed with the node."""
+    sshd = make_sshd()
+    node = sshd.node(gateway=sshd.node())
+    for logins in (2, 4):
+        assert asyncio.run(node.run("true")) == 0
+        assert sshd.logins() == logins
+    assert Scheduler(SshJob(node, command="true")).run() and sshd.logins() == 6
+
+    async def close() -> None:
+        await node.close()
+        assert node.gateway
+        await node.gateway.close()
+
+    asyncio.run(close())
+    eventually(lambda: not sshd.connections())
+
+
 # published scripts
 
 
