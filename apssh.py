@@ -2139,7 +2139,7 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
 
 
 # --------------------------------------------------------------------------------------------------
-# values: what one step finds and a later one uses
+# values: what steps are given by keyword, and what one finds and a later one uses
 # --------------------------------------------------------------------------------------------------
 
 
@@ -2292,6 +2292,65 @@ class StepRecord:
             raise
         finally:
             self.end_wall, self.end = time.time(), time.monotonic()
+
+
+_Word = Union[int, float, _Path, "Run"]
+_StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
+_Exits = Collection[int | str] | None
+
+# Types with their defaults, as _keywords_shown reads them.
+_Flag = Annotated[bool, False]
+_TextOrNone = Annotated[str | None, None]
+_NumberOrNone = Annotated[int | None, None]
+_SecondsOrNone = Annotated[float | None, None]
+
+
+class _StepKeywords(TypedDict, total=False):
+    """What every step takes."""
+
+    label: Annotated[str | bool | None, None]
+    allowed_exits: Annotated[_Exits, None]
+    verbose: Annotated[bool | None, False]
+
+
+class _TimedKeywords(_StepKeywords, total=False):
+    timeout: _SecondsOrNone
+
+
+class _SetupKeywords(TypedDict, total=False):
+    """What a command line is given, besides its words."""
+
+    x11: _Flag
+    env: Annotated[Mapping[str, str] | None, None]
+    pty: _Flag
+    stdin: Annotated[_StdinSource | None, None]
+    sudo: Annotated[bool | str, False]
+
+
+class _ShellKeywords(_SetupKeywords, _TimedKeywords, total=False):
+    capture: Annotated[Capture | None, None]
+
+
+class _RunKeywords(_ShellKeywords, total=False):
+    ignore_outputs: _Flag
+
+
+class _ScriptKeywords(_ShellKeywords, total=False):
+    includes: Annotated[Collection[StrPath] | None, ()]
+
+
+class _TransferKeywords(TypedDict, total=False):
+    """How a copy is made."""
+
+    preserve: _Flag
+    recurse: _Flag
+    follow_symlinks: _Flag
+    inplace: _Flag
+
+
+class _CopyKeywords(_TransferKeywords, _TimedKeywords, total=False):
+    block_size: _NumberOrNone
+    max_requests: _NumberOrNone
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3988,73 +4047,43 @@ class _Node(abc.ABC):
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
+    @_keywords_checked
     async def run(
         self,
         command: str,
         *,
         timeout: float | None = None,
-        x11: bool = False,
         ignore_outputs: bool = False,
         capture: Capture | None = None,
+        **keywords: Unpack[_SetupKeywords],
     ) -> int | str:
         """Run a command line as ssh would; the exit status, or the signal's name without SIG.
 
-        ``timeout`` in seconds (None: no limit). Raises ConnectionFailedError when the host cannot
-        be reached or is lost, CommandFailedError (kind timeout) when the command had to be ended.
-        Cancelling it ends the command over there.
+        ``timeout``: seconds (None: no limit). ``ignore_outputs``: both streams are /dev/null over
+        there. ``capture``: a Capture gets standard output. ``x11``: forward the DISPLAY. ``env``:
+        variables for the command. ``pty``: give it a terminal. ``stdin``: what it reads (None: end
+        of file at once). ``sudo``: run as root (True) or as the user of that name. Raises
+        ConnectionFailedError when the host cannot be reached or is lost, CommandFailedError (kind
+        timeout) when the command had to be ended. Cancelling it ends the command over there.
         """
-        how = _How(x11=x11, quiet=ignore_outputs)
-        return await self._execute(command, StepRecord(), how, timeout=timeout, capture=capture)
+        command_line = Run(
+            command, timeout=timeout, ignore_outputs=ignore_outputs, capture=capture, **keywords
+        )
+        return await command_line.co_run_remote(cast("SshNode", self)) or 0
 
+    @_keywords_checked
     async def put_file_s(
-        self,
-        localpaths: _Paths,
-        remotepath: str,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
+        self, localpaths: _Paths, remotepath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        """Copy local files there. ``localpaths``: a path or a list; ``remotepath``: a file, or a
-        folder to copy into; the keywords are those of Push. Raises TransferError,
-        ConnectionFailedError.
-        """
-        copying = _Copy(
-            self.hostname,
-            StepRecord(),
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-        )
-        sources = [_text_of(path) for path in _paths(localpaths)]
-        await copying.push(await self.sftp_connect_lazy(), sources, remotepath)
+        """Copy local files there; the keywords are those of the command Push."""
+        await Push(localpaths, remotepath, **keywords).co_run_remote(cast("SshNode", self))
 
+    @_keywords_checked
     async def get_file_s(
-        self,
-        remotepaths: _Paths,
-        localpath: str,
-        *,
-        preserve: bool = False,
-        recurse: bool = False,
-        follow_symlinks: bool = False,
-        inplace: bool = False,
+        self, remotepaths: _Paths, localpath: _Path, **keywords: Unpack[_CopyKeywords]
     ) -> None:
-        """Copy remote files here. ``remotepaths``: a path or a list, globs in them are expanded;
-        ``localpath``: a file, or a folder to copy into; the keywords are those of Pull. Raises
-        TransferError, ConnectionFailedError.
-        """
-        copying = _Copy(
-            self.hostname,
-            StepRecord(),
-            preserve=preserve,
-            recurse=recurse,
-            follow_symlinks=follow_symlinks,
-            inplace=inplace,
-        )
-        sources = [_text_of(path) for path in _paths(remotepaths)]
-        await copying.pull(await self.sftp_connect_lazy(), sources, localpath)
+        """Copy remote files here; the keywords are those of the command Pull."""
+        await Pull(remotepaths, localpath, **keywords).co_run_remote(cast("SshNode", self))
 
     async def mkdir(self, path: str) -> None:
         """Make a folder there, parents included; one that exists is fine. ``~`` is the home.
@@ -5153,58 +5182,7 @@ class LocalNode(_Node):
 
 
 _AnyNode = SshNode | LocalNode
-_Word = Union[int, float, _Path, "Run"]
 _ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
-_StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
-_Exits = Collection[int | str] | None
-
-
-class _StepKeywords(TypedDict, total=False):
-    """What every step takes."""
-
-    label: Annotated[str | bool | None, None]
-    allowed_exits: Annotated[_Exits, None]
-    verbose: Annotated[bool | None, False]
-
-
-class _TimedKeywords(_StepKeywords, total=False):
-    timeout: Annotated[float | None, None]
-
-
-class _ShellOptions(TypedDict, total=False):
-    """What a command line is given, besides its words."""
-
-    x11: Annotated[bool, False]
-    env: Annotated[Mapping[str, str] | None, None]
-    pty: Annotated[bool, False]
-    stdin: Annotated[_StdinSource | None, None]
-    sudo: Annotated[bool | str, False]
-
-
-class _ShellKeywords(_ShellOptions, _TimedKeywords, total=False):
-    capture: Annotated[Capture | None, None]
-
-
-class _RunKeywords(_ShellKeywords, total=False):
-    ignore_outputs: Annotated[bool, False]
-
-
-class _ScriptKeywords(_ShellKeywords, total=False):
-    includes: Annotated[Collection[StrPath] | None, ()]
-
-
-class _CopyOptions(TypedDict, total=False):
-    """How a copy is made."""
-
-    preserve: Annotated[bool, False]
-    recurse: Annotated[bool, False]
-    follow_symlinks: Annotated[bool, False]
-    inplace: Annotated[bool, False]
-
-
-class _CopyKeywords(_CopyOptions, _TimedKeywords, total=False):
-    block_size: Annotated[int | None, None]
-    max_requests: Annotated[int | None, None]
 
 
 class AbstractCommand:
@@ -5743,7 +5721,7 @@ class _CopyCommand(AbstractCommand):
     def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
         self.sources, self.destination = sources, destination
-        self.options = _part(keywords, _CopyOptions)
+        self.options = _part(keywords, _TransferKeywords)
         self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
@@ -7925,23 +7903,23 @@ class _Callback(_View):
 
 class _TargetKeywords(TypedDict, total=False):
     exclude: Annotated[str | Iterable[str], ()]
-    login: Annotated[str | None, None]
-    gateway: Annotated[str | None, None]
-    port: Annotated[int | None, None]
+    login: _TextOrNone
+    gateway: _TextOrNone
+    port: _NumberOrNone
 
 
 class _LimitKeywords(TypedDict, total=False):
     window: Annotated[int, 0]
     retries: Annotated[int, 0]
-    max_failures: Annotated[int | None, None]
+    max_failures: _NumberOrNone
 
 
 class _NodeKeywords(TypedDict, total=False):
-    connect_timeout: Annotated[float | None, None]
+    connect_timeout: _SecondsOrNone
     keys: Annotated[Collection[StrPath | Key] | None, None]
-    password: Annotated[str | None, None]
-    forward_agent: Annotated[bool, False]
-    host_keys: Annotated[str | None, None]
+    password: _TextOrNone
+    forward_agent: _Flag
+    host_keys: _TextOrNone
     known_hosts: Annotated[_KnownHostsChoice, _VERIFY]
     guard: Annotated[bool, True]
     keepalive: Annotated[float, KEEPALIVE_INTERVAL]
@@ -7955,12 +7933,12 @@ class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False)
     done: Annotated[Callable[[Result], object] | None, None]
 
 
-class _RunManyKeywords(_ShellOptions, _ManyKeywords, total=False):
+class _RunManyKeywords(_SetupKeywords, _ManyKeywords, total=False):
     """What co_run takes further."""
 
 
-class _CopyManyKeywords(_CopyOptions, _ManyKeywords, total=False):
-    timeout: Annotated[float | None, None]
+class _CopyManyKeywords(_TransferKeywords, _ManyKeywords, total=False):
+    timeout: _SecondsOrNone
 
 
 async def _quick(
@@ -8001,7 +7979,7 @@ async def _copy_many(
     destination: str,
     keywords: _CopyManyKeywords,
 ) -> list[Result]:
-    options = _part(keywords, _CopyOptions) | {"timeout": keywords["timeout"]}
+    options = _part(keywords, _TransferKeywords) | {"timeout": keywords["timeout"]}
     paths = [str(path) for path in _paths(sources)]
     return await _quick(targets, _CopyPlan(kind, paths, destination, options), keywords)
 
@@ -8034,7 +8012,7 @@ async def co_run(
     always held).
     """
     options: dict[str, Any] = {"timeout": timeout, "allowed_exits": allowed_exits}
-    options |= _part(keywords, _ShellOptions)
+    options |= _part(keywords, _SetupKeywords)
     if not isinstance(command, AbstractCommand):
         command = Run(command, **options)
     elif given := [name for name, value in options.items() if value not in (None, False)]:

@@ -8168,7 +8168,8 @@ def test_run(node: Any, capfdbinary: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "cls", [apssh.AbstractCommand, Run, RunScript, RunString, Wait, Push, Pull, SshJob]
+    "cls",
+    [apssh.AbstractCommand, Run, RunScript, RunString, Wait, Push, Pull, SshJob, apssh.Service],
 )
 def test_every_keyword_is_in_signature_and_docstring(cls: type) -> None:
     for parameter in inspect.signature(cls).parameters.values():
@@ -8209,6 +8210,20 @@ def test_stdin_of_a_step(sshd: Sshd, home: Path, kind: str, source: str) -> None
         assert (result.error, result.stdout_bytes == wanted) == (None, True)
     if hasattr(given, "close"):
         given.close()
+
+
+def test_run_of_a_node_takes_what_the_command_is_given(
+    sshd: Sshd, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        async with sshd.node(formatter=apssh.RawFormatter()) as node:
+            assert await node.run("cat; echo $A", stdin=b"in\n", env={"A": "b"}) == 0
+            assert await node.run("test -t 0", pty=True) == 0
+            with pytest.raises(UsageError, match=r"^unknown option ptty: did you mean pty\?$"):
+                await node.run("true", ptty=True)
+
+    run(main())
+    assert capfd.readouterr().out == "in\nb\n"
 
 
 def test_stdin_of_many_hosts_at_once(sshd: Sshd, home: Path) -> None:
