@@ -2385,16 +2385,16 @@ _SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
 _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
 _CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
-_GIVES_WAY = {_REGULAR: _LINK, _LINK: _REGULAR}  # what may be replaced by a file, and by a link
 
 # the two ways to write a file: a new one never takes what is there
 _TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
 _TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
-_QUOTED = (
-    r"\\([][*?\\])"  # a backslash before what has a meaning in a pattern; elsewhere it is itself
-)
+# a backslash before what has a meaning in a pattern; elsewhere it is itself
+_QUOTED = r"\\([][*?\\])"
+# what cannot be the name of an entry: it leads elsewhere, or no file system has such long ones
+_NO_NAME = re.compile(r"\.{,2}\Z|.*[/\0]|.{256}", re.DOTALL)
 
 
 def _paths(paths: Any) -> list[Any]:
@@ -2683,6 +2683,7 @@ class _Copy:
         self._destination: _Files = self._source
         self._pushing = self._wary = False
         self._into = False  # the destination is a folder that sources arrive in
+        self._links: list[_CopyItem] = []
         self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
         self._names = 0
@@ -2800,18 +2801,26 @@ class _Copy:
         wanted = re.sub(_QUOTED, r"[\1]", last)
         found: list[str] = []
         for folder in await self._matches(head) if head else [slash]:
-            names = set[str]()
+            names: list[str] = []
             with contextlib.suppress(*_NO_FOLDER):
-                async for entry in self._source.scandir(folder or "."):
-                    self._counted(pattern)
-                    name = str(entry.filename)
+                async for name, _ in self._entries(folder):
                     hidden = name.startswith(".") and not last.startswith(".")
-                    if hidden or name in (".", "..") or not fnmatch.fnmatchcase(name, wanted):
-                        continue
-                    with self._failing(pattern):
-                        self._take(name, names)
+                    if not hidden and fnmatch.fnmatchcase(name, wanted):
+                        names.append(name)
             found += [posixpath.join(folder, name) for name in sorted(names)]
         return found or [literal]
+
+    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, asyncssh.SFTPAttrs]]:
+        """What a folder holds. A name that cannot be used is a failure."""
+        taken = set[str]()
+        async for found in self._source.scandir(folder or "."):
+            name = str(found.filename)
+            path = posixpath.join(folder, name)
+            self._counted(path)
+            if name not in (".", ".."):
+                with self._failing(path):
+                    self._take(name, taken)
+                    yield name, found.attrs
 
     async def _walk(self, paths: Iterable[str], place: str) -> None:
         """Copy what was named, each to its own name in the folder or the only one to this name."""
@@ -2828,6 +2837,8 @@ class _Copy:
                     self._counted(path)
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
+            for link in self._links:
+                await self._under_way.start(self._guarded, self._copy_link, link)
         for target, attrs in reversed(self._late):
             with self._failing(target, "mode and times not set: "):
                 await self._destination.setstat(target, attrs)
@@ -2842,8 +2853,7 @@ class _Copy:
         """A name for one entry of a folder, that none has before: it cannot lead elsewhere, and no
         file system has longer ones.
         """
-        wrong = name in ("", ".", "..") or "/" in name or "\0" in name
-        if wrong or len(os.fsencode(name)) > 255:
+        if _NO_NAME.match(name):
             raise self._wrong(self._source, f"refused the name '{_brief(name)}'")
         if name in taken:
             raise self._wrong(self._source, f"the name {escape(name)} comes twice")
@@ -2858,17 +2868,14 @@ class _Copy:
             raise TransferError("cannot be copied into itself")
 
     async def _enter(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
-        """One item, that was named (a link is followed) or found in a folder."""
-        followed = item.level == 0
-        if attrs.type == _UNKNOWN and not followed:
-            attrs = await self._source.stat(item.path, follow_symlinks=False)
-        if attrs.type == _LINK and self.follow_symlinks and not followed:
-            attrs = await self._source.stat(item.path)
-            followed = True
+        """One item, that was named (a link is followed) or found in a folder. Links come last."""
+        unsure = (_UNKNOWN, _LINK) if self.follow_symlinks else (_UNKNOWN,)
+        if item.level and attrs.type in unsure:
+            attrs = await self._source.stat(item.path, follow_symlinks=self.follow_symlinks)
         if attrs.type == _REGULAR:
-            await self._under_way.start(self._guarded, self._copy_file, item, attrs, followed)
-        elif attrs.type == _LINK and not followed:
-            await self._under_way.start(self._guarded, self._copy_link, item)
+            await self._under_way.start(self._guarded, self._copy_file, item, attrs)
+        elif attrs.type == _LINK and item.level and not self.follow_symlinks:
+            self._links.append(item)
         else:
             await self._copy_folder(item, attrs)
 
@@ -2880,7 +2887,7 @@ class _Copy:
             await work(item, *args)
 
     async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
-        """Make the folder, if need be, and enter what it holds, links last."""
+        """Make the folder, if need be, and enter what it holds."""
         real = str(await self._source.realpath(item.path)) if self.follow_symlinks else ""
         for wrong, why in (
             (attrs.type != _FOLDER_TYPE, "not a regular file, folder or link"),
@@ -2895,29 +2902,16 @@ class _Copy:
             await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
         if self.preserve or not existing:
             self._late.append((target, self._given(attrs)))
-        links: list[_CopyItem] = []
-        taken = set[str]()
-        async for found in self._source.scandir(item.path):
-            name = str(found.filename)
-            path = posixpath.join(item.path, name)
-            self._counted(path)
-            if name in (".", ".."):
-                continue
-            with self._failing(path):
-                self._take(name, taken)
-                child = _CopyItem(
-                    path,
-                    posixpath.join(target, name),
-                    level=item.level + 1,
-                    fresh=not existing,
-                    inside=real,
-                )
-                if found.attrs.type == _LINK and not self.follow_symlinks:
-                    links.append(child)
-                else:
-                    await self._enter(child, found.attrs)
-        for child in links:
-            await self._under_way.start(self._guarded, self._copy_link, child)
+        async for name, attrs in self._entries(item.path):
+            child = _CopyItem(
+                posixpath.join(item.path, name),
+                posixpath.join(target, name),
+                level=item.level + 1,
+                fresh=not existing,
+                inside=real,
+            )
+            with self._failing(child.path):
+                await self._enter(child, attrs)
 
     async def _copy_link(self, item: _CopyItem) -> None:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
@@ -2927,9 +2921,7 @@ class _Copy:
         steps = [step for step in link.split("/") if step not in ("", ".")]
         ups = steps.count("..")
         if self._wary and (
-            not 0 < len(link) < 4000
-            or link.startswith("/")
-            or "\0" in link
+            not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
             or ups > item.level - (not self._into)
             or ".." in steps[ups:]
         ):
@@ -2942,11 +2934,9 @@ class _Copy:
         async with self._replacing(item.target) as temporary:
             await self._destination.symlink(link, temporary)
 
-    async def _copy_file(
-        self, item: _CopyItem, attrs: asyncssh.SFTPAttrs, followed: bool = False
-    ) -> None:
+    async def _copy_file(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
         path = item.path
-        if followed and not self._wary:
+        if not self._wary and (self.follow_symlinks or not item.level):
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
             path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
@@ -2970,7 +2960,7 @@ class _Copy:
             existing = await self._look(target)
         if existing is None or existing.type in (wanted, _UNKNOWN):
             return target, existing
-        if existing.type == _GIVES_WAY.get(wanted) and not self.inplace:
+        if {existing.type, wanted} == {_LINK, _REGULAR} and not self.inplace:
             return target, None
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")

@@ -6312,12 +6312,12 @@ def test_named_file_never_becomes_a_link(keys: Path, tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ((b"../x", b"good"), ""),
-        ((b"a/b", b"good"), "tree/*: refused the name 'a/b'"),
-        ((b"{area}/x", b"good"), "tree/*: refused the name '{area}/x'"),
-        ((b"good", b"good"), "tree/*: the name good comes twice"),
+        ((b"../x", b"good"), "tree/../x: refused the name '../x'"),
+        ((b"a/b", b"good"), "tree/a/b: refused the name 'a/b'"),
+        ((b"{area}/x", b"good"), "{area}/x: refused the name '{area}/x'"),
+        ((b"good", b"good"), "tree/good: the name good comes twice"),
         ((b"..", b"good"), ""),
-        ((b"a\0", b"good"), r"tree/*: refused the name 'a\x00'"),
+        ((b"a\0", b"good"), r"tree/a\x00: refused the name 'a\x00'"),
     ],
 )
 def test_hostile_answer_to_a_glob(
@@ -6333,21 +6333,18 @@ def test_hostile_answer_to_a_glob(
     assert listing(area) == AREA | {"out/good": "text"}
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        lambda: ((b"%d" % number, EVIL) for number in itertools.count()),
-        lambda: ((b"../%d" % number, EVIL) for number in itertools.count()),
-    ],
-)
+@pytest.mark.parametrize("name", ["%d", "../%d"])
 def test_endless_answer_to_a_glob(
-    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Any
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    def names() -> Iterator[tuple[bytes, Node]]:
+        return (((name % number).encode(), EVIL) for number in itertools.count())
+
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(apssh, "TREE_LIMIT", 2000)
     assert (
         run(attacked(keys, Node(names=names), tmp_path, source="tree/*"))
-        == "127.0.0.1: remote: tree/*: more than 2,000 names: given up"
+        == f"127.0.0.1: remote: tree/{name % 2000}: more than 2,000 names: given up"
     )
     assert os.listdir(tmp_path / "out") == []
 
