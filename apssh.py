@@ -810,14 +810,14 @@ class _Screen:
     def _write_all(self, stream: TextIO, data: bytes) -> None:
         """Bytes as they are; an unbuffered stream (python -u) may take a part only."""
         binary: BinaryIO | None = getattr(stream, "buffer", None)
+        stream.flush()
         if binary is None:  # a notebook, a StringIO
             stream.write(data.decode("utf-8", "replace"))
-        else:
-            stream.flush()
-            rest = memoryview(data)
-            while rest:
-                rest = rest[binary.write(rest) :]
-        stream.flush()
+            return
+        written = binary.write(data)
+        while written < len(data):
+            written += binary.write(data[written:])
+        binary.flush()
 
     def _erase(self) -> None:
         if self._shown:
@@ -839,48 +839,38 @@ class _Sink(Protocol):
         """Nothing more comes."""
 
 
-class _Lines:
-    """Cuts a stream into whole lines; holds at most LINE_LIMIT bytes."""
-
-    def __init__(self, raw: bool) -> None:
-        self._rest = bytearray()
-        self._raw = raw
-
-    def feed(self, data: bytes) -> bytes:
-        """The whole lines that are there now; the rest is kept."""
-        cut = data.rfind(b"\n") + 1
-        if cut:
-            whole = b"".join((self._rest, data[:cut]))
-            self._rest = bytearray(data[cut:])
-            return whole
-        self._rest += data
-        return self.end() if len(self._rest) >= LINE_LIMIT else b""
-
-    def end(self) -> bytes:
-        """What is left, made a line (raw: as it is)."""
-        if self._rest and not self._raw:
-            self._rest += b"\n"
-        rest, self._rest = bytes(self._rest), bytearray()
-        return rest
-
-
 class _LineSink:
-    """The usual sink: whole lines, handed to a formatter."""
+    """The usual sink: whole lines, handed to a formatter; what is left of a stream, at most
+    LINE_LIMIT bytes, waits for the end of its line.
+    """
 
     def __init__(self, formatter: Formatter, endpoint: Endpoint) -> None:
         self._formatter, self._endpoint = formatter, endpoint
-        self._streams = {each: _Lines(formatter.raw) for each in (None, EXTENDED_DATA_STDERR)}
+        self._rests = {None: bytearray(), EXTENDED_DATA_STDERR: bytearray()}
 
     def data(self, data: bytes, datatype: int | None) -> None:
-        self._pass(self._streams[datatype].feed(data), datatype)
+        rest = self._rests[datatype]
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            lines = bytes(rest) + data[:cut]
+            rest[:] = data[cut:]
+            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
+            return
+        rest += data
+        if len(rest) >= LINE_LIMIT:
+            self._end_line(datatype)
 
     def end(self) -> None:
-        for datatype, lines in self._streams.items():
-            self._pass(lines.end(), datatype)
+        for datatype in self._rests:
+            self._end_line(datatype)
 
-    def _pass(self, lines: bytes, datatype: int | None) -> None:
-        if lines:
-            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
+    def _end_line(self, datatype: int | None) -> None:
+        """What is left is made a line (raw: goes as it is)."""
+        rest = self._rests[datatype]
+        if rest:
+            line = bytes(rest) if self._formatter.raw else bytes(rest) + b"\n"
+            rest.clear()
+            self._formatter.endpoint_lines(self._endpoint, line, datatype)
 
 
 class _HeldSink:
@@ -889,36 +879,36 @@ class _HeldSink:
     """
 
     def __init__(self, passed: _Sink | None = None) -> None:
-        self.pieces: dict[int | None, list[bytes]] = {None: [], EXTENDED_DATA_STDERR: []}
-        self._size = 0
+        self._out, self._err = bytearray(), bytearray()
         self._passed = passed
 
     def data(self, data: bytes, datatype: int | None) -> None:
         if datatype and self._passed:
             self._passed.data(data, datatype)
             return
-        self._size += len(data)
-        if self._size > CAPTURE_LIMIT:
+        held = self._err if datatype else self._out
+        held += data
+        if len(self._out) + len(self._err) > CAPTURE_LIMIT:
             raise ApsshError(f"more than {CAPTURE_LIMIT // 1024**2} MiB of output to hold")
-        self.pieces[datatype].append(data)
 
     def end(self) -> None:
         if self._passed:
             self._passed.end()
 
     def stdout(self) -> bytes:
-        return b"".join(self.pieces[None])
+        return bytes(self._out)
 
     def stderr(self) -> bytes:
-        return b"".join(self.pieces[EXTENDED_DATA_STDERR])
+        return bytes(self._err)
 
 
-_FIELD = r"\{(\w+)\}"
-_FIELDS = ("time", "host", "fqdn", "user", "line", "linenl", "nl")
+_FILLED = 10_000  # formats filled in for a host that are kept
+_FIELD = r"\{\w+\}"
+_FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 
-# SGR codes of the host column: both are readable on dark and on light, differ for eyes that see no
-# red or green, and leave red to failures
-_HOST_COLOUR = {False: "36", True: "35"}  # cyan for stdout, magenta for stderr
+# SGR codes of the host column, of stdout and stderr: cyan and magenta are readable on dark and on
+# light, differ for eyes that see no red or green, and leave red to failures
+_HOST_COLOURS = ("36", "35")
 
 
 class Formatter:
@@ -938,17 +928,20 @@ class Formatter:
     verbose = False
     # whether lines go to the screen, where host columns may be coloured
     _on_screen = True
-    # whose lines are being handed to ``line``, which is told no more than the host
-    _speaker: Endpoint = ("", "", 22)
     _endpoints: dict[Endpoint, None]
     _verbose_hosts: set[str]
     _names: dict[Endpoint, str]
-    _columns: dict[Endpoint, dict[str, str]]
+    # who is meant by a host, which is all that ``line`` is told: who spoke last
+    _speakers: dict[str, Endpoint]
+    _filled: Callable[[str, Endpoint, bool], list[bytes]]
+    _name_width = _fqdn_width = 0
 
     def __new__(cls, *args: object, **keywords: object) -> Self:
         """State that a subclass has even when its constructor does not call this one's."""
         self = super().__new__(cls)
-        self._endpoints, self._verbose_hosts, self._names, self._columns = {}, set(), {}, {}
+        self._endpoints, self._names, self._speakers = {}, {}, {}
+        self._verbose_hosts = set()
+        self._filled = functools.lru_cache(_FILLED)(self._fill)
         return self
 
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
@@ -958,8 +951,8 @@ class Formatter:
         for field in re.findall(_FIELD, self.custom_format):
             if field not in _FIELDS:
                 raise UsageError(
-                    f"unknown field {{{field}}} in format {self.custom_format!r}: the fields are "
-                    + " ".join(f"{{{name}}}" for name in _FIELDS)
+                    f"unknown field {field} in format {self.custom_format!r}: "
+                    f"the fields are {_FIELDS}"
                 )
 
     # events; the ones about connections and sessions are words on stderr, when asked
@@ -1001,10 +994,7 @@ class Formatter:
         Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it
         with another text.
         """
-        endpoint = self._speaker
-        if endpoint[1] != hostname:
-            known = (each for each in self._endpoints if each[1] == hostname)
-            endpoint = next(known, ("", hostname, 22))
+        endpoint = self._speakers.get(hostname, ("", hostname, 22))
         self._show(endpoint, line.encode("utf-8", "surrogateescape"), datatype)
 
     def stderr_line(self, line: str, hostname: str) -> None:
@@ -1024,14 +1014,16 @@ class Formatter:
         if before and before != endpoint:
             self._endpoints.pop(before, None)
             self._names.pop(before, None)
-        if endpoint not in self._endpoints:
-            self._endpoints[endpoint] = None
-            self._columns.clear()
+        self._endpoints[endpoint] = None
+        self._speakers[endpoint[1]] = endpoint
+        self._filled = functools.lru_cache(_FILLED)(self._fill)  # columns may be wider now
 
     def endpoint_name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
         if endpoint not in self._names:
             self._names = _distinct_names(self._endpoints, self._names)
+            self._name_width = max(map(len, self._names.values()), default=0)
+            self._fqdn_width = max((len(host) for _, host, _ in self._endpoints), default=0)
         return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
@@ -1046,12 +1038,9 @@ class Formatter:
         if type(self).line is Formatter.line:
             self._show(endpoint, lines, datatype)
             return
-        self._speaker = endpoint
-        try:
-            for line in io.BytesIO(lines):
-                self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
-        finally:
-            del self._speaker  # nobody, as the class says
+        self._speakers[endpoint[1]] = endpoint
+        for line in io.BytesIO(lines):
+            self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
 
     # inside
 
@@ -1066,28 +1055,16 @@ class Formatter:
         """Rendered lines on their way out."""
         _screen.write(data, err=datatype is not None, raw=self.raw)
 
-    # The format is filled once a chunk, and each of the chunk's lines put in by one ``replace``: a
-    # call a line would cost ten times more. It is cut where the line goes before anything is filled
-    # in, and strftime sees nothing but the format: no text of a host is ever read as one.
+    # The format is filled once for each stream of a host (each second, where it tells the time),
+    # and the lines of a chunk are put in by one ``replace``: a call a line would cost ten times
+    # more. It is cut where the line goes before anything is filled in, and strftime sees nothing
+    # but the format: no text of a host is ever read as one.
     def _render(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> bytes:
-        """Each line put in the format; what follows the last one ends with a newline, since lines
-        of two hosts never share one.
-        """
-        form = self.custom_format.replace("{time}", "%H-%M-%S").replace("{linenl}", "{line}{nl}")
+        """Each line put in the format."""
+        form = self.custom_format.replace("{time}", "%H-%M-%S")
         if "%" in form:
             form = time.strftime(form)
-        if not form.endswith(("{nl}", "\n")):
-            form += "{nl}"
-        fields = self._fields(endpoint)
-
-        def fill(match: re.Match[str]) -> str:
-            value = fields.get(match[1], match[0])
-            if match[1] not in ("host", "fqdn") or not self._on_screen:
-                return value
-            err = datatype is not None
-            return _screen.paint(value, _HOST_COLOUR[err], err=err)
-
-        parts = [os.fsencode(re.sub(_FIELD, fill, part)) for part in form.split("{line}")]
+        parts = self._filled(form, endpoint, datatype is not None)
         if len(parts) != 2:
             return b"".join(line.rstrip(b"\n").join(parts) for line in io.BytesIO(lines))
         head, tail = parts
@@ -1095,18 +1072,22 @@ class Formatter:
             return lines
         return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
 
-    def _fields(self, endpoint: Endpoint) -> dict[str, str]:
-        """What the format may say of an endpoint, as wide as the widest of all."""
-        if endpoint not in self._columns:
-            user, fqdn, _ = endpoint
-            name = self.endpoint_name(endpoint)
-            self._columns[endpoint] = {
-                "host": name.ljust(max(map(len, self._names.values()), default=0)),
-                "fqdn": fqdn.ljust(max((len(each[1]) for each in self._endpoints), default=0)),
-                "user": f"{user}@" if user else "",
-                "nl": "\n",
-            }
-        return self._columns[endpoint]
+    def _fill(self, form: str, endpoint: Endpoint, err: bool) -> list[bytes]:
+        """The format, cut where the line goes; its end is a newline, since lines of two hosts never
+        share one.
+        """
+        user, fqdn, _ = endpoint
+        name = self.endpoint_name(endpoint)
+        columns = {"{host}": name.ljust(self._name_width), "{fqdn}": fqdn.ljust(self._fqdn_width)}
+        if self._on_screen:
+            paint = functools.partial(_screen.paint, code=_HOST_COLOURS[err], err=err)
+            columns = {field: paint(text) for field, text in columns.items()}
+        values = {**columns, "{user}": f"{user}@" if user else "", "{nl}": "\n"}
+        form = form.replace("{linenl}", "{line}{nl}")
+        if not form.endswith(("{nl}", "\n")):
+            form += "{nl}"
+        form = re.sub(_FIELD, lambda match: values.get(match[0], match[0]), form)
+        return os.fsencode(form).split(b"{line}")
 
 
 class TerminalFormatter(Formatter):
@@ -1124,25 +1105,25 @@ class RawFormatter(Formatter):
     raw = True
 
 
-class _LiveFormatter(RawFormatter):
-    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too: a sink that
-    holds nothing.
+class HostFormatter(Formatter):
+    """Each line after the name of its host."""
+
+    custom_format = "{host}:{linenl}"
+
+
+class _LiveFormatter(HostFormatter):
+    """For commands with a terminal: what the one host of a run prints is shown as it comes,
+    unfinished lines (a prompt) too. It is then the sink itself, which holds nothing.
     """
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        return self
+        return self if len(self._endpoints) < 2 else super().endpoint_sink(endpoint)
 
     def data(self, data: bytes, datatype: int | None) -> None:
         _screen.write(data, err=datatype is not None, raw=True)
 
     def end(self) -> None:
         """Nothing is left to show."""
-
-
-class HostFormatter(Formatter):
-    """Each line after the name of its host."""
-
-    custom_format = "{host}:{linenl}"
 
 
 class TimeHostFormatter(Formatter):
@@ -8023,10 +8004,8 @@ class _Marks(_View):
         self._folder = folder
 
     def done(self, result: Result) -> None:
-        names = ("0ok", "1failed") if result.ok else ("1failed", "0ok")
-        folder, other = (self._folder / name for name in names)
-        folder.mkdir(parents=True, exist_ok=True)
-        (other / result.name).unlink(missing_ok=True)  # of another run
+        folder = self._folder / ("0ok" if result.ok else "1failed")
+        folder.mkdir(exist_ok=True)
         status = result.signal if result.status is None else result.status
         (folder / result.name).write_text(f"{status}\n")
 
@@ -8051,23 +8030,21 @@ class _Gather(_View):
 
     def __init__(self, diff: bool) -> None:
         self._diff = diff
-        self._groups: dict[tuple[str, bytes, bytes], list[str]] = {}
+        self._groups: dict[tuple[str, bytes, bytes], list[str]] = collections.defaultdict(list)
 
     def done(self, result: Result) -> None:
         outputs = result.stdout_bytes, result.stderr_bytes
         if result.status is not None or result.signal or any(outputs):
-            self._groups.setdefault((result.outcome, *outputs), []).append(result.name)
+            self._groups[result.outcome, *outputs].append(result.name)
 
     def finish(self) -> None:
         groups = sorted(self._groups.items(), key=lambda group: (-len(group[1]), group[1]))
-        largest = None
         for (outcome, stdout, stderr), names in groups:
             header = f"{fold_names(names)} ({len(names)})"
             if outcome != "ok":
                 header += f" {outcome}"
-            if largest is None:
-                largest = stdout
-            elif self._diff and stdout != largest:
+            largest = groups[0][0][1]
+            if self._diff and stdout != largest:
                 header += " differs"
                 stdout = self._difference(largest, stdout)
             if stdout or not stderr:
@@ -8078,20 +8055,15 @@ class _Gather(_View):
     @staticmethod
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
-        if text and not text.endswith(b"\n"):
-            text += b"\n"
-        _screen.write(
-            _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err).encode() + text, err=err
-        )
+        header = _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err)
+        ending = b"\n" if text else b""
+        _screen.write(header.encode() + text.removesuffix(b"\n") + ending, err=err)
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
-        before, after = ([os.fsdecode(line) for line in io.BytesIO(text)] for text in (old, new))
-        lines = []
-        for line in itertools.islice(difflib.unified_diff(before, after), 2, None):
-            ended = line.endswith("\n")
-            lines.append(line if ended else f"{line}\n\\ No newline at end of file\n")
-        return os.fsencode("".join(lines))
+        before, after = (os.fsdecode(text.removesuffix(b"\n")).split("\n") for text in (old, new))
+        lines = difflib.unified_diff(before, after, lineterm="")
+        return os.fsencode("\n".join(itertools.islice(lines, 2, None)))
 
 
 class _Failures(_View):
@@ -8104,9 +8076,8 @@ class _Failures(_View):
 
     def done(self, result: Result) -> None:
         if result.kind not in self._told:
-            _screen.say(
-                _screen.paint(f"{escape(result.name)}: {result.kind}: {result.error}", "31")
-            )
+            failure = f"{escape(result.name)}: {result.kind}: {result.error}"
+            _screen.say(_screen.paint(failure, "31"))
 
 
 class _Progress(_View):
@@ -8135,15 +8106,14 @@ class _Progress(_View):
 
     def _tick(self) -> None:
         self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        parts = [f"{self._finished}/{self._total} done"]
+        text = f"{self._finished}/{self._total} done"
         if self._failed:
-            parts.append(f"{self._failed} failed")
-        parts.append(f"{len(self._running)} running")
+            text += f", {self._failed} failed"
+        text += f", {len(self._running)} running"
         moved = self._moved + sum(step.bytes_transferred for step in self._running.values())
         if moved:
-            speed = moved / 1e6 / (time.monotonic() - self._begin)
-            parts.append(f"{moved / 1e6:.1f} MB at {speed:.1f} MB/s")
-        text = ", ".join(parts)
+            speed = moved / (time.monotonic() - self._begin)
+            text += f", {moved / 1e6:.1f} MB at {speed / 1e6:.1f} MB/s"
         if 0 < len(self._running) <= 8:
             text += f": {fold_names(self._running)}"
         _screen.show(text)
@@ -8168,65 +8138,56 @@ class _Results(_View):
 _Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
 
 
-def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
-    formatter = SubdirFormatter(folder, options.verbose)
-    views: list[_View] = [_Folder(formatter), _Failures()]
-    if options.mark:
-        views.append(_Marks(formatter.run_name))
-    return formatter, views
+def _shown_in_folder(folder: str) -> _Shown:
+    formatter = SubdirFormatter(folder)
+    return formatter, [_Folder(formatter), _Failures()]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
 # each result (views, in this order). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options, options.out_dir),
-    "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "out_dir": lambda options: _shown_in_folder(options.out_dir),
+    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
     "gather": lambda options: (
-        _HoldingFormatter(options.verbose),
+        _HoldingFormatter(),
         [_Gather(options.diff), _Failures(told=("status", "signal"))],
     ),
-    "json": lambda options: (_HoldingFormatter(options.verbose), [_JsonLines()]),
-    "format": lambda options: (
-        TerminalFormatter(options.format, options.verbose),
-        [_Failures()],
-    ),
-    "raw_format": lambda options: (RawFormatter(verbose=options.verbose), [_Failures()]),
-    "time_colon_format": lambda options: (
-        TimeHostFormatter(verbose=options.verbose),
-        [_Failures()],
-    ),
-    "": lambda options: (HostFormatter(verbose=options.verbose), [_Failures()]),
+    "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
+    "format": lambda options: (TerminalFormatter(options.format), [_Failures()]),
+    "raw_format": lambda options: (RawFormatter(), [_Failures()]),
+    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures()]),
+    "": lambda options: (_LiveFormatter() if options.pty else HostFormatter(), [_Failures()]),
 }
 
 
 def _output(options: argparse.Namespace) -> _Shown:
     """What the options ask to show."""
-    if options.mark and not (options.out_dir or options.date_time):
-        raise UsageError("-m goes with -o or -d")
     if options.diff and not options.gather:
         raise UsageError("--diff goes with -b")
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
-    return _OUTPUTS["".join(asked)](options)
-
-
-_CONNECTING = ("dns", "refused", "timeout", "hostkey", "auth", "lost")  # kinds of not being reached
+    formatter, views = _OUTPUTS["".join(asked)](options)
+    formatter.verbose = options.verbose
+    if options.mark:
+        if not isinstance(formatter, SubdirFormatter):
+            raise UsageError("-m goes with -o or -d")
+        views.append(_Marks(formatter.run_name))
+    return formatter, views
 
 
 def _summary(results: Sequence[Result]) -> list[str]:
-    """Lines for a person: how many succeeded, failed by status, could not be reached by kind; with
-    folded names.
+    """Lines for a person: how many succeeded, failed, were not reached; which they are, by status
+    or kind, with folded names.
     """
-    groups: dict[str, list[str]] = {}
+    counts = dict.fromkeys(("ok", "failed", "not reached", "interrupted", "not started"), 0)
     for result in results:
-        groups.setdefault(result.outcome, []).append(result.name)
-    ok = len(groups.pop("ok", ()))
-    unreached = sum(not result.reached for result in results if result.kind in _CONNECTING)
-    untried = {name: len(groups.get(name, ())) for name in ("interrupted", "not started")}
-    failed = len(results) - ok - unreached - sum(untried.values())
-    counts = {"failed": failed, "not reached": unreached, **untried}
-    parts = [f"{ok} ok", *(f"{count} {what}" for what, count in counts.items() if count)]
-    lines = [_screen.paint(", ".join(parts), "32" if ok == len(results) else "31")]
-    for outcome, names in sorted(groups.items()):
+        if result.outcome in counts:
+            counts[result.outcome] += 1
+        else:
+            counts["failed" if result.reached else "not reached"] += 1
+    parts = [f"{count} {what}" for what, count in counts.items() if count or what == "ok"]
+    lines = [_screen.paint(", ".join(parts), "32" if counts["ok"] == len(results) else "31")]
+    for outcome in sorted({result.outcome for result in results} - {"ok"}):
+        names = [result.name for result in results if result.outcome == outcome]
         lines.append(f"  {outcome}: {fold_names(names)} ({len(names)})")
     left = [result.name for result in results if result.may_run]
     if left:

@@ -807,12 +807,21 @@ def test_raw_is_byte_for_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None
 
 
 def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    sink = apssh._LiveFormatter().endpoint_sink(BOX)
+    formatter = apssh._LiveFormatter()
+    sink = formatter.endpoint_sink(BOX)
     sink.data(b"Password: ", None)
     sink.data(b"no\x1b[2J", 1)
     assert capfdbinary.readouterr() == (b"Password: ", b"no\x1b[2J")
     sink.end()
     assert capfdbinary.readouterr() == (b"", b"")
+    formatter.add_endpoint(("root", "box2", 22))
+    assert sunk(formatter, capfdbinary, (b"whole lines", None)) == (b"box1:whole lines\n", b"")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
+def test_terminal_of_the_one_host(sshd: Sshd) -> None:
+    argv = ("-F", "none", "-t", sshd.target, "--pty", "printf 'Password: '")
+    assert on_terminal(*argv) == (0, b"Password: ")
 
 
 def test_long_line_is_cut(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -6547,21 +6556,14 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     for endpoint in endpoints:
         formatter.add_endpoint(endpoint, verbose=False)
     marks = apssh._Marks(tmp_path / "run")
-    for endpoint in endpoints:
-        formatter._write(endpoint, b"out\n", None)
-        formatter._write(endpoint, b"err\n", 1)
-        for error in (None, "broken"):
-            marks.done(
-                apssh.Result(
-                    endpoint[1],
-                    "root",
-                    22,
-                    formatter.endpoint_name(endpoint),
-                    endpoint[1],
-                    status=0,
-                    error=error,
-                )
-            )
+    names = [formatter.endpoint_name(endpoint) for endpoint in endpoints]
+    for error in (None, "broken"):  # two runs
+        apssh._Folder(formatter).begin(names)
+        for endpoint, name in zip(endpoints, names, strict=True):
+            formatter._write(endpoint, b"out\n", None)
+            formatter._write(endpoint, b"err\n", 1)
+            host = endpoint[1]
+            marks.done(apssh.Result(host, "root", 22, name, host, status=0, error=error))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) == 6  # a mark of another run is gone
     assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
@@ -12372,13 +12374,7 @@ def test_gather_differences_of_the_last_newline(capfd: Any) -> None:
     for name, text in (("a1", b"x\ny\n"), ("a2", b"x\ny\n"), ("b", b"x\ny")):
         view.done(result_of(name, text))
     view.finish()
-    assert capfd.readouterr().out.splitlines()[-5:] == [
-        "@@ -1,2 +1,2 @@",
-        " x",
-        "-y",
-        "+y",
-        "\\ No newline at end of file",
-    ]
+    assert capfd.readouterr().out.splitlines()[-2:] == ["b (1) differs", "-" * 13]
 
 
 def test_json_lines(capfd: Any) -> None:
