@@ -107,6 +107,7 @@ import textwrap
 import threading
 import time
 import traceback
+import tty
 import types
 import weakref
 from collections.abc import (
@@ -761,6 +762,7 @@ class _Screen:
         self._progress = ""
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
+        self._settings: list[Any] | None = None  # of the terminal, before raw mode
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
@@ -768,6 +770,8 @@ class _Screen:
         terminal = stream.isatty()
         if terminal and not raw:
             data = _escape_bytes(data)
+            if self._settings:
+                data = data.replace(b"\n", b"\r\n")
         self._erase()
         try:
             self._write_all(stream, data)
@@ -801,6 +805,21 @@ class _Screen:
         if self._shown:
             sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
+
+    def begin_raw_mode(self) -> None:
+        """What is typed comes at once and as it is, Ctrl-C too, and nothing is added to what the
+        terminal gets.
+        """
+        if not self._settings:
+            self._settings = termios.tcgetattr(0)
+            tty.setraw(0, termios.TCSANOW)
+
+    def end_raw_mode(self) -> None:
+        """The terminal is as it was before."""
+        settings, self._settings = self._settings, None
+        if settings:
+            with contextlib.suppress(termios.error):  # it has gone
+                termios.tcsetattr(0, termios.TCSANOW, settings)
 
     def _stream(self, err: bool) -> TextIO:
         if err:
@@ -1111,25 +1130,29 @@ class HostFormatter(Formatter):
     custom_format = "{host}:{linenl}"
 
 
+class TimeHostFormatter(Formatter):
+    """Each line after the time and the name of its host."""
+
+    custom_format = "{time}:{host}:{linenl}"
+
+
 class _LiveFormatter(HostFormatter):
-    """For commands with a terminal: what the one host of a run prints is shown as it comes,
-    unfinished lines (a prompt) too. It is then the sink itself, which holds nothing.
+    """What the one host of a run prints, as it comes, unfinished lines (a prompt) too: a sink that
+    holds nothing. With several hosts it is a HostFormatter.
     """
 
+    @property
+    def has_one_host(self) -> bool:
+        return len(self._endpoints) == 1
+
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        return self if len(self._endpoints) < 2 else super().endpoint_sink(endpoint)
+        return self if self.has_one_host else super().endpoint_sink(endpoint)
 
     def data(self, data: bytes, datatype: int | None) -> None:
         _screen.write(data, err=datatype is not None, raw=True)
 
     def end(self) -> None:
         """Nothing is left to show."""
-
-
-class TimeHostFormatter(Formatter):
-    """Each line after the time and the name of its host."""
-
-    custom_format = "{time}:{host}:{linenl}"
 
 
 # older names, in published tutorials
@@ -3928,7 +3951,8 @@ def _tell(host: str, text: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class _How:
     """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
-    /dev/null over there; ``folder``: what is removed with it; ``ours``: interests nobody else.
+    /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel;
+    ``ours``: interests nobody else.
     """
 
     x11: bool = False
@@ -3938,6 +3962,7 @@ class _How:
     sudo: bool | str = False
     quiet: bool = False
     folder: str = ""
+    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
     ours: bool = False
 
 
@@ -4726,6 +4751,8 @@ class SshNode(_Node):
     ) -> int | str:
         """Wait for the end of a command, with input for it, and sudo's password; the status."""
         helpers = []
+        if call.how.opened and session.chan:
+            call.how.opened(session.chan)
         if call.how.stdin:
             helpers.append(session.feed(call.how.stdin, call.talk))
         elif not call.watch and not call.how.pty and session.chan:
@@ -5280,6 +5307,8 @@ class _Stdin:
     """
 
     PIECE = 128 * 1024  # bytes
+    # what is told of the channel of a command that reads it
+    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
 
     def __init__(self, source: _StdinSource) -> None:
         self._source = source
@@ -5302,7 +5331,7 @@ class _Stdin:
         if isinstance(self._source, os.PathLike):
             _check_file("stdin", self._source)
 
-    def reader(self) -> AsyncIterator[bytes]:
+    def reader(self) -> AsyncIterator[bytes] | None:
         """All of it, for one host. Raises UsageError when it has been used up."""
         source = self._source
         if isinstance(source, AsyncIterator):
@@ -5427,6 +5456,7 @@ class _ShellCommand(AbstractCommand):
             sudo=self.sudo,
             quiet=quiet,
             folder=folder,
+            opened=self.stdin.opened if self.stdin else None,
         )
         return await node._execute(
             line, step, how, sink=sink, capture=self.capture, timeout=timeout
@@ -8156,8 +8186,17 @@ _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
     "format": lambda options: (TerminalFormatter(options.format), [_Failures()]),
     "raw_format": lambda options: (RawFormatter(), [_Failures()]),
     "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures()]),
-    "": lambda options: (_LiveFormatter() if options.pty else HostFormatter(), [_Failures()]),
+    "": lambda options: (
+        _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
+        [_Failures()],
+    ),
 }
+
+
+def _is_dialogue(options: argparse.Namespace) -> bool:
+    """Whether somebody at a terminal may talk to the command of a single host."""
+    main = threading.current_thread() is threading.main_thread()  # signals tell of a new size
+    return bool(options.pty) and main and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _output(options: argparse.Namespace) -> _Shown:
@@ -8651,7 +8690,12 @@ def build_parser() -> _Parser:
         metavar="[=USER]",
         help="run by sudo as root, or as that user; a password is asked once, when a host asks",
     )
-    add("--pty", action="store_true", help="give the command a terminal, as ssh -t does")
+    add(
+        "--pty",
+        action="store_true",
+        help="give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
+        "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
+    )
     add(
         "--env",
         action="append",
@@ -8876,6 +8920,7 @@ def _die_of_sigint() -> None:
     """End as a program does that Ctrl-C has ended: a shell tells it by the signal, not by a status
     of 130, and then ends its own loop too.
     """
+    _screen.end_raw_mode()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -8932,7 +8977,8 @@ async def _work(
             view.begin([node.shown_name for node in nodes])
         await plan.prepare()
         results = _Results()
-        progress = _Progress(len(nodes), options.quiet)
+        quiet = options.quiet or (options.pty and len(nodes) == 1)
+        progress = _Progress(len(nodes), quiet)
         try:
             await _show_fan_out(options, plan, nodes, [progress, *views, results])
         finally:
@@ -9002,6 +9048,7 @@ async def _show_fan_out(
             views=views,
         )
     finally:
+        _screen.end_raw_mode()
         for view in views if not _screen.closed else ():
             view.finish()
 
@@ -9073,8 +9120,10 @@ async def _run_program(options: argparse.Namespace) -> int:
     formatter, views = _output(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
-        plan = _CommandPlan(_step_of(options, spool), spool)
-        return await _work(options, plan, formatter, views)
+        step = _step_of(options, spool)
+        if isinstance(formatter, _LiveFormatter):
+            step.stdin = _Keyboard(formatter)
+        return await _work(options, _CommandPlan(step, spool), formatter, views)
 
 
 def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
@@ -9231,6 +9280,40 @@ def _conclude_scenario(
         _screen.say(_screen.paint(text, "32" if ok else "31"))
     _tell_first_contacts(options, [job.node for job in jobs.values()])
     return 0 if ok else 1
+
+
+class _Keyboard(_Stdin):
+    """What is typed on the terminal, as it is typed, for the command of a single host, which hears
+    of the terminal's size too. Nothing, where there are several hosts. Enter, ~ and . interrupt
+    this program, as they end ssh.
+    """
+
+    def __init__(self, formatter: _LiveFormatter) -> None:
+        super().__init__(b"")
+        self._formatter = formatter
+
+    def reader(self) -> AsyncIterator[bytes] | None:
+        return self._typed() if self._formatter.has_one_host else None
+
+    async def _typed(self) -> AsyncIterator[bytes]:
+        _screen.begin_raw_mode()
+        last = b"\r"
+        while data := await _in_daemon(os.read, 0, 4096):
+            last = (last + data)[-3:]
+            if last == b"\r~.":
+                signal.raise_signal(signal.SIGINT)
+            yield data
+
+    def opened(self, channel: asyncssh.SSHClientChannel[bytes]) -> None:
+        """Follow the size of the terminal, from now on."""
+
+        def resize() -> None:
+            with contextlib.suppress(OSError):  # it has ended
+                channel.change_terminal_size(*os.get_terminal_size(0))
+
+        if self._formatter.has_one_host:
+            resize()
+            asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
 
 
 def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellCommand:

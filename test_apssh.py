@@ -808,6 +808,7 @@ def test_raw_is_byte_for_byte(capfdbinary: pytest.CaptureFixture[bytes]) -> None
 
 def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     formatter = apssh._LiveFormatter()
+    formatter.add_endpoint(BOX)
     sink = formatter.endpoint_sink(BOX)
     sink.data(b"Password: ", None)
     sink.data(b"no\x1b[2J", 1)
@@ -816,12 +817,6 @@ def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[byt
     assert capfdbinary.readouterr() == (b"", b"")
     formatter.add_endpoint(("root", "box2", 22))
     assert sunk(formatter, capfdbinary, (b"whole lines", None)) == (b"box1:whole lines\n", b"")
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root")
-def test_terminal_of_the_one_host(sshd: Sshd) -> None:
-    argv = ("-F", "none", "-t", sshd.target, "--pty", "printf 'Password: '")
-    assert on_terminal(*argv) == (0, b"Password: ")
 
 
 def test_long_line_is_cut(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -12829,6 +12824,143 @@ def test_size_of_the_terminal(sshd: Sshd) -> None:
         "-F", "none", "-t", sshd.target, "-r", "--pty", "sleep 0.3; stty size", columns=91
     )
     assert code == 0 and seen.strip() == b"24 91"
+
+
+class Dialogue:
+    """apssh on a terminal of its own, which somebody types on."""
+
+    def __init__(self, *argv: str) -> None:
+        code = (
+            "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+        )
+        self._ours, self._theirs = pty.openpty()
+        self.resize(91)
+        self._before = termios.tcgetattr(self._theirs)
+        self._seen = b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code, *argv],
+            stdin=self._theirs,
+            stdout=self._theirs,
+            stderr=self._theirs,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Dialogue:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+        os.close(self._theirs)
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def type(self, data: bytes) -> None:
+        os.write(self._ours, data)
+
+    def read_until(self, text: bytes, timeout: float = 30) -> bytes:
+        """What the terminal got, up to the end of this."""
+        end = time.monotonic() + timeout
+        while text not in self._seen:
+            assert select.select([self._ours], [], [], max(end - time.monotonic(), 0))[0], (
+                self._seen
+            )
+            self._seen += os.read(self._ours, 65536)
+        before, _, self._seen = self._seen.partition(text)
+        return before + text
+
+    def is_raw(self) -> bool:
+        """Whether the terminal is not as it was at first."""
+        return termios.tcgetattr(self._theirs) != self._before
+
+    def end(self) -> tuple[int, bytes]:
+        """The exit code, and the rest of what the terminal got."""
+        code = self.process.wait(30)
+        while select.select([self._ours], [], [], 0)[0]:
+            self._seen += os.read(self._ours, 65536)
+        return code, self._seen
+
+
+LISTENING = "trap 'echo caught' INT; trap 'stty size' WINCH; trap 'exit 3' QUIT; echo begun; "
+LISTENING += "while :; do sleep 0.1; done"
+
+
+@as_root
+def test_terminal_of_the_one_host_is_ours(sshd: Sshd) -> None:
+    """What is unfinished is seen at once, what is typed goes there as it is and is echoed once, by
+    the host; it knows the size; at the end the terminal is as it was.
+    """
+    words = "printf 'name? '; read name; echo \"hello $name\"; stty size; " + LISTENING
+    with Dialogue("-F", "none", "-t", sshd.target, "--pty", words) as dialogue:
+        assert dialogue.read_until(b"? ") == b"name? "
+        assert dialogue.is_raw()
+        dialogue.type(b"ann\r")
+        assert dialogue.read_until(b"begun\r\n") == b"ann\r\nhello ann\r\n24 91\r\nbegun\r\n"
+        dialogue.type(b"\x03")
+        assert dialogue.read_until(b"\r\n") == b"^Ccaught\r\n"
+        dialogue.resize(66)
+        assert dialogue.read_until(b"\r\n") == b"24 66\r\n"
+        dialogue.type(b"\x1c")
+        code, seen = dialogue.end()
+        assert not dialogue.is_raw()
+    assert code == 1
+    message, summary, _ = seen.split(b"127.0.0.1: ")[1].split(b"\r\n", 2)
+    assert message.startswith(b"status: ended with status 3: ")
+    assert summary == b"\x1b[31m0 ok, 1 failed\x1b[0m"
+
+
+@pytest.mark.parametrize("way", ["escape", "terminated", "interrupted twice", "lost"])
+@as_root
+def test_terminal_is_given_back(sshd: Sshd, way: str) -> None:
+    words = {
+        "lost": "echo begun; read x; kill -KILL $PPID; sleep 9",
+        "interrupted twice": "echo begun; read x; kill -STOP $PPID; touch up; sleep 5; "
+        "kill -CONT $PPID",  # the first waits for its server, in vain
+    }.get(way, LISTENING)
+    with Dialogue("-F", "none", "-t", sshd.target, "--pty", words) as dialogue:
+        dialogue.read_until(b"begun")
+        eventually(dialogue.is_raw)
+        if way == "escape":
+            dialogue.type(b"x\r")
+            dialogue.type(b"~")
+            dialogue.type(b".")
+        elif way == "terminated":
+            dialogue.process.terminate()
+        else:
+            dialogue.type(b"\r")
+        if way == "interrupted twice":
+            eventually((sshd.home / "up").exists)
+            dialogue.process.terminate()
+            time.sleep(0.05)
+            dialogue.process.send_signal(signal.SIGINT)
+        code, seen = dialogue.end()
+        assert code == (1 if way == "lost" else -signal.SIGINT)
+        assert not dialogue.is_raw()
+    if way == "lost":
+        assert b"\r\n\x1b[31m127.0.0.1: lost: connection lost during " in seen
+    elif way != "interrupted twice":
+        assert b"0 ok, 1 interrupted\x1b[0m\r\n  interrupted: 127.0.0.1 (1)\r\n" in seen
+
+
+@as_root
+@pytest.mark.parametrize("options", [[], ["-r"]], ids=["several hosts", "an output option"])
+def test_terminal_of_others_gets_no_input(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], options: list[str]
+) -> None:
+    """Several hosts cannot share it, and an output option is about whole lines."""
+    other = ["-t", make_sshd().target] if not options else []
+    words = ["-F", "none", "-q", "-t", sshd.target, *other, *options, "-u", "3", "--pty"]
+    with Dialogue(*words, "printf na; printf 'me? '; touch up; read x; echo nev''er") as dialogue:
+        eventually((sshd.home / "up").exists)
+        assert not dialogue.is_raw()
+        dialogue.type(b"ann\n")
+        code, seen = dialogue.end()
+    assert code == 1 and b"never" not in seen
+    assert seen.startswith(b"ann\r\n") and seen.count(b"name? ") == 2 - len(options)
+    assert seen.count(b"timeout: no end within 3 s") == 2 - len(options)
 
 
 def test_folders_and_marks(sshd: Sshd, home: Path) -> None:
