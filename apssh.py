@@ -7394,7 +7394,8 @@ class Result:
     failed before. ``name`` is the shortest text that tells this host from the
     others of the run; ``target`` is how the command line would name it; ``seconds`` counts from the
     first attempt to connect; ``reached``: whether the host was ever logged in to; ``may_run``: the
-    command may still be running over there.
+    command may still be running over there; ``failures``: of a copy, each path with the reason why
+    it failed (up to 1,000; ``error`` names the first few and counts the others).
     """
 
     host: str
@@ -7412,6 +7413,7 @@ class Result:
     bytes_transferred: int = 0
     reached: bool = False
     may_run: bool = False
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     def __repr__(self) -> str:
         text = f"{self.name}: {self.outcome} in {self.seconds:g} s"
@@ -7595,6 +7597,8 @@ async def _run_on(
         await _attempts(node, plan, step, retries)
     except ApsshError as exc:
         result.error, result.kind, step.status = exc.message, exc.kind, exc.status
+        if isinstance(exc, TransferError):
+            result.failures = list(exc.failures)
     except BaseException:
         result.error = result.kind = "interrupted"
         raise
@@ -8045,7 +8049,7 @@ class _JsonLines(_View):
 
     FIELDS = (
         *("host", "user", "port", "name", "status", "signal", "error", "kind"),
-        *("reached", "seconds", "stdout", "stderr"),
+        *("failures", "reached", "seconds", "stdout", "stderr"),
     )
 
     def done(self, result: Result) -> None:
@@ -8097,17 +8101,22 @@ class _Gather(_View):
 
 
 class _Failures(_View):
-    """A line on stderr for each host that failed, as it happens; ``told``: the kinds that the
-    output itself tells.
+    """A line on stderr for each host that failed, as it happens; with ``verbose`` one for each path
+    that could not be copied. ``told``: the kinds that the output itself tells.
     """
 
-    def __init__(self, told: Collection[str] = ()) -> None:
+    def __init__(self, verbose: bool, told: Collection[str] = ()) -> None:
+        self._verbose = verbose
         self._told = (None, "interrupted", "not started", *told)
 
     def done(self, result: Result) -> None:
-        if result.kind not in self._told:
-            failure = f"{escape(result.name)}: {result.kind}: {result.error}"
-            _screen.say(_screen.paint(failure, "31"))
+        if result.kind in self._told:
+            return
+        lines = result.failures if self._verbose else []
+        if not 0 < len(lines) < FAILURES_KEPT:  # what is not kept is counted in the error
+            lines = [*lines, str(result.error)]
+        for line in lines:
+            _screen.say(_screen.paint(f"{escape(result.name)}: {result.kind}: {line}", "31"))
 
 
 class _Progress(_View):
@@ -8168,27 +8177,29 @@ class _Results(_View):
 _Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
 
 
-def _shown_in_folder(folder: str) -> _Shown:
+def _shown_in_folder(folder: str, verbose: bool) -> _Shown:
     formatter = SubdirFormatter(folder)
-    return formatter, [_Folder(formatter), _Failures()]
+    return formatter, [_Folder(formatter), _Failures(verbose)]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
 # each result (views, in this order). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options.out_dir),
-    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "out_dir": lambda options: _shown_in_folder(options.out_dir, options.verbose),
+    "date_time": lambda options: _shown_in_folder(
+        time.strftime("%Y-%m-%d@%H:%M:%S"), options.verbose
+    ),
     "gather": lambda options: (
         _HoldingFormatter(),
-        [_Gather(options.diff), _Failures(told=("status", "signal"))],
+        [_Gather(options.diff), _Failures(options.verbose, told=("status", "signal"))],
     ),
     "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
-    "format": lambda options: (TerminalFormatter(options.format), [_Failures()]),
-    "raw_format": lambda options: (RawFormatter(), [_Failures()]),
-    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures()]),
+    "format": lambda options: (TerminalFormatter(options.format), [_Failures(options.verbose)]),
+    "raw_format": lambda options: (RawFormatter(), [_Failures(options.verbose)]),
+    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures(options.verbose)]),
     "": lambda options: (
         _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
-        [_Failures()],
+        [_Failures(options.verbose)],
     ),
 }
 

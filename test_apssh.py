@@ -5639,6 +5639,41 @@ def test_all_failures_of_a_tree_are_named(
     assert len(failure.failures) == 6 and failure.message.endswith(" (and 4 more)")
 
 
+def test_all_failures_of_a_copy_are_told(sshd: Sshd, home: Path, capfd: Any) -> None:
+    """With -v each; without it the first few and a count; all of them in JSON and the Result."""
+    build(home, {"t/a": "A"})
+    for number in range(7):
+        os.mkfifo(home / f"t/{number}")
+    all_lines = [f"t/{number}: not a regular file, folder or link" for number in range(7)]
+    copy = ["-F", "none", "-t", sshd.target, "-r", "t", "@:"]
+
+    def told(*options: str) -> list[str]:
+        assert apssh.main_push([*options, *copy]) == 1
+        return [line for line in capfd.readouterr().err.splitlines() if "not a regular" in line]
+
+    (line,) = told()
+    assert line.startswith("127.0.0.1: local: t/") and line.endswith(" (and 2 more)")
+    assert sorted(told("-v")) == [f"127.0.0.1: local: {line}" for line in all_lines]
+    (result,) = apssh.push([sshd.target], "t", ".", recurse=True)
+    assert isinstance(result.failures, list) and sorted(result.failures) == all_lines
+    (result,) = apssh.run([sshd.target], "exit 3")
+    assert result.failures == []
+
+
+def test_failures_beyond_those_kept_are_counted(capfd: Any) -> None:
+    result = dataclasses.replace(
+        result_of("box", b"", b""),
+        kind="remote",
+        error="f0: why (and 1200 more)",
+        failures=[f"f{number}: why" for number in range(apssh.FAILURES_KEPT)],
+    )
+    apssh._Failures(verbose=True).done(result)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == apssh.FAILURES_KEPT + 1
+    assert lines[0] == "box: remote: f0: why"
+    assert lines[-1] == "box: remote: f0: why (and 1200 more)"
+
+
 def test_links_that_lead_out_are_followed_on_demand(sshd: Sshd, home: Path, capfd: Any) -> None:
     build(
         sshd.home,
@@ -12384,6 +12419,7 @@ def test_json_lines(capfd: Any) -> None:
         "signal": None,
         "error": None,
         "kind": None,
+        "failures": [],
         "reached": True,
         "seconds": 0.0,
         "stdout": "out\udcff\n",
