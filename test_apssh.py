@@ -13998,6 +13998,97 @@ def test_example_of_a_sweep(home: Path) -> None:
     ]
 
 
+SHARDS = str(EXAMPLES / "shards.py")
+# the first run of it waits for a word, and each says who it is
+GATED = (
+    "set -- $SSH_CONNECTION; if [ ! -e go ]; then touch at-$3; "
+    "while [ ! -e go ]; do sleep 0.1; done; fi; echo by $3 >> runs; echo here $3"
+)
+
+
+def addresses(first: int, last: int) -> list[str]:
+    return [f"127.0.0.{number}" for number in range(first, last + 1)]
+
+
+def children(pid: int) -> dict[int, str]:
+    """The processes that this one started, and their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == pid:
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+linux_loopback = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere not all of 127/8 is loopback"
+)
+
+
+@linux_loopback
+@pytest.mark.parametrize("engine", ["processes", pytest.param("dask", marks=pytest.mark.slow)])
+def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Sshd]) -> None:
+    """A shard in the middle of its work runs again elsewhere: each host has its result once."""
+    if engine == "dask":
+        pytest.importorskip("distributed")
+    sshd = make_sshd(ListenAddress="0.0.0.0", Port=(port := free_port()))
+    hosts = addresses(2, 9)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
+            *("-t", f"127.0.0.[2-9]:{port}", GATED),
+        ],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        eventually(lambda: len(list(sshd.home.glob("at-*"))) == len(hosts), 120)
+        workers = [
+            pid for pid, line in children(process.pid).items() if "multiprocessing.spawn" in line
+        ]
+        assert len(workers) >= 2
+        os.kill(workers[0], signal.SIGKILL)
+        # what was killed leaves its commands to the guard, which ends them
+        (sshd.home / "go").touch()
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    assert out.splitlines() == [f"{ME}@{host}:{port}: ok: here {host}" for host in hosts]
+    assert ("died" in err) is (engine == "processes")
+    assert set((sshd.home / "runs").read_text().splitlines()) == {f"by {host}" for host in hosts}
+
+
+@pytest.mark.parametrize(
+    "engine", ["by_processes", pytest.param("by_dask", marks=pytest.mark.slow)]
+)
+def test_shards_whose_workers_go_on_dying(engine: str, sshd: Sshd) -> None:
+    """Their hosts are named; the others have their results."""
+    if engine == "by_dask":
+        pytest.importorskip("distributed")
+    Path("deadly.py").write_text(
+        f"""import os, signal, sys
+sys.path[:0] = [{str(MODULE.parent)!r}, {str(EXAMPLES)!r}]
+import apssh, shards
+def run(targets, command):
+    if "x@h2" in targets:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return apssh.run(targets, command)
+if __name__ == "__main__":
+    apssh.run = run
+    targets = [{sshd.target!r}, "x@h2"]
+    results, lost = shards.run_shards(targets, "true", parts=2, engine=shards.{engine})
+    print([result.target for result in results], lost)
+"""
+    )
+    done = example_run("deadly.py")
+    assert done.stdout == f"{[sshd.target]} ['x@h2']\n", done.stderr
+
+
 def readme_table(heading: str) -> list[str]:
     """The first column of a table of the README."""
     section = (
