@@ -6092,7 +6092,12 @@ def _job_state(job: _Job) -> tuple[str, str | None]:
     cancelled; and why, if it failed.
     """
     if not job.is_scheduled():
-        return "idle", None
+        # a teardown job runs in no scheduler: its steps tell
+        records = job.records if isinstance(job, SshJob) else []
+        for step in records:
+            if step.error:
+                return "failed", step.error
+        return "ok" if records else "idle", None
     if not job.is_running():
         return "waiting", None
     if not job.is_done():
@@ -6647,7 +6652,11 @@ _TEXT = str | Deferred
 _OWN_KEYS: dict[object, dict[str, object]] = {
     SshNode: {"id": str, "localnode": bool, "known_hosts": str | None},
     LocalNode: {"id": str, "localnode": bool},
-    SshJob: {"id": str, "required": SshJob | Collection[SshJob | None] | None},
+    SshJob: {
+        "id": str,
+        "required": SshJob | Collection[SshJob | None] | None,
+        "teardown": bool,
+    },
     Run: {"type": str, "command": str},
     Wait: {"type": str, "command": str},
     RunScript: {"type": str, "command": str},
@@ -6717,6 +6726,7 @@ class _Scenario:
         self.nodes: dict[str, Any] = {}
         self.jobs: dict[str, Any] = {}
         self.formatters: dict[str, Any] = {}
+        self.teardown: list[SshJob] = []
         # in the order in which they are tried: ``yes`` may be a text too
         self.makers: dict[object, Callable[[str], Any]] = {
             bool: lambda text: self.yaml.SafeLoader.bool_values[text.lower()],
@@ -6746,7 +6756,10 @@ class _Scenario:
         for name in self.order("jobs", jobs, "required"):
             values = {"label": name} | self.values(jobs[name], SshJob)
             self.jobs[name] = self.make(jobs[name], SshJob, values)
-        return self.nodes, self.jobs, asynciojobs.Scheduler(*self.jobs.values())
+            if values.get("teardown"):
+                self.teardown.append(self.jobs[name])
+        scheduled = [job for job in self.jobs.values() if job not in self.teardown]
+        return self.nodes, self.jobs, asynciojobs.Scheduler(*scheduled)
 
     # mistakes
 
@@ -7051,13 +7064,14 @@ class YamlLoader:
 
     ``filename``: the file; it is read by ``load`` and ``load_with_maps``, not here.
     ``variables``: where ``capture: name`` stores, and where ``{{name}}`` in commands, paths,
-    arguments and scripts is looked up when a job runs; new at each load. Loading connects to
-    nothing. The label of a job is its id, unless the file gives another.
+    arguments and scripts is looked up when a job runs; new at each load. ``teardown``: the jobs with
+    ``teardown: true``, which are in no scheduler, for ``experiment``. Loading connects to nothing. The label of a job is its id, unless the file gives another.
     """
 
     def __init__(self, filename: StrPath) -> None:
         self.filename = filename
         self.variables = Variables()
+        self.teardown: list[SshJob] = []
 
     def load(
         self,
@@ -7092,7 +7106,10 @@ class YamlLoader:
         """
         name, text = _scenario_text(self.filename, env, save_intermediate)
         self.variables = Variables()
-        return _Scenario(name, text, self.variables).load()
+        scenario = _Scenario(name, text, self.variables)
+        loaded = scenario.load()
+        self.teardown = scenario.teardown
+        return loaded
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9193,10 +9210,12 @@ async def _run_scenario(options: argparse.Namespace) -> int:
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
         printed = sys.stderr if options.verbose else io.StringIO()
         try:
-            async with experiment(scheduler, options.record, options.timeline):
-                # a critical job's failure is told below
-                with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
-                    await scheduler.co_run()
+            around = experiment(scheduler, options.record, options.timeline, scenario.teardown)
+            # a critical job's failure is told below, that of a teardown too
+            with contextlib.suppress(ApsshError):
+                async with around:
+                    with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
+                        await scheduler.co_run()
         except asyncio.CancelledError:
             _conclude_scenario(options, jobs, interrupted=True)
             raise
@@ -9238,8 +9257,8 @@ def _show_scenario(
         if isinstance(command, _ShellCommand) and command.capture
     }
 
-    def required(job: SshJob) -> int:
-        return len(scheduler.predecessors_upstream(job))
+    def required(job: SshJob) -> tuple[bool, int]:
+        return job not in scheduler.jobs, len(scheduler.predecessors_upstream(job))
 
     # asynciojobs keeps jobs in sets, whose order changes from run to run: that of the file is kept,
     # as far as each comes after what it requires
@@ -9253,6 +9272,8 @@ def _show_scenario(
             notes.append("not critical")
         if job.forever:
             notes.append("forever")
+        if job not in scheduler.jobs:
+            notes.append("teardown")
         lines.append(
             f"{names[job]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
         )

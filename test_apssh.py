@@ -10976,7 +10976,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
-        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, node, command, "
+        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, command, "
         "commands, keep_connection, verbose, forever, critical, label",
     ),
     "list in itself": (
@@ -13967,14 +13967,58 @@ def test_scenario_into_a_closed_pipe_ends_quietly(home: Path) -> None:
     process.stderr.close()
 
 
+TORN_DOWN = """\
+nodes: [{id: here, localnode: true}]
+jobs:
+  - {id: a, node: here, command: exit %d}
+  - {id: b, node: here, required: a, command: echo b}
+  - {id: down, node: here, teardown: true, command: echo down; exit %d}
+"""
+
+
+@pytest.mark.parametrize(
+    ("statuses", "out", "err", "code"),
+    [
+        ((0, 0), ["b", "down"], ["3 ok"], 0),
+        (
+            (4, 0),
+            ["down"],
+            ["a: LOCALNODE: status: ended with status 4: exit 4", "1 failed, 1 never ran, 1 ok"],
+            1,
+        ),
+        (
+            (0, 5),
+            ["b", "down"],
+            ["down: LOCALNODE: status: ended with status 5: echo down; exit 5", "2 ok, 1 failed"],
+            1,
+        ),
+    ],
+    ids=["well", "failed", "fails itself"],
+)
+def test_scenario_with_a_teardown(
+    statuses: tuple[int, int], out: list[str], err: list[str], code: int, home: Path
+) -> None:
+    """Jobs with ``teardown: true`` run at the end, however it comes; in Python they are given to
+    experiment.
+    """
+    Path("s.yaml").write_text(TORN_DOWN % statuses)
+    done = cli("--scenario", "s.yaml")
+    assert done.stdout.decode().splitlines() == [f"LOCALNODE:{word}" for word in out]
+    assert (messages(done), done.returncode) == (err, code)
+    loader = YamlLoader("s.yaml")
+    _, jobs, scheduler = loader.load_with_maps()
+    assert loader.teardown == [jobs["down"]] and jobs["down"] not in scheduler.jobs
+
+
 EXAMPLES = MODULE.parent / "examples"
 
 
-def example_run(*argv: str) -> subprocess.CompletedProcess[str]:
+def example_run(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(MODULE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-W", "error", *argv],
         env=os.environ | {"PYTHONPATH": path},
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=60,
@@ -13982,48 +14026,129 @@ def example_run(*argv: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-LOSSES = [
-    "at 1 Mbit/s: 1 % lost",
-    "at 6 Mbit/s: 6 % lost",
-    "at 24 Mbit/s: 8 % lost",
-    "at 54 Mbit/s: 34 % lost",
-]
+LOSSES = """\
+1 Mbit/s: 1 % lost
+6 Mbit/s: 6 % lost
+24 Mbit/s: 8 % lost
+54 Mbit/s: 34 % lost
+"""
+TWO_NODES = str(EXAMPLES / "two_nodes.py")
 
 
-def test_example_of_two_nodes(home: Path) -> None:
-    done = example_run(str(EXAMPLES / "two_nodes.py"), "--demo", "--out", "out")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
-        and "the gateway is there: " in done.stdout
+def losses(folder: str = "out") -> str:
+    """What the example has brought here, by rate."""
+    files = sorted(Path(folder).glob("rate-*"), key=lambda path: int(path.name[5:]))
+    return "".join(path.read_text() for path in files)
+
+
+def yaml_example(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The YAML form, which finds the radio beside itself; it leaves what it brings in ``out``."""
+    Path("out").mkdir(exist_ok=True)
+    out = f"out={Path('out').absolute()}"
+    scenario = [str(MODULE), "--scenario", "two_nodes.yaml.j2", "--set", out]
+    return example_run(*scenario, *argv, cwd=EXAMPLES)
+
+
+def radios(folder: str) -> list[str]:
+    return [line for line in processes("radio.py receive") if folder in line]
+
+
+def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python and YAML measure the same; a run that fails stops its service, and resumes."""
+    demo = [TWO_NODES, "--demo", "--out", "out"]
+    told = "no systemd on the demo fleet: the shell stands in for it\n"
+    monkeypatch.setenv("TMPDIR", str(home))  # of the demo's homes, hence in the radio's words
+    failed = example_run(*demo, "--rates", "1", "0", "24")
+    assert failed.returncode == 1
+    last = "two_nodes: demo3: status: ended with status 1: RunScript: radio.py send 127.0.0.1 PORT"
+    assert re.sub(r"127.0.0.1 \d+", "127.0.0.1 PORT", failed.stderr) == (
+        f"{told}demo3:radio: nothing can be sent at 0 Mbit/s\n{last} 0 > rate-0\n"
     )
-    assert sorted(path.name for path in Path("out").iterdir()) == [
-        "rate-1",
-        "rate-24",
-        "rate-54",
-        "rate-6",
-        "run.json",
-        "run.svg",
-        "topology.dot",
+    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios(str(home))
+    jobs = {job["label"]: job["state"] for job in saved("out/run.json")["jobs"]}
+    assert (jobs["1 Mbit/s"], jobs["0 Mbit/s"], jobs["24 Mbit/s"]) == ("ok", "failed", "idle")
+
+    done = example_run(*demo)
+    assert (done.returncode, done.stderr) == (0, told)
+    report = "".join(f"LOCALNODE:{line}\n" for line in LOSSES.splitlines())
+    assert done.stdout == f"rate-1: done before\ndemo1:the gateway is there: Linux\n{report}"
+    assert losses() == LOSSES and not radios(str(home))
+    record = saved("out/run.json")
+    assert {job["state"] for job in record["jobs"]} == {"ok"}
+    assert [node["gateway"] for node in record["nodes"]].count(None) == 2
+    assert "24 Mbit/s" in Path("out/run.svg").read_text()
+    assert "demo1" in Path("out/topology.dot").read_text()
+
+    shutil.rmtree("out")
+    yaml = yaml_example("--demo", "3", "--set", "systemd=no")
+    assert (yaml.returncode, yaml.stderr, losses()) == (0, "9 ok\n", LOSSES)
+    assert yaml.stdout == f"gw   :the gateway is there: Linux\n{report}"
+
+
+def test_example_that_is_interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while it measures: the service is stopped, the record written."""
+    monkeypatch.setenv("TMPDIR", str(home))
+    process = subprocess.Popen(
+        [sys.executable, TWO_NODES, "--demo", "--out", "out", "--rates", "1", "0.01"],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stderr=subprocess.PIPE,
+    )
+    eventually(lambda: processes("send 127.0.0.1") and losses())
+    assert radios(str(home))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == (
+        b"no systemd on the demo fleet: the shell stands in for it\n"
+    )
+    assert process.returncode == 130
+    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios(str(home))
+    jobs = {job["label"]: job["state"] for job in saved("out/run.json")["jobs"]}
+    assert (jobs["1 Mbit/s"], jobs["0.01 Mbit/s"]) == ("ok", "cancelled")
+
+
+@on_testbed
+@pytest.mark.parametrize("form", ["python", "yaml"])
+def test_example_on_real_hosts(form: str, home: Path) -> None:
+    """The two forms, with a unit of systemd: what they bring is what the demo fleet gives."""
+    shutil.copy2(os.environ["TESTBED_KEY"], home / ".ssh" / "id_ed25519")
+    gateway, receiver, sender = TESTBED[:3]
+
+    def measure(*rates: str) -> subprocess.CompletedProcess[str]:
+        if form == "python":
+            more = ["--rates", *rates] if rates else []
+            return example_run(TWO_NODES, gateway, receiver, sender, "--out", "out", *more)
+        hosts = {"gateway": gateway, "receiver": receiver, "sender": sender}
+        if rates:
+            hosts["rates"] = " ".join(rates)
+        return yaml_example(
+            *itertools.chain.from_iterable(("--set", f"{key}={hosts[key]}") for key in hosts)
+        )
+
+    def units() -> str:
+        show = Run("systemctl is-active apssh-radio; true", capture=Capture("state", found))
+        assert Scheduler(SshJob(box(TESTBED.index(receiver)), command=show)).run()
+        return str(found.state)
+
+    found = Variables()
+    failed = measure("1", "0", "24")
+    assert failed.returncode == 1 and "radio: nothing can be sent at 0 Mbit/s" in failed.stderr
+    assert losses() == "1 Mbit/s: 1 % lost\n" and units() == "inactive"
+    done = measure()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("".join(f"LOCALNODE:{line}\n" for line in LOSSES.splitlines()))
+    assert losses() == LOSSES and units() == "inactive"
+
+
+def test_example_of_a_scenario_before_it_runs(home: Path) -> None:
+    shown = yaml_example("-n")
+    assert shown.returncode == 0
+    assert "6 Mbit/s: root@gw->root@node2 (after 1 Mbit/s)\n" in shown.stdout
+    assert "      {{address}}: captured by listen\n" in shown.stdout
+    assert shown.stdout.splitlines()[-3:] == [
+        "stop: root@gw->root@node1 (teardown)",
+        "    [Service apssh-radio: stop]",
+        "    systemctl stop apssh-radio.service",
     ]
-    record = json.loads(Path("out/run.json").read_text())
-    assert {job["state"] for job in record["jobs"] if not job["forever"]} == {"ok"} and [
-        node["gateway"] for node in record["nodes"]
-    ].count(None) == 2
-
-
-def test_example_of_a_scenario(home: Path) -> None:
-    scenario = str(EXAMPLES / "two_nodes.yaml.j2")
-    shown = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "-n")
-    assert (
-        shown.returncode == 0
-        and "root@gw->root@node1 (after address)" in shown.stdout
-        and "{{address}}: captured by address\n" in shown.stdout
-    )
-    done = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "3")
-    assert re.findall(r"at \d+ Mbit/s: \d+ % lost", done.stdout) == LOSSES
-    assert (done.returncode, done.stderr) == (0, "9 ok, 1 cancelled\n")
-    few = example_run(str(MODULE), "--scenario", scenario, "--set", "gateway=gw", "--demo", "2")
+    few = yaml_example("--demo", "2")
     assert (few.returncode, few.stderr) == (2, "apssh: --demo 2: the scenario has 3 hosts\n")
 
 
@@ -14039,6 +14164,97 @@ def test_example_of_a_sweep(home: Path) -> None:
     assert [line for line in again.stdout.splitlines() if "done before" not in line] == [
         "24-2: ok {'demo1': '48', 'demo2': '48'}"
     ]
+
+
+SHARDS = str(EXAMPLES / "shards.py")
+# the first run of it waits for a word, and each says who it is
+GATED = (
+    "set -- $SSH_CONNECTION; if [ ! -e go ]; then touch at-$3; "
+    "while [ ! -e go ]; do sleep 0.1; done; fi; echo by $3 >> runs; echo here $3"
+)
+
+
+def addresses(first: int, last: int) -> list[str]:
+    return [f"127.0.0.{number}" for number in range(first, last + 1)]
+
+
+def children(pid: int) -> dict[int, str]:
+    """The processes that this one started, and their command lines."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == pid:
+                found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+linux_loopback = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere not all of 127/8 is loopback"
+)
+
+
+@linux_loopback
+@pytest.mark.parametrize("engine", ["processes", pytest.param("dask", marks=pytest.mark.slow)])
+def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Sshd]) -> None:
+    """A shard in the middle of its work runs again elsewhere: each host has its result once."""
+    if engine == "dask":
+        pytest.importorskip("distributed")
+    sshd = make_sshd(ListenAddress="0.0.0.0", Port=(port := free_port()))
+    hosts = addresses(2, 9)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
+            *("-t", f"127.0.0.[2-9]:{port}", GATED),
+        ],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        eventually(lambda: len(list(sshd.home.glob("at-*"))) == len(hosts), 120)
+        workers = [
+            pid for pid, line in children(process.pid).items() if "multiprocessing.spawn" in line
+        ]
+        assert len(workers) >= 2
+        os.kill(workers[0], signal.SIGKILL)
+        # what was killed leaves its commands to the guard, which ends them
+        (sshd.home / "go").touch()
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, err
+    assert out.splitlines() == [f"{ME}@{host}:{port}: ok: here {host}" for host in hosts]
+    assert ("died" in err) is (engine == "processes")
+    assert set((sshd.home / "runs").read_text().splitlines()) == {f"by {host}" for host in hosts}
+
+
+@pytest.mark.parametrize(
+    "engine", ["by_processes", pytest.param("by_dask", marks=pytest.mark.slow)]
+)
+def test_shards_whose_workers_go_on_dying(engine: str, sshd: Sshd) -> None:
+    """Their hosts are named; the others have their results."""
+    if engine == "by_dask":
+        pytest.importorskip("distributed")
+    Path("deadly.py").write_text(
+        f"""import os, signal, sys
+sys.path[:0] = [{str(MODULE.parent)!r}, {str(EXAMPLES)!r}]
+import apssh, shards
+def run(targets, command):
+    if "x@h2" in targets:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return apssh.run(targets, command)
+if __name__ == "__main__":
+    apssh.run = run
+    targets = [{sshd.target!r}, "x@h2"]
+    results, lost = shards.run_shards(targets, "true", parts=2, engine=shards.{engine})
+    print([result.target for result in results], lost)
+"""
+    )
+    done = example_run("deadly.py")
+    assert done.stdout == f"{[sshd.target]} ['x@h2']\n", done.stderr
 
 
 def readme_table(heading: str) -> list[str]:

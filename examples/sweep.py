@@ -2,9 +2,10 @@
 """A sweep over parameters that resumes: each run leaves its record, and one whose record says that
 all went well is not run again.
 
-python sweep.py --demo                  on throw-away hosts inside this process python sweep.py
-node1 node2             on your own python sweep.py --demo --fail 24-2      one of the runs fails;
-run it again without --fail: only that one is left to do
+    python sweep.py --demo                  on throw-away hosts inside this process
+    python sweep.py node1 node2             on your own
+    python sweep.py --demo --fail 24-2      one of the runs fails; run it again without --fail: only
+                                            that one is left to do
 """
 
 import argparse
@@ -20,7 +21,7 @@ from asynciojobs import Scheduler
 import apssh
 from apssh import Capture, Run, SshJob, SshNode, Variables
 
-RATES, POWERS = (6, 24, 54), (1, 2)
+RATES, POWERS = (6, 24, 54), (1, 2)  # Mbit/s, dBm
 
 
 def is_done(record: Path) -> bool:
@@ -33,52 +34,45 @@ def is_done(record: Path) -> bool:
 async def one_run(nodes: list[SshNode], rate: int, power: int, record: Path, fail: bool) -> bool:
     """All nodes at once, with these parameters."""
     found, scheduler = Variables(), Scheduler(timeout=60)
+    line = f"echo $(({rate} * {power})) > result; cat result; exit {int(fail)}"
+    teardown = []
     for node in nodes:
-        command = Run(
-            f"echo $(({rate} * {power})); exit {int(fail)}", capture=Capture(node.hostname, found)
-        )
-        SshJob(
-            node,
-            command=command,
-            critical=False,
-            label=f"{rate} Mbit/s, {power} dBm",
-            scheduler=scheduler,
-        )
-    with apssh.recording(scheduler, record):
+        command = Run(line, capture=Capture(node.hostname, found))
+        SshJob(node, command=command, critical=False, scheduler=scheduler)
+        teardown.append(SshJob(node, command="rm -f result"))
+    async with apssh.experiment(scheduler, record=record, teardown=teardown):
         await scheduler.co_run()
     print(f"{record.stem}: {'ok' if is_done(record) else 'failed'} {dict(sorted(found.items()))}")
     return is_done(record)
 
 
 async def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("hosts", nargs="*", metavar="HOST")
     parser.add_argument("--demo", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("sweep.out"))
-    parser.add_argument(
-        "--fail", metavar="RATE-POWER", help="let this run fail, to see how it resumes"
-    )
+    parser.add_argument("--fail", metavar="RATE-POWER", help="let this run fail")
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)
-    if not (options.hosts or options.demo):
-        parser.error("give some hosts, or --demo")
     well = True
     async with contextlib.AsyncExitStack() as stack:
-        nodes = (
-            await stack.enter_async_context(apssh.demo_fleet(2))
-            if options.demo
-            else [SshNode(host) for host in options.hosts]
-        )
+        if options.demo:
+            nodes = await stack.enter_async_context(apssh.demo_fleet(2))
+        elif options.hosts:
+            nodes = [SshNode(host) for host in options.hosts]
+        else:
+            parser.error("give some hosts, or --demo")
         for rate, power in itertools.product(RATES, POWERS):
             record = options.out / f"{rate}-{power}.json"
             if is_done(record):
                 print(f"{record.stem}: done before")
             else:
                 well &= await one_run(nodes, rate, power, record, record.stem == options.fail)
-        for node in nodes:
-            await node.close()
     return 0 if well else 1
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    try:
+        sys.exit(asyncio.run(main()))
+    except KeyboardInterrupt:
+        sys.exit(130)
