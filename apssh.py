@@ -5671,7 +5671,7 @@ class RunString(_Script):
         return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
 
     def _body(self, text: str) -> bytes:
-        return os.fsencode(text if text.endswith("\n") else text + "\n")
+        return os.fsencode(text.removesuffix("\n") + "\n")
 
     def _text(self) -> str:
         lines = (line.strip() for line in str(self.script_body).splitlines())
@@ -7436,19 +7436,15 @@ class _HoldingFormatter(Formatter):
     it too, and hears of all that happens.
     """
 
-    HANDED_ON = (
-        *("connection_made", "connection_lost", "auth_completed", "session_start", "session_stop"),
-        *("sftp_start", "sftp_stop", "line", "stderr_line"),
-        *("add_endpoint", "endpoint_name", "endpoint_started"),
-    )
-
     def __init__(self, verbose: bool = False, shown: Formatter | None = None) -> None:
         super().__init__(None, verbose)
         self._held: dict[Endpoint, _HeldSink] = {}
         self._shown = shown
         if shown:
-            self.verbose = shown.verbose
-            vars(self).update({name: getattr(shown, name) for name in self.HANDED_ON})
+            # all that is said to a formatter goes to that one, but for where outputs go
+            heard = [name for name in vars(Formatter) if not name.startswith("_")]
+            heard.remove("endpoint_sink")
+            vars(self).update({name: getattr(shown, name) for name in heard})
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         held = self._held.setdefault(endpoint, _HeldSink())
