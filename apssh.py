@@ -5701,7 +5701,7 @@ class RunString(_Script):
         return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
 
     def _body(self, text: str) -> bytes:
-        return os.fsencode(text if text.endswith("\n") else text + "\n")
+        return os.fsencode(text.removesuffix("\n") + "\n")
 
     def _text(self) -> str:
         lines = (line.strip() for line in str(self.script_body).splitlines())
@@ -6537,7 +6537,7 @@ class Service:
         _check_env("environ", self.environ or {})
         self.service_id = self.service_id.removesuffix(".service")
 
-    def _step(self, action: str, words: list[str | Deferred], keywords: _RunKeywords) -> Run:
+    def _step(self, action: str, keywords: _RunKeywords, *words: str | Deferred) -> Run:
         if keywords.get("label") is None:
             keywords["label"] = f"Service {self.service_id}: {action}"
         keywords.setdefault("verbose", self.verbose)
@@ -6562,7 +6562,7 @@ class Service:
             words += ["/usr/bin/script -qefc", shell, "/dev/null"]
         else:
             words += ["/bin/sh -c", shell]
-        return self._step("start", words, keywords)
+        return self._step("start", keywords, *words)
 
     @_keywords_shown
     def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
@@ -6570,7 +6570,7 @@ class Service:
         fine.
         """
         keywords.setdefault("allowed_exits", [5])
-        return self._step("stop", [f"systemctl stop {self.service_id}.service"], keywords)
+        return self._step("stop", keywords, f"systemctl stop {self.service_id}.service")
 
     @_keywords_shown
     def status_command(
@@ -6583,11 +6583,12 @@ class Service:
         has gone is fine.
         """
         keywords.setdefault("allowed_exits", [3, 4])
-        words: list[str | Deferred] = [f"systemctl status --no-pager {self.service_id}.service"]
-        if output is not None:
-            # the command begins in the home, and a quoted ~ is a name like another
-            words += [">", _Quoted(output, lambda path: path.removeprefix("~/"))]
-        return self._step("status", words, keywords)
+        show = f"systemctl status --no-pager {self.service_id}.service"
+        if output is None:
+            return self._step("status", keywords, show)
+        # the command begins in the home, and a quoted ~ is a name like another
+        file = _Quoted(output, lambda path: path.removeprefix("~/"))
+        return self._step("status", keywords, show, ">", file)
 
     @_keywords_shown
     def journal_command(
@@ -6602,7 +6603,7 @@ class Service:
         unit = f"{self.service_id}.service"
         if since is not None:
             text = _Quoted(since, "--since={}".format)
-            return self._step("journal", [f"journalctl --no-pager --unit={unit}", text], keywords)
+            return self._step("journal", keywords, f"journalctl --no-pager --unit={unit}", text)
         # A transient unit vanishes when it ends, and `systemctl show` then knows its last start no
         # more: the journal does, by the last entry that has an invocation id (systemd.exec(5)).
         # What was printed last reaches it a moment later than the end: hence --sync, as far as one
@@ -6614,11 +6615,9 @@ class Service:
         )
         return self._step(
             "journal",
-            [
-                f"journalctl --sync 2>/dev/null; id=$({last}); id=${{id:-none}};",
-                "journalctl --no-pager _SYSTEMD_INVOCATION_ID=$id + _PID=1 INVOCATION_ID=$id",
-            ],
             keywords,
+            f"journalctl --sync 2>/dev/null; id=$({last}); id=${{id:-none}};",
+            "journalctl --no-pager _SYSTEMD_INVOCATION_ID=$id + _PID=1 INVOCATION_ID=$id",
         )
 
 
@@ -7485,19 +7484,15 @@ class _HoldingFormatter(Formatter):
     it too, and hears of all that happens.
     """
 
-    HANDED_ON = (
-        *("connection_made", "connection_lost", "auth_completed", "session_start", "session_stop"),
-        *("sftp_start", "sftp_stop", "line", "stderr_line"),
-        *("add_endpoint", "endpoint_name", "endpoint_started"),
-    )
-
     def __init__(self, verbose: bool = False, shown: Formatter | None = None) -> None:
         super().__init__(None, verbose)
         self._held: dict[Endpoint, _HeldSink] = {}
         self._shown = shown
         if shown:
-            self.verbose = shown.verbose
-            vars(self).update({name: getattr(shown, name) for name in self.HANDED_ON})
+            # all that is said to a formatter goes to that one, but for where outputs go
+            heard = [name for name in vars(Formatter) if not name.startswith("_")]
+            heard.remove("endpoint_sink")
+            vars(self).update({name: getattr(shown, name) for name in heard})
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         held = self._held.setdefault(endpoint, _HeldSink())
@@ -7925,7 +7920,7 @@ async def co_run(
     """Run a command on many hosts at once; ``run`` is the plain form, ``co_run`` the coroutine.
 
     ``command`` is a line, read by the login shell over there, or a step such as
-    ``RunScript("check.sh")``; but for ``sudo_password`` and ``hold``, a step has the next keywords itself:
+    ``RunScript("check.sh")``, which then has the next keywords itself (but for ``sudo_password``):
 
     - ``timeout``: seconds for the command (None: no limit); ``env``: variables for it, whatever
       the server accepts (None: none); ``pty``: give it a terminal (False); ``x11``: forward the
