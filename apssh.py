@@ -6644,23 +6644,21 @@ _SERVICE_ACTIONS = {
 }
 
 # What a mapping of the file may hold is told by the constructor that it stands for: its parameters
-# are the keys, their annotations say what a value must be (for an SshNode or an SshJob: its id).
-# Here is what no constructor says: the keys of the file's own, and values of parameters that take
-# anything.
+# are the keys, and the types that their annotations name are what a value may be (for an SshNode or
+# an SshJob: its id). One value may stand for a list of one. Here is what no constructor says: the
+# keys of the file's own, and values of parameters that take anything.
 _TEXT = str | Deferred
+_COMMAND_LINE: dict[str, object] = {"type": str, "command": str}
 _OWN_KEYS: dict[object, dict[str, object]] = {
     SshNode: {"id": str, "localnode": bool, "known_hosts": str | None},
     LocalNode: {"id": str, "localnode": bool},
-    SshJob: {
-        "id": str,
-        "required": SshJob | Collection[SshJob | None] | None,
-        "teardown": bool,
-    },
-    Run: {"type": str, "command": str},
-    Wait: {"type": str, "command": str},
-    RunScript: {"type": str, "command": str},
+    SshJob: {"id": str, "required": Collection[SshJob] | None, "teardown": bool},
+    Run: _COMMAND_LINE,
+    Wait: _COMMAND_LINE,
+    RunScript: _COMMAND_LINE,
     Service: {"type": str, "action": str, "environ": Mapping[str, _TEXT] | None},
 }
+_LISTS = {Collection, Iterable, Sequence}
 _WANTED: dict[object, str] = {
     bool: "true or false",
     int: "a whole number",
@@ -6672,22 +6670,8 @@ _WANTED: dict[object, str] = {
     SshJob: "the id of a job",
     Formatter: "the name of a formatter",
     AbstractCommand: "a list of commands",
-    list: "a list",
-    dict: "a mapping",
+    Mapping: "a mapping",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    """A value of the file: a text as it is written, None, or a list or a mapping of _Data."""
-
-    value: Any
-    line: int = dataclasses.field(repr=False)
-
-    def found(self) -> str:
-        """What it is, for somebody who wanted something else."""
-        names = {list: "a list", dict: "a mapping", types.NoneType: "nothing"}
-        return names.get(type(self.value), f"'{self.value}'")
 
 
 def _signature(call: Callable[..., Any]) -> inspect.Signature:
@@ -6699,17 +6683,57 @@ def _signature(call: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(call, eval_str=True)
 
 
-def _kinds(hint: object) -> dict[object, object]:
-    """What an annotation admits: each type of a union, with the type of its items. Whatever can be
-    iterated over is list here, mappings dict.
+def _kinds(hint: object) -> set[object]:
+    """The types that an annotation names."""
+    return {get_origin(hint) or hint}.union(*map(_kinds, get_args(hint)))
+
+
+def _found(value: object) -> str:
+    """What a value is, for somebody who wanted something else."""
+    names = {list: "a list", _Fields: "a mapping", types.NoneType: "nothing"}
+    return names.get(type(value), f"'{value}'")
+
+
+class _Fields(dict[str, Any]):
+    """A mapping of the file, in which text stays as it is written. ``line``: where it begins;
+    ``lines``: where its keys are.
     """
-    kinds: dict[object, object] = {}
-    for choice in get_args(hint) if get_origin(hint) in (types.UnionType, Union) else [hint]:
-        kind = get_origin(choice)
-        if kind and issubclass(kind, Iterable):
-            kind = dict if issubclass(kind, Mapping) else list
-        kinds[kind or choice] = get_args(choice)[-1] if kind else None
-    return kinds
+
+    def __init__(self, found: dict[str, Any], line: int, lines: dict[str, int]) -> None:
+        super().__init__(found)
+        self.line, self.lines = line, lines
+
+    def line_of(self, key: str) -> int:
+        return self.lines.get(key, self.line)  # what << merged has none
+
+
+def _parsed(yaml: Any, text: str) -> Any:
+    """A YAML text as _Fields, lists, texts and None. Raises what PyYAML does."""
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        pass
+
+    def fields(loader: Any, node: Any) -> _Fields:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            problem = f"duplicate key '{key.value}'"
+            if key.id != "scalar":
+                problem = (
+                    "a key must be text: put {{...}} in quotes "
+                    "(a template? give load() an env, or --set NAME=value)"
+                )
+            elif key.value not in lines:
+                lines[key.value] = key.start_mark.line + 1
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        loader.flatten_mapping(node)
+        found = {key.value: loader.construct_object(value, True) for key, value in node.value}
+        return _Fields(found, node.start_mark.line + 1, lines)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", fields)
+    for tag in ("str", "int", "float", "bool", "timestamp", "value"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{tag}", Loader.construct_scalar)
+    return yaml.load(text, Loader)
 
 
 class _Scenario:
@@ -6724,14 +6748,14 @@ class _Scenario:
         self.line = 1
         self.nodes: dict[str, Any] = {}
         self.jobs: dict[str, Any] = {}
-        self.formatters: dict[str, Any] = {}
+        self.formatters: dict[str, Formatter] = {}
         self.teardown: list[SshJob] = []
         # in the order in which they are tried: ``yes`` may be a text too
         self.makers: dict[object, Callable[[str], Any]] = {
             bool: lambda text: self.yaml.SafeLoader.bool_values[text.lower()],
             int: int,
             float: float,
-            Capture: self.capture,
+            Capture: lambda name: Capture(name, variables),
             Deferred: self.deferred,
             str: str,
         }
@@ -6743,22 +6767,39 @@ class _Scenario:
 
         ``overrides``: keywords for the nodes of a class, whatever the file says.
         """
-        root = self.parse()
-        self.check_keys(root, "section", {"nodes": root, "jobs": root})
+        root = self.fields(self.parsed())
+        for name in root:
+            self.line = root.line_of(name)
+            self.known("section", {"nodes": "", "jobs": ""}, name)
         nodes, jobs = self.section(root, "nodes"), self.section(root, "jobs")
         self.nodes, self.jobs = dict.fromkeys(nodes), dict.fromkeys(jobs)
-        for name in self.order("nodes", nodes, "gateway"):
-            data = nodes[name]
-            local = data.value.get("localnode", _Data("no", 0))
-            cls = LocalNode if self.read(local, bool, "localnode") else SshNode
-            self.nodes[name] = self.make(data, cls, self.values(data, cls) | overrides(cls))
-        for name in self.order("jobs", jobs, "required"):
-            values = {"label": name} | self.values(jobs[name], SshJob)
-            self.jobs[name] = self.make(jobs[name], SshJob, values)
-            if values.get("teardown"):
+        for name, fields in self.ordered("nodes", nodes, "gateway"):
+            is_local = self.yaml.SafeLoader.bool_values.get(str(fields.get("localnode")).lower())
+            cls = LocalNode if is_local else SshNode
+            self.nodes[name] = self.make(cls, self.values(fields, cls) | overrides(cls))
+        for name, fields in self.ordered("jobs", jobs, "required"):
+            values = {"label": name} | self.values(fields, SshJob)
+            is_teardown = values.pop("teardown", False)
+            self.jobs[name] = self.make(SshJob, values)
+            if is_teardown:
                 self.teardown.append(self.jobs[name])
         scheduled = [job for job in self.jobs.values() if job not in self.teardown]
         return self.nodes, self.jobs, asynciojobs.Scheduler(*scheduled)
+
+    def parsed(self) -> Any:
+        try:
+            return _parsed(self.yaml, self.text)
+        except self.yaml.YAMLError as exc:
+            mark = getattr(exc, "problem_mark", None)
+            before = self.text[: mark.index if mark else exc.position]
+            self.line = before.count("\n") + 1
+            # the last section, and the last id in it
+            if place := re.search(r"(?ms).*^(\w+):(?:.*\bid: *([\w.-]+))?", before):
+                self.path = f"section {place[1]}", f"id {place[2] or '?'}"
+            words = [getattr(exc, name, None) for name in ("context", "problem", "reason")]
+            raise self.error(": ".join(filter(None, ["wrong YAML", *words]))) from None
+        except RecursionError:
+            raise self.error("wrong YAML: nested too deeply, or merged into itself") from None
 
     # mistakes
 
@@ -6774,134 +6815,81 @@ class _Scenario:
         remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known)}"
         raise self.error(f"unknown {what} '{name}': {remedy}")
 
-    # YAML as plain data
+    def fields(self, value: Any) -> _Fields:
+        if not isinstance(value, _Fields):
+            found = _found(value)
+            raise self.error(f"it must be a mapping (lines of 'key: value'), not {found}")
+        self.line = value.line
+        return value
 
-    def parse(self) -> _Data:
-        """The whole file."""
-        try:
-            self.loader = self.yaml.SafeLoader(self.text)
-            root = self.loader.get_single_node()
-            if root is None:
-                raise self.error("nothing in it: a scenario has the sections 'nodes' and 'jobs'")
-            return self.plain(root)
-        except self.yaml.YAMLError as exc:
-            mark, start = getattr(exc, "problem_mark", None), getattr(exc, "context_mark", None)
-            line = mark.line if mark else self.text.count("\n", 0, getattr(exc, "position", 0))
-            self.line = line + 1
-            context = f"{exc.context} (line {start.line + 1}): " if start else ""
-            problem = getattr(exc, "problem", None) or getattr(exc, "reason", exc)
-            hint = ""
-            if "{%" in self.text:
-                hint = " (a template? give load() an env, or --set NAME=value)"
-            raise self.error(f"wrong YAML: {context}{problem}{hint}") from None
-        except RecursionError:
-            raise self.error("wrong YAML: nested too deeply, or merged into itself") from None
-
-    def plain(self, node: Any) -> _Data:
-        """A node of the parser's."""
-        line = self.line = node.start_mark.line + 1
-        if not re.fullmatch(r"tag:yaml\.org,2002:\w+", node.tag):
-            tag = node.tag.removeprefix("tag:yaml.org,2002:")
-            raise self.error(f"unknown tag '{tag}': leave it out")
-        if node.id == "mapping":
-            return _Data(self.pairs(node), line)
-        if node.id == "sequence":
-            return _Data([self.plain(item) for item in node.value], line)
-        return _Data(None if node.tag.endswith(":null") else node.value.removesuffix("\n"), line)
-
-    def pairs(self, node: Any) -> dict[str, _Data]:
-        """A mapping, with what ``<<`` merges; the line of a value is that of its key."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            self.line = key.start_mark.line + 1
-            if key.id != "scalar":
-                raise self.error(
-                    "a key must be text: put {{...}} in quotes, "
-                    "or give load() an env (--set NAME=value)"
-                )
-            if key.value in lines and key.value != "<<":
-                other = lines[key.value]
-                raise self.error(f"duplicate key '{key.value}': line {other} has it too")
-            lines[key.value] = self.line
-        self.loader.flatten_mapping(node)
-        return {
-            key.value: dataclasses.replace(self.plain(value), line=key.start_mark.line + 1)
-            for key, value in node.value
-        }
+    def field(self, value: Any, key: str) -> str:
+        """A text that a mapping must have."""
+        fields = self.fields(value)
+        if key not in fields:
+            raise self.error(f"no '{key}': add '{key}: ...'")
+        self.line = fields.line_of(key)
+        return cast("str", self.read(fields[key], {str}, key))
 
     # sections
 
-    def check_keys(self, data: _Data, what: str, known: Mapping[str, object]) -> None:
-        """A mapping of known keys, and nothing else."""
-        self.line = data.line
-        if not isinstance(data.value, dict):
-            raise self.error(f"it must be a mapping (lines of 'key: value'), not {data.found()}")
-        for name, value in data.value.items():
-            self.line = value.line
-            self.known(what, known, name)
-
-    def field(self, data: _Data, key: str) -> str:
-        """A text that must be there."""
-        self.line = data.line
-        if not isinstance(data.value, dict) or key not in data.value:
-            raise self.error(f"no '{key}': add '{key}: ...'")
-        return cast("str", self.read(data.value[key], str, key))
-
-    def section(self, root: _Data, name: str) -> dict[str, _Data]:
+    def section(self, root: _Fields, name: str) -> dict[str, _Fields]:
         """What a section lists, by id."""
-        listed = root.value.get(name, root)
-        self.line, self.path = listed.line, ()
-        if not isinstance(listed.value, list) or not listed.value:
+        self.line, self.path = root.line_of(name), ()
+        listed = root.get(name)
+        if not listed or not isinstance(listed, list):
             raise self.error(f"no list in section '{name}': add '{name}:' and '- id: ...' below it")
         self.path = (f"section {name}",)
-        found: dict[str, _Data] = {}
-        for data in listed.value:
-            id_ = self.field(data, "id")
+        found: dict[str, _Fields] = {}
+        for each in listed:
+            id_ = self.field(each, "id")
             if id_ in found:
-                line = found[id_].line
-                raise self.error(f"duplicate id '{id_}': line {line} has it too")
-            found[id_] = data
+                raise self.error(f"duplicate id '{id_}'")
+            found[id_] = each
         return found
 
-    def order(self, section: str, entries: Mapping[str, _Data], key: str) -> Iterator[str]:
-        """The ids of a section, each after those that its key names, and with its own path."""
-        sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
-        for name, data in entries.items():
-            given = data.value.get(key, data)
-            items = given.value if isinstance(given.value, list) else [given]
-            sorter.add(name, *[str(item.value) for item in items])
+    def ordered(
+        self, section: str, entries: Mapping[str, _Fields], key: str
+    ) -> Iterator[tuple[str, _Fields]]:
+        """The entries of a section, each after those that its key names, and with its own path."""
+        befores = {}
+        for name, fields in entries.items():
+            given = fields.get(key) or []
+            befores[name] = map(str, given if isinstance(given, list) else [given])
         try:
-            for name in sorter.static_order():
+            for name in graphlib.TopologicalSorter(befores).static_order():
                 if name in entries:
                     self.path = f"section {section}", f"id {name}"
-                    yield name
+                    yield name, entries[name]
         except graphlib.CycleError as exc:
             circle = exc.args[1][::-1]
             self.path = f"section {section}", f"id {circle[0]}"
-            self.line = entries[circle[0]].value[key].line
+            self.line = entries[circle[0]].line_of(key)
             shown = " -> ".join(circle)
             raise self.error(f"'{key}' goes in a circle: {shown}: take one out") from None
 
     # values
 
-    def values(self, data: _Data, *calls: Callable[..., Any]) -> dict[str, Any]:
+    def values(self, fields: _Fields, *calls: Callable[..., Any]) -> dict[str, Any]:
         """What a mapping has for these calls."""
         hints: dict[str, object] = {}
         for call in calls:
-            hints |= _OWN_KEYS.get(getattr(call, "func", call), {"type": str})
+            hints |= _OWN_KEYS.get(call, {"type": str})
             for name, each in _signature(call).parameters.items():
                 several = each.kind is each.VAR_POSITIONAL
                 hint = Collection[_TEXT] if several else each.annotation
-                if _kinds(hint).keys() & _WANTED.keys():
+                if _kinds(hint) & _WANTED.keys():
                     hints.setdefault(name, hint)
-        self.check_keys(data, "key", hints)
-        return {name: self.read(value, hints[name], name) for name, value in data.value.items()}
+        found = {}
+        for name, value in fields.items():
+            self.line = fields.line_of(name)
+            found[name] = self.read(value, _kinds(self.known("key", hints, name)), name)
+        self.line = fields.line
+        return found
 
-    def make(self, data: _Data, call: Callable[..., Any], values: dict[str, Any]) -> Any:
+    def make(self, call: Callable[..., Any], values: dict[str, Any]) -> Any:
         """Call it with those of the values that it takes; what it refuses is told with its
         place.
         """
-        self.line = data.line
         signature = _signature(call)
         for name, each in signature.parameters.items():
             needed = each.default is each.empty and each.kind is not each.VAR_POSITIONAL
@@ -6913,31 +6901,27 @@ class _Scenario:
         except (ApsshError, TypeError, ValueError) as exc:
             raise self.error(str(exc)) from None
 
-    def read(self, data: _Data, hint: object, key: str) -> Any:
-        """What a value means for a parameter with this annotation."""
-        kinds, value = _kinds(hint), data.value
-        self.line = data.line
+    def read(self, value: Any, kinds: set[object], key: str) -> Any:
+        """What a value means where these types are wanted."""
         if value is None and types.NoneType in kinds:
             return None
-        if isinstance(value, list) and list in kinds and AbstractCommand not in kinds:
-            return [self.read(item, kinds[list], key) for item in value]
-        if isinstance(value, dict) and dict in kinds:
-            return {
-                name: self.read(item, kinds[dict], f"{key}.{name}") for name, item in value.items()
-            }
-        if value is not None and AbstractCommand in kinds:
-            return self.steps(data)
-        if isinstance(value, str | dict) and Formatter in kinds:
-            return self.formatter(data)
+        if AbstractCommand in kinds:
+            return self.steps(value)
+        if kinds & _LISTS:
+            items = value if isinstance(value, list) else [value]
+            return [self.read(item, kinds - _LISTS, key) for item in items]
+        if isinstance(value, dict) and Mapping in kinds:
+            kinds = kinds - {Mapping}
+            return {name: self.read(each, kinds, f"{key}.{name}") for name, each in value.items()}
+        if isinstance(value, str | _Fields) and Formatter in kinds:
+            return self.formatter(value)
         if isinstance(value, str):
             with contextlib.suppress(LookupError):
-                return self.meant(value, kinds)
-            if list in kinds:
-                return [self.read(data, kinds[list], key)]
+                return self.meant(value.removesuffix("\n"), kinds)
         wanted = dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds)
-        raise self.error(f"'{key}' must be {' or '.join(wanted)}, not {data.found()}")
+        raise self.error(f"'{key}' must be {' or '.join(wanted)}, not {_found(value)}")
 
-    def meant(self, text: str, kinds: Mapping[object, object]) -> Any:
+    def meant(self, text: str, kinds: set[object]) -> Any:
         """What a text means where one of these is wanted. Raises LookupError: nothing."""
         if SshNode in kinds:
             return self.known("node", self.nodes, text)
@@ -6949,100 +6933,93 @@ class _Scenario:
                     return make(text)
         raise LookupError(text)
 
-    def capture(self, name: str) -> Capture:
-        if not name.isidentifier():
-            raise ValueError(name)
-        return Capture(name, self.variables)
-
     def deferred(self, text: str) -> str | Deferred:
         return Deferred(text, self.variables) if "{{" in text else text
 
-    def formatter(self, data: _Data) -> Formatter:
+    def formatter(self, value: str | _Fields) -> Formatter:
         """A formatter; the same words mean the same one, so that columns align."""
-        if isinstance(data.value, str):
-            data = _Data({"type": data}, data.line)
-        words = repr(data)
-        self.path += ("formatter",)
-        cls = self.known("type of formatter", _FORMATTER_TYPES, self.field(data, "type"))
+        words = str(value)
+        if isinstance(value, str):
+            value = _Fields({"type": value}, self.line, {})
+        cls = self.known("type of formatter", _FORMATTER_TYPES, self.field(value, "type"))
         if words not in self.formatters or cls is CaptureFormatter:
-            self.formatters[words] = self.make(data, cls, self.values(data, cls))
-        self.path = self.path[:-1]
-        return cast("Formatter", self.formatters[words])
+            self.formatters[words] = self.make(cls, self.values(value, cls))
+        return self.formatters[words]
 
     # steps
 
-    def steps(self, data: _Data) -> Any:
+    def steps(self, value: Any) -> Any:
         """The commands of a job: a line for Run, a mapping, or a list of these (nulls dropped)."""
-        if isinstance(data.value, str):
-            return self.deferred(data.value)
+        if isinstance(value, str):
+            return self.deferred(value)
         path, found = self.path, []
-        for number, item in enumerate(data.value if isinstance(data.value, list) else [data], 1):
+        for number, item in enumerate(value if isinstance(value, list) else [value], 1):
             self.path = (*path, f"command {number}")
-            if item.value is not None:
-                found.append(self.step(item))
+            if item is not None:
+                found.append(self.step(self.fields(item)))
         self.path = path
         return found
 
-    def step(self, data: _Data) -> Any:
-        cls = self.known("type of command", _STEP_TYPES, self.field(data, "type"))
+    def step(self, fields: _Fields) -> Any:
+        cls = self.known("type of command", _STEP_TYPES, self.field(fields, "type"))
         if cls is Service:
-            return self.service(data)
-        call = cls
-        if "command" in data.value and "command" in _OWN_KEYS.get(cls, ()):
-            words = [self.field(data, "command")]
-            if cls is RunScript:
-                # a blank inside of {{ }} does not end the script's name
-                words = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", words[0], re.DOTALL)[0]
-            call = functools.partial(cls, *[self.deferred(word) for word in words if word])
-        return self.make(data, call, self.values(data, call))
+            return self.service(fields)
+        values = self.values(fields, cls)
+        if "command" not in values:
+            return self.make(cls, values)
+        if "local_script" in values:
+            raise self.error("give one of 'command' and 'local_script'")
+        words = [values["command"]]
+        if cls is RunScript:
+            # a blank inside of {{ }} does not end the script's name
+            words = re.findall(r"\s*((?:\{\{.*?\}\}|\S)*)\s*(.*)", words[0], re.DOTALL)[0]
+        words = [self.deferred(word) for word in words if word]
+        return self.make(functools.partial(cls, *words), values)
 
-    def service(self, data: _Data) -> Any:
+    def service(self, fields: _Fields) -> Any:
         """What one of a Service's methods makes."""
-        action = self.field(data, "action")
+        action = self.field(fields, "action")
         method = self.known("action", _SERVICE_ACTIONS, action)
-        values = self.values(data, Service, method)
+        values = self.values(fields, Service, method)
         if action != "start":
             values.setdefault("command", "true")  # the unit is known by its name
-        service = self.make(data, Service, values)
-        return self.make(data, functools.partial(method, service), values)
+        service = self.make(Service, values)
+        return self.make(functools.partial(method, service), values)
 
 
 def _scenario_text(
-    filename: StrPath,
-    env: Mapping[str, Any] | None,
-    save_intermediate: bool | StrPath | None,
+    filename: StrPath, env: Mapping[str, Any] | None, save_intermediate: bool | StrPath | None
 ) -> tuple[str, str]:
     """The name of a scenario for messages, and its text: as it is, or as the template has it."""
-    name, path = os.fspath(filename), Path(filename)
+    path = Path(filename)
     try:
         text = path.read_text("utf-8-sig")
-        if env:
-            text = _rendered(name, text, env)
-            name = f"{name} (rendered)"
-        if env and save_intermediate:
-            if not isinstance(save_intermediate, bool):
-                path = Path(save_intermediate)
-            elif path.suffix == ".j2":
-                path = path.with_suffix("")
-            else:
-                path = path.with_name(f"{path.name}.tmp")
-            if path.exists() and path.samefile(filename):
-                raise ScenarioError(
-                    f"{escape(str(path))}: save_intermediate would overwrite the template: "
-                    "give another path"
-                )
-            origin = escape(os.fspath(filename))
-            text = f"# generated by apssh from {origin}: edit that file, not this one\n{text}"
-            path.write_text(text, "utf-8")
-            name = str(path)
+        if not env:
+            return str(path), text
+        text = _rendered(path, text, env)
+        if not save_intermediate:
+            return f"{path} (rendered)", text
+        target = Path(f"{path}.tmp")
+        if save_intermediate is not True:
+            target = Path(save_intermediate)
+        elif path.suffix == ".j2":
+            target = path.with_suffix("")
+        if target.exists() and target.samefile(path):
+            raise ScenarioError(
+                escape(f"{path}: save_intermediate would overwrite the template: give another path")
+            )
+        text = (
+            f"# generated by apssh from {escape(str(path))}: edit that file, not this one\n{text}"
+        )
+        target.write_text(text, "utf-8")
+        return str(target), text
     except OSError as exc:
-        raise ScenarioError(f"{escape(str(path))}: {_reason(exc)}") from None
+        raise ScenarioError(escape(f"{exc.filename}: {_reason(exc)}")) from None
     except UnicodeError:
-        raise ScenarioError(f"{escape(str(path))}: not UTF-8 text: save it as UTF-8") from None
-    return name, text
+        raise ScenarioError(escape(f"{path}: not UTF-8 text: save it as UTF-8")) from None
 
 
-def _rendered(name: str, text: str, env: Mapping[str, Any]) -> str:
+def _rendered(path: Path, text: str, env: Mapping[str, Any]) -> str:
     jinja2 = _extra("jinja2")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
@@ -7050,11 +7027,11 @@ def _rendered(name: str, text: str, env: Mapping[str, Any]) -> str:
     except Exception as exc:  # a template may compute anything
         frames = traceback.extract_tb(exc.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-        line = getattr(exc, "lineno", None) or (lines[-1] if lines else 1)
+        line = getattr(exc, "lineno", [1, *lines][-1])
         remedy = ""
         if isinstance(exc, jinja2.UndefinedError):
             remedy = ": add it to env (--set NAME=value)"
-        raise ScenarioError(escape(f"{name}:{line}: template: {exc}{remedy}")) from None
+        raise ScenarioError(escape(f"{path}:{line}: template: {exc}{remedy}")) from None
 
 
 class YamlLoader:
@@ -7063,8 +7040,9 @@ class YamlLoader:
 
     ``filename``: the file; it is read by ``load`` and ``load_with_maps``, not here.
     ``variables``: where ``capture: name`` stores, and where ``{{name}}`` in commands, paths,
-    arguments and scripts is looked up when a job runs; new at each load. ``teardown``: the jobs with
-    ``teardown: true``, which are in no scheduler, for ``experiment``. Loading connects to nothing. The label of a job is its id, unless the file gives another.
+    arguments and scripts is looked up when a job runs; new at each load. ``teardown``: the jobs
+    with ``teardown: true``, which are in no scheduler, for ``experiment``. Loading connects to
+    nothing. The label of a job is its id, unless the file gives another.
     """
 
     def __init__(self, filename: StrPath) -> None:

@@ -10594,11 +10594,11 @@ NODE1 = "nodes:\n  - id: n1\n    "
 MISTAKES = {  # text of the file, the whole message
     "empty file": (
         "",
-        "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
     ),
     "only a comment": (
         "# nothing\n",
-        "s.yaml:1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
     ),
     "null": (
         "~\n",
@@ -10642,7 +10642,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "node as text": (
         "nodes: [n1]\n" + JOB,
-        "s.yaml:1: section nodes: no 'id': add 'id: ...'",
+        "s.yaml:1: section nodes: it must be a mapping (lines of 'key: value'), not 'n1'",
     ),
     "no node id": (
         "nodes: [{hostname: h1}]\n" + JOB,
@@ -10658,15 +10658,15 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "duplicate node id": (
         "nodes:\n  - {id: n1, hostname: h1}\n  - {id: n1, hostname: h2}\n" + JOB,
-        "s.yaml:3: section nodes: duplicate id 'n1': line 2 has it too",
+        "s.yaml:3: section nodes: duplicate id 'n1'",
     ),
     "duplicate job id": (
         NODE + "jobs:\n  - {id: j1, node: n1, command: a}\n  - {id: j1, node: n1, command: b}\n",
-        "s.yaml:4: section jobs: duplicate id 'j1': line 3 has it too",
+        "s.yaml:4: section jobs: duplicate id 'j1'",
     ),
     "duplicate key": (
         NODE1 + "hostname: h1\n    port: 22\n    hostname: h2\n" + JOB,
-        "s.yaml:5: duplicate key 'hostname': line 3 has it too",
+        "s.yaml:5: section nodes, id n1: wrong YAML: duplicate key 'hostname'",
     ),
     "no hostname": (
         NODE1 + "port: 22\n" + JOB,
@@ -10720,12 +10720,12 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "keys mapping": (
         NODE1 + "hostname: h1\n    keys: {a: b}\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'keys' must be a list, not a mapping",
+        "s.yaml:4: section nodes, id n1: 'keys' must be text, not a mapping",
     ),
     "unknown formatter": (
         NODE1 + "hostname: h1\n    formatter: HostFormater\n" + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: unknown type of formatter 'HostFormater': "
-        "did you mean 'HostFormatter'?",
+        "s.yaml:4: section nodes, id n1: unknown type of formatter 'HostFormater': did "
+        "you mean 'HostFormatter'?",
     ),
     "formatter list": (
         NODE1 + "hostname: h1\n    formatter: [HostFormatter]\n" + JOB,
@@ -10733,24 +10733,24 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "formatter argument": (
         NODE1 + "hostname: h1\n    formatter: SubdirFormatter\n" + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: no 'run_name': add 'run_name: ...'",
+        "s.yaml:4: section nodes, id n1: no 'run_name': add 'run_name: ...'",
     ),
     "formatter format": (
         NODE1
         + "hostname: h1\n    formatter: {type: TerminalFormatter, custom_format: '{lin}'}\n"
         + JOB,
-        "s.yaml:4: section nodes, id n1, formatter: unknown field {lin} in format '{lin}': the "
+        "s.yaml:4: section nodes, id n1: unknown field {lin} in format '{lin}': the "
         "fields are {time} {host} {fqdn} {user} {line} {linenl} {nl}",
     ),
     "template without env": (
         NODE1 + "hostname: {{gw}}\n" + JOB,
-        "s.yaml:3: a key must be text: put {{...}} in quotes, or give load() an env (--set "
-        "NAME=value)",
+        "s.yaml:3: section nodes, id n1: wrong YAML: a key must be text: put {{...}} in "
+        "quotes (a template? give load() an env, or --set NAME=value)",
     ),
     "template block without env": (
         "{% if x %}\nnodes: [{id: n1, hostname: h1}]\n" + JOB,
-        "s.yaml:1: wrong YAML: found character '%' that cannot start any token (a template? "
-        "give load() an env, or --set NAME=value)",
+        "s.yaml:1: wrong YAML: while scanning for the next token: found character '%' "
+        "that cannot start any token",
     ),
     "unknown job key": (
         JOB1 + "    comand: uname\n",
@@ -10794,8 +10794,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "required mapping": (
         JOB1 + "    required: {j0: 1}\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'required' must be the id of a job or a list, not a "
-        "mapping",
+        "s.yaml:5: section jobs, id j1: 'required' must be the id of a job, not a mapping",
     ),
     "required itself": (
         JOB1 + "    required: [j1]\n    command: a\n",
@@ -10808,7 +10807,8 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "command as list of text": (
         JOB1 + "    commands: [uname, ls]\n",
-        "s.yaml:5: section jobs, id j1, command 1: no 'type': add 'type: ...'",
+        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: "
+        "value'), not 'uname'",
     ),
     "no type": (
         STEP + "command: uname\n        ",
@@ -10858,9 +10858,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: unknown key 'local_script': there is type, "
-        "command, args, x11, env, pty, stdin, sudo, label, allowed_exits, verbose, timeout, "
-        "capture, includes",
+        "s.yaml:6: section jobs, id j1, command 1: give one of 'command' and 'local_script'",
     ),
     "script none": (
         STEP + "type: RunScript\n        args: [a]\n        ",
@@ -10876,7 +10874,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "script args mapping": (
         STEP + "type: RunScript\n        local_script: c\n        args: {a: b}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'args' must be a list, not a mapping",
+        "s.yaml:8: section jobs, id j1, command 1: 'args' must be text, not a mapping",
     ),
     "string none": (
         STEP + "type: RunString\n        args: a\n        ",
@@ -10907,10 +10905,6 @@ MISTAKES = {  # text of the file, the whole message
         "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean "
         "'localpath'?",
     ),
-    "capture": (
-        STEP + "type: Run\n        command: a\n        capture: my name\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'capture' must be a name, not 'my name'",
-    ),
     "step timeout": (
         STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
         "s.yaml:6: section jobs, id j1, command 1: timeout -1.0: seconds, more than 0 (None: "
@@ -10922,53 +10916,56 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "tag": (
         STEP + "type: Run\n        command: !secret a\n        ",
-        "s.yaml:7: unknown tag '!secret': leave it out",
+        "s.yaml:7: section jobs, id j1: wrong YAML: could not determine a constructor "
+        "for the tag '!secret'",
     ),
     "python tag": (
         STEP + "type: Run\n        argv: !!python/object/apply:os.system [id]\n        ",
-        "s.yaml:7: unknown tag 'python/object/apply:os.system': leave it out",
+        "s.yaml:7: section jobs, id j1: wrong YAML: could not determine a constructor "
+        "for the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
     ),
     "bad yaml": (
         "nodes:\n  - id: n1\n   hostname: h1\n",
-        "s.yaml:3: wrong YAML: while parsing a block collection (line 2): expected <block "
-        "end>, but found '<block mapping start>'",
+        "s.yaml:3: section nodes, id n1: wrong YAML: while parsing a block collection: "
+        "expected <block end>, but found '<block mapping start>'",
     ),
     "tab": (
         "nodes:\n\t- id: n1\n",
-        "s.yaml:2: wrong YAML: found character '\\t' that cannot start any token",
+        "s.yaml:2: section nodes, id ?: wrong YAML: while scanning for the next token: "
+        "found character '\\t' that cannot start any token",
     ),
     "open quote": (
         "nodes:\n  - id: 'n1\n",
-        "s.yaml:3: wrong YAML: while scanning a quoted scalar (line 2): found unexpected end "
-        "of stream",
+        "s.yaml:3: section nodes, id ?: wrong YAML: while scanning a quoted scalar: "
+        "found unexpected end of stream",
     ),
     "unknown alias": (
         "nodes: *all\n",
-        "s.yaml:1: wrong YAML: found undefined alias 'all'",
+        "s.yaml:1: section nodes, id ?: wrong YAML: found undefined alias 'all'",
     ),
     "two documents": (
         NODE + "---\n" + JOB,
-        "s.yaml:2: wrong YAML: expected a single document in the stream (line 1): but found "
-        "another document",
+        "s.yaml:2: section nodes, id n1: wrong YAML: expected a single document in the "
+        "stream: but found another document",
     ),
     "control character": (
         NODE + "# \u0007\n",
-        "s.yaml:2: wrong YAML: special characters are not allowed",
+        "s.yaml:2: section nodes, id n1: wrong YAML: special characters are not allowed",
     ),
     "deferred without quotes": (
         "nodes:\n  - {id: n, localnode: true}\njobs:\n  - {id: j, node: n, command: {{x}}}\n",
-        "s.yaml:4: a key must be text: put {{...}} in quotes, or give load() an env (--set "
-        "NAME=value)",
+        "s.yaml:4: section jobs, id j: wrong YAML: a key must be text: put {{...}} in "
+        "quotes (a template? give load() an env, or --set NAME=value)",
     ),
     "key of a mapping": (
         "nodes:\n  - {? {a: b} : c}\n",
-        "s.yaml:2: a key must be text: put {{...}} in quotes, or give load() an env (--set "
-        "NAME=value)",
+        "s.yaml:2: section nodes, id ?: wrong YAML: a key must be text: put {{...}} in "
+        "quotes (a template? give load() an env, or --set NAME=value)",
     ),
     "merge of text": (
         "nodes:\n  - {<<: text, id: n1}\n",
-        "s.yaml:2: wrong YAML: while constructing a mapping (line 2): expected a mapping or "
-        "list of mappings for merging, but found scalar",
+        "s.yaml:2: section nodes, id ?: wrong YAML: while constructing a mapping: "
+        "expected a mapping or list of mappings for merging, but found scalar",
     ),
     "int tag": (
         NODE1 + "hostname: h1\n    port: !!int many\n" + JOB,
@@ -10981,7 +10978,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "list in itself": (
         NODE + "jobs: &a [*a]\n",
-        "s.yaml:2: wrong YAML: nested too deeply, or merged into itself",
+        "s.yaml:2: section jobs, id ?: wrong YAML: found unconstructable recursive node",
     ),
     "service without action": (
         STEP + "type: Service\n        service_id: a\n        ",
@@ -11065,7 +11062,7 @@ TEMPLATE_MISTAKES = {
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
-        "s.yaml (rendered):1: nothing in it: a scenario has the sections 'nodes' and 'jobs'",
+        "s.yaml (rendered):1: it must be a mapping (lines of 'key: value'), not nothing",
     ),
 }
 
@@ -11199,7 +11196,7 @@ def test_a_whole_scenario() -> None:
         "it.sh",
         ("x y",),
     )
-    assert (push.sources, push_one.sources, pull.sources) == (["a", "b"], "a", ["c"])
+    assert (push.sources, push_one.sources, pull.sources) == (["a", "b"], ["a"], ["c"])
     assert push.options["preserve"] and pull.options["recurse"]
     scheduler.list()
 
@@ -11300,6 +11297,19 @@ def test_anchors_and_merges() -> None:
         ("h", 2200, "u"),
     ]
     assert jobs["x"].commands[0] is not jobs["y"].commands[0]
+
+
+def test_steps_that_merge_and_are_used_twice() -> None:
+    _, jobs, _ = loaded(
+        NODE
+        + """
+jobs:
+  - {id: x, node: n1, commands: [&one {type: Run, command: ls}, &two {<<: *one, command: id}]}
+  - {id: y, node: n1, commands: [*two, *two, {<<: *two, label: third}]}
+"""
+    )
+    lines = [step.listing_line() for step in jobs["y"].commands]
+    assert (lines, jobs["x"].commands[1].words) == (["id", "id", "third"], ("id",))
 
 
 def test_jobs_may_come_before_those_that_they_require() -> None:
@@ -11426,7 +11436,7 @@ def test_deferred_values_and_captures() -> None:
         string.words[0],
         push.sources[0],
         push.destination,
-        pull.sources,
+        pull.sources[0],
     ]
     assert [type(each) for each in found] == [Deferred] * len(found)
     assert all(each.variables is loader.variables for each in found)
