@@ -14086,7 +14086,7 @@ def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     record = saved("out/run.json")
     assert {job["state"] for job in record["jobs"]} == {"ok"}
     assert [node["gateway"] for node in record["nodes"]].count(None) == 2
-    assert "24 Mbit/s" in Path("out/run.svg").read_text()
+    assert Path("out/run.svg").read_text().count('class="bar ok"') > 10
     assert "demo1" in Path("out/topology.dot").read_text()
 
     shutil.rmtree("out")
