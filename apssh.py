@@ -7328,8 +7328,8 @@ class _Sources:
     """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
-    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each, of
-    words that are taken for a file here and could as well be hosts; by default stderr does.
+    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each,
+    of words that are taken for a file here and could as well be hosts; by default stderr does.
     """
 
     def __init__(
@@ -7454,7 +7454,7 @@ def _save_last(results: Iterable[Result]) -> None:
         for name, lines in groups.items():
             _write_whole(folder / name, "".join(lines))
     except OSError as exc:
-        _screen.say(f"apssh: {folder}: {_reason(exc)}")
+        _notice(f"{folder}: {_reason(exc)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8081,20 +8081,17 @@ class _Folder(_View):
         self._folder = formatter.run_name
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts. Raises UsageError."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            here = {path.name for path in self._folder.iterdir() if path.is_file()}
-            for name in names:
-                for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
-                    (self._folder / path).unlink(missing_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{escape(os.fsdecode(exc.filename))}: {_reason(exc)}") from None
-        others = {name.removesuffix(".err") for name in here}.difference(names)
+        """Make the folder, and clean it of these hosts."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
+        for name in names:
+            for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
+                (self._folder / path).unlink(missing_ok=True)
+        others = here.difference(names)
         if others:
-            _screen.say(
-                f"apssh: {escape(str(self._folder))} also holds files of hosts that are not of "
-                f"this run: {escape(fold_names(others))}"
+            _notice(
+                f"{escape(str(self._folder))} also holds files of hosts that are not of this run: "
+                f"{escape(fold_names(others))}"
             )
 
     def done(self, result: Result) -> None:
@@ -8194,10 +8191,9 @@ class _Progress(_View):
     """
 
     def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._finished, self._failed = total, 0, 0
+        self._total = total
+        self._done: list[Result] = []
         self._running: dict[str, StepRecord] = {}
-        self._moved = 0  # bytes of the hosts that are done
-        self._begin = time.monotonic()
         self._active = sys.stderr.isatty() and not quiet
         self._handle: asyncio.TimerHandle | None = None
 
@@ -8207,21 +8203,20 @@ class _Progress(_View):
             self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
     def done(self, result: Result) -> None:
-        self._finished += 1
-        self._failed += not result.ok
-        self._moved += result.bytes_transferred
+        self._done.append(result)
         self._running.pop(result.name, None)
 
     def _tick(self) -> None:
         self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        text = f"{self._finished}/{self._total} done"
-        if self._failed:
-            text += f", {self._failed} failed"
+        failed = sum(not result.ok for result in self._done)
+        moved = sum(result.bytes_transferred for result in self._done)
+        moved += sum(step.bytes_transferred for step in self._running.values())
+        text = f"{len(self._done)}/{self._total} done"
+        if failed:
+            text += f", {failed} failed"
         text += f", {len(self._running)} running"
-        moved = self._moved + sum(step.bytes_transferred for step in self._running.values())
         if moved:
-            speed = moved / (time.monotonic() - self._begin)
-            text += f", {moved / 1e6:.1f} MB at {speed / 1e6:.1f} MB/s"
+            text += f", {moved / 1e6:.1f} MB"
         if 0 < len(self._running) <= 8:
             text += f": {fold_names(self._running)}"
         _screen.show(text)
@@ -8364,27 +8359,25 @@ async def _demo_session(
     Its process is not asyncio's: uvloop's keep the outputs open in what a command leaves behind.
     """
     shell = os.environ.get("SHELL") or "/bin/sh"
-    keep = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
-    }
-    pairs = [socket.socketpair() for _ in range(3)]
+    user = getpass.getuser()
+    env = {"HOME": home, "SHELL": shell, "USER": user, "LOGNAME": user}
+    for name in {"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR"} & os.environ.keys():
+        env[name] = os.environ[name]
+    ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     child = subprocess.Popen(
         [shell, "-c", process.command or shell],
         cwd=home,
         start_new_session=True,
-        stdin=pairs[0][1].fileno(),
-        stdout=pairs[1][1].fileno(),
-        stderr=pairs[2][1].fileno(),
-        env=keep
-        | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()},
+        stdin=theirs[0],
+        stdout=theirs[1],
+        stderr=theirs[2],
+        env=env,
     )
     children.add(child)
-    for _, theirs in pairs:
-        theirs.close()
-    streams = [await asyncio.open_connection(sock=ours) for ours, _ in pairs]
-    stdin, stdout, stderr = streams[0][1], streams[1][0], streams[2][0]
+    for end in theirs:
+        end.close()
+    streams = [await asyncio.open_connection(sock=end) for end in ours]
+    (_, stdin), (stdout, _), (stderr, _) = streams
     feeding = asyncio.create_task(_demo_pump(process.stdin, stdin, close=True))
     try:
         await asyncio.gather(_demo_pump(stdout, process.stdout), _demo_pump(stderr, process.stderr))
