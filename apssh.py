@@ -631,7 +631,7 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     user, host, digits = match.groups()
     if digits is not None:
         port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
-    hop = Hop(host.strip("[]"), login if user is None else user, port)
+    hop = Hop(re.sub(r"^\[(.*)\]$", r"\1", host), login if user is None else user, port)
     if problem := _problem(hop):
         raise UsageError(f"{_brief(target)}: {problem}")
     return hop
@@ -7125,15 +7125,17 @@ def _parse_targets(
     if sources is None:
         sources = _Sources()
     texts = [texts] if isinstance(texts, str) else list(texts)
-    way = _parse_way(gateway, login)
+    way: tuple[Hop, ...] = ()
+    if gateway and gateway != "None":
+        way = _parse_target(_plain_arrows(gateway), login).chain
     parse = functools.partial(_parse_target, login=login, port=port, gateways=way)
-    found = dict.fromkeys(_read_targets(sources.names(texts), parse))
+    found = dict.fromkeys(_bounded(sources.targets(texts, parse)))
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
     refused: dict[str, list[Target]] = {}
     excluded = [exclude] if isinstance(exclude, str) else exclude
-    for pattern in _read_targets(sources.names(excluded, hosts_too=True), _parse_target):
+    for pattern in _bounded(sources.targets(excluded, _parse_target, hosts_too=True)):
         refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
     kept = []
     for target in found:
@@ -7145,30 +7147,11 @@ def _parse_targets(
     return kept
 
 
-def _parse_way(gateway: str | None, login: str | None) -> tuple[Hop, ...]:
-    """The hops of -g."""
-    if not gateway or gateway == "None":
-        return ()
-    words = [name for word in _words(gateway) for name in _expand_ranges(word)]
-    if len(words) != 1:
-        raise UsageError(f"-g {_brief(gateway)}: gateways make one chain, as in gw1->gw2")
-    return _parse_target(words[0], login).chain
-
-
-def _read_targets(
-    names: Iterable[tuple[str, str]], parse: Callable[[str], Target]
-) -> Iterator[Target]:
-    """Ranges expanded, each name parsed; errors begin with the place of the name."""
-    count = 0
-    for place, name in names:
-        try:
-            for each in _expand_ranges(name):
-                count += 1
-                if count > MAX_TARGETS:
-                    raise UsageError(f"more than {MAX_TARGETS} targets")
-                yield parse(each)
-        except UsageError as exc:
-            raise UsageError(place + exc.message) from None
+def _bounded(targets: Iterable[Target]) -> Iterator[Target]:
+    for number, target in enumerate(targets):
+        if number == MAX_TARGETS:
+            raise UsageError(f"more than {MAX_TARGETS} targets")
+        yield target
 
 
 def _parse_target(
@@ -7177,13 +7160,13 @@ def _parse_target(
     """One target, its ranges expanded already; the arguments are for what it does not say."""
     hops = text.split("->")
     direct = len(hops) > 1 and hops[0] == "None"
-    *way, host = hops[1:] if direct else hops
+    *way, host = hops[direct:]
     before = [_parse_hop(hop, text, login) for hop in way]
     if not way and not direct:
         before = list(gateways)
     chain = (*before, _parse_hop(host, text, login, port))
     if len({(hop.host.lower(), hop.port or 22) for hop in chain}) < len(chain):
-        shown = "->".join(map(str, chain))
+        shown = Target(chain)
         raise UsageError(f"{_brief(text)}: {shown} passes a host twice; None->HOST has no gateway")
     return Target(chain, direct)
 
@@ -7206,22 +7189,32 @@ def _covers(named: Hop, hop: Hop) -> bool:
     )
 
 
+def _plain_arrows(text: str) -> str:
+    """Hops written in one way, ``a->b``, and no blank but the space."""
+    text = re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->"))
+    return text.replace(" ->", "->").replace("-> ", "->")
+
+
 def _words(text: str) -> list[str]:
     """What blanks and commas separate, but for commas in brackets and blanks around arrows."""
-    text = re.sub(r"[ \t\r\n]+", " ", text.replace("→", "->"))
-    text = text.replace(" ->", "->").replace("-> ", "->")
-    return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", text)
+    return re.findall(r"(?:\[[^][ ]*+\]|[^][ ,]++|[][])++", _plain_arrows(text))
 
 
 _GROUPS = "~/.apssh"
 _GROUP_DEPTH = 100  # groups in one another: Python's own limit is some 600 of them
-_TargetLine = tuple[str, str]  # the place where it is written, as an error begins; the text
 
 
-def _find(name: str) -> str:
+def _group_path(name: str) -> str:
+    return os.path.join(os.path.expanduser(_GROUPS), name)
+
+
+def _find(word: str) -> str:
     """The path of the file or folder that a word means, here or in ~/.apssh, or nothing."""
-    places = (os.path.expanduser(name), os.path.join(os.path.expanduser(_GROUPS), name))
-    return next(filter(os.path.exists, places), "") if name else ""
+    places = (os.path.expanduser(word), _group_path(word))
+    return next(filter(os.path.exists, places), "") if word else ""
+
+
+_ParseTarget = Callable[[str], Target]
 
 
 def _notice(text: str) -> None:
@@ -7232,91 +7225,82 @@ class _Sources:
     """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
-    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each, of
-    words that are taken for a file here and could as well be hosts; by default stderr does.
+    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each,
+    of words that are taken for a file here and could as well be hosts; by default stderr does.
     """
 
     def __init__(
         self, stdin: Callable[[], str] | None = None, notice: Callable[[str], None] = _notice
     ) -> None:
-        self._stdin = functools.cache(stdin) if stdin else None
-        self._notice = notice
+        self._stdin = stdin
+        self._notice = functools.cache(notice)
         self._lines = functools.cache(self._read)
 
-    def names(self, texts: Iterable[str], *, hosts_too: bool = False) -> Iterator[_TargetLine]:
-        """Each target that is meant, its ranges still folded. ``hosts_too``: a word that is a file
-        means the host of that name as well (an exclusion errs on the safe side).
+    def targets(
+        self, texts: Iterable[str], parse: _ParseTarget, *, hosts_too: bool = False
+    ) -> Iterator[Target]:
+        """Each target that is meant. ``hosts_too``: a word that is a file means the host of that
+        name as well (an exclusion errs on the safe side).
         """
         for text in texts:
             for word in [text] if _find(text) else _words(text):
-                lines = self._lines(word, not hosts_too)
-                if lines is None or (hosts_too and _is_host(word)):
-                    yield "", word
-                yield from self._members(lines or [], (word,))
+                if _is_host(word) and hosts_too:
+                    yield parse(word)
+                elif (
+                    _is_host(word) and os.path.exists(word) and not word.endswith((".txt", ".list"))
+                ):
+                    self._notice(
+                        f"{word} is a file or folder here: what it holds are the targets "
+                        f"(./{word} says so; USER@{word} is the host)"
+                    )
+                yield from self._meant("", word, (), parse)
 
-    def _members(self, lines: list[_TargetLine], within: tuple[str, ...]) -> Iterator[_TargetLine]:
-        """The targets on these lines, and those of the groups that they name."""
-        for place, line in lines:
-            _refuse_columns(place, line)
-            for word in _words(line):
-                if not word.startswith("@"):
-                    yield place, word
-                    continue
-                if word in within:
-                    circle = " -> ".join([*within[within.index(word) :], word])
-                    raise UsageError(f"{place}groups in a circle: {_brief(circle, 400)}")
-                if len(within) > _GROUP_DEPTH:
-                    raise UsageError(f"{place}groups nest deeper than {_GROUP_DEPTH}")
-                try:
-                    members = self._lines(word, False)
-                except UsageError as exc:
-                    raise UsageError(place + exc.message) from None
-                yield from self._members(members or [], (*within, word))
+    def _meant(
+        self, place: str, word: str, within: Sequence[str], parse: _ParseTarget
+    ) -> Iterator[Target]:
+        """What a word means, ``within`` these files and groups; errors begin with its place."""
+        try:
+            lines = self._lines(word) if word.startswith("@") or not within else None
+            if lines is None:
+                yield from map(parse, _expand_ranges(word))
+                return
+        except UsageError as exc:
+            raise UsageError(place + exc.message) from None
+        within = (*within, word)
+        for number, line in enumerate(lines, 1):
+            here = f"{_brief(word)}:{number}: "
+            listed = line.partition("#")[0]
+            _refuse_columns(here, listed)
+            for each in _words(listed):
+                if each.startswith("@") and (each in within or len(within) > _GROUP_DEPTH):
+                    way = _brief(" -> ".join([*within, each]), 400)
+                    raise UsageError(f"{here}groups in a circle, or nested too deep: {way}")
+                yield from self._meant(here, each, within, parse)
 
-    def _read(self, word: str, noticed: bool) -> list[_TargetLine] | None:
-        """What a word stands for, line by line; None: itself."""
-        path = _group_path(word) if word.startswith("@") else _find(word)
+    def _read(self, word: str) -> list[str] | None:
+        """The lines of what a word stands for; None: it stands for itself."""
         if word == "-":
             if self._stdin is None:
                 raise UsageError("-: cannot be read here")
-            lines = self._stdin().split("\n")
-        elif path:
-            lines = _read_list(word, path)
-        elif "/" in re.sub(r"\[[^][]*\]", "", word):
+            return self._stdin().split("\n")
+        if word.startswith("@"):
+            path = _group_path(word[1:])
+            if not re.fullmatch(r"@[^./][^/]*", word) or not os.path.exists(path):
+                raise UsageError(f"{_brief(word)}: no such group; a group is a file in {_GROUPS}")
+            return _read_list(word, path)
+        if path := _find(word):
+            return _read_list(word, path)
+        if "/" in re.sub(r"\[[^][]*\]", "", word):
             raise UsageError(f"{_brief(word)}: no such file")
-        else:
-            return None
-        if noticed and path == word and _is_host(word) and not word.endswith((".txt", ".list")):
-            self._notice(
-                f"{word} is a file or folder here: what it holds are the targets "
-                f"(./{word} says so; USER@{word} is the host)"
-            )
-        shown = _brief(word)
-        return [
-            (f"{shown}:{number}: ", line.partition("#")[0]) for number, line in enumerate(lines, 1)
-        ]
-
-
-def _group_path(word: str) -> str:
-    """The file of a group, ``@web``."""
-    if word.startswith("@last:"):
-        raise UsageError(
-            f"{_brief(word)}: the groups of the last run are "
-            "@last-ok, @last-failed, @last-unreached"
-        )
-    path = os.path.join(os.path.expanduser(_GROUPS), word[1:])
-    if not re.fullmatch(r"@[^./][^/]*", word) or not os.path.exists(path):
-        raise UsageError(f"{_brief(word)}: no such group; a group is a file in {_GROUPS}")
-    return path
+        return None
 
 
 def _read_list(word: str, path: str) -> list[str]:
     """The lines of a file; or the names in a folder, but for the <host>.err that -o writes."""
     try:
         if os.path.isdir(path):
-            files = [file for file in Path(path).iterdir() if file.is_file()]
-            names = [file.name for file in files if file.suffix != ".err"]
-            return sorted(name for name in names if not name.startswith("."))
+            names = sorted(file.name for file in os.scandir(path) if file.is_file())
+            return [name for name in names if not re.search(r"^\.|\.err$", name)]
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(MAX_TARGET_FILE + 1)
     except OSError as exc:
@@ -7331,15 +7315,12 @@ def _read_list(word: str, path: str) -> list[str]:
 # and a bare word after a full name, are refused unless a comma stands between.
 def _refuse_columns(place: str, line: str) -> None:
     for before, after in re.findall(r"(?<![^\s,])([^\s,]++)(?=[ \t]+([\w.-]+)(?![^\s,]))", line):
-        host = before.replace("→", "->").rpartition("->")[2].rpartition("@")[2]
-        host = re.sub(r":[0-9]+$", "", host)
-        columns = "." in host and "." not in after
-        columns = columns or (_is_address(host) and not _is_address(after))
-        if columns and not before.startswith("@"):
-            remedy = f"{before}:{after}" if after.isdecimal() else f"{after}@{before}"
+        host = re.sub(r".*(->|→|@)|:[0-9]+$", "", before)
+        columns = _is_address(host) or ("." in host and "." not in after)
+        if columns and not _is_address(after) and not before.startswith("@"):
             raise UsageError(
                 f"{place}{_brief(f'{before} {after}')}: one host, or two? "
-                f"write {_brief(remedy)}, or a comma between hosts"
+                f"write {_brief(f'{after}@{before}')}, or a comma between hosts"
             )
 
 
@@ -7370,7 +7351,7 @@ def _save_last(results: Iterable[Result]) -> None:
         for name, lines in groups.items():
             _write_whole(folder / name, "".join(lines))
     except OSError as exc:
-        _screen.say(f"apssh: {folder}: {_reason(exc)}")
+        _notice(f"{folder}: {_reason(exc)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7997,20 +7978,17 @@ class _Folder(_View):
         self._folder = formatter.run_name
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts. Raises UsageError."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            here = {path.name for path in self._folder.iterdir() if path.is_file()}
-            for name in names:
-                for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
-                    (self._folder / path).unlink(missing_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{escape(os.fsdecode(exc.filename))}: {_reason(exc)}") from None
-        others = {name.removesuffix(".err") for name in here}.difference(names)
+        """Make the folder, and clean it of these hosts."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
+        for name in names:
+            for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
+                (self._folder / path).unlink(missing_ok=True)
+        others = here.difference(names)
         if others:
-            _screen.say(
-                f"apssh: {escape(str(self._folder))} also holds files of hosts that are not of "
-                f"this run: {escape(fold_names(others))}"
+            _notice(
+                f"{escape(str(self._folder))} also holds files of hosts that are not of this run: "
+                f"{escape(fold_names(others))}"
             )
 
     def done(self, result: Result) -> None:
@@ -8115,10 +8093,9 @@ class _Progress(_View):
     """
 
     def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._finished, self._failed = total, 0, 0
+        self._total = total
+        self._done: list[Result] = []
         self._running: dict[str, StepRecord] = {}
-        self._moved = 0  # bytes of the hosts that are done
-        self._begin = time.monotonic()
         self._active = sys.stderr.isatty() and not quiet
         self._handle: asyncio.TimerHandle | None = None
 
@@ -8128,21 +8105,20 @@ class _Progress(_View):
             self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
     def done(self, result: Result) -> None:
-        self._finished += 1
-        self._failed += not result.ok
-        self._moved += result.bytes_transferred
+        self._done.append(result)
         self._running.pop(result.name, None)
 
     def _tick(self) -> None:
         self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        text = f"{self._finished}/{self._total} done"
-        if self._failed:
-            text += f", {self._failed} failed"
+        failed = sum(not result.ok for result in self._done)
+        moved = sum(result.bytes_transferred for result in self._done)
+        moved += sum(step.bytes_transferred for step in self._running.values())
+        text = f"{len(self._done)}/{self._total} done"
+        if failed:
+            text += f", {failed} failed"
         text += f", {len(self._running)} running"
-        moved = self._moved + sum(step.bytes_transferred for step in self._running.values())
         if moved:
-            speed = moved / (time.monotonic() - self._begin)
-            text += f", {moved / 1e6:.1f} MB at {speed / 1e6:.1f} MB/s"
+            text += f", {moved / 1e6:.1f} MB"
         if 0 < len(self._running) <= 8:
             text += f": {fold_names(self._running)}"
         _screen.show(text)
@@ -8296,27 +8272,25 @@ async def _demo_session(
     Its process is not asyncio's: uvloop's keep the outputs open in what a command leaves behind.
     """
     shell = os.environ.get("SHELL") or "/bin/sh"
-    keep = {
-        name: value
-        for name, value in os.environ.items()
-        if name in ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR")
-    }
-    pairs = [socket.socketpair() for _ in range(3)]
+    user = getpass.getuser()
+    env = {"HOME": home, "SHELL": shell, "USER": user, "LOGNAME": user}
+    for name in {"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR"} & os.environ.keys():
+        env[name] = os.environ[name]
+    ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     child = subprocess.Popen(
         [shell, "-c", process.command or shell],
         cwd=home,
         start_new_session=True,
-        stdin=pairs[0][1].fileno(),
-        stdout=pairs[1][1].fileno(),
-        stderr=pairs[2][1].fileno(),
-        env=keep
-        | {"HOME": home, "SHELL": shell, "USER": getpass.getuser(), "LOGNAME": getpass.getuser()},
+        stdin=theirs[0],
+        stdout=theirs[1],
+        stderr=theirs[2],
+        env=env,
     )
     children.add(child)
-    for _, theirs in pairs:
-        theirs.close()
-    streams = [await asyncio.open_connection(sock=ours) for ours, _ in pairs]
-    stdin, stdout, stderr = streams[0][1], streams[1][0], streams[2][0]
+    for end in theirs:
+        end.close()
+    streams = [await asyncio.open_connection(sock=end) for end in ours]
+    (_, stdin), (stdout, _), (stderr, _) = streams
     feeding = asyncio.create_task(_demo_pump(process.stdin, stdin, close=True))
     try:
         await asyncio.gather(_demo_pump(stdout, process.stdout), _demo_pump(stderr, process.stderr))
