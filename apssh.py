@@ -763,6 +763,7 @@ class _Screen:
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
         self._settings: list[Any] | None = None  # of the terminal, before raw mode
+        self._asking = False  # nor where somebody types
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
@@ -801,7 +802,7 @@ class _Screen:
         """Put this line at the bottom of the terminal (empty: take it away)."""
         self._erase()
         self._progress = progress
-        self._shown = bool(progress) and not self._mid_line
+        self._shown = bool(progress) and not (self._mid_line or self._asking)
         if self._shown:
             sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
@@ -820,6 +821,16 @@ class _Screen:
         if settings:
             with contextlib.suppress(termios.error):  # it has gone
                 termios.tcsetattr(0, termios.TCSANOW, settings)
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Somebody is asked on the terminal: no progress meanwhile."""
+        self.show("")
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
 
     def _stream(self, err: bool) -> TextIO:
         if err:
@@ -3384,13 +3395,12 @@ class _SudoTalk:
             self._sink.data(data, datatype)
             return
         self._said += data
-        before, begun, after = self._said.partition(self.start.encode())
+        _, begun, after = self._said.partition(self.start.encode())
         if begun:
             self.begun.set()
-            # a lecture comes with a question, and is none of the command's output
-            words = after if self.asked.is_set() else before + after
-            if words:
-                self._sink.data(words, datatype)
+            # lectures and warnings are none of the command's output
+            if after:
+                self._sink.data(after, datatype)
             return
         before, asks, after = self._said.partition(self.prompt.encode())
         self._said = (before + after)[-SUDO_SAYS:]
@@ -3421,7 +3431,8 @@ class _SudoTalk:
         try:
             password = await secret()
         except Exception as exc:
-            session.fail(exc)
+            known = isinstance(exc, ApsshError)
+            session.fail(exc if known else ApsshError(f"sudo password: {_reason(exc)}"))
             return
         if session.chan and not session.ended.done():
             session.chan.write(password.encode() + b"\n")
@@ -3490,9 +3501,9 @@ async def _ask_secret_meanwhile(prompt: str) -> str:
     settings = None
     with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
         settings = termios.tcgetattr(terminal)
-    _screen.show("")
     try:
-        return await _in_daemon(_ask_secret, prompt)
+        with _screen.asking():
+            return await _in_daemon(_ask_secret, prompt)
     except asyncio.CancelledError:
         with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
             if settings:
@@ -4290,6 +4301,9 @@ class SshNode(_Node):
             raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
+        if sudo_password and "\n" in sudo_password:
+            # the command would read what follows
+            raise UsageError(f"sudo_password of {hostname}: there is a newline in it")
         self.port, self.gateway = port, gateway
         named = [keys] if isinstance(keys, str | os.PathLike) else keys or ()
         self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key for key in named]
@@ -4788,12 +4802,14 @@ class SshNode(_Node):
 
     async def _sudo_secret(self) -> str:
         """The password for sudo: the node's, or what the terminal answers, asked once for all."""
+        if self._sudo_password is not None:
+            return self._sudo_password
         limits = _Limits.here()
-        if self._sudo_password is None and limits.sudo_password is None:
+        if limits.sudo_password is None:
             limits.sudo_password = await _Shared.once(
                 limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
             )
-        return self._sudo_password or limits.sudo_password or ""
+        return limits.sudo_password
 
     async def _end(self, link: _Link, session: _Session, watch: str, step: StepRecord) -> None:
         """End a command whose channel is open, and tell ``step`` whether it may still be running.
@@ -7510,6 +7526,7 @@ async def _fan_out(
     if min(window, retries, max_failures or 0) < 0:
         raise UsageError("window, retries and max_failures are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
+    _Limits.here().sudo_password = None  # each run asks anew: it may have been mistyped
     results: dict[SshNode, Result] = {}
     waiting = iter(nodes)
     failures = 0

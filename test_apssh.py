@@ -14,6 +14,7 @@ import base64
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import gc
 import getpass
 import hashlib
@@ -7293,6 +7294,590 @@ def test_without_the_guard(sshd: Sshd) -> None:
 # --------------------------------------------------------------------------------------------------
 # nodes
 # --------------------------------------------------------------------------------------------------
+
+
+class Sudoer:
+    """A user of a testbed's host whom sudo there asks for a password."""
+
+    def __init__(self, number: int, name: str, password: str, rules: str, nopasswd: bool) -> None:
+        self.number, self.name, self.password = number, name, password
+        allowed = f"{name} ALL=(ALL) {'NOPASSWD: ' * nopasswd}ALL\n"
+        settings = "".join(f"Defaults:{name} {rule}\n" for rule in rules.split(","))
+        self.host = TESTBED[number]
+        self.as_root(
+            f"useradd -m -s /bin/bash {name} && cd /home/{name} && "
+            f"install -d -m 700 -o {name} .ssh && install -o {name} ~/.ssh/authorized_keys .ssh && "
+            f"printf %s {shlex.quote(f'{name}:{password}')} | chpasswd && "
+            f"printf %s {shlex.quote(settings + allowed)} > /etc/sudoers.d/{name}"
+        )
+
+    def as_root(self, command: str) -> str:
+        """What a command of root's prints there."""
+        held = apssh.CaptureFormatter()
+
+        async def main() -> None:
+            async with box(self.number, formatter=held) as node:
+                assert await node.run(command) == 0, command
+
+        asyncio.run(main())
+        return held.get_capture()
+
+    def remove(self) -> None:
+        name = self.name
+        self.as_root(
+            f"pkill -KILL -u {name}; while pgrep -u {name}; do sleep 0.1; done; "
+            f"userdel -f -r {name} 2>/dev/null; "
+            f"rm -f /etc/sudoers.d/{name} /run/sudo/ts/{name} /var/lib/sudo/lectured/{name}"
+        )
+
+    def node(self, **options: Any) -> SshNode:
+        return box(self.number, **{"username": self.name, "sudo_password": self.password} | options)
+
+    def run(self, step: str | apssh.AbstractCommand, **options: Any) -> apssh.Result:
+        """How a command ended there; one that is a line runs by sudo."""
+        if isinstance(step, str):
+            options = {"sudo": True} | options
+        with_password = {"sudo_password": self.password} | options
+        [result] = apssh.run(f"{self.name}@{self.host}", step, **REAL_HOSTS | with_password)
+        return result
+
+    @property
+    def words(self) -> list[str]:
+        """The options of a program that runs there as this user."""
+        key = os.environ["TESTBED_KEY"]
+        words = ["-F", "none", "--no-last", "--host-keys", "no", "-k", key, "-t"]
+        return [*words, f"{self.name}@{self.host}"]
+
+
+REAL_HOSTS: dict[str, Any] = {"keys": [os.environ.get("TESTBED_KEY", "")], "known_hosts": None}
+
+
+@pytest.fixture
+def sudoer() -> Iterator[Callable[..., Sudoer]]:
+    """Makes users of the testbed's hosts who may do everything there by sudo; ``rules``: their
+    settings of sudoers(5). They are gone afterwards, with all that sudo remembers of them.
+    """
+    made: list[Sudoer] = []
+
+    def make(
+        rules: str = "use_pty", *, number: int = 0, password: str = "", nopasswd: bool = False
+    ) -> Sudoer:
+        if "sudo" not in box_has_sudo(number):
+            pytest.skip("no sudo is installed on the testbed's hosts")
+        name = f"s{os.urandom(4).hex()}"
+        secret = password or f"hush-{os.urandom(6).hex()}"
+        made.append(Sudoer(number, name, secret, rules, nopasswd))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.remove()
+
+
+@functools.cache
+def box_has_sudo(number: int) -> str:
+    """Where sudo is on a host of the testbed."""
+    held = apssh.CaptureFormatter()
+    asyncio.run(box(number, formatter=held).run("command -v sudo || echo none"))
+    return held.get_capture()
+
+
+class Asking:
+    """A program at work that has a terminal to ask on, and its standard streams elsewhere, or there
+    too.
+    """
+
+    def __init__(self, folder: Path, *argv: str, stdin: bytes = b"", streams: bool = True) -> None:
+        code = (
+            "import fcntl, sys, termios; fcntl.ioctl(int(sys.argv.pop()), termios.TIOCSCTTY, 0); "
+            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+        )
+        self.terminal, theirs = pty.openpty()
+        self._out, self._err = folder / "out", folder / "err"
+        (folder / "in").write_bytes(stdin)
+        with (
+            open(folder / "in", "rb") as given,
+            open(self._out, "wb") as out,
+            open(self._err, "wb") as err,
+        ):
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", code, *argv, str(theirs)],
+                stdin=given if streams else theirs,
+                stdout=out if streams else theirs,
+                stderr=err if streams else theirs,
+                pass_fds=[theirs],
+                start_new_session=True,
+            )
+        os.close(theirs)
+        self.seen = b""  # by who looks at the terminal
+
+    @property
+    def echoes(self) -> bool:
+        return bool(termios.tcgetattr(self.terminal)[3] & termios.ECHO)
+
+    def prompt(self) -> None:
+        """Wait until it asks: the prompt is there, and what is typed will not be shown."""
+        while not self.seen.endswith(b"sudo password: "):
+            assert select.select([self.terminal], [], [], 30)[0], self.seen
+            assert self.process.poll() is None, self.end()
+            self.seen += os.read(self.terminal, 4096)
+        eventually(lambda: not self.echoes)
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def end(self) -> tuple[int, bytes, bytes]:
+        """Wait for its end: exit code, standard output and error."""
+        code = self.process.wait(30)
+        with contextlib.suppress(OSError):
+            while select.select([self.terminal], [], [], 0)[0]:
+                self.seen += os.read(self.terminal, 4096)
+        return code, self._out.read_bytes(), self._err.read_bytes()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.terminal)
+
+
+@pytest.fixture
+def asking(tmp_path: Path) -> Iterator[Callable[..., Asking]]:
+    """Starts programs that may ask on a terminal; ended afterwards."""
+    made: list[Asking] = []
+
+    def start(*argv: str, **options: Any) -> Asking:
+        folder = tmp_path / f"asking{len(made)}"
+        folder.mkdir()
+        made.append(Asking(folder, *argv, **options))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+ODD_PASSWORDS = ["a b'c\"d\\e$f`g", "ünï¢ødé", "%s%h %u", "-n", "#!\x7f\t;"]
+PTY_OR_NOT = pytest.mark.parametrize("rules", ["use_pty", "!use_pty"])
+
+
+@on_testbed
+@PTY_OR_NOT
+@pytest.mark.parametrize("nopasswd", [False, True], ids=["password", "NOPASSWD"])
+def test_sudo_runs_commands_and_scripts(
+    sudoer: Callable[..., Sudoer], rules: str, nopasswd: bool, home: Path
+) -> None:
+    """As root and as another user; with input, which never holds the password; what sudo itself
+    says is none of the output.
+    """
+    user = sudoer(rules, nopasswd=nopasswd)
+    (home / "go.sh").write_text('#!/bin/bash\n. "$(dirname "$0")/lib.sh"; say "$@"; cat; exit 3\n')
+    (home / "lib.sh").write_text('say() { echo "$(id -un) $*"; }\n')
+    data = bytes(range(256)) * 2000
+    for command, options, status, out in [
+        ("id -un; pwd; echo $HOME; cat", {}, 0, f"root\n/home/{user.name}\n/root\n"),
+        ("id -un; cat; exit 7", {"sudo": "tester"}, 7, "tester\n"),
+        ("echo $word", {"env": {"word": "a 'b"}}, 0, "a 'b\n"),
+        ("cat", {"stdin": data}, 0, data),
+        ("kill -TERM $$", {}, "TERM", ""),
+        ("id -un; no-such-command", {}, 127, "root\n"),
+        (RunScript("go.sh", "a  b", includes=["lib.sh"], sudo=True), {}, 3, "root a b\n"),
+        (RunScript("go.sh", includes=["lib.sh"], sudo="tester"), {}, 3, "tester \n"),
+        (RunString("id -un; cat", sudo="tester", stdin="in\n"), {}, 0, "tester\nin\n"),
+    ]:
+        result = user.run(command, **options)
+        ended = (result.signal or result.status, result.stdout_bytes)
+        assert ended == (status, out if isinstance(out, bytes) else out.encode()), command
+    assert user.as_root(f"ls -A ~{user.name}/.apssh-remote; find /tmp -user {user.name}") == ""
+
+
+@on_testbed
+@pytest.mark.parametrize("rules", ["use_pty", "!use_pty", "requiretty"])
+def test_sudo_with_a_terminal_over_there(sudoer: Callable[..., Sudoer], rules: str) -> None:
+    user = sudoer(rules)
+    result = user.run("id -un; test -t 0 && test -t 1 && echo tty", pty=True)
+    assert (result.error, result.stdout_bytes.split()) == (None, [b"root", b"tty"])
+    result = user.run("id -un", pty=True, sudo_password="wrong-one")
+    assert result.error == "sudo: the password was refused"
+    assert b"wrong-one" not in result.stdout_bytes + result.stderr_bytes
+
+
+@on_testbed
+@pytest.mark.parametrize("stdin", [None, "data"], ids=["no stdin", "stdin"])
+@pytest.mark.parametrize(
+    ("rules", "options", "why"),
+    [
+        ("use_pty", {"sudo_password": "wrong"}, "the password was refused"),
+        ("use_pty,lecture=always", {"sudo_password": "wrong"}, "the password was refused"),
+        ("passwd_tries=1", {"sudo_password": "wrong"}, "1 incorrect password attempt"),
+        ("requiretty", {}, "sorry, you must have a tty to run sudo (--pty, pty=True, gives one)"),
+        ("use_pty", {"sudo": "no-such-user"}, "unknown user no-such-user"),
+    ],
+)
+def test_sudo_that_does_not_run_the_command(
+    sudoer: Callable[..., Sudoer], rules: str, options: dict[str, Any], why: str, stdin: str | None
+) -> None:
+    user = sudoer(rules)
+    result = user.run("echo never", stdin=stdin, **options)
+    assert result.error == f"sudo: {why}"
+    assert (result.kind, result.reached, result.stdout_bytes) == ("auth", True, b"")
+    tries = user.as_root(
+        "journalctl --sync; journalctl -o cat _COMM=sudo | "
+        f"grep -c 'authentication failure.*user={user.name}' || true"
+    )
+    assert tries.strip() == ("1" if "sudo_password" in options else "0")
+
+
+@on_testbed
+def test_sudo_that_may_not_run_a_shell(sudoer: Callable[..., Sudoer]) -> None:
+    """It prints the whole command, and the mark with it."""
+    user = sudoer()
+    user.as_root(f"echo '{user.name} ALL=(ALL) /bin/ls' > /etc/sudoers.d/{user.name}")
+    result = user.run("echo " + "'it is long'" * 200)
+    assert result.error == (
+        f"sudo: Sorry, user {user.name} is not allowed to execute /bin/sh as root on box1."
+    )
+    assert (result.stdout_bytes, result.stderr_bytes) == (b"", b"")
+    user.as_root(f"rm /etc/sudoers.d/{user.name}")
+    result = user.run("true")
+    assert result.error == f"sudo: {user.name} is not in the sudoers file."
+
+
+@on_testbed
+def test_sudo_output_is_the_command_s(sudoer: Callable[..., Sudoer]) -> None:
+    """A lecture and what start-up files say come before, and are dropped with the question."""
+    user = sudoer("lecture=always")
+    result = user.run("echo out; echo err >&2")
+    assert (result.stdout_bytes, result.stderr_bytes) == (b"out\n", b"err\n")
+    noise = "head -c 300000 /dev/zero | tr '\\\\0' x >&2; echo hi"
+    user.as_root(f'sed -i "1i {noise}" /home/{user.name}/.bashrc')
+    result = user.run("echo out; echo err >&2")
+    assert (result.stdout_bytes, result.stderr_bytes) == (b"hi\nout\n", b"err\n")
+
+
+@on_testbed
+@pytest.mark.parametrize("password", ODD_PASSWORDS)
+def test_sudo_password_may_be_odd(sudoer: Callable[..., Sudoer], password: str) -> None:
+    user = sudoer(password=password)
+    assert user.run("id -un; cat").stdout == "root\n"
+
+
+@on_testbed
+def test_sudo_through_a_gateway(sudoer: Callable[..., Sudoer]) -> None:
+    user = sudoer(number=1)
+
+    async def main() -> None:
+        held = apssh.CaptureFormatter()
+        async with (
+            box(0, username="tester") as gateway,
+            user.node(gateway=gateway, formatter=held) as node,
+        ):
+            steps = Run("id -un", sudo=True), RunString("#!/bin/sh\nid -un; cat", sudo=True)
+            assert [await step.attempt(node, StepRecord()) for step in steps] == [0, 0]
+        assert held.get_capture() == "root\nroot\n"
+
+    run(main())
+
+
+@on_testbed
+def test_sudo_asks_once_for_several_hosts(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], home: Path
+) -> None:
+    """On the terminal, whatever the standard streams are; the progress line waits meanwhile."""
+    users = [sudoer(number=number, password="the same one") for number in (0, 1)]
+    free = sudoer(number=2, nopasswd=True)
+    words = [word for user in [*users, free] for word in user.words[-2:]]
+    program = asking(*free.words[:-2], *words, "--sudo", "-I", "-b", "cat; id -un", stdin=b"in\n")
+    program.prompt()
+    program.type("the same one\n")
+    code, out, err = program.end()
+    names = apssh.fold_names([user.host for user in [*users, free]])
+    title = f"{names} (3)"
+    rule = "-" * len(title)
+    assert (code, out.decode()) == (0, f"{rule}\n{title}\n{rule}\nin\nroot\n")
+    assert program.seen.replace(b"\r\n", b"\n") == b"sudo password: \n"
+    assert b"the same one" not in err
+    (home / "go.sh").write_text("#!/bin/sh\necho $(id -un) $1\n")
+    words = [*users[0].words, *users[1].words[-2:]]
+    program = asking(*words, "--sudo=tester", "-u", "30", "-j", "-s", "go.sh", "one")
+    program.prompt()
+    program.type("the same one\n")
+    code, out, err = program.end()
+    assert code == 0
+    assert [json.loads(line)["stdout"] for line in out.splitlines()] == ["tester one\n"] * 2
+
+
+@on_testbed
+def test_sudo_is_given_up_where_nobody_can_be_asked(sudoer: Callable[..., Sudoer]) -> None:
+    user = sudoer()
+    code, said = without_terminal(*user.words, "--sudo", "-q", "id")
+    assert (code, said) == (1, [f"{user.host}: local: no terminal to ask: sudo password"])
+    free = sudoer(nopasswd=True)
+    assert without_terminal(*free.words, "--sudo", "-q", "true") == (0, [])
+
+
+@on_testbed
+@pytest.mark.parametrize("how", ["Ctrl-C", "deadline"])
+def test_interruption_while_sudo_asks(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], how: str
+) -> None:
+    """The terminal shows again what is typed; a shell's loop around it ends too."""
+    user = sudoer()
+    deadline = ["-u", "2"] if how == "deadline" else []
+    program = asking(*user.words, *deadline, "--sudo", "id")
+    program.prompt()
+    if how == "Ctrl-C":
+        program.type("\x03")
+    eventually(lambda: program.echoes)
+    code, out, err = program.end()
+    assert (code, out) == (1 if deadline else -signal.SIGINT, b"")
+    assert b"Traceback" not in err
+    assert user.as_root(f"pgrep -u {user.name} -x sudo || true") == ""
+
+
+@on_testbed
+def test_no_progress_while_sudo_asks(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking]
+) -> None:
+    user = sudoer()
+    program = asking(*user.words, "--sudo", "sleep 2; id -un", streams=False)
+    program.prompt()
+    assert not select.select([program.terminal], [], [], 2)[0]
+    program.type(f"{user.password}\n")
+    code, _, _ = program.end()
+    assert code == 0
+    shown = program.seen.replace(b"\r\n", b"\n")
+    assert shown.startswith(b"sudo password: \n0/1 done, 1 running: ")
+    assert b":root\n" in shown
+
+
+UNDER_SUDO = {
+    "command": ([], "trap '' TERM HUP; sleep {0} & while :; do sleep {0}; done"),
+    "printing": ([], "trap '' TERM HUP; sleep {0} & " + "while :; do echo noise; done"),
+    "stdin": (["-I"], "trap '' TERM HUP; sleep {0} & while :; do sleep {0}; done"),
+    "script": (["-s"], "#!/bin/bash\ntrap '' TERM HUP; sleep {0} & while :; do sleep {0}; done"),
+}
+
+
+@on_testbed
+@PTY_OR_NOT
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind == "command" else pytest.mark.slow)
+        for kind in UNDER_SUDO
+    ],
+)
+@pytest.mark.parametrize("end", ["deadline", "Ctrl-C", "kill -9"])
+def test_nothing_outlives_its_end_under_sudo(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], rules: str, kind: str, end: str
+) -> None:
+    """Though it ignores TERM and belongs to root: gone within 6 s, and its folder with it."""
+    user = sudoer(rules)
+    options, command = UNDER_SUDO[kind]
+    token = f"93{int(user.name[1:], 16)}"
+    deadline = ["-u", "3"] if end == "deadline" else []
+    words = [*user.words, "--sudo", *deadline, *options]
+    program = asking(*words, command.format(token), stdin=b"data\n")
+    program.prompt()
+    program.type(f"{user.password}\n")
+    left = f"pgrep -u root -f '^sleep {token}' || true"
+    eventually(lambda: user.as_root(left))
+    if end == "kill -9":
+        program.process.kill()
+    elif end == "Ctrl-C":
+        program.process.send_signal(signal.SIGINT)
+    else:
+        program.end()
+    eventually(lambda: not user.as_root(left), 6)
+    remains = f"pgrep -u {user.name}; pgrep -x sudo; ls -A /home/{user.name}/.apssh-remote || true"
+    eventually(lambda: user.as_root(remains) == "", 6)
+
+
+@on_testbed
+def test_sudo_password_is_nowhere(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], home: Path
+) -> None:
+    """Neither here nor there, while the command runs: no argument, environment, file, record, log,
+    repr or message holds it; the search finds one that is planted.
+    """
+    user = sudoer()
+    secret = user.password
+    (home / "jobs.yaml").write_text(
+        f"nodes: [{{id: n, hostname: {user.host}, username: {user.name}, "
+        f"keys: [{os.environ['TESTBED_KEY']}]}}]\n"
+        "jobs: [{id: j, node: n, commands: [{type: Run, sudo: true, command: sleep 4}]}]\n"
+    )
+    words = [word for word in user.words if word != "--no-last"]
+    programs = [
+        asking(*words, "-D", "-v", "--sudo", "sleep 4; echo ended"),
+        asking("--scenario", "jobs.yaml", "--record", "record.json", "-D", "-v"),
+    ]
+    for program in programs:
+        program.prompt()
+        program.type(f"{secret}\n")
+    planted = subprocess.Popen(["sleep", "4"], env=os.environ | {"x": secret + "planted"})
+    eventually(lambda: "sleep 4" in user.as_root("ps -e -o user,args | grep ^root"))
+    look = (
+        f"cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline; cat /tmp/* /home/{user.name}/.*; "
+        "cat /var/log/*log; journalctl -n 300; true"
+    )
+    there = user.as_root(f"({look}) 2>/dev/null | tr '\\0' '\\n' | grep -a -e hush- -e 'sleep 4'")
+    assert "sleep 4" in there
+    assert secret not in there.replace(f"printf %s {user.name}:", "")
+    here = b""
+    for path in Path("/proc").glob("[0-9]*/*"):
+        if path.name in ("environ", "cmdline"):
+            with contextlib.suppress(OSError):
+                here += path.read_bytes()
+    assert here.count(secret.encode()) == 1
+    assert f"{secret}planted".encode() in here
+    planted.wait()
+    for program in programs:
+        code, out, err = program.end()
+        assert code == 0, err
+        assert secret.encode() not in out + err + program.seen
+        assert b"sleep 4" in err
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert {home / "record.json", home / ".apssh" / "last-ok"} <= set(files)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    node = user.node()
+    assert secret not in repr(node) + str(node)
+
+
+class SudoServer:
+    """What came of a server that plays sudo."""
+
+    def __init__(self) -> None:
+        self.target = ""
+        self.heard: list[bytes] = []  # lines that it read, then the rest of its input
+
+
+@contextlib.asynccontextmanager
+async def sudo_server(
+    keys: Path, *says: str, password: str = "", pieces: bool = False
+) -> AsyncIterator[SudoServer]:
+    """A host that says these things in place of running sudo, each (or each of its characters) in a packet of its own: on
+    stdout what begins with ``out:``, PROMPT and MARK being the marks of the command. Where it says
+    ``read`` it reads a line, and goes on when that is the password.
+    """
+    server = SudoServer()
+
+    async def process(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        line = process.command or ""
+        [prompt] = re.findall("sudo -S -p ([0-9a-f]{24}) ", line)
+        [halves] = re.findall("printf %s ([0-9a-f]{12}) ([0-9a-f]{12}) >&2", line)
+        for word in says:
+            if word == "read":
+                server.heard.append(await process.stdin.readline())
+                if server.heard[-1] != f"{password}\n".encode():
+                    word = "try again: PROMPT"
+            text = word.replace("PROMPT", prompt).replace("MARK", "".join(halves))
+            stream = process.stdout if text.startswith("out:") else process.stderr
+            text = text.removeprefix("out:").removeprefix("read")
+            for piece in text if pieces and len(text) < 1000 else [text]:
+                stream.write(piece.encode())
+                await stream.drain()
+        await asyncio.sleep(0.2)  # for what should not come
+        process.exit(0)
+        server.heard.append(await process.stdin.read())
+
+    async with ssh_server(keys, process=process) as port:
+        server.target = f"{ME}@127.0.0.1:{port}"
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("says", "out", "err", "heard"),
+    [
+        (["PROMPT", "read", "MARK", "out:fine"], "fine", "", ["secret\n", ""]),
+        (["MARK", "out:fine", "PROMPT"], "fine", "PROMPT", [""]),
+        (["lecture: ", "PROMPT", "read", "\n", "MARKerr"], "", "err", ["secret\n", ""]),
+        (["out:early", "warning\n", "MARK", "out:, late"], "early, late", "", [""]),
+        (["x" * 300_000] * 5 + ["PROMPT", "read", "MARKerr"], "", "err", ["secret\n", ""]),
+        (["PROMPT", "read", "PROMPT"], None, "the password was refused", None),
+        (["sudo: no\n", "out:fine"], None, "no", None),
+        ([], None, "it said nothing", None),
+    ],
+    ids=[
+        *("asked", "asked by the command", "lecture", "out of order", "huge"),
+        *("again", "words", "silent"),
+    ],
+)
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
+def test_what_sudo_says(
+    keys: Path,
+    says: list[str],
+    out: str | None,
+    err: str,
+    heard: list[str] | None,
+    pieces: bool,
+) -> None:
+    """The password is for its prompt alone, before the command begins. (A hostile host sees the
+    prompt in the command line, and can ask as sudo does: who gives a password to a host trusts it.)
+    """
+
+    async def main() -> None:
+        async with sudo_server(keys, *says, password="secret", pieces=pieces) as server:
+            [result] = await apssh.co_run(
+                server.target, "id", sudo=True, sudo_password="secret", known_hosts=None
+            )
+            if out is None:
+                assert (result.kind, result.error) == ("auth", f"sudo: {err}")
+                return
+            shown = re.sub("[0-9a-f]{24}", "PROMPT", result.stderr)
+            assert (result.error, result.stdout, shown) == (None, out, err)
+            assert [line.decode() for line in server.heard] == heard
+
+    run(main())
+
+
+def test_sudo_password_is_asked_anew_by_each_run(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one loop, as in a notebook: a mistyped one is not remembered. A node that has its own asks
+    nobody.
+    """
+    answers = ["wrong", "right"]
+    monkeypatch.setattr(apssh, "_ask_secret", lambda prompt: answers.pop(0))
+    says = "PROMPT", "read", "MARK", "out:fine"
+
+    async def main() -> None:
+        async with sudo_server(keys, *says, password="right") as server:
+
+            async def outcome(**options: Any) -> str | None:
+                [result] = await apssh.co_run(
+                    server.target, "id", sudo=True, known_hosts=None, **options
+                )
+                return result.error or result.stdout
+
+            assert await outcome() == "sudo: the password was refused"
+            assert await outcome() == "fine"
+            assert await outcome(sudo_password="") == "sudo: the password was refused"
+            assert await outcome(sudo_password="right") == "fine"
+
+    run(main())
+
+
+def test_failure_to_ask_for_sudo_ends_the_command(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(prompt: str) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(apssh, "_ask_secret", fail)
+
+    async def main() -> None:
+        async with sudo_server(keys, "PROMPT", "read") as server:
+            [result] = await apssh.co_run(server.target, "id", sudo=True, known_hosts=None)
+            assert result.error == "sudo password: input/output error"
+
+    run(main(), 10)
+
+
+def test_sudo_misuse() -> None:
+    with pytest.raises(UsageError) as caught:
+        SshNode("h", sudo_password="a\nb")
+    assert str(caught.value) == "sudo_password of h: there is a newline in it"
 
 
 @pytest.mark.parametrize(
