@@ -2,9 +2,10 @@
 """A sweep over parameters that resumes: each run leaves its record, and one whose record says that
 all went well is not run again.
 
-python sweep.py --demo                  on throw-away hosts inside this process python sweep.py
-node1 node2             on your own python sweep.py --demo --fail 24-2      one of the runs fails;
-run it again without --fail: only that one is left to do
+    python sweep.py --demo                  on throw-away hosts inside this process
+    python sweep.py node1 node2             on your own
+    python sweep.py --demo --fail 24-2      one of the runs fails; run it again without --fail: only
+                                            that one is left to do
 """
 
 import argparse
