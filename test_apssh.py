@@ -14311,6 +14311,23 @@ def test_experiment_of_the_readme(home: Path, tmp_path: Path) -> None:
     assert ElementTree.parse(home / "run.svg")
 
 
+def test_changelog_begins_with_this_version() -> None:
+    text = (MODULE.parent / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0].split()[0] == apssh.__version__
+
+
+def test_contributing_names_what_is_there() -> None:
+    """The rooms are those of the module, in its order; the names of its recipes exist."""
+    text = (MODULE.parent / ".github" / "CONTRIBUTING.md").read_text()
+    source = MODULE.read_text()
+    rooms = re.findall(r"^\| ([a-z][a-z-]+) \| ", text.split("## The rooms")[1], re.MULTILINE)
+    banners = re.findall(r"^# -{90,}\n# ([a-z-]+): .*\n# -{90,}$", source, re.MULTILINE)
+    assert rooms == ["room", "head", *banners]
+    names = set(re.findall(r"`(_[A-Za-z_]+|co_[a-z]+|build_[a-z]+)\b", text))
+    assert len(names) > 25
+    assert [name for name in names if not re.search(rf"\b{name}\b", source)] == []
+
+
 @pytest.mark.parametrize("width", [80, 132])
 def test_help_is_wrapped(width: int, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
