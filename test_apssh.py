@@ -14075,7 +14075,7 @@ def test_sessions_of_the_readme(heading: str) -> None:
         assert sorted(said.splitlines()) == sorted(output.splitlines()), command
 
 
-def test_sessions_of_the_readme_would_fail() -> None:
+def test_readme_has_its_sessions() -> None:
     assert len(SESSIONS) >= 14 and "First login" in SESSIONS and "A tour" in SESSIONS
 
 
@@ -14213,6 +14213,8 @@ def test_scenario_of_the_readme(home: Path, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
+    units = (tmp_path / "units").read_text().split()
+    assert "started" in units and "stop" in units[units.index("started") :]
     assert json.loads((home / "run.json").read_text()) and (home / "run.svg").exists()
 
 
