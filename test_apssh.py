@@ -9,6 +9,7 @@ several real hosts run too.
 from __future__ import annotations
 
 import array
+import ast
 import asyncio
 import base64
 import contextlib
@@ -14857,34 +14858,366 @@ if __name__ == "__main__":
     assert done.stdout == f"{[sshd.target]} ['x@h2']\n", done.stderr
 
 
-def readme_table(heading: str) -> list[str]:
-    """The first column of a table of the README."""
-    section = (
-        (MODULE.parent / "README.md").read_text().split(f"\n### {heading}\n")[1].split("\n#")[0]
-    )
-    return [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+def test_picture_of_the_readme(tmp_path: Path) -> None:
+    """The picture shows what the script draws: the same lines, in any order."""
+
+    def lines(path: Path) -> list[str]:
+        texts = ElementTree.parse(path).getroot().findall("{http://www.w3.org/2000/svg}text")
+        return sorted("".join(text.itertext()) for text in texts)
+
+    new = tmp_path / "new.svg"
+    script = [sys.executable, str(EXAMPLES / "terminal.py"), "--out", str(new)]
+    subprocess.run(script, check=True)
+    shown = lines(EXAMPLES / "terminal.svg")
+    assert "demo[1-4,6-9] (8)" in shown and "20 ok" in shown
+    assert lines(new) == shown
+    colours = {each.get("fill") for each in ElementTree.parse(new).iter()}
+    assert len(colours) >= 6  # paper, and text in plain, green, cyan and red
 
 
-def test_options_of_the_readme() -> None:
-    documented = {
-        option for row in readme_table("Options") for option in re.findall(r"--?[a-zA-Z0-9-]+", row)
-    }
-    parsers = [apssh.build_parser(), apssh.build_push_parser(), apssh.build_pull_parser()]
-    assert documented == {option for parser in parsers for option in parser._option_string_actions}
+README = MODULE.parent / "README.md"
+
+
+def test_readme_is_short() -> None:
+    text = README.read_text()
+    assert len(text.split()) <= 3000
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+    assert text.count("pip install -q '.[test]'") == 1  # the line that .ci/run looks for
+    links = re.findall(r"\]\((?!http)([^)]+)\)|`((?:examples|bench)/[\w./]+)`", text)
+    assert len(links) >= 2
+    for link in links:
+        assert (MODULE.parent / "".join(link)).exists(), link
+
+
+def readme_section(heading: str) -> str:
+    """What stands below a heading, up to the next one of any level."""
+    return re.split(rf"^##+ {re.escape(heading)}\n", README.read_text(), flags=re.MULTILINE)[
+        1
+    ].split("\n##")[0]
+
+
+def readme_rows(heading: str) -> list[list[str]]:
+    """The cells of the tables below a heading, without the heads."""
+    rows = []
+    for line in readme_section(heading).splitlines():
+        if " |" in line:
+            rows.append([cell.strip() for cell in line.split(" | ")])
+    return [row for row, before in zip(rows[2:], rows[1:], strict=False) if "---" not in row[0]]
 
 
 def readme_blocks(language: str) -> list[str]:
-    blocks = re.findall(
-        r"^```(\w*)\n(.*?)^```$",
-        (MODULE.parent / "README.md").read_text(),
-        re.DOTALL | re.MULTILINE,
-    )
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     return [text for name, text in blocks if name == language]
 
 
-@pytest.mark.parametrize("number", range(5))
+# Hosts that the README names: those of a demo, in a process of its own, where programs that a test
+# cannot have (systemctl, sudo) are answered by a few lines of shell. Standard input keeps it alive.
+README_HOSTS = ("gw", "web1", "web2", "web3", "web4", "db1", "new1")
+README_FLEET = """
+import asyncio, os, sys, asyncssh, apssh
+folder, *names = sys.argv[1:]
+asyncssh.SSHServer.password_auth_supported = lambda self: True
+asyncssh.SSHServer.validate_password = lambda self, user, password: password == "secret"
+
+async def main():
+    async with apssh.demo_fleet(len(names), formatter=apssh.RawFormatter()) as nodes:
+        nodes[0].keys[0].write_private_key(f"{folder}/key")
+        os.chmod(f"{folder}/key", 0o600)
+        with open(f"{folder}/config", "w") as config:
+            for name, node in zip(names, nodes):
+                key = f" IdentityFile {folder}/key\\n StrictHostKeyChecking no\\n"
+                if name == "new1":
+                    key = f" UserKnownHostsFile {folder}/known_hosts\\n"
+                at = f" HostName 127.0.0.1\\n Port {node.port}\\n"
+                config.write(f"Host {name} {name}.example.org\\n{at}{key}")
+                assert await node.run(
+                    f"echo {name} > .name; mkdir -p etc/nginx var/log/nginx; echo listen=80 > etc/app.conf; "
+                    "echo a line | tee var/log/nginx/access.log > var/log/nginx/error.log; "
+                    f"[ {name} != web4 ] || echo listen=8080 > etc/app.conf"
+                ) == 0
+            config.write("Host *\\n UserKnownHostsFile /dev/null\\n")
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+README_PROGRAMS = {
+    "hostname": 'cat "$HOME/.name"',
+    "uname": "case $(hostname) in web3) echo 6.1.0-13-amd64;; *) echo 6.1.0-18-amd64;; esac",
+    "id": 'echo "${BECOME:-admin}"',
+    "sudo": 'while [ "$1" != -- ]; do [ "$1" = -u ] && BECOME=$2; shift; done; shift\n'
+    'export BECOME; exec "$@"',
+    "systemctl": 'case "$1 $2 $(hostname)" in\n'
+    '"is-active nginx web3") echo inactive; exit 3;;\n'
+    "is-active*) echo active;;\n"
+    '"restart app web2") echo "Job for app.service failed." >&2; exit 1;;\n'
+    "esac",
+    "nodeset": "echo n1 n2",
+    "ansible": r'printf "  hosts (1):\n    db1\n"',
+}
+
+
+def shell_programs(folder: Path, programs: Mapping[str, str]) -> str:
+    """These programs in a folder; a PATH that begins with it."""
+    folder.mkdir()
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def readme_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The README's hosts; the folder of the ssh config that leads there, and of its key."""
+    folder = tmp_path_factory.mktemp("readme")
+    path = shell_programs(folder / "over-there", README_PROGRAMS)
+    fleet = subprocess.Popen(
+        [sys.executable, "-c", README_FLEET, str(folder), *README_HOSTS],
+        cwd=MODULE.parent,
+        env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert fleet.stdin and fleet.stdout
+    assert fleet.stdout.readline() == b"ready\n"
+    yield folder
+    fleet.stdin.close()
+    fleet.stdout.close()
+    assert fleet.wait(30) == 0
+
+
+@pytest.fixture
+def readme_hosts(
+    readme_fleet: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs on PATH as a person has them, who can reach these hosts; and that person's
+    files.
+    """
+    programs = {name: README_PROGRAMS[name] for name in ("nodeset", "ansible")}
+    for name in MAINS:
+        (tmp_path / f"{name}.py").symlink_to(MODULE)
+        config = f"-F {readme_fleet}/config"
+        programs[name] = f'exec {sys.executable} {tmp_path}/{name}.py {config} "$@"'
+    monkeypatch.setenv("PATH", shell_programs(tmp_path / "here", programs))
+    shutil.copy(readme_fleet / "key", home / ".ssh" / "cron")
+    (home / "nginx.conf").write_text("worker_processes 2;\n")
+    (home / "pssh-hosts").write_text("10.0.0.1 root\n10.0.0.2\n")
+    (home / "lib.sh").write_text('say() { echo "check: $1, $2"; }\n')
+    (home / "check.sh").write_text('. "$(dirname "$0")/lib.sh"\nsay "$@"\n')
+    (home / ".apssh").mkdir()
+    (home / ".apssh" / "web").write_text("web[1-3]   # front\n@db\n")
+    (home / ".apssh" / "db").write_text("root@db1\n")
+
+
+def in_terminal(command: str, answer: bytes) -> str:
+    """What a command says on a terminal that answers its first question."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv("/bin/bash", ["bash", "-c", command])
+    seen = b""
+    with contextlib.suppress(OSError):
+        while data := os.read(fd, 65536):
+            seen += data
+            if answer and seen.endswith(b": "):
+                os.write(fd, answer)
+                answer = b""
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return seen.decode().replace("\r\n", "\n")
+
+
+SESSIONS = [
+    heading
+    for heading in re.findall(r"^##+ (.*)$", README.read_text(), re.MULTILINE)
+    if "\n```console\n" in readme_section(heading)
+]
+
+
+@pytest.mark.parametrize("heading", SESSIONS)
+@pytest.mark.usefixtures("readme_hosts")
+def test_sessions_of_the_readme(heading: str) -> None:
+    """Each command says what is shown, in any order: hosts finish as they like."""
+    section = readme_section(heading)
+    if "jq" in section and not shutil.which("jq"):
+        pytest.skip("needs jq")
+    (session,) = re.findall(r"^```console\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE)
+    assert shown
+    for command, output in shown:
+        # the folders of a host's system are here those of its home
+        here = re.sub(r"(?<=[ :])/(etc|var)/", r"\1/", command)
+        if " -A " in here:
+            said = in_terminal(here, b"secret\n")
+        else:
+            said = subprocess.run(
+                ["/bin/bash", "-c", f"({here}) 2>&1"],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=60,
+            ).stdout
+        assert sorted(said.splitlines()) == sorted(output.splitlines()), command
+
+
+def test_readme_has_its_sessions() -> None:
+    assert len(SESSIONS) >= 14 and "First login" in SESSIONS and "A tour" in SESSIONS
+
+
+def test_options_of_the_readme() -> None:
+    """One a row, in the groups and the order of --help."""
+    expected: dict[str, list[str]] = {}
+    for build in (apssh.build_parser, apssh.build_push_parser, apssh.build_pull_parser):
+        for title, group in build().groups.items():
+            names = expected.setdefault(title, [])
+            for action in group._group_actions:
+                text = ", ".join(f"`{name}`" for name in action.option_strings)
+                if text not in names:
+                    names.append(text)
+    documented: dict[str, list[str]] = {}
+    for name, *_ in readme_rows("Options"):
+        if name.startswith("**"):
+            names = documented.setdefault(name.strip("*| "), [])
+        else:
+            names.append(name.removesuffix(" |"))
+    assert documented == expected
+    assert list(documented) == list(expected)
+
+
+@pytest.mark.parametrize("row", readme_rows("Targets"), ids=lambda row: row[0][:12].strip("`"))
+def test_targets_of_the_readme(row: list[str], home: Path, program: Program) -> None:
+    for name in ("hosts.txt", ".apssh/web", "out/1failed/box"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("box\n")
+    for target in re.findall("`([^`]+)`", row[0]):
+        if target != "-":
+            code, out, _ = program("-F", "none", "-t", target, "-L")
+            assert (code, bool(out)) == (0, True), target
+
+
+def test_kinds_of_the_readme() -> None:
+    documented = {
+        kind
+        for row in readme_rows("What a failure means")
+        for kind in re.findall("`([^`]+)`", row[0])
+    }
+    text = " ".join(str(ApsshError.__doc__).split())
+    listed = re.search(r"``kind``: (.*?);", text)
+    assert listed
+    kinds = re.sub(r"\(.*?\)| or ", ",", listed[1])
+    assert documented == {*filter(None, re.split(r"[, ]+", kinds)), "not started"}
+
+
+def test_limits_of_the_readme() -> None:
+    numbers = {
+        "targets of a run": [apssh.MAX_TARGETS],
+        "key exchanges at once": [apssh.HANDSHAKES],
+        "logins at once on one endpoint": [apssh.STARTUPS_PER_HOST],
+        "TCP connects at once": [apssh.CONNECTS],
+        "name look-ups at once": [apssh.LOOKUPS],
+        "sessions on one node at once": [
+            apssh.CONNECTIONS_PER_NODE,
+            apssh.SESSIONS_PER_CONNECTION,
+        ],
+        "open files": [],
+        "time to be logged in": [apssh.CONNECT_TIMEOUT],
+        "silence of a connection": [apssh.KEEPALIVE_COUNT, apssh.KEEPALIVE_INTERVAL],
+        "held output of a command": [apssh.CAPTURE_LIMIT / 2**20],
+        "a line of output": [apssh.LINE_LIMIT / 2**20],
+    }
+    documented = {
+        row[0]: [float(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", row[1])]
+        for row in readme_rows("Limits")
+    }
+    assert documented == numbers
+
+
+def constructor_keys(*calls: Callable[..., Any]) -> set[str]:
+    keys = {name for call in calls for name in inspect.signature(call).parameters}
+    return keys - {"self", "command_line_keys", "scheduler", "command"}
+
+
+def test_keys_of_the_readme(tmp_path: Path) -> None:
+    """The loader knows each key of the table, and the table each key of a constructor."""
+    rows = {
+        row[0].strip("`"): re.findall("`([a-z0-9_]+)[`:]", row[1])
+        for row in readme_rows("YAML scenarios")
+    }
+    shell, copies, step = rows["these three"], rows["these two"], rows["any step"]
+    start = rows["Service"][:1] + rows["Service"][5:]
+    service = [*start, *rows["its rest"], *shell, "ignore_outputs"]
+    steps = {
+        "Run": [*rows["Run"], *shell],
+        "RunScript": [*rows["RunScript"], *shell],
+        "RunString": [*rows["RunString"], *shell],
+        "Push": [*rows["Push"], *copies],
+        "Pull": [*rows["Pull"], *copies],
+        "Wait": rows["Wait"],
+        "Service": [name for name in service if name not in ("output", "since", "argv")],
+    }
+    assert set(steps) == {name for name in rows if name.istitle() or name.startswith("Run")}
+    nodes = rows["a node"] + rows["its login"] + rows["its way"]
+
+    def unknown(text: str) -> bool:
+        (tmp_path / "x.yaml").write_text(text)
+        try:
+            YamlLoader(tmp_path / "x.yaml").load()
+        except ScenarioError as exc:
+            return "unknown key" in str(exc)
+        return False
+
+    job = "jobs:\n- id: j\n  node: n\n  commands:\n  - type: "
+    node = "nodes:\n- id: n\n  hostname: h\n"
+    assert unknown(node + job + "Run\n    x: y\n") and unknown(node + "  x: y\n" + job + "Run\n")
+    for name, keys in steps.items():
+        for key in {*keys, *step} - {"type", "allowed_exits" if name == "Service" else ""}:
+            more = "" if name != "Service" or key == "action" else "    action: start\n"
+            assert not unknown(f"{node}{job}{name}\n{more}    {key}: y\n"), (name, key)
+    for key in {*nodes} - {"id", "hostname"}:
+        assert not unknown(f"{node}  {key}: y\n{job}Run\n"), key
+    for key in {*rows["a job"]} - {"id", "node", "commands"}:
+        assert not unknown(f"{node}jobs:\n- id: j\n  node: n\n  commands: []\n  {key}: y\n"), key
+    assert {*nodes, "id"} == constructor_keys(SshNode) | {"id"}
+    assert {*rows["a job"]} == constructor_keys(SshJob) | {"id", "command", "required"}
+    for cls in (Run, RunScript, RunString, Push, Pull, Wait):
+        documented = {*steps[cls.__name__], *step} - {"command", "type"}
+        assert documented >= constructor_keys(cls), cls
+
+
+def test_scenario_of_the_readme(home: Path, tmp_path: Path) -> None:
+    (text,) = readme_blocks("yaml")
+    (home / "file.yaml").write_text(text)
+    line = re.search("^`(apssh --scenario .*?)`", readme_section("YAML scenarios"), re.MULTILINE)
+    assert line
+    done = subprocess.run(
+        [sys.executable, str(MODULE), *shlex.split(line[1])[1:], "--demo", "2", "-q"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": experiment_path(tmp_path), "SHELL": "/bin/sh"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
+    units = (tmp_path / "units").read_text().split()
+    assert "started" in units and "stop" in units[units.index("started") :]
+    assert json.loads((home / "run.json").read_text()) and (home / "run.svg").exists()
+
+
+def experiment_path(folder: Path) -> str:
+    """Programs of the experiment that the README shows."""
+    return shell_programs(
+        folder / "experiment",
+        {
+            "hostname": "echo 192.0.2.7",
+            "iperf3": 'echo "measured $2"',
+            "systemd-run": f"echo started >> {folder}/units",
+            "systemctl": f'echo "$1" >> {folder}/units; [ "$1" != is-active ]',
+        },
+    )
+
+
+@pytest.mark.parametrize("number", range(4))
 def test_quick_scripts_of_the_readme(
-    number: int, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """Each at most eight lines; whatever host they name is the test's server."""
     script = [block for block in readme_blocks("python") if "Scheduler" not in block][number]
@@ -14903,74 +15236,82 @@ def test_quick_scripts_of_the_readme(
     (home / "hosts").write_text("127.0.0.1 me\n")
     (home / "resolv.conf").write_text("")
     (sshd.home / "etc").mkdir()
-    (sshd.home / "syslog").write_text("a line\n")
-    script = (
-        script.replace('login="root"', f"login={ME!r}")
-        .replace('"/etc/"', '"etc/"')
-        .replace("/var/log/syslog", "syslog")
-    )
+    (sshd.home / "log").mkdir()
+    (sshd.home / "log/syslog").write_text("a line\n")
+    script = script.replace('login="root"', f"login={ME!r}")
     names: dict[str, Any] = {}
-    exec(compile(script, "README.md", "exec"), names)
-    assert number != 1 or names["broken"] == ["node1", "node2"]
-    assert number != 2 or (home / "logs-node3").read_text() == "a line\n"
-    assert number != 3 or names["unhealthy"] == {}
+    code = compile(script, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    waits = eval(code, names)
+    if waits:
+        run(waits)
+    release = os.uname().release
+    if number == 0:
+        assert sorted(capfd.readouterr().out.splitlines()) == [
+            f"node{each} {release}" for each in (1, 2, 3)
+        ]
+    elif number == 1:
+        assert names["broken"] == ["node1", "node2"]
+    elif number == 2:
+        assert (home / "logs-node3").read_text() == "a line\n"
+        assert (sshd.home / "etc" / "hosts").read_text() == "127.0.0.1 me\n"
+    else:
+        assert [each.stdout for each in names["results"]] == [f"{release}\n"] * 3
 
 
-def test_example_of_the_readme() -> None:
+def test_result_of_the_readme() -> None:
+    sentence = readme_section("Python").split("A Result has ")[1].split("`help(")[0]
+    documented = set(re.findall("`([a-z_]+)`", sentence)) - {"ok"}
+    public = {name for name in dir(apssh.Result) if not name.startswith("_")}
+    fields = {field.name for field in dataclasses.fields(apssh.Result)}
+    assert documented == (public | fields) - {"ok"}
+
+
+def test_names_of_the_readme() -> None:
+    """Steps and formatters that it names are there, and take what it shows."""
+    text = readme_section("An experiment")
+    names = set(re.findall(r"`(?:\w+\.)?([A-Z][A-Za-z]+|topology_as_\w+)\(", text))
+    assert len(names) > 12
+    assert names <= set(apssh.__all__)
+
+
+def test_experiment_of_the_readme(home: Path, tmp_path: Path) -> None:
     (script,) = (block for block in readme_blocks("python") if "Scheduler" in block)
-    shown = (MODULE.parent / "README.md").read_text().split(script)[1].split("```")[2].strip()
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=MODULE.parent,
+        env=os.environ
+        | {
+            "PATH": experiment_path(tmp_path),
+            "SHELL": "/bin/sh",
+            "PYTHONPATH": str(MODULE.parent),
+        },
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert done.stdout.strip() == shown
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
+    units = (tmp_path / "units").read_text().split()
+    assert "started" in units and "stop" in units[units.index("started") :]
+    jobs = json.loads((home / "run.json").read_text())["jobs"]
+    assert [job["state"] for job in jobs] == ["ok"] * 2
+    assert ElementTree.parse(home / "run.svg")
 
 
-def test_shell_of_the_readme(tmp_path: Path) -> None:
-    """The ten lines of shell, with the output that they show."""
-    (session,) = (block for block in readme_blocks("") if "--demo 3 -b" in block)
-    for name in MAINS:
-        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {MODULE} "$@"\n')
-        (tmp_path / name).chmod(0o755)
-    shown = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", session, re.MULTILINE)
-    assert len(shown) >= 6
-    for command, output in shown:
-        if "jq" in command and not shutil.which("jq"):
-            continue
-        done = subprocess.run(
-            ["/bin/bash", "-c", f"({command}) 2>&1"],
-            env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.stdout == (
-            output.replace("root@", f"{ME}@") if "{user}" in command else output
-        ), command
+def test_changelog_begins_with_this_version() -> None:
+    text = (MODULE.parent / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE)[0].split()[0] == apssh.__version__
 
 
-def test_json_of_the_readme() -> None:
-    if not shutil.which("jq"):
-        pytest.skip("needs jq")
-    lines = [
-        {"host": "a", "kind": None, "error": None, "stdout": " 95%\n"},
-        {"host": "b", "kind": "dns", "error": "unknown host name", "stdout": "12%"},
-    ]
-    filters = re.findall(r"jq -r '(select.*?@tsv|\[\.host.*?@tsv)'", "".join(readme_blocks("sh")))
-    shown = [
-        subprocess.run(
-            ["jq", "-r", each],
-            input="\n".join(map(json.dumps, lines)),
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for each in filters
-    ]
-    assert shown == ["b\tdns\tunknown host name\n", "a\t95\n"]
+def test_contributing_names_what_is_there() -> None:
+    """The rooms are those of the module, in its order; the names of its recipes exist."""
+    text = (MODULE.parent / ".github" / "CONTRIBUTING.md").read_text()
+    source = MODULE.read_text()
+    rooms = re.findall(r"^\| ([a-z][a-z-]+) \| ", text.split("## The rooms")[1], re.MULTILINE)
+    banners = re.findall(r"^# -{90,}\n# ([a-z-]+): .*\n# -{90,}$", source, re.MULTILINE)
+    assert rooms == ["room", "head", *banners]
+    names = set(re.findall(r"`(_[A-Za-z_]+|co_[a-z]+|build_[a-z]+)\b", text))
+    assert len(names) > 25
+    assert [name for name in names if not re.search(rf"\b{name}\b", source)] == []
 
 
 @pytest.mark.parametrize("width", [80, 132])
