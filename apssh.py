@@ -5176,7 +5176,7 @@ class LocalNode(_Node):
             try:
                 left = [each for each in ends if not each.done()]
                 if left and process.returncode is None:
-                    await asyncio.wait(left, timeout=GUARD_TIMEOUT)
+                    await asyncio.wait(left, timeout=2 * GUARD_TIMEOUT)
                 step.may_run = not all(each.done() for each in ends)
             finally:  # cancelled again; or its shell has ended, who holds its outputs has not
                 for each in transports:
@@ -7995,8 +7995,11 @@ class _Folder(_View):
         self._folder = formatter.run_name
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder, and clean it of these hosts. Raises UsageError where it cannot be."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{escape(str(self._folder))}: {_reason(exc)}") from None
         here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
         for name in names:
             for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
