@@ -1299,7 +1299,7 @@ def _ask_secret(prompt: str) -> str:
     or no answer.
     """
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
+        open("/dev/tty", "rb").close()
     except OSError:
         raise UsageError(f"no terminal to ask: {prompt}") from None
     try:
@@ -1745,35 +1745,40 @@ class _Trust:
 
     def __post_init__(self) -> None:
         alias = self.config.one("hostkeyalias")
-        host = alias or self.address
-        self.name = host if alias or self.port == 22 else f"[{host}]:{self.port}"
+        self._host = alias or self.address
+        self.name = self._host if alias or self.port == 22 else f"[{self._host}]:{self.port}"
         self.policy = "no" if self.known_hosts is None else "yes"
         self.shown = ""
         self.changed = self.recorded = False
         self._new: asyncssh.SSHKey | None = None
         self._file: _KnownHosts | None = None
-        lines: list[_KnownKey] = []
         self._known: list[_KnownKey] = []
-        self._keys: list[asyncssh.SSHKey] = []
-        if isinstance(self.known_hosts, _Verify | str | os.PathLike):
-            configured = self.config.one("stricthostkeychecking")
-            self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
-            files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
-            if not isinstance(self.known_hosts, _Verify):
-                files = [os.fspath(self.known_hosts)]
-            self._file = _known_hosts_of(*map(os.path.expanduser, files))
-            lines = self._file.find(self.name)
-            # authorities and revoked keys count whatever the port; a key without port counts when
-            # none is known for the port, and nobody is told that it has changed
-            self._known = [line for line in lines if not line.marker]
-            if self.name != host:
-                lines += self._file.find(host, marked=bool(self._known))
-            self._keys = [line.key for line in lines if not line.marker]
-        elif self.known_hosts:
-            self._keys = [key.convert_to_public() for key in self.known_hosts]
+        lines = self._find_lines()
+        self._keys = [line.key for line in lines if not line.marker]
         self._revoked = {line.key: line.file for line in lines if line.marker == "@revoked"}
         self._authorities = [line.key for line in lines if line.marker == "@cert-authority"]
         self.certified = self.asking and self.policy != "no" and self._authorities != []
+
+    def _find_lines(self) -> list[_KnownKey]:
+        """What is known of the host.
+
+        Authorities and revoked keys count whatever the port; a key without port counts when none is
+        known for the port, and nobody is told that it has changed.
+        """
+        if not isinstance(self.known_hosts, _Verify | str | os.PathLike):
+            given = self.known_hosts or ()
+            return [_KnownKey(None, key.convert_to_public(), "", 0) for key in given]
+        configured = self.config.one("stricthostkeychecking")
+        self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
+        files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
+        if not isinstance(self.known_hosts, _Verify):
+            files = [os.fspath(self.known_hosts)]
+        self._file = _known_hosts_of(*map(os.path.expanduser, files))
+        lines = self._file.find(self.name)
+        self._known = [line for line in lines if not line.marker]
+        if self.name != self._host:
+            lines += self._file.find(self._host, marked=bool(self._known))
+        return lines
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it
@@ -1979,12 +1984,10 @@ class _HostConfig:
     @property
     def identity_agent(self) -> str | None:
         """Where the agent listens; for ``none``, where no agent answers."""
-        for agent in self.values("identityagent"):
-            if agent == "none":
-                return os.devnull
-            if agent != "SSH_AUTH_SOCK":
-                return self._path(agent)
-        return None
+        agent = "".join(self.values("identityagent"))
+        if agent == "none":
+            return os.devnull
+        return None if agent in ("", "SSH_AUTH_SOCK") else self._path(agent)
 
     @property
     def names_keys(self) -> bool:
@@ -1998,7 +2001,7 @@ class _HostConfig:
         keywords = ("userknownhostsfile", "globalknownhostsfile")
         files: list[str] = []
         for keyword in keywords if any(map(self.values, keywords)) else ():
-            for value in self._said.get(keyword) or self._defaults.get(keyword, []):
+            for value in self._said.get(keyword, []):
                 # ssh quotes no blank that is in a name
                 files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
         return [os.devnull if file == "none" else self._path(file) for file in files]
@@ -2413,7 +2416,7 @@ _NO_NAME = re.compile(r"\.{,2}\Z|.*[/\0]|.{256}", re.DOTALL)
 
 def _paths(paths: Any) -> list[Any]:
     """One path or several, as a list; a list of one means that path."""
-    many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
+    many = isinstance(paths, Iterable) and not isinstance(paths, str)
     each = list(paths) if many else [paths]
     if not each or not all(
         isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
@@ -2481,7 +2484,7 @@ class _LocalFiles:
 
     def __init__(self, top: str | None = None) -> None:
         self._top = top
-        self._folder: str | None = ""  # below the top: the one that is open beside it
+        self._folder: str | None = None  # the one that is open beside the top
         if top is not None:
             self._top_fd = os.open(top or ".", _OPEN_FOLDER)
             self._fd = os.dup(self._top_fd)
@@ -2494,11 +2497,11 @@ class _LocalFiles:
         """The open folder that this path is in, for the next call only, and the name there."""
         if self._top is None:
             return None, path
-        folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
+        folder, name = posixpath.split(path)
         if folder != self._folder:
             self._folder = None  # until we are there
             self._move_to(os.dup(self._top_fd))
-            for each in filter(None, folder.split("/")):
+            for each in filter(None, folder[len(self._top) :].split("/")):
                 self._move_to(os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
             self._folder = folder
         return self._fd, name
@@ -3016,8 +3019,7 @@ class _Copy:
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
             await file.setstat(given)
-            if given.permissions is not None and given.permissions & 0o7000:
-                # the change of owner has cleared these bits
+            if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these bits
                 await file.setstat(asyncssh.SFTPAttrs(permissions=given.permissions))
 
     async def _open(self, path: str, overwriting: bool) -> _File:
@@ -3107,14 +3109,13 @@ class _Copy:
                 if not data or (position == size and wanted == 1):
                     ended = True
 
-        if size < block:  # most files: a task would cost as much as the copy
-            await fetch(0, size + 1 if size else block)
-        else:
-            async with _UnderWay(2 * CHUNK // block) as under_way:
-                for position in range(0, size, block):
-                    if ended:
-                        break
-                    await under_way.start(fetch, position, min(block, size + 1 - position))
+        async with _UnderWay(2 * CHUNK // block) as under_way:
+            for position in range(0, size, block):
+                wanted = min(block, size + 1 - position)
+                if size < block:  # most files: a task would cost as much as the copy
+                    await fetch(position, wanted)
+                elif not ended:
+                    await under_way.start(fetch, position, wanted)
         while not ended:
             await fetch(end, block)
             if end > size + SURPLUS_LIMIT:
