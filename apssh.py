@@ -2384,6 +2384,7 @@ SURPLUS_LIMIT = 1 << 30
 FAILURES_SHOWN = 5  # in the one line of an error
 FAILURES_KEPT = 1000  # in TransferError.failures: a hostile server has no end of them
 
+_Attrs = asyncssh.SFTPAttrs
 _LOST = (
     asyncssh.SFTPConnectionLost,
     asyncssh.SFTPNoConnection,
@@ -2459,7 +2460,7 @@ class _LocalFile:
             written = os.pwrite(self._fd, data, offset)
             data, offset = data[written:], offset + written
 
-    async def setstat(self, attrs: asyncssh.SFTPAttrs) -> None:
+    async def setstat(self, attrs: _Attrs) -> None:
         """In OpenSSH's order: the owner last, which only root may change."""
         if attrs.permissions is not None:
             os.fchmod(self._fd, attrs.permissions)
@@ -2510,13 +2511,13 @@ class _LocalFiles:
         os.close(self._fd)
         self._fd = fd
 
-    async def stat(self, path: str, *, follow_symlinks: bool = True) -> asyncssh.SFTPAttrs:
+    async def stat(self, path: str, *, follow_symlinks: bool = True) -> _Attrs:
         """What a copy needs to know. Not asyncssh's from_local: that asks for the owner's name,
         which may take a server.
         """
         fd, name = self._at(path)
         info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
-        return asyncssh.SFTPAttrs(
+        return _Attrs(
             type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
             size=info.st_size,
             uid=info.st_uid,
@@ -2536,7 +2537,7 @@ class _LocalFiles:
         for name in os.listdir(path):
             yield asyncssh.SFTPName(name)
 
-    async def mkdir(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+    async def mkdir(self, path: str, attrs: _Attrs) -> None:
         fd, name = self._at(path)
         os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
 
@@ -2547,7 +2548,7 @@ class _LocalFiles:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
     async def open(
-        self, path: str, flags: int, attrs: asyncssh.SFTPAttrs, encoding: None, block_size: int
+        self, path: str, flags: int, attrs: _Attrs, encoding: None, block_size: int
     ) -> _LocalFile:
         """Never through a link, and a regular file whatever was put there since it was looked at:
         a FIFO would hold us for ever.
@@ -2565,7 +2566,7 @@ class _LocalFiles:
             raise TransferError("not a regular file")
         return _LocalFile(fd)
 
-    async def setstat(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+    async def setstat(self, path: str, attrs: _Attrs) -> None:
         """Of a folder."""
         fd, name = self._at(path)
         folder = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
@@ -2701,7 +2702,7 @@ class _Copy:
         self._pushing = self._wary = False
         self._into = False  # the destination is a folder that sources arrive in
         self._links: list[_CopyItem] = []
-        self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
+        self._late: list[tuple[str, _Attrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
         self._names = 0
         self._failures: list[str] = []
@@ -2738,7 +2739,7 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self.preserve = sftp, True, True
         with self._failing(path):
-            item, given = _CopyItem(path, _there(sftp, path)), asyncssh.SFTPAttrs(permissions=mode)
+            item, given = _CopyItem(path, _there(sftp, path)), _Attrs(permissions=mode)
             async with self._arriving(item, given) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
@@ -2800,7 +2801,7 @@ class _Copy:
             what = "not a folder" if existing else "no such folder"
             raise self._wrong(self._destination, what)
 
-    async def _look(self, path: str, *, follow: bool = False) -> asyncssh.SFTPAttrs | None:
+    async def _look(self, path: str, *, follow: bool = False) -> _Attrs | None:
         """What is there on the destination's side."""
         try:
             return await self._destination.stat(path, follow_symlinks=follow)
@@ -2827,7 +2828,7 @@ class _Copy:
             found += [posixpath.join(folder, name) for name in sorted(names)]
         return found or [literal]
 
-    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, asyncssh.SFTPAttrs]]:
+    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, _Attrs]]:
         """What a folder holds. A name that cannot be used is a failure."""
         taken = set[str]()
         async for found in self._source.scandir(folder or "."):
@@ -2876,7 +2877,7 @@ class _Copy:
             raise self._wrong(self._source, f"the name {escape(name)} comes twice")
         taken.add(name)
 
-    def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
+    def _check_apart(self, path: str, target: str, attrs: _Attrs) -> None:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
@@ -2884,7 +2885,7 @@ class _Copy:
         if inside and (self.inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
-    async def _enter(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _enter(self, item: _CopyItem, attrs: _Attrs) -> None:
         """One item, that was named (a link is followed) or found in a folder. Links come last."""
         unsure = (_UNKNOWN, _LINK) if self.follow_symlinks else (_UNKNOWN,)
         if item.level and attrs.type in unsure:
@@ -2903,7 +2904,7 @@ class _Copy:
         with self._failing(item.path):
             await work(item, *args)
 
-    async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _copy_folder(self, item: _CopyItem, attrs: _Attrs) -> None:
         """Make the folder, if need be, and enter what it holds."""
         real = str(await self._source.realpath(item.path)) if self.follow_symlinks else ""
         for wrong, why in (
@@ -2916,7 +2917,7 @@ class _Copy:
                 raise self._wrong(self._source, why)
         target, existing = await self._existing(item, _FOLDER_TYPE)
         if not existing:
-            await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
+            await self._destination.mkdir(target, _Attrs(permissions=0o700))
         if self.preserve or not existing:
             self._late.append((target, self._given(attrs)))
         async for name, attrs in self._entries(item.path):
@@ -2951,21 +2952,19 @@ class _Copy:
         async with self._replacing(item.target) as temporary:
             await self._destination.symlink(link, temporary)
 
-    async def _copy_file(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
         path = item.path
         if not self._wary and (self.follow_symlinks or not item.level):
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
-            path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
+            path, asyncssh.FXF_READ, _Attrs(), encoding=None, block_size=0
         )
         async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
             await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
 
     # one file
 
-    async def _existing(
-        self, item: _CopyItem, wanted: int
-    ) -> tuple[str, asyncssh.SFTPAttrs | None]:
+    async def _existing(self, item: _CopyItem, wanted: int) -> tuple[str, _Attrs | None]:
         """Where this entry goes, and what of the wanted kind is there. A link that the user named
         is resolved; in a tree it is replaced, for somebody else may have put it there. A folder,
         and what is neither file nor link, gives way to nothing.
@@ -2982,19 +2981,19 @@ class _Copy:
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")
 
-    def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
+    def _given(self, attrs: _Attrs) -> _Attrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
         mode = self._mode(attrs)
         if self.preserve:
-            return asyncssh.SFTPAttrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
-        return asyncssh.SFTPAttrs(permissions=mode & 0o777)
+            return _Attrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
+        return _Attrs(permissions=mode & 0o777)
 
-    def _mode(self, attrs: asyncssh.SFTPAttrs) -> int:
+    def _mode(self, attrs: _Attrs) -> int:
         """The mode bits; setuid and the like not from a server."""
         return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
 
     @contextlib.asynccontextmanager
-    async def _arriving(self, item: _CopyItem, given: asyncssh.SFTPAttrs) -> AsyncIterator[_File]:
+    async def _arriving(self, item: _CopyItem, given: _Attrs) -> AsyncIterator[_File]:
         """A file to write, that becomes the target when it is whole. An existing one keeps its
         owner, where that is permitted, and its mode, unless preserve asks for the source's.
         """
@@ -3008,19 +3007,17 @@ class _Copy:
             elif self.preserve or not overwriting:
                 await self._keep(file, existing, given)
 
-    async def _keep(
-        self, file: _File, existing: asyncssh.SFTPAttrs, given: asyncssh.SFTPAttrs
-    ) -> None:
+    async def _keep(self, file: _File, existing: _Attrs, given: _Attrs) -> None:
         """Owner and mode of the file that was there, unless preserve asks for the source's mode.
         What is not permitted is left: the file could be written, and that was the wish.
         """
         if not self.preserve and existing.permissions is not None:
-            given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
+            given = _Attrs(permissions=self._mode(existing))
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
             await file.setstat(given)
             if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these bits
-                await file.setstat(asyncssh.SFTPAttrs(permissions=given.permissions))
+                await file.setstat(_Attrs(permissions=given.permissions))
 
     async def _open(self, path: str, overwriting: bool) -> _File:
         folder = _brief(posixpath.dirname(path) or ".", 200)
@@ -3028,7 +3025,7 @@ class _Copy:
             return await self._destination.open(
                 path,
                 _TO_OVERWRITE if overwriting else _TO_MAKE,
-                asyncssh.SFTPAttrs(permissions=0o600),
+                _Attrs(permissions=0o600),
                 encoding=None,
                 block_size=0,
             )
