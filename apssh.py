@@ -1584,7 +1584,7 @@ class _KnownHosts:
                 for number, line in enumerate(lines, 1):
                     self._parse(line, file, number)
 
-    def _stamp_now(self) -> object:
+    def _stamp_now(self) -> list[object]:
         """Changes when one of the files does; which is not there has none."""
         stamp: list[object] = []
         for file in self._files:
@@ -2094,9 +2094,8 @@ class _SshConfig:
         answers: dict[Hop, _HostConfig] = {}
         missing = set(hops)
         while missing:
-            found = self._lookup(missing)
-            answers |= found
-            jumps = itertools.chain.from_iterable(each.jumps for each in found.values())
+            answers |= self._lookup(missing)
+            jumps = itertools.chain.from_iterable(answers[hop].jumps for hop in missing)
             missing = set(jumps) - answers.keys()
         return answers
 
