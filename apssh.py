@@ -3107,10 +3107,12 @@ class _Copy:
 
         async with _UnderWay(2 * CHUNK // block) as under_way:
             for position in range(0, size, block):
+                if ended:  # the size that a server announces may be any
+                    break
                 wanted = min(block, size + 1 - position)
                 if size < block:  # most files: a task would cost as much as the copy
                     await fetch(position, wanted)
-                elif not ended:
+                else:
                     await under_way.start(fetch, position, wanted)
         while not ended:
             await fetch(end, block)
