@@ -1299,7 +1299,7 @@ def _ask_secret(prompt: str) -> str:
     or no answer.
     """
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
+        open("/dev/tty", "rb").close()
     except OSError:
         raise UsageError(f"no terminal to ask: {prompt}") from None
     try:
@@ -1584,7 +1584,7 @@ class _KnownHosts:
                 for number, line in enumerate(lines, 1):
                     self._parse(line, file, number)
 
-    def _stamp_now(self) -> object:
+    def _stamp_now(self) -> list[object]:
         """Changes when one of the files does; which is not there has none."""
         stamp: list[object] = []
         for file in self._files:
@@ -1745,35 +1745,40 @@ class _Trust:
 
     def __post_init__(self) -> None:
         alias = self.config.one("hostkeyalias")
-        host = alias or self.address
-        self.name = host if alias or self.port == 22 else f"[{host}]:{self.port}"
+        self._host = alias or self.address
+        self.name = self._host if alias or self.port == 22 else f"[{self._host}]:{self.port}"
         self.policy = "no" if self.known_hosts is None else "yes"
         self.shown = ""
         self.changed = self.recorded = False
         self._new: asyncssh.SSHKey | None = None
         self._file: _KnownHosts | None = None
-        lines: list[_KnownKey] = []
         self._known: list[_KnownKey] = []
-        self._keys: list[asyncssh.SSHKey] = []
-        if isinstance(self.known_hosts, _Verify | str | os.PathLike):
-            configured = self.config.one("stricthostkeychecking")
-            self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
-            files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
-            if not isinstance(self.known_hosts, _Verify):
-                files = [os.fspath(self.known_hosts)]
-            self._file = _known_hosts_of(*map(os.path.expanduser, files))
-            lines = self._file.find(self.name)
-            # authorities and revoked keys count whatever the port; a key without port counts when
-            # none is known for the port, and nobody is told that it has changed
-            self._known = [line for line in lines if not line.marker]
-            if self.name != host:
-                lines += self._file.find(host, marked=bool(self._known))
-            self._keys = [line.key for line in lines if not line.marker]
-        elif self.known_hosts:
-            self._keys = [key.convert_to_public() for key in self.known_hosts]
+        lines = self._find_lines()
+        self._keys = [line.key for line in lines if not line.marker]
         self._revoked = {line.key: line.file for line in lines if line.marker == "@revoked"}
         self._authorities = [line.key for line in lines if line.marker == "@cert-authority"]
         self.certified = self.asking and self.policy != "no" and self._authorities != []
+
+    def _find_lines(self) -> list[_KnownKey]:
+        """What is known of the host.
+
+        Authorities and revoked keys count whatever the port; a key without port counts when none is
+        known for the port, and nobody is told that it has changed.
+        """
+        if not isinstance(self.known_hosts, _Verify | str | os.PathLike):
+            given = self.known_hosts or ()
+            return [_KnownKey(None, key.convert_to_public(), "", 0) for key in given]
+        configured = self.config.one("stricthostkeychecking")
+        self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
+        files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
+        if not isinstance(self.known_hosts, _Verify):
+            files = [os.fspath(self.known_hosts)]
+        self._file = _known_hosts_of(*map(os.path.expanduser, files))
+        lines = self._file.find(self.name)
+        self._known = [line for line in lines if not line.marker]
+        if self.name != self._host:
+            lines += self._file.find(self._host, marked=bool(self._known))
+        return lines
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it
@@ -1979,12 +1984,10 @@ class _HostConfig:
     @property
     def identity_agent(self) -> str | None:
         """Where the agent listens; for ``none``, where no agent answers."""
-        for agent in self.values("identityagent"):
-            if agent == "none":
-                return os.devnull
-            if agent != "SSH_AUTH_SOCK":
-                return self._path(agent)
-        return None
+        agent = "".join(self.values("identityagent"))
+        if agent == "none":
+            return os.devnull
+        return None if agent in ("", "SSH_AUTH_SOCK") else self._path(agent)
 
     @property
     def names_keys(self) -> bool:
@@ -1998,7 +2001,7 @@ class _HostConfig:
         keywords = ("userknownhostsfile", "globalknownhostsfile")
         files: list[str] = []
         for keyword in keywords if any(map(self.values, keywords)) else ():
-            for value in self._said.get(keyword) or self._defaults.get(keyword, []):
+            for value in self._said.get(keyword, []):
                 # ssh quotes no blank that is in a name
                 files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
         return [os.devnull if file == "none" else self._path(file) for file in files]
@@ -2091,9 +2094,8 @@ class _SshConfig:
         answers: dict[Hop, _HostConfig] = {}
         missing = set(hops)
         while missing:
-            found = self._lookup(missing)
-            answers |= found
-            jumps = itertools.chain.from_iterable(each.jumps for each in found.values())
+            answers |= self._lookup(missing)
+            jumps = itertools.chain.from_iterable(answers[hop].jumps for hop in missing)
             missing = set(jumps) - answers.keys()
         return answers
 
@@ -2381,6 +2383,7 @@ SURPLUS_LIMIT = 1 << 30
 FAILURES_SHOWN = 5  # in the one line of an error
 FAILURES_KEPT = 1000  # in TransferError.failures: a hostile server has no end of them
 
+_Attrs = asyncssh.SFTPAttrs
 _LOST = (
     asyncssh.SFTPConnectionLost,
     asyncssh.SFTPNoConnection,
@@ -2413,7 +2416,7 @@ _NO_NAME = re.compile(r"\.{,2}\Z|.*[/\0]|.{256}", re.DOTALL)
 
 def _paths(paths: Any) -> list[Any]:
     """One path or several, as a list; a list of one means that path."""
-    many = isinstance(paths, Iterable) and not isinstance(paths, str | os.PathLike)
+    many = isinstance(paths, Iterable) and not isinstance(paths, str)
     each = list(paths) if many else [paths]
     if not each or not all(
         isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
@@ -2456,7 +2459,7 @@ class _LocalFile:
             written = os.pwrite(self._fd, data, offset)
             data, offset = data[written:], offset + written
 
-    async def setstat(self, attrs: asyncssh.SFTPAttrs) -> None:
+    async def setstat(self, attrs: _Attrs) -> None:
         """In OpenSSH's order: the owner last, which only root may change."""
         if attrs.permissions is not None:
             os.fchmod(self._fd, attrs.permissions)
@@ -2481,7 +2484,7 @@ class _LocalFiles:
 
     def __init__(self, top: str | None = None) -> None:
         self._top = top
-        self._folder: str | None = ""  # below the top: the one that is open beside it
+        self._folder: str | None = None  # the one that is open beside the top
         if top is not None:
             self._top_fd = os.open(top or ".", _OPEN_FOLDER)
             self._fd = os.dup(self._top_fd)
@@ -2494,11 +2497,11 @@ class _LocalFiles:
         """The open folder that this path is in, for the next call only, and the name there."""
         if self._top is None:
             return None, path
-        folder, name = posixpath.split(path[len(self._top) :].lstrip("/"))
+        folder, name = posixpath.split(path)
         if folder != self._folder:
             self._folder = None  # until we are there
             self._move_to(os.dup(self._top_fd))
-            for each in filter(None, folder.split("/")):
+            for each in filter(None, folder[len(self._top) :].split("/")):
                 self._move_to(os.open(each, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self._fd))
             self._folder = folder
         return self._fd, name
@@ -2507,13 +2510,13 @@ class _LocalFiles:
         os.close(self._fd)
         self._fd = fd
 
-    async def stat(self, path: str, *, follow_symlinks: bool = True) -> asyncssh.SFTPAttrs:
+    async def stat(self, path: str, *, follow_symlinks: bool = True) -> _Attrs:
         """What a copy needs to know. Not asyncssh's from_local: that asks for the owner's name,
         which may take a server.
         """
         fd, name = self._at(path)
         info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
-        return asyncssh.SFTPAttrs(
+        return _Attrs(
             type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
             size=info.st_size,
             uid=info.st_uid,
@@ -2533,7 +2536,7 @@ class _LocalFiles:
         for name in os.listdir(path):
             yield asyncssh.SFTPName(name)
 
-    async def mkdir(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+    async def mkdir(self, path: str, attrs: _Attrs) -> None:
         fd, name = self._at(path)
         os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
 
@@ -2544,7 +2547,7 @@ class _LocalFiles:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
     async def open(
-        self, path: str, flags: int, attrs: asyncssh.SFTPAttrs, encoding: None, block_size: int
+        self, path: str, flags: int, attrs: _Attrs, encoding: None, block_size: int
     ) -> _LocalFile:
         """Never through a link, and a regular file whatever was put there since it was looked at:
         a FIFO would hold us for ever.
@@ -2562,7 +2565,7 @@ class _LocalFiles:
             raise TransferError("not a regular file")
         return _LocalFile(fd)
 
-    async def setstat(self, path: str, attrs: asyncssh.SFTPAttrs) -> None:
+    async def setstat(self, path: str, attrs: _Attrs) -> None:
         """Of a folder."""
         fd, name = self._at(path)
         folder = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
@@ -2698,7 +2701,7 @@ class _Copy:
         self._pushing = self._wary = False
         self._into = False  # the destination is a folder that sources arrive in
         self._links: list[_CopyItem] = []
-        self._late: list[tuple[str, asyncssh.SFTPAttrs]] = []  # folders, to have these at the end
+        self._late: list[tuple[str, _Attrs]] = []  # folders, to have these at the end
         self._under_way = _UnderWay(FILES_IN_FLIGHT)
         self._names = 0
         self._failures: list[str] = []
@@ -2735,7 +2738,7 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self.preserve = sftp, True, True
         with self._failing(path):
-            item, given = _CopyItem(path, _there(sftp, path)), asyncssh.SFTPAttrs(permissions=mode)
+            item, given = _CopyItem(path, _there(sftp, path)), _Attrs(permissions=mode)
             async with self._arriving(item, given) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
@@ -2797,7 +2800,7 @@ class _Copy:
             what = "not a folder" if existing else "no such folder"
             raise self._wrong(self._destination, what)
 
-    async def _look(self, path: str, *, follow: bool = False) -> asyncssh.SFTPAttrs | None:
+    async def _look(self, path: str, *, follow: bool = False) -> _Attrs | None:
         """What is there on the destination's side."""
         try:
             return await self._destination.stat(path, follow_symlinks=follow)
@@ -2824,7 +2827,7 @@ class _Copy:
             found += [posixpath.join(folder, name) for name in sorted(names)]
         return found or [literal]
 
-    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, asyncssh.SFTPAttrs]]:
+    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, _Attrs]]:
         """What a folder holds. A name that cannot be used is a failure."""
         taken = set[str]()
         async for found in self._source.scandir(folder or "."):
@@ -2873,7 +2876,7 @@ class _Copy:
             raise self._wrong(self._source, f"the name {escape(name)} comes twice")
         taken.add(name)
 
-    def _check_apart(self, path: str, target: str, attrs: asyncssh.SFTPAttrs) -> None:
+    def _check_apart(self, path: str, target: str, attrs: _Attrs) -> None:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
@@ -2881,7 +2884,7 @@ class _Copy:
         if inside and (self.inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
-    async def _enter(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _enter(self, item: _CopyItem, attrs: _Attrs) -> None:
         """One item, that was named (a link is followed) or found in a folder. Links come last."""
         unsure = (_UNKNOWN, _LINK) if self.follow_symlinks else (_UNKNOWN,)
         if item.level and attrs.type in unsure:
@@ -2900,7 +2903,7 @@ class _Copy:
         with self._failing(item.path):
             await work(item, *args)
 
-    async def _copy_folder(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _copy_folder(self, item: _CopyItem, attrs: _Attrs) -> None:
         """Make the folder, if need be, and enter what it holds."""
         real = str(await self._source.realpath(item.path)) if self.follow_symlinks else ""
         for wrong, why in (
@@ -2913,7 +2916,7 @@ class _Copy:
                 raise self._wrong(self._source, why)
         target, existing = await self._existing(item, _FOLDER_TYPE)
         if not existing:
-            await self._destination.mkdir(target, asyncssh.SFTPAttrs(permissions=0o700))
+            await self._destination.mkdir(target, _Attrs(permissions=0o700))
         if self.preserve or not existing:
             self._late.append((target, self._given(attrs)))
         async for name, attrs in self._entries(item.path):
@@ -2948,21 +2951,19 @@ class _Copy:
         async with self._replacing(item.target) as temporary:
             await self._destination.symlink(link, temporary)
 
-    async def _copy_file(self, item: _CopyItem, attrs: asyncssh.SFTPAttrs) -> None:
+    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
         path = item.path
         if not self._wary and (self.follow_symlinks or not item.level):
             path = str(await self._source.realpath(path))
         opened = await self._source.open(
-            path, asyncssh.FXF_READ, asyncssh.SFTPAttrs(), encoding=None, block_size=0
+            path, asyncssh.FXF_READ, _Attrs(), encoding=None, block_size=0
         )
         async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
             await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
 
     # one file
 
-    async def _existing(
-        self, item: _CopyItem, wanted: int
-    ) -> tuple[str, asyncssh.SFTPAttrs | None]:
+    async def _existing(self, item: _CopyItem, wanted: int) -> tuple[str, _Attrs | None]:
         """Where this entry goes, and what of the wanted kind is there. A link that the user named
         is resolved; in a tree it is replaced, for somebody else may have put it there. A folder,
         and what is neither file nor link, gives way to nothing.
@@ -2979,19 +2980,19 @@ class _Copy:
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")
 
-    def _given(self, attrs: asyncssh.SFTPAttrs) -> asyncssh.SFTPAttrs:
+    def _given(self, attrs: _Attrs) -> _Attrs:
         """What a copy gets of its source: the mode bits, with preserve the times too."""
         mode = self._mode(attrs)
         if self.preserve:
-            return asyncssh.SFTPAttrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
-        return asyncssh.SFTPAttrs(permissions=mode & 0o777)
+            return _Attrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
+        return _Attrs(permissions=mode & 0o777)
 
-    def _mode(self, attrs: asyncssh.SFTPAttrs) -> int:
+    def _mode(self, attrs: _Attrs) -> int:
         """The mode bits; setuid and the like not from a server."""
         return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
 
     @contextlib.asynccontextmanager
-    async def _arriving(self, item: _CopyItem, given: asyncssh.SFTPAttrs) -> AsyncIterator[_File]:
+    async def _arriving(self, item: _CopyItem, given: _Attrs) -> AsyncIterator[_File]:
         """A file to write, that becomes the target when it is whole. An existing one keeps its
         owner, where that is permitted, and its mode, unless preserve asks for the source's.
         """
@@ -3005,20 +3006,17 @@ class _Copy:
             elif self.preserve or not overwriting:
                 await self._keep(file, existing, given)
 
-    async def _keep(
-        self, file: _File, existing: asyncssh.SFTPAttrs, given: asyncssh.SFTPAttrs
-    ) -> None:
+    async def _keep(self, file: _File, existing: _Attrs, given: _Attrs) -> None:
         """Owner and mode of the file that was there, unless preserve asks for the source's mode.
         What is not permitted is left: the file could be written, and that was the wish.
         """
         if not self.preserve and existing.permissions is not None:
-            given = asyncssh.SFTPAttrs(permissions=self._mode(existing))
+            given = _Attrs(permissions=self._mode(existing))
         given.uid, given.gid = existing.uid, existing.gid
         with contextlib.suppress(OSError, asyncssh.SFTPError):
             await file.setstat(given)
-            if given.permissions is not None and given.permissions & 0o7000:
-                # the change of owner has cleared these bits
-                await file.setstat(asyncssh.SFTPAttrs(permissions=given.permissions))
+            if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these bits
+                await file.setstat(_Attrs(permissions=given.permissions))
 
     async def _open(self, path: str, overwriting: bool) -> _File:
         folder = _brief(posixpath.dirname(path) or ".", 200)
@@ -3026,7 +3024,7 @@ class _Copy:
             return await self._destination.open(
                 path,
                 _TO_OVERWRITE if overwriting else _TO_MAKE,
-                asyncssh.SFTPAttrs(permissions=0o600),
+                _Attrs(permissions=0o600),
                 encoding=None,
                 block_size=0,
             )
@@ -3107,14 +3105,15 @@ class _Copy:
                 if not data or (position == size and wanted == 1):
                     ended = True
 
-        if size < block:  # most files: a task would cost as much as the copy
-            await fetch(0, size + 1 if size else block)
-        else:
-            async with _UnderWay(2 * CHUNK // block) as under_way:
-                for position in range(0, size, block):
-                    if ended:
-                        break
-                    await under_way.start(fetch, position, min(block, size + 1 - position))
+        async with _UnderWay(2 * CHUNK // block) as under_way:
+            for position in range(0, size, block):
+                if ended:  # the size that a server announces may be any
+                    break
+                wanted = min(block, size + 1 - position)
+                if size < block:  # most files: a task would cost as much as the copy
+                    await fetch(position, wanted)
+                else:
+                    await under_way.start(fetch, position, wanted)
         while not ended:
             await fetch(end, block)
             if end > size + SURPLUS_LIMIT:
