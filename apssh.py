@@ -6792,9 +6792,8 @@ class _Scenario:
             self.nodes[name] = self.make(cls, self.values(fields, cls) | overrides(cls))
         for name, fields in self.ordered("jobs", jobs, "required"):
             values = {"label": name} | self.values(fields, SshJob)
-            is_teardown = values.pop("teardown", False)
             self.jobs[name] = self.make(SshJob, values)
-            if is_teardown:
+            if values.get("teardown"):
                 self.teardown.append(self.jobs[name])
         scheduled = [job for job in self.jobs.values() if job not in self.teardown]
         return self.nodes, self.jobs, asynciojobs.Scheduler(*scheduled)
