@@ -10936,7 +10936,7 @@ def test_text_of_a_run() -> None:
         "Local Node          |###########          | 5 s      ok        one",
         "Local Node          |    #####            | 2 s      failed    bad",
         "Local Node          |          ###########| 5 s      ok        two",
-        "ay.example.org->root|                    #| 0 s      cancelled x",
+        ".example.org->root@a|                    #| 0 s      cancelled x",
         "failed: bad: status 3",
         "never ran: late",
     ]
