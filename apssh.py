@@ -6036,7 +6036,7 @@ def _refuse_running_loop(what: str, remedy: str) -> None:
 
 def _nodes_by_way(scheduler: _Scheduler) -> dict[str, SshNode | LocalNode]:
     """The nodes of a scheduler's jobs, and their gateways, by their ways (``user@gw->root@host``);
-    in the order of these, hop by hop, so that each comes behind its gateway.
+    in the order of these, so that each comes behind its gateway.
     """
     nodes: dict[str, SshNode | LocalNode] = {}
     for job in _ssh_jobs(scheduler):
@@ -6044,7 +6044,7 @@ def _nodes_by_way(scheduler: _Scheduler) -> dict[str, SshNode | LocalNode]:
         while node:
             nodes.setdefault(str(node), node)
             node = node.gateway
-    return {way: nodes[way] for way in sorted(nodes, key=lambda way: way.split("->"))}
+    return dict(sorted(nodes.items()))
 
 
 def topology_dot(scheduler: _Scheduler) -> str:
@@ -6108,14 +6108,11 @@ def _job_state(job: _Job) -> tuple[str, str | None]:
     """
     if not job.is_scheduled():
         # a teardown job runs in no scheduler: its steps tell
-        records = job.records if isinstance(job, SshJob) else []
-        for step in records:
-            if step.error:
-                return "failed", step.error
-        return "ok" if records else "idle", None
-    if not job.is_running():
+        if not getattr(job, "records", None):
+            return "idle", None
+    elif not job.is_running():
         return "waiting", None
-    if not job.is_done():
+    elif not job.is_done():
         # asynciojobs has no word for a job that it cancelled: not done, and "running" for ever
         task = _task_of(job)
         return "cancelled" if task and task.cancelled() else "running", None
@@ -6761,8 +6758,6 @@ class _Scenario:
         self.yaml = _extra("yaml")
         self.path: tuple[str, ...] = ()
         self.line = 1
-        self.nodes: dict[str, Any] = {}
-        self.jobs: dict[str, Any] = {}
         self.formatters: dict[str, Formatter] = {}
         self.teardown: list[SshJob] = []
         # in the order in which they are tried: ``yes`` may be a text too
@@ -6787,16 +6782,17 @@ class _Scenario:
             self.line = root.line_of(name)
             self.known("section", {"nodes": "", "jobs": ""}, name)
         nodes, jobs = self.section(root, "nodes"), self.section(root, "jobs")
-        self.nodes, self.jobs = dict.fromkeys(nodes), dict.fromkeys(jobs)
+        # all ids are known, in the order of the file, before the first one is made
+        self.nodes: dict[str, Any] = dict.fromkeys(nodes)
+        self.jobs: dict[str, Any] = dict.fromkeys(jobs)
         for name, fields in self.ordered("nodes", nodes, "gateway"):
             is_local = self.yaml.SafeLoader.bool_values.get(str(fields.get("localnode")).lower())
             cls = LocalNode if is_local else SshNode
             self.nodes[name] = self.make(cls, self.values(fields, cls) | overrides(cls))
         for name, fields in self.ordered("jobs", jobs, "required"):
             values = {"label": name} | self.values(fields, SshJob)
-            is_teardown = values.pop("teardown", False)
             self.jobs[name] = self.make(SshJob, values)
-            if is_teardown:
+            if values.get("teardown"):
                 self.teardown.append(self.jobs[name])
         scheduled = [job for job in self.jobs.values() if job not in self.teardown]
         return self.nodes, self.jobs, asynciojobs.Scheduler(*scheduled)
@@ -9142,52 +9138,52 @@ async def _run_scenario(options: argparse.Namespace) -> int:
             f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
         )
     env = _assignments("--set", options.set)
-    if not env and options.scenario.endswith(".j2"):
-        env = {"": ""}  # a template even so
-    shown = options.list_targets or options.dry_run
-    changes: dict[str, Any] = {"verbose": True} if options.verbose else {}
+    if options.scenario.endswith(".j2"):
+        env |= {"": ""}  # a template even so
+    scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
+    if options.list_targets or options.dry_run:
+        nodes, _, _ = scenario.load()
+        lines = _dry_run(scenario) if options.dry_run else map(_way, nodes.values())
+        _screen.write("".join(f"{escape(line)}\n" for line in lines).encode())
+        return 0
     async with contextlib.AsyncExitStack() as stack:
         fleet: list[SshNode] = []
-        if options.demo and not shown:
-            fleet = await stack.enter_async_context(demo_fleet(options.demo))
-        free = itertools.cycle(fleet)
-
-        def overrides(cls: type) -> dict[str, Any]:
-            if cls is LocalNode:
-                return changes
-            found = dict(changes)
-            if options.host_keys:
-                found["host_keys"] = options.host_keys
-            if fleet:
-                demo = next(free)
-                found |= {"address": "127.0.0.1", "port": demo.port, "username": demo.username}
-                found |= {"keys": demo.keys, "known_hosts": demo.known_hosts}
-                found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
-            return found
-
-        scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
-        nodes, jobs, scheduler = scenario.load(overrides)
-        if shown:
-            _show_scenario(nodes, jobs, scheduler, options.dry_run)
-            return 0
-        hosts = sum(isinstance(node, SshNode) for node in nodes.values())
-        if 0 < len(fleet) < hosts:
-            raise UsageError(f"--demo {options.demo}: the scenario has {_count(hosts, 'host')}")
+        if options.demo:
+            fleet += await stack.enter_async_context(demo_fleet(options.demo))
+        _, jobs, scheduler = scenario.load(functools.partial(_scenario_overrides, options, fleet))
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
         printed = sys.stderr if options.verbose else io.StringIO()
         try:
-            around = experiment(scheduler, options.record, options.timeline, scenario.teardown)
             # a critical job's failure is told below, that of a teardown too
             with contextlib.suppress(ApsshError):
-                async with around:
+                async with experiment(
+                    scheduler, options.record, options.timeline, scenario.teardown
+                ):
                     with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
                         await scheduler.co_run()
-        except asyncio.CancelledError:
-            _conclude_scenario(options, jobs, interrupted=True)
-            raise
         finally:
             _screen.out = None
-    return 1 if _screen.closed else _conclude_scenario(options, jobs)
+            ok = not _screen.closed and _scenario_succeeded(options, jobs)
+    return 0 if ok else 1
+
+
+def _scenario_overrides(
+    options: argparse.Namespace, fleet: list[SshNode], cls: type
+) -> dict[str, Any]:
+    """What options say of a scenario's node; with --demo it stands for one of the fleet."""
+    found: dict[str, Any] = {"verbose": True} if options.verbose else {}
+    if cls is LocalNode:
+        return found
+    if options.host_keys:
+        found["host_keys"] = options.host_keys
+    if options.demo:
+        if not fleet:
+            raise UsageError(f"--demo {options.demo}: the scenario has more hosts")
+        host = fleet.pop(0)
+        found |= {"port": host.port, "username": host.username, "keys": host.keys}
+        found |= {"address": "127.0.0.1", "known_hosts": host.known_hosts}
+        found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
+    return found
 
 
 _WITH_SCENARIO = (
@@ -9207,77 +9203,45 @@ _WITH_SCENARIO = (
 )
 
 
-def _show_scenario(
-    nodes: Mapping[str, SshNode | LocalNode],
-    jobs: Mapping[str, SshJob],
-    scheduler: asynciojobs.Scheduler,
-    steps: bool,
-) -> None:
-    """-L: the hosts; -n: every step, where it would run, and who captures what has no value yet."""
-    lines = [] if steps else [_way(node) for node in nodes.values()]
-    names = {job: name for name, job in jobs.items()}
-    captured = {
-        command.capture.varname: names[job]
-        for job in names
-        for command in job.commands
-        if isinstance(command, _ShellCommand) and command.capture
-    }
-
-    def required(job: SshJob) -> tuple[bool, int]:
-        return job not in scheduler.jobs, len(scheduler.predecessors_upstream(job))
-
-    # asynciojobs keeps jobs in sets, whose order changes from run to run: that of the file is kept,
-    # as far as each comes after what it requires
-    for job in sorted(names, key=required) if steps else ():
-        notes = []
-        if job.required:
-            notes.append(
-                "after " + ", ".join(names[each] for each in names if each in job.required)
-            )
-        if not job.critical:
-            notes.append("not critical")
-        if job.forever:
-            notes.append("forever")
-        if job not in scheduler.jobs:
+def _dry_run(scenario: _Scenario) -> Iterator[str]:
+    """Every step, where it would run, and who captures what has no value yet."""
+    captured = {}
+    for name, job in scenario.jobs.items():
+        for command in job.commands:
+            if isinstance(command, _ShellCommand) and command.capture:
+                captured[command.capture.varname] = f"captured by {name}"
+    for name, job in scenario.jobs.items():
+        notes = [f"after {each}" for each in scenario.jobs if scenario.jobs[each] in job.required]
+        if job in scenario.teardown:
             notes.append("teardown")
-        lines.append(
-            f"{names[job]}: {_way(job.node)}" + (f" ({', '.join(notes)})" if notes else "")
-        )
+        yield f"{name}: {_way(job.node)} ({', '.join(notes)})".removesuffix(" ()")
         for command in job.commands:
             text = command.dry_run_text()
             if command.label:
-                lines.append(f"    [{command.label}]")
-            lines += [f"    {line}" for line in text.splitlines()]
-            for name in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
-                by = f"captured by {captured[name]}" if name in captured else "NO STEP CAPTURES IT"
-                lines.append(f"      {{{{{name}}}}}: {by}")
-    _screen.write("".join(f"{escape(line)}\n" for line in lines).encode("utf-8", "surrogateescape"))
+                yield f"    [{command.label}]"
+            for line in text.splitlines():
+                yield f"    {line}"
+            for variable in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
+                by = captured.get(variable, "NO STEP CAPTURES IT")
+                yield f"      {{{{{variable}}}}}: {by}"
 
 
-def _conclude_scenario(
-    options: argparse.Namespace, jobs: Mapping[str, SshJob], interrupted: bool = False
-) -> int:
-    """What became of the jobs; the exit code."""
-    renamed = {"idle": "never ran", "waiting": "never ran"}
-    if interrupted:
-        renamed |= {"running": "interrupted", "cancelled": "interrupted"}
-    states: list[str] = []
+def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob]) -> bool:
+    """Whether all did; tells what became of the jobs."""
+    counts: collections.Counter[str] = collections.Counter()
     ok = True
     for name, job in jobs.items():
         state, error = _job_state(job)
-        state = renamed.get(state, state)
-        states.append(state)
-        if state == "failed" and job.critical:  # others tell it when it happens
-            _screen.say(_screen.paint(f"{escape(name)}: {escape(error or state)}", "31"))
+        counts[_TOLD.get(state, state)] += 1
+        if error and job.critical:  # others tell it when it happens
+            _screen.say(_screen.paint(f"{escape(name)}: {escape(error)}", "31"))
         # a job that runs for ever ends when the others have: it may fail only by itself
-        excused = job.forever and state in ("cancelled", "interrupted", "never ran")
-        ok = ok and (state == "ok" or excused)
+        ok = ok and (state == "ok" or (job.forever and not error))
     if not options.quiet:
-        counts = collections.Counter(states)
         text = ", ".join(f"{count} {state}" for state, count in counts.items())
         _screen.say(_screen.paint(text, "32" if ok else "31"))
     _tell_first_contacts(options, [job.node for job in jobs.values()])
-    return 0 if ok else 1
+    return ok
 
 
 class _Keyboard(_Stdin):
