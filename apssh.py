@@ -631,7 +631,9 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     user, host, digits = match.groups()
     if digits is not None:
         port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
-    hop = Hop(re.sub(r"^\[(.*)\]$", r"\1", host), login if user is None else user, port)
+    if host.startswith("["):
+        host = host[1:-1]
+    hop = Hop(host, login if user is None else user, port)
     if problem := _problem(hop):
         raise UsageError(f"{_brief(target)}: {problem}")
     return hop
@@ -932,7 +934,7 @@ class _HeldSink:
         return bytes(self._err)
 
 
-_FILLED = 10_000  # formats filled in for a host that are kept
+_FILLED = 10_000  # templates that a formatter keeps
 _FIELD = r"\{\w+\}"
 _FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 
@@ -963,6 +965,7 @@ class Formatter:
     _names: dict[Endpoint, str]
     # who is meant by a host, which is all that ``line`` is told: who spoke last
     _speakers: dict[str, Endpoint]
+    # what ``_fill`` made before
     _filled: Callable[[str, Endpoint, bool], list[bytes]]
     _name_width = _fqdn_width = 0
 
@@ -1209,10 +1212,9 @@ class CaptureFormatter(Formatter):
 
     _on_screen = False
 
-    def __new__(cls, *args: object, **keywords: object) -> Self:
-        self = super().__new__(cls)
-        self.start_capture()
-        return self
+    @functools.cached_property
+    def _held(self) -> _HeldSink:
+        return _HeldSink()
 
     def start_capture(self) -> None:
         """Forget what was captured so far."""
@@ -7260,11 +7262,10 @@ class _Sources:
         """
         for text in texts:
             for word in [text] if _find(text) else _words(text):
-                if _is_host(word) and hosts_too:
+                host = _is_host(word)
+                if host and hosts_too:
                     yield parse(word)
-                elif (
-                    _is_host(word) and os.path.exists(word) and not word.endswith((".txt", ".list"))
-                ):
+                elif host and os.path.exists(word) and not word.endswith((".txt", ".list")):
                     self._notice(
                         f"{word} is a file or folder here: what it holds are the targets "
                         f"(./{word} says so; USER@{word} is the host)"
