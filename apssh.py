@@ -471,6 +471,9 @@ def _expand_numbers(bracket: str, *, most: int) -> list[str]:
     return numbers
 
 
+_Row = tuple[str, ...]  # a name: text, number, text, ..., text
+
+
 def fold_names(names: Iterable[str]) -> str:
     """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand
     as they are.
@@ -482,16 +485,14 @@ def fold_names(names: Iterable[str]) -> str:
     # from the last number on, so that racks [1-2] of nodes [1-30] come out; a row without a number
     # at this place stays as it is
     for place in reversed(range(1, max(map(len, rows), default=0), 2)):
-        alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        alike: dict[tuple[_Row, _Row], list[str]] = collections.defaultdict(list)
         for row in rows:
-            around = row[:place], row[place + 1 :]
-            alike.setdefault(around, []).extend(row[place : place + 1])
+            alike[row[:place], row[place + 1 :]].extend(row[place : place + 1])
         rows = [(*left, _fold_numbers(numbers), *right) for (left, right), numbers in alike.items()]
     return ",".join(map("".join, rows))
 
 
-def _cut_at_numbers(name: str) -> tuple[str, ...]:
-    """Text, number, text, ..., text."""
+def _cut_at_numbers(name: str) -> _Row:
     if name.count(":") > 1 or "[" in name:
         return (name,)
     return tuple(re.split("([0-9]{1,18})", name))
@@ -7151,13 +7152,13 @@ def _parse_targets(
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    refused: dict[str, list[Target]] = {}
+    refused = collections.defaultdict(list)
     excluded = [exclude] if isinstance(exclude, str) else exclude
     for pattern in _bounded(sources.targets(excluded, _parse_target, hosts_too=True)):
-        refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
+        refused[pattern.chain[-1].host.lower()].append(pattern)
     kept = []
     for target in found:
-        patterns = refused.get(target.chain[-1].host.lower(), ())
+        patterns = refused[target.chain[-1].host.lower()]
         if not any(_matches(pattern, target) for pattern in patterns):
             kept.append(target)
     if not kept:
