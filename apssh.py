@@ -7244,8 +7244,9 @@ class _Sources:
     """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
-    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each,
-    of words that are taken for a file here and could as well be hosts; by default stderr does.
+    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once
+    each, of words that are taken for a file here and could as well be hosts; by default stderr
+    does.
     """
 
     def __init__(
