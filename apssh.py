@@ -8163,30 +8163,23 @@ class _Results(_View):
 _Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
 
 
-def _shown_in_folder(folder: str, verbose: bool) -> _Shown:
+def _shown_in_folder(folder: str) -> _Shown:
     formatter = SubdirFormatter(folder)
-    return formatter, [_Folder(formatter), _Failures(verbose)]
+    return formatter, [_Folder(formatter)]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
-# each result (views, in this order). Without any of these options it is the last one.
+# each result (views, in this order; failures are told besides, but for those that the output tells
+# itself). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options.out_dir, options.verbose),
-    "date_time": lambda options: _shown_in_folder(
-        time.strftime("%Y-%m-%d@%H:%M:%S"), options.verbose
-    ),
-    "gather": lambda options: (
-        _HoldingFormatter(),
-        [_Gather(options.diff), _Failures(options.verbose, told=("status", "signal"))],
-    ),
+    "out_dir": lambda options: _shown_in_folder(options.out_dir),
+    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "gather": lambda options: (_HoldingFormatter(), [_Gather(options.diff)]),
     "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
-    "format": lambda options: (TerminalFormatter(options.format), [_Failures(options.verbose)]),
-    "raw_format": lambda options: (RawFormatter(), [_Failures(options.verbose)]),
-    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures(options.verbose)]),
-    "": lambda options: (
-        _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
-        [_Failures(options.verbose)],
-    ),
+    "format": lambda options: (TerminalFormatter(options.format), []),
+    "raw_format": lambda options: (RawFormatter(), []),
+    "time_colon_format": lambda options: (TimeHostFormatter(), []),
+    "": lambda options: (_LiveFormatter() if _is_dialogue(options) else HostFormatter(), []),
 }
 
 
@@ -8203,6 +8196,9 @@ def _output(options: argparse.Namespace) -> _Shown:
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
+    if not options.json:
+        told = ("status", "signal") if options.gather else ()
+        views.append(_Failures(options.verbose, told))
     if options.mark:
         if not isinstance(formatter, SubdirFormatter):
             raise UsageError("-m goes with -o or -d")
