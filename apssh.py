@@ -471,6 +471,9 @@ def _expand_numbers(bracket: str, *, most: int) -> list[str]:
     return numbers
 
 
+_Row = tuple[str, ...]  # a name: text, number, text, ..., text
+
+
 def fold_names(names: Iterable[str]) -> str:
     """The names sorted, each once, in target syntax: ``node[01-03,07],web``; IPv6 addresses stand
     as they are.
@@ -482,16 +485,14 @@ def fold_names(names: Iterable[str]) -> str:
     # from the last number on, so that racks [1-2] of nodes [1-30] come out; a row without a number
     # at this place stays as it is
     for place in reversed(range(1, max(map(len, rows), default=0), 2)):
-        alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        alike: dict[tuple[_Row, _Row], list[str]] = collections.defaultdict(list)
         for row in rows:
-            around = row[:place], row[place + 1 :]
-            alike.setdefault(around, []).extend(row[place : place + 1])
+            alike[row[:place], row[place + 1 :]].extend(row[place : place + 1])
         rows = [(*left, _fold_numbers(numbers), *right) for (left, right), numbers in alike.items()]
     return ",".join(map("".join, rows))
 
 
-def _cut_at_numbers(name: str) -> tuple[str, ...]:
-    """Text, number, text, ..., text."""
+def _cut_at_numbers(name: str) -> _Row:
     if name.count(":") > 1 or "[" in name:
         return (name,)
     return tuple(re.split("([0-9]{1,18})", name))
@@ -631,7 +632,9 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
     user, host, digits = match.groups()
     if digits is not None:
         port = int(digits) if re.fullmatch("[0-9]{1,5}", digits) else 0
-    hop = Hop(re.sub(r"^\[(.*)\]$", r"\1", host), login if user is None else user, port)
+    if host.startswith("["):
+        host = host[1:-1]
+    hop = Hop(host, login if user is None else user, port)
     if problem := _problem(hop):
         raise UsageError(f"{_brief(target)}: {problem}")
     return hop
@@ -932,7 +935,7 @@ class _HeldSink:
         return bytes(self._err)
 
 
-_FILLED = 10_000  # formats filled in for a host that are kept
+_FILLED = 10_000  # templates that a formatter keeps
 _FIELD = r"\{\w+\}"
 _FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 
@@ -963,6 +966,7 @@ class Formatter:
     _names: dict[Endpoint, str]
     # who is meant by a host, which is all that ``line`` is told: who spoke last
     _speakers: dict[str, Endpoint]
+    # what ``_fill`` made before
     _filled: Callable[[str, Endpoint, bool], list[bytes]]
     _name_width = _fqdn_width = 0
 
@@ -1209,10 +1213,9 @@ class CaptureFormatter(Formatter):
 
     _on_screen = False
 
-    def __new__(cls, *args: object, **keywords: object) -> Self:
-        self = super().__new__(cls)
-        self.start_capture()
-        return self
+    @functools.cached_property
+    def _held(self) -> _HeldSink:
+        return _HeldSink()
 
     def start_capture(self) -> None:
         """Forget what was captured so far."""
@@ -7144,13 +7147,13 @@ def _parse_targets(
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    refused: dict[str, list[Target]] = {}
+    refused = collections.defaultdict(list)
     excluded = [exclude] if isinstance(exclude, str) else exclude
     for pattern in _bounded(sources.targets(excluded, _parse_target, hosts_too=True)):
-        refused.setdefault(pattern.chain[-1].host.lower(), []).append(pattern)
+        refused[pattern.chain[-1].host.lower()].append(pattern)
     kept = []
     for target in found:
-        patterns = refused.get(target.chain[-1].host.lower(), ())
+        patterns = refused[target.chain[-1].host.lower()]
         if not any(_matches(pattern, target) for pattern in patterns):
             kept.append(target)
     if not kept:
@@ -7236,8 +7239,9 @@ class _Sources:
     """What words stand for besides hosts: files and folders (here or in ~/.apssh), groups, standard
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
-    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once each,
-    of words that are taken for a file here and could as well be hosts; by default stderr does.
+    ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once
+    each, of words that are taken for a file here and could as well be hosts; by default stderr
+    does.
     """
 
     def __init__(
@@ -7255,11 +7259,10 @@ class _Sources:
         """
         for text in texts:
             for word in [text] if _find(text) else _words(text):
-                if _is_host(word) and hosts_too:
+                host = _is_host(word)
+                if host and hosts_too:
                     yield parse(word)
-                elif (
-                    _is_host(word) and os.path.exists(word) and not word.endswith((".txt", ".list"))
-                ):
+                elif host and os.path.exists(word) and not word.endswith((".txt", ".list")):
                     self._notice(
                         f"{word} is a file or folder here: what it holds are the targets "
                         f"(./{word} says so; USER@{word} is the host)"
@@ -8158,30 +8161,23 @@ class _Results(_View):
 _Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
 
 
-def _shown_in_folder(folder: str, verbose: bool) -> _Shown:
+def _shown_in_folder(folder: str) -> _Shown:
     formatter = SubdirFormatter(folder)
-    return formatter, [_Folder(formatter), _Failures(verbose)]
+    return formatter, [_Folder(formatter)]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
-# each result (views, in this order). Without any of these options it is the last one.
+# each result (views, in this order; failures are told besides, but for those that the output tells
+# itself). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options.out_dir, options.verbose),
-    "date_time": lambda options: _shown_in_folder(
-        time.strftime("%Y-%m-%d@%H:%M:%S"), options.verbose
-    ),
-    "gather": lambda options: (
-        _HoldingFormatter(),
-        [_Gather(options.diff), _Failures(options.verbose, told=("status", "signal"))],
-    ),
+    "out_dir": lambda options: _shown_in_folder(options.out_dir),
+    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "gather": lambda options: (_HoldingFormatter(), [_Gather(options.diff)]),
     "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
-    "format": lambda options: (TerminalFormatter(options.format), [_Failures(options.verbose)]),
-    "raw_format": lambda options: (RawFormatter(), [_Failures(options.verbose)]),
-    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures(options.verbose)]),
-    "": lambda options: (
-        _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
-        [_Failures(options.verbose)],
-    ),
+    "format": lambda options: (TerminalFormatter(options.format), []),
+    "raw_format": lambda options: (RawFormatter(), []),
+    "time_colon_format": lambda options: (TimeHostFormatter(), []),
+    "": lambda options: (_LiveFormatter() if _is_dialogue(options) else HostFormatter(), []),
 }
 
 
@@ -8198,6 +8194,9 @@ def _output(options: argparse.Namespace) -> _Shown:
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
+    if not options.json:
+        told = ("status", "signal") if options.gather else ()
+        views.append(_Failures(options.verbose, told))
     if options.mark:
         if not isinstance(formatter, SubdirFormatter):
             raise UsageError("-m goes with -o or -d")

@@ -829,6 +829,14 @@ def test_long_line_is_cut(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert sum(len(line) - len("box1:") for line in lines) == 40 * 65536
 
 
+def test_long_line_ends_none_of_the_other_stream(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    pieces = [(b"war", 1), (b"x" * apssh.LINE_LIMIT, None), (b"ning\n", 1)]
+    _, err = sunk(apssh.HostFormatter(), capfdbinary, *pieces)
+    assert err == b"box1:warning\n"
+
+
 def test_user_formatter_gets_text_lines(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     seen = []
 
