@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT - Copyright (c) 2026 the apssh authors -
 # https://spdx.org/licenses/MIT.html
+# PYTHON_ARGCOMPLETE_OK
 """apssh: run commands, scripts and copies on many hosts at once, over ssh, from one Python file.
 
     apssh  [options] command ...               run a command, or a local script (-s), on every target
@@ -1612,6 +1613,11 @@ class _KnownHosts:
             for name in names.lower().split(","):
                 self._plain.setdefault(name, []).append(line)
 
+    def names(self) -> set[str]:
+        """The hosts that are named, as targets; hashes and patterns name none."""
+        self._refresh()
+        return {re.sub(r"\[(.*)\]:", r"\1:", name) for name in self._plain}
+
     def find(self, name: str, *, marked: bool = False) -> list[_KnownKey]:
         """The lines about a name (``host``, or ``[host]:port``); ``marked``: those that have a
         marker. One whose data is no key, or of a type unheard of, is skipped, as ssh does.
@@ -2089,6 +2095,12 @@ class _SshConfig:
                     path = os.path.join(folder, os.path.expanduser(pattern))
                     for found in sorted(glob.glob(path)):
                         self._scan(found, folder, depth + 1)
+
+    def names(self) -> set[str]:
+        """The hosts that are named; patterns name none."""
+        return {
+            name for name in itertools.chain(*self._patterns) if not re.search(r"[*?!\[]", name)
+        }
 
     def lookup_all(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
         """What is configured for each of these hops, and for those that they jump through. Raises
@@ -8479,11 +8491,29 @@ def _folder(text: str) -> str:
     return text
 
 
+def _complete_target(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+    """How a word of -t or -x may go on, for argcomplete: with a host of the ssh config or of
+    known_hosts, or a group. What stands before it stays: other targets, gateways, a user.
+    """
+    [before] = re.findall(r"^(?:.*(?:[\s,→]|->))?(?:[^\s,@→]+@)?", prefix)
+    names = _SshConfig(parsed_args.ssh_config).names()
+    names |= _KnownHosts(*map(os.path.expanduser, KNOWN_HOSTS_FILES)).names()
+    names |= {f"@{path.name}" for path in Path(_GROUPS).expanduser().glob("[!.]*")}
+    return [before + name for name in sorted(names)]
+
+
+def _answer_completion(parser: _Parser) -> None:
+    """Where a shell completes our command line by argcomplete, answer it; that ends the process."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("argcomplete").autocomplete(parser)
+
+
 def _add_shared_options(parser: _Parser) -> None:
     """What the three programs share: targets, login, limits, messages."""
     seconds = _number(float, 0.001, "seconds, more than 0")
     add = parser.groups["targets"].add_argument
-    add(
+    target = add(
         "-t",
         "--target",
         action="append",
@@ -8493,7 +8523,7 @@ def _add_shared_options(parser: _Parser) -> None:
         "blanks and commas separate; an existing file holds targets, a folder's file names are "
         "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last run",
     )
-    add(
+    exclude = add(
         "-x",
         "--exclude",
         action="append",
@@ -8501,6 +8531,7 @@ def _add_shared_options(parser: _Parser) -> None:
         metavar="T",
         help="leave these out; same syntax, matching on the parts it names",
     )
+    vars(target)["completer"] = vars(exclude)["completer"] = _complete_target
     add("-L", "--list-targets", action="store_true", help="show the targets and stop")
     add(
         "-n",
@@ -8872,6 +8903,7 @@ def _program(
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
     own = argv is None and threading.current_thread() is threading.main_thread()
     if own:
+        _answer_completion(parser)
         _own_process()
     try:
         options = _parse(parser, argv)

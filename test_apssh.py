@@ -7734,10 +7734,9 @@ def test_sudo_password_is_nowhere(
     assert "sleep 4" in there
     assert secret not in there.replace(f"printf %s {user.name}:", "")
     here = b""
-    for path in Path("/proc").glob("[0-9]*/*"):
-        if path.name in ("environ", "cmdline"):
-            with contextlib.suppress(OSError):
-                here += path.read_bytes()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            here += (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
     assert here.count(secret.encode()) == 1
     assert f"{secret}planted".encode() in here
     planted.wait()
@@ -13945,6 +13944,80 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
         "-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull"
     ).stdout.decode()
     assert shown == "me@h: Pull: /x y into new-h/\n" and not Path("new-h").exists()
+
+
+SHELLS = {
+    "bash": ["bash", "--norc", "--noprofile", "-i"],
+    "zsh": ["zsh", "-f", "-i"],
+}
+COMPLETED = {
+    "apssh --max": "apssh --max-failures",
+    "apssh -t @w": "apssh -t @web",
+    "apssh -t gam": "apssh -t gamma",
+    "apssh -t del": "apssh -t delta:2200",
+    "apssh -t me@bet": "apssh -t me@beta",
+    "apssh -t alpha,bet": "apssh -t alpha,beta",
+    "appull --rec": "appull --recurse",
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By argcomplete in a real shell: options, groups, hosts of the ssh config and known_hosts."""
+    pytest.importorskip("argcomplete")
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} is installed here")
+    (home / ".ssh" / "config").write_text("Host alpha alpine *.x\n  User me\nHost beta\n")
+    (home / ".ssh" / "known_hosts").write_text(
+        "gamma ssh-ed25519 AAAA\n[delta]:2200 ssh-ed25519 AAAA\n|1|YWE=|YmI= ssh-ed25519 AAAA\n"
+    )
+    (home / ".apssh").mkdir()
+    (home / ".apssh" / "web").write_text("alpha\n")
+    (home / "bin").mkdir()
+    for program, function in MAINS.items():
+        (home / "bin" / program).write_text(
+            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(MODULE.parent)!r})\n"
+            f"import apssh\nsys.exit(apssh.{function}())\n"
+        )
+        (home / "bin" / program).chmod(0o755)
+    scripts = os.path.dirname(sys.executable)
+    monkeypatch.setenv("PATH", f"{home}/bin:{scripts}:{os.environ['PATH']}")
+    monkeypatch.setenv("TERM", "dumb")
+    profile = {
+        "bash": "COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}",
+        "zsh": "autoload -U compinit; compinit -u",
+    }
+    start = f'{profile[shell]}; eval "$(register-python-argcomplete apssh appush appull)"; PS1=GO-; echo up'
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execvp(shell, SHELLS[shell])
+    seen = b""
+
+    def answer(line: str, until: bytes) -> bytes:
+        nonlocal seen
+        seen = b""
+        os.write(fd, line.encode())
+        end = time.monotonic() + 20
+        while not (found := re.search(until, seen)):
+            left = max(end - time.monotonic(), 0)
+            assert select.select([fd], [], [], left)[0], seen
+            seen += os.read(fd, 4096)
+        return found[1]
+
+    try:
+        answer(f"{start}\r", rb"(?s)\n(up)\r.*GO-")
+        # Ctrl-A and Ctrl-E: the completed line becomes the words of an echo
+        found = {
+            line: answer(f"{line}\t\x01echo : \x05 :\r", rb"(?s)\n: ([^\r\n]*) :\r.*GO-")
+            .decode()
+            .strip()
+            for line in COMPLETED
+        }
+        assert found == COMPLETED
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(fd)
 
 
 def start(*argv: str, program: str = "apssh") -> subprocess.Popen[bytes]:
