@@ -10136,6 +10136,77 @@ def test_node_outlives_event_loops(make_sshd: Callable[..., Sshd]) -> None:
     eventually(lambda: not sshd.connections())
 
 
+MANY_RUNS = """
+import asyncio, gc, json, os, sys, threading
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from asynciojobs import Scheduler
+import apssh
+target, port = {target!r}, {port}
+node = apssh.SshNode("127.0.0.1", port=port, username={user!r}, formatter=apssh.Formatter())
+
+def quick():
+    (result,) = apssh.run(target, "echo x")
+    assert result.stdout == "x\\n", result
+
+def scheduled():
+    scheduler = Scheduler(apssh.SshJob(node, command="true"))
+    with apssh.experiment(scheduler):
+        assert scheduler.run()
+
+def unclosed():
+    assert Scheduler(apssh.SshJob(node, command="true")).run()
+
+def state():
+    gc.collect()
+    objects = gc.get_objects()
+    return dict(
+        files=len(os.listdir("/proc/self/fd")),
+        threads=threading.active_count(),
+        loops=sum(isinstance(each, asyncio.AbstractEventLoop) for each in objects),
+        objects=len(objects),
+        memory=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024,
+    )
+
+seen = []
+for quick_runs, schedulers in {turns}:
+    for _ in range(quick_runs):
+        quick()
+    for number in range(schedulers):
+        scheduled() if number % 2 else unclosed()
+    asyncio.run(node.close())
+    seen.append(state())
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")
+def test_many_runs_in_one_process(make_sshd: Callable[..., Sshd]) -> None:
+    """1,000 ``apssh.run`` and 200 ``Scheduler.run()`` leave no loop, file, thread or memory."""
+    sshd = make_sshd()
+    turns = [(100, 20), (450, 90), (450, 90)]
+    script = MANY_RUNS.format(
+        folder=str(MODULE.parent), target=sshd.target, port=sshd.port, user=ME, turns=turns
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, middle, last = json.loads(done.stdout)
+    print(done.stdout)
+    for what in ("files", "threads", "loops"):
+        assert first[what] == middle[what] == last[what], done.stdout
+    # a run that left one object behind would leave 540
+    assert last["objects"] - middle["objects"] < 100, done.stdout
+    assert last["memory"] - middle["memory"] < 1024, done.stdout  # KiB
+
+
 # published scripts
 
 
@@ -15256,6 +15327,70 @@ def test_quick_scripts_of_the_readme(
         assert (sshd.home / "etc" / "hosts").read_text() == "127.0.0.1 me\n"
     else:
         assert [each.stdout for each in names["results"]] == [f"{release}\n"] * 3
+
+
+NOTEBOOK = [
+    """import asyncio
+import apssh
+from asynciojobs import Scheduler
+from apssh import SshJob
+results = await apssh.co_run(TARGET, "echo quick")
+results[0].stdout""",
+    """try:
+    apssh.run(TARGET, "true")
+except apssh.UsageError as exc:
+    print(exc)""",
+    """user, _, host = TARGET.partition("@")
+node = apssh.SshNode(host.split(":")[0], port=int(host.split(":")[1]), username=user)
+scheduler = Scheduler(SshJob(node, command="echo job; echo problem >&2"))
+async with apssh.experiment(scheduler):
+    await scheduler.co_run()""",
+    """async with apssh.demo_fleet(2) as nodes:
+    print([await node.run("echo cell") for node in nodes])""",
+    """node.is_connected(), len(asyncio.all_tasks()) - len(tasks)""",
+]
+
+
+@pytest.mark.slow
+def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of a notebook, and the README's lines for one, in a real kernel."""
+    pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    cells = [
+        block.replace("node[1-3]", sshd.target)
+        for block in readme_blocks("python")
+        if re.search("^(results = )?await ", block, re.MULTILINE)
+    ]
+    setup = (
+        f"import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
+        f"TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in (setup, *NOTEBOOK, *cells)]
+    )
+    script = """if True:
+        import nbclient, nbformat, sys
+        notebook = nbformat.read("in.ipynb", as_version=4)
+        nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+        nbformat.write(notebook, "out.ipynb")
+    """
+    nbformat.write(notebook, "in.ipynb")
+    # a process of its own: the kernel's ports are not the rig's
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    outputs = [
+        "".join(
+            output.get("text") or output["data"]["text/plain"]
+            for output in sorted(cell.outputs, key=lambda output: output.get("name", ""))
+        ).strip()
+        for cell in nbformat.read("out.ipynb", as_version=4).cells
+    ]
+    assert outputs[1:6] == [
+        r"'quick\n'",
+        "apssh.run in a running loop: await apssh.co_run(...) there",
+        "127.0.0.1:problem\n127.0.0.1:job",
+        "demo1:cell\ndemo2:cell\n[0, 0]",
+        "(False, 0)",
+    ]
 
 
 def test_result_of_the_readme() -> None:
