@@ -12881,6 +12881,37 @@ def test_quick_run_gives_input_and_tells_of_each_result(sshd: Sshd) -> None:
     assert [result.stdout for result in results] == ["given", ""]
 
 
+def test_results_come_one_by_one_and_pickle(sshd: Sshd) -> None:
+    """``done=`` hears of each copy while others are under way; what it is given can be kept."""
+    Path("f").write_text("sent")
+    kept: list[bytes] = []
+    targets = [sshd.target, f"{ME}@127.0.0.1:{free_port()}"]
+
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        def done(result: apssh.Result) -> None:
+            kept.append(pickle.dumps(result))
+            gone.set()
+
+        command = apssh.co_run(
+            [sshd.target, targets[1]], "while ! test -e go; do sleep 0.1; done", done=done
+        )
+        running = asyncio.create_task(command)
+        await gone.wait()  # of the host that is not there
+        assert not running.done() and len(kept) == 1
+        await apssh.co_push(targets, "f", "go", done=done)
+        await running
+        await apssh.co_pull(targets, "go", "{host}", done=done)
+
+    run(main())
+    results = [pickle.loads(each) for each in kept]
+    assert sorted(result.outcome for result in results) == ["ok", "ok", "ok"] + ["refused"] * 3
+    assert {result.target for result in results} == set(targets)
+    (name,) = {result.name for result in results if result.ok}
+    assert Path(name).read_text() == "sent"
+
+
 def test_quick_run_shows_and_holds_the_output(
     sshd: Sshd, capfd: pytest.CaptureFixture[str]
 ) -> None:
