@@ -10169,6 +10169,10 @@ def state():
     )
 
 seen = []
+loop = asyncio.new_event_loop()
+assert state()["loops"] == 1
+loop.close()
+del loop
 for quick_runs, schedulers in {turns}:
     for _ in range(quick_runs):
         quick()
@@ -14932,6 +14936,38 @@ def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Ssh
     assert out.splitlines() == [f"{ME}@{host}:{port}: ok: here {host}" for host in hosts]
     assert ("died" in err) is (engine == "processes")
     assert set((sshd.home / "runs").read_text().splitlines()) == {f"by {host}" for host in hosts}
+
+
+@linux_loopback
+def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
+    """Ctrl-C goes to all of the workers: each ends its commands, and nothing runs again."""
+    port = free_port()
+    sshd = make_sshd(ListenAddress="0.0.0.0", Port=port)
+    token = f"91{os.getpid()}"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SHARDS, "--shards", "2", "-l", ME),
+            *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def sleeps() -> int:
+        return sum(line.startswith(f"sleep {token}") for line in processes(token))
+
+    try:
+        eventually(lambda: sleeps() == 2, 60)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not sleeps() and (sshd.home / "runs").read_text() == "x\n" * 2
 
 
 @pytest.mark.parametrize(
