@@ -10143,6 +10143,81 @@ def test_node_outlives_event_loops(make_sshd: Callable[..., Sshd]) -> None:
     eventually(lambda: not sshd.connections())
 
 
+MANY_RUNS = """
+import asyncio, gc, json, os, sys, threading
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from asynciojobs import Scheduler
+import apssh
+target, port = {target!r}, {port}
+node = apssh.SshNode("127.0.0.1", port=port, username={user!r}, formatter=apssh.Formatter())
+
+def quick():
+    (result,) = apssh.run(target, "echo x")
+    assert result.stdout == "x\\n", result
+
+def scheduled():
+    scheduler = Scheduler(apssh.SshJob(node, command="true"))
+    with apssh.experiment(scheduler):
+        assert scheduler.run()
+
+def unclosed():
+    assert Scheduler(apssh.SshJob(node, command="true")).run()
+
+def state():
+    gc.collect()
+    objects = gc.get_objects()
+    return dict(
+        files=len(os.listdir("/proc/self/fd")),
+        threads=threading.active_count(),
+        loops=sum(isinstance(each, asyncio.AbstractEventLoop) for each in objects),
+        objects=len(objects),
+        memory=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024,
+    )
+
+seen = []
+loop = asyncio.new_event_loop()
+assert state()["loops"] == 1
+loop.close()
+del loop
+for quick_runs, schedulers in {turns}:
+    for _ in range(quick_runs):
+        quick()
+    for number in range(schedulers):
+        scheduled() if number % 2 else unclosed()
+    asyncio.run(node.close())
+    seen.append(state())
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc")
+def test_many_runs_in_one_process(make_sshd: Callable[..., Sshd]) -> None:
+    """1,000 ``apssh.run`` and 200 ``Scheduler.run()`` leave no loop, file, thread or memory."""
+    sshd = make_sshd()
+    turns = [(100, 20), (450, 90), (450, 90)]
+    script = MANY_RUNS.format(
+        folder=str(MODULE.parent), target=sshd.target, port=sshd.port, user=ME, turns=turns
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    first, middle, last = json.loads(done.stdout)
+    print(done.stdout)
+    for what in ("files", "threads", "loops"):
+        assert first[what] == middle[what] == last[what], done.stdout
+    # a run that left one object behind would leave 540
+    assert last["objects"] - middle["objects"] < 100, done.stdout
+    assert last["memory"] - middle["memory"] < 1024, done.stdout  # KiB
+
+
 # published scripts
 
 
@@ -12817,6 +12892,37 @@ def test_quick_run_gives_input_and_tells_of_each_result(sshd: Sshd) -> None:
     assert [result.stdout for result in results] == ["given", ""]
 
 
+def test_results_come_one_by_one_and_pickle(sshd: Sshd) -> None:
+    """``done=`` hears of each copy while others are under way; what it is given can be kept."""
+    Path("f").write_text("sent")
+    kept: list[bytes] = []
+    targets = [sshd.target, f"{ME}@127.0.0.1:{free_port()}"]
+
+    async def main() -> None:
+        gone = asyncio.Event()
+
+        def done(result: apssh.Result) -> None:
+            kept.append(pickle.dumps(result))
+            gone.set()
+
+        command = apssh.co_run(
+            [sshd.target, targets[1]], "while ! test -e go; do sleep 0.1; done", done=done
+        )
+        running = asyncio.create_task(command)
+        await gone.wait()  # of the host that is not there
+        assert not running.done() and len(kept) == 1
+        await apssh.co_push(targets, "f", "go", done=done)
+        await running
+        await apssh.co_pull(targets, "go", "{host}", done=done)
+
+    run(main())
+    results = [pickle.loads(each) for each in kept]
+    assert sorted(result.outcome for result in results) == ["ok", "ok", "ok"] + ["refused"] * 3
+    assert {result.target for result in results} == set(targets)
+    (name,) = {result.name for result in results if result.ok}
+    assert Path(name).read_text() == "sent"
+
+
 def test_quick_run_shows_and_holds_the_output(
     sshd: Sshd, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -14911,6 +15017,38 @@ def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Ssh
     assert set((sshd.home / "runs").read_text().splitlines()) == {f"by {host}" for host in hosts}
 
 
+@linux_loopback
+def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
+    """Ctrl-C goes to all of the workers: each ends its commands, and nothing runs again."""
+    port = free_port()
+    sshd = make_sshd(ListenAddress="0.0.0.0", Port=port)
+    token = f"91{os.getpid()}"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, SHARDS, "--shards", "2", "-l", ME),
+            *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
+        ],
+        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+    def sleeps() -> int:
+        return sum(line.startswith(f"sleep {token}") for line in processes(token))
+
+    try:
+        eventually(lambda: sleeps() == 2, 60)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not sleeps() and (sshd.home / "runs").read_text() == "x\n" * 2
+
+
 @pytest.mark.parametrize(
     "engine", ["by_processes", pytest.param("by_dask", marks=pytest.mark.slow)]
 )
@@ -15335,6 +15473,70 @@ def test_quick_scripts_of_the_readme(
         assert (sshd.home / "etc" / "hosts").read_text() == "127.0.0.1 me\n"
     else:
         assert [each.stdout for each in names["results"]] == [f"{release}\n"] * 3
+
+
+NOTEBOOK = [
+    """import asyncio
+import apssh
+from asynciojobs import Scheduler
+from apssh import SshJob
+results = await apssh.co_run(TARGET, "echo quick")
+results[0].stdout""",
+    """try:
+    apssh.run(TARGET, "true")
+except apssh.UsageError as exc:
+    print(exc)""",
+    """user, _, host = TARGET.partition("@")
+node = apssh.SshNode(host.split(":")[0], port=int(host.split(":")[1]), username=user)
+scheduler = Scheduler(SshJob(node, command="echo job; echo problem >&2"))
+async with apssh.experiment(scheduler):
+    await scheduler.co_run()""",
+    """async with apssh.demo_fleet(2) as nodes:
+    print([await node.run("echo cell") for node in nodes])""",
+    """node.is_connected(), len(asyncio.all_tasks()) - len(tasks)""",
+]
+
+
+@pytest.mark.slow
+def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cells of a notebook, and the README's lines for one, in a real kernel."""
+    pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    cells = [
+        block.replace("node[1-3]", sshd.target)
+        for block in readme_blocks("python")
+        if re.search("^(results = )?await ", block, re.MULTILINE)
+    ]
+    setup = (
+        f"import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
+        f"TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
+    )
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(text) for text in (setup, *NOTEBOOK, *cells)]
+    )
+    script = """if True:
+        import nbclient, nbformat, sys
+        notebook = nbformat.read("in.ipynb", as_version=4)
+        nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+        nbformat.write(notebook, "out.ipynb")
+    """
+    nbformat.write(notebook, "in.ipynb")
+    # a process of its own: the kernel's ports are not the rig's
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    outputs = [
+        "".join(
+            output.get("text") or output["data"]["text/plain"]
+            for output in sorted(cell.outputs, key=lambda output: output.get("name", ""))
+        ).strip()
+        for cell in nbformat.read("out.ipynb", as_version=4).cells
+    ]
+    assert outputs[1:6] == [
+        r"'quick\n'",
+        "apssh.run in a running loop: await apssh.co_run(...) there",
+        "127.0.0.1:problem\n127.0.0.1:job",
+        "demo1:cell\ndemo2:cell\n[0, 0]",
+        "(False, 0)",
+    ]
 
 
 def test_result_of_the_readme() -> None:

@@ -27,6 +27,7 @@ import argparse
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,10 +49,13 @@ def cut(targets: Shard, parts: int) -> list[Shard]:
 
 def by_processes(work: Work, shards: list[Shard]) -> Iterable[list[apssh.Result] | None]:
     """What came of each shard; None: its workers died."""
+    stopping = threading.Event()  # by Ctrl-C, which every worker gets as well
 
     def attempt(shard: Shard) -> list[apssh.Result] | None:
         # a pool for each shard, for a worker that dies breaks its pool, and all that is in it
         for _ in range(ATTEMPTS):
+            if stopping.is_set():
+                break
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 try:
                     return pool.submit(work, shard).result()
@@ -60,7 +64,10 @@ def by_processes(work: Work, shards: list[Shard]) -> Iterable[list[apssh.Result]
         return None
 
     with ThreadPoolExecutor(len(shards)) as threads:
-        yield from threads.map(attempt, shards)
+        try:
+            yield from threads.map(attempt, shards)
+        finally:
+            stopping.set()
 
 
 def by_dask(
@@ -131,4 +138,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

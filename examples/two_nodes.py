@@ -48,7 +48,7 @@ class ShellService:
 
     def start_command(self) -> Run:
         there = "</dev/null >measure/log 2>&1 & echo $! >measure/pid"
-        return Run("nohup setsid /bin/sh -c '", self.command, "'", there, label="Shell: start")
+        return Run("nohup setsid sh -c '", self.command, "'", there, label="Shell: start")
 
     def stop_command(self) -> Run:
         return Run("test ! -e measure/pid || kill -- -$(cat measure/pid)", label="Shell: stop")
