@@ -15394,7 +15394,8 @@ def test_keys_of_the_readme(tmp_path: Path) -> None:
     for key in {*rows["a job"]} - {"id", "node", "commands"}:
         assert not unknown(f"{node}jobs:\n- id: j\n  node: n\n  commands: []\n  {key}: y\n"), key
     assert {*nodes, "id"} == constructor_keys(SshNode) | {"id"}
-    assert {*rows["a job"]} == constructor_keys(SshJob) | {"id", "command", "required"}
+    of_file = {"id", "command", "required", "teardown"}
+    assert {*rows["a job"], *rows["its end"]} == constructor_keys(SshJob) | of_file
     for cls in (Run, RunScript, RunString, Push, Pull, Wait):
         documented = {*steps[cls.__name__], *step} - {"command", "type"}
         assert documented >= constructor_keys(cls), cls
