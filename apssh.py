@@ -3250,6 +3250,11 @@ class _Shared:
         self._waiters = 0
         self.abandoned = False  # being cancelled: nobody may join any more
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody may join any more: it has ended, or is being cancelled."""
+        return self.abandoned or self._task.done()
+
     async def wait(self) -> Any:
         """The task's result or exception. Cancelling the last wait cancels the task, and waits for
         its clean-up.
@@ -3278,7 +3283,7 @@ class _Shared:
         try:
             return await shared.wait()
         finally:
-            if tasks.get(name) is shared:
+            if tasks.get(name) is shared and shared.is_over:
                 del tasks[name]
 
 
@@ -3677,7 +3682,8 @@ class _Attempt:
         """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
         shake hands; then take that turn and log in.
         """
-        node, way = self._node, dict[str, Any]()
+        # the connection keeps the factory, which must not keep the node
+        node, client, way = self._node, self.client, dict[str, Any]()
         if node.gateway:
             node.gateway._leads = True
             link = await node.gateway._connected()
@@ -3691,7 +3697,7 @@ class _Attempt:
         return await asyncssh.connect(
             node._address or node.hostname,
             node.port,
-            client_factory=lambda: self.client,
+            client_factory=lambda: client,
             **way,
             **arguments,
         )
