@@ -277,7 +277,6 @@ MAX_TARGETS = 100_000
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
 REMOTE_FOLDER = ".apssh-remote"
-SEND_AT_ONCE = 8192  # bytes; a smaller packet waits for others of the same turn of the loop
 
 # AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
 CIPHERS = (
@@ -3185,7 +3184,9 @@ class _Limits:
     def here(cls) -> _Limits:
         """Those of the running loop, kept by the loop itself: they refer to it, and go with it."""
         state = vars(asyncio.get_running_loop())
-        limits: _Limits = state.setdefault("_apssh_limits", cls())
+        if "_apssh_limits" not in state:
+            state["_apssh_limits"] = cls()
+        limits: _Limits = state["_apssh_limits"]
         return limits
 
     def startups(self, *endpoint: object) -> asyncio.Semaphore:
@@ -3310,8 +3311,9 @@ class _Shared:
 # - An ordinary user may not signal root's processes (sudo, dropbear's server): EPERM is no sign of
 #   a process that has gone, so /proc is asked as well.
 #
-# All of it travels as one word without quote, exclamation mark and backslash, so that any login
-# shell (csh, fish) passes it on; printf %b decodes it.
+# All of it travels as one word in single quotes that holds no single quote, no exclamation mark and
+# no backslash but before the digits of a byte, so that any login shell (csh, fish) passes it on;
+# printf %b decodes it.
 _WATCHDOG = (
     'unset TMOUT; trap "" HUP INT TERM; lives() {{ kill -0 $1 || [ -d /proc/$1 ]; }}; {wait}; '
     "if lives $1; then kill -s TERM 0; kill -s CONT 0; sleep 2; {cleanup}kill -s KILL 0; fi"
@@ -3424,6 +3426,7 @@ class _SudoTalk:
         before, asks, after = self._said.partition(self.prompt.encode())
         self._said = (before + after)[-SUDO_SAYS:]
         if asks and self.asked.is_set():
+            _Limits.here().sudo_password = None  # it may have been mistyped
             raise self.failure("the password was refused")
         if asks:
             self.asked.set()
@@ -3912,7 +3915,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self._step.bytes_out += len(data)
         try:
             if not self.error:
-                self._sink.data(data, datatype)
+                with _writing_output():
+                    self._sink.data(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3974,6 +3978,19 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.failed.set_result(None)
 
 
+@contextlib.contextmanager
+def _writing_output() -> Iterator[None]:
+    """What goes wrong while a command's output is written here, as an error of ours; a closed pipe
+    is not the command's failure.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise ApsshError(f"its output could not be written: {_reason(exc)}") from exc
+
+
 def _tell(host: str, text: str) -> None:
     """A word about a host on stderr, in apssh's own name."""
     _screen.say(f"{escape(host)}: {escape(text)}")
@@ -3983,7 +4000,7 @@ def _tell(host: str, text: str) -> None:
 class _How:
     """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
     /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel;
-    ``ours``: interests nobody else.
+    ``ours``: no formatter hears of it.
     """
 
     x11: bool = False
@@ -4136,7 +4153,9 @@ class _Node(abc.ABC):
                 f"connection lost at {escape(place)}", host=self.hostname
             ) from None
         except (asyncssh.SFTPError, OSError) as exc:
-            raise TransferError(f"{escape(place)}: {_reason(exc)}", host=self.hostname) from None
+            kind = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+            message = f"{escape(place)}: {_reason(exc)}"
+            raise TransferError(message, host=self.hostname, kind=kind) from None
 
     @contextlib.asynccontextmanager
     async def _script_folder(
@@ -4149,7 +4168,8 @@ class _Node(abc.ABC):
         under a name that nobody can guess nor list.
         """
         sftp = await self.sftp_connect_lazy()
-        hall = f"{await sftp.realpath(_there(sftp, '~'))}/{REMOTE_FOLDER}"
+        with self._file_errors(f"~/{REMOTE_FOLDER}"):
+            hall = f"{await sftp.realpath(_there(sftp, '~'))}/{REMOTE_FOLDER}"
         if for_others:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
         with self._file_errors(hall):
@@ -4162,7 +4182,8 @@ class _Node(abc.ABC):
                     await writing.start(copying.put, sftp, data, f"{folder}/{file}", mode)
             if for_others:
                 for path, mode in ((folder, 0o755), (hall, 0o711)):
-                    await sftp.setstat(path, asyncssh.SFTPAttrs(permissions=mode))
+                    with self._file_errors(path):
+                        await sftp.setstat(path, asyncssh.SFTPAttrs(permissions=mode))
             yield folder
         finally:
             async with _in_short():
@@ -4170,8 +4191,11 @@ class _Node(abc.ABC):
 
     @staticmethod
     async def _make_private_folder(sftp: _Files, hall: str, name: str) -> str:
-        """A new folder in a hall that is made if need be; its path."""
+        """A new folder in a hall that is made if need be; its path. The name is tried once more
+        when the hall is there, and another one where it is taken.
+        """
         private = asyncssh.SFTPAttrs(permissions=0o700)
+        failure: Exception = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), hall)
         for last in (name, name, os.urandom(8).hex()):
             try:
                 await sftp.mkdir(f"{hall}/{last}", private)
@@ -4180,9 +4204,9 @@ class _Node(abc.ABC):
                 # another job may make it at this moment
                 with contextlib.suppress(asyncssh.SFTPFailure, FileExistsError):
                     await sftp.mkdir(hall, private)
-            except (asyncssh.SFTPFailure, FileExistsError):
-                continue  # the name is taken
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), hall)
+            except (asyncssh.SFTPFailure, FileExistsError) as exc:
+                failure = exc
+        raise failure
 
     async def _execute(
         self,
@@ -4208,7 +4232,11 @@ class _Node(abc.ABC):
         held = _HeldSink(sink) if capture else None
         step.command = step.command or command
         try:
-            status = await self._session(command, step, held or sink, how, timeout)
+            try:
+                status = await self._session(command, step, held or sink, how, timeout)
+            finally:
+                with _writing_output():
+                    (held or sink).end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a sink, or standard input, knows no host
                 exc.host = exc.host or self.hostname
@@ -4218,13 +4246,7 @@ class _Node(abc.ABC):
         except BrokenPipeError:
             raise
         except OSError as exc:
-            raise ApsshError(
-                f"its output could not be written: {_reason(exc)}",
-                host=self.hostname,
-                command=command,
-            ) from exc
-        finally:
-            (held or sink).end()
+            raise ApsshError(_reason(exc), host=self.hostname, command=command) from exc
         if status == 126 and how.folder:
             self._say(
                 f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
@@ -4240,7 +4262,8 @@ class _Node(abc.ABC):
     @contextlib.contextmanager
     def _shown(self, command: str) -> Iterator[None]:
         """What the formatter hears of a session that is open."""
-        self.formatter.endpoint_started(self._endpoint)
+        with _writing_output():
+            self.formatter.endpoint_started(self._endpoint)
         self.formatter.session_start(self.hostname, command)
         try:
             yield
@@ -4272,7 +4295,10 @@ class SshNode(_Node):
     hops, key exchange and login included, waiting for a turn excluded; None: no limit.
     ``formatter``: where output goes, by default a HostFormatter.
 
-    Further: ``password``; ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``:
+    ``verbose``, ``debug``: a word on stderr of what happens to its connections and commands.
+
+    Further: ``password``, tried where keys do not do; ``sudo_password``: for sudo where it asks
+    (else the terminal is asked, once for all hosts); ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``:
     an ssh_config file, or True for the user's own (the user is then its User, else yours);
     ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection, and
     a channel that closes without an exit status is a success); ``keepalive``: seconds between
@@ -4694,6 +4720,7 @@ class SshNode(_Node):
                 jumps := self._host_config.jumps if self.gateway is None else ()
             ):
                 way = (
+                    id(asyncio.get_running_loop()),
                     jumps[: index + 1],
                     str(self._config),
                     *(key if isinstance(key, str) else id(key) for key in self.keys),
@@ -4804,16 +4831,20 @@ class SshNode(_Node):
         return self._outcome(link, session, step, call.command)
 
     async def _doubt_guard(self, status: int | str) -> None:
-        """After the first command on a host that failed: would any command fail so? A shell that
+        """After the first command on a host, if it failed: would any command fail so? A shell that
         is not POSIX, a key with a forced command or a start-up file that takes stdin does not let
         the guard be, and what the host says then speaks of no guard.
         """
         self._guard_works = True  # it is asked once
-        probe = "sleep 1" if status == "TERM" else ":"
-        with contextlib.suppress(ApsshError, TimeoutError):
-            how = _How(ours=True)
+        probe, how = "sleep 1" if status == "TERM" else ":", _How(ours=True)
+        try:
             if await self._session(probe, StepRecord(), _HeldSink(), how, CLOSE_TIMEOUT * 5) == 0:
                 return
+        except (ConnectionFailedError, TimeoutError):
+            self._guard_works = None  # the host is slow, or has gone: who knows
+            return
+        except ApsshError:
+            pass  # it ended without a status
         self._say(
             "commands fail there because of their guard, which ends them with their connection "
             "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
@@ -4872,6 +4903,7 @@ class SshNode(_Node):
                 f"ended without an exit status: {escape(step.command or command)} "
                 "(--no-guard, guard=False, takes that for a success)",
                 host=self.hostname,
+                kind="remote",
                 command=command,
             )
         if session.status is None or not (session.whole or link.alive):
@@ -4890,7 +4922,7 @@ class SshNode(_Node):
             return False
         if cast("asyncssh.ChannelOpenError", exc).code != asyncssh.OPEN_CONNECT_FAILED:
             return False
-        link.limit = max(link.sessions - 1, 1)
+        link.limit = max(link.sessions - 1, 1)  # from now on: the server's own is not asked for
         await asyncio.sleep(0.05)
         return True
 
@@ -5154,9 +5186,12 @@ class LocalNode(_Node):
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
         if how.stdin:
             with tempfile.TemporaryFile() as spool:
-                async for data in how.stdin:
-                    spool.write(data)
-                spool.flush()
+                try:
+                    async for data in how.stdin:
+                        spool.write(data)
+                except Exception as exc:  # the iterator may be a user's
+                    raise ApsshError(f"standard input: {_reason(exc)}") from None
+                spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
                 # the guard waits for the end of the other one
                 os.set_inheritable(spool.fileno(), True)
                 command = f"exec </dev/fd/{spool.fileno()}\n{command}"
@@ -7603,6 +7638,8 @@ async def _run_on(
         result.error, result.kind, step.status = exc.message, exc.kind, exc.status
         if isinstance(exc, TransferError):
             result.failures = list(exc.failures)
+    except asyncssh.Error as exc:  # one that nothing above knew of: this host's alone
+        result.error, result.kind = escape(str(exc)), "lost"
     except BaseException:
         result.error = result.kind = "interrupted"
         raise

@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import gc
@@ -7235,7 +7236,7 @@ def test_channel_that_closes_without_a_status(keys: Path) -> None:
                 with pytest.raises(CommandFailedError) as caught:
                     await node.run("show")
                 assert str(caught.value) == (
-                    "127.0.0.1: status: ended without an exit status: show "
+                    "127.0.0.1: remote: ended without an exit status: show "
                     "(--no-guard, guard=False, takes that for a success)"
                 )
             async with SshNode("127.0.0.1", guard=False, **options) as node:
@@ -7997,6 +7998,65 @@ def test_closed_while_it_connects(
         await eventually_async(lambda: not sshd.connections())
 
     run(main())
+
+
+def test_work_that_is_shared_is_begun_once() -> None:
+    """Who comes while somebody waits joins, though another has given up."""
+    begun = 0
+
+    async def work() -> str:
+        nonlocal begun
+        begun += 1
+        await asyncio.sleep(0.3)
+        return "done"
+
+    async def main() -> None:
+        tasks: dict[str, apssh._Shared] = {}
+        ask = functools.partial(apssh._Shared.once, tasks, "it", work)
+        first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
+        await asyncio.sleep(0.1)
+        first.cancel()
+        await asyncio.wait([first])
+        assert (await ask(), await second, begun, tasks) == ("done", "done", 1, {})
+
+    run(main())
+
+
+def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
+    """The last line is written when its command has ended."""
+
+    class Full(apssh.Formatter):
+        def line(self, line: str, datatype: int | None, hostname: str) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def main() -> None:
+        async with sshd.node(formatter=Full()) as node:
+            with pytest.raises(ApsshError) as caught:
+                await node.run("printf unfinished")
+            assert str(caught.value) == (
+                "127.0.0.1: local: its output could not be written: no space left on device"
+            )
+
+    run(main())
+
+
+def test_host_that_is_lost_while_a_folder_is_made(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That host fails, and no other."""
+    servers = make_sshd(), make_sshd()
+    realpath = asyncssh.SFTPClient.realpath
+    asked: list[str] = []
+
+    async def lost(self: asyncssh.SFTPClient, *args: Any, **options: Any) -> Any:
+        asked.append("")
+        if len(asked) == 1:
+            raise asyncssh.SFTPConnectionLost("Connection closed")
+        return await realpath(self, *args, **options)
+
+    monkeypatch.setattr(asyncssh.SFTPClient, "realpath", lost)
+    results = apssh.run([server.target for server in servers], RunString("#!/bin/sh\ntrue"))
+    assert sorted(str(result.kind) for result in results) == ["None", "lost"]
 
 
 def test_channel_that_opens_after_its_cancellation(
