@@ -5227,10 +5227,11 @@ class LocalNode(_Node):
                         [all_ends, session.failed], return_when=asyncio.FIRST_COMPLETED
                     )
         finally:
+            left_behind = process.returncode is not None
             process.stdin.close()  # for the guard, the end of the command
             try:
                 left = [each for each in ends if not each.done()]
-                if left and process.returncode is None:
+                if left and not left_behind:
                     await asyncio.wait(left, timeout=2 * GUARD_TIMEOUT)
                 step.may_run = not all(each.done() for each in ends)
             finally:  # cancelled again; or its shell has ended, who holds its outputs has not
