@@ -165,13 +165,15 @@ async def eventually_async(check: Callable[[], Any], timeout: float = 30) -> Any
     return value
 
 
-def processes(token: str) -> list[str]:
-    """The command lines of the running processes that hold this text (but this one's)."""
+def processes(command: str) -> list[str]:
+    """The command lines of the running processes that begin with this; not those that hold it: a
+    client or a shell that is told to run it does so before there is any such process.
+    """
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
-            if token in line and int(folder.name) != os.getpid():
+            line = file.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            if line.startswith(command):
                 found.append(line)
     return found
 
@@ -2726,14 +2728,29 @@ def password_server(
     return Server
 
 
-def secrets_seen() -> list[str]:
-    """The processes that show the password in their arguments or environment."""
+def secrets_seen(secret: str) -> list[str]:
+    """The processes that show this in their arguments or environment."""
     found = []
     for file in (*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")):
         with contextlib.suppress(OSError):
-            if PASSWORD.encode() in file.read_bytes():
+            if secret.encode() in file.read_bytes():
                 found.append(str(file))
     return found
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "file"),
+    [(["sh", "-c", "read x", "{}"], {}, "cmdline"), (["cat"], {"X": "{}"}, "environ")],
+)
+def test_secrets_would_be_seen(words: list[str], environment: dict[str, str], file: str) -> None:
+    """Whatever finds none, as test_password does, sees one that is there."""
+    secret = os.urandom(8).hex()
+    with subprocess.Popen(
+        [word.format(secret) for word in words],
+        stdin=subprocess.PIPE,
+        env=os.environ | {name: value.format(secret) for name, value in environment.items()},
+    ) as process:
+        eventually(lambda: secrets_seen(secret) == [f"/proc/{process.pid}/{file}"])
 
 
 @pytest.mark.parametrize(
@@ -2748,7 +2765,7 @@ def test_password(keys: Path, methods: list[str]) -> None:
     server, shown = password_server(*methods), []
 
     async def process(process: Any) -> None:
-        shown.extend(await asyncio.to_thread(secrets_seen))
+        shown.extend(await asyncio.to_thread(secrets_seen, PASSWORD))
         process.stdout.write(process.command.encode() + b"\n")
         process.exit(0)
 
@@ -4004,8 +4021,8 @@ def test_proxy_command(
     program: Program, sshd: Sshd, config: Config, home: Path, tmp_path: Path
 ) -> None:
     (home / "relay.py").write_text(RELAY)
-    token = f"relay-{os.urandom(4).hex()}"
-    command = f"{shlex.quote(sys.executable)} {home}/relay.py {token} %h %p"
+    relay = f"{sys.executable} {home}/relay.py"
+    command = f"{shlex.quote(sys.executable)} {home}/relay.py relay %h %p"
     config(
         f"Host box* broken\n HostName 127.0.0.1\n Port {sshd.port}\n ProxyCommand {command}\n"
         "Host broken\n StrictHostKeyChecking yes\n HostKeyAlias unknown\n"
@@ -4016,16 +4033,16 @@ def test_proxy_command(
         [f"box{number}:fine" for number in range(1, 5)],
         [],
     )
-    eventually(lambda: not processes(token))
+    eventually(lambda: not processes(relay))
     assert program("-t", "broken", "-q", "true")[0] == 1
-    eventually(lambda: not processes(token))
+    eventually(lambda: not processes(relay))
 
     async def main() -> None:
         node = SshNode("box9", config=True, username=ME, formatter=apssh.CaptureFormatter())
         assert await node.run("true") == 0
-        assert len(processes(token)) == 1
+        assert len(processes(relay)) == 1
         await node.close()
-        await eventually_async(lambda: not processes(token))
+        await eventually_async(lambda: not processes(relay))
 
     run(main())
 
@@ -6879,7 +6896,7 @@ def test_no_process_outlives_its_command(
         node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
         what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
         task = asyncio.create_task(
-            STEPS[kind](what, timeout=1.0 if how == "timeout" else None).co_run_remote(node)
+            STEPS[kind](what, timeout=2 if how == "timeout" else None).co_run_remote(node)
         )
         await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
         if how == "cancel":
@@ -6891,7 +6908,7 @@ def test_no_process_outlives_its_command(
         with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
             await task
         if how == "timeout" and STEPS[kind] is Run:
-            assert str(caught.value) == f"127.0.0.1: timeout: no end within 1 s: {command}"
+            assert str(caught.value) == f"127.0.0.1: timeout: no end within 2 s: {command}"
         await eventually_async(
             lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
             8,
@@ -6928,10 +6945,12 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(
             other = asyncio.create_task(node.run("sleep 3"))
             given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
             step = (RunString if "script" in options else Run)(
-                f"sleep {token} & sleep {token}", timeout=1, **given
+                f"sleep {token} & sleep {token}", timeout=2, **given
             )
+            task = asyncio.create_task(step.attempt(node, apssh.StepRecord()))
+            await eventually_async(lambda: len(processes(f"sleep {token}")) == 2)
             with pytest.raises(CommandFailedError):
-                await step.attempt(node, apssh.StepRecord())
+                await task
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
             await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
             assert await other == 0  # what runs on other connections of the node is not disturbed
@@ -6998,8 +7017,10 @@ def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
             for _ in range(5):
                 with pytest.raises(CommandFailedError):
                     await node.run(
-                        f"sleep {token} & while :; do echo noise; sleep 0.01; done", timeout=0.3
+                        f"sleep {token} & echo >> up; while :; do echo noise; sleep 0.01; done",
+                        timeout=0.3,
                     )
+            assert (sshd.home / "up").read_text() == "\n" * 5
             await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
     run(main())
@@ -8101,12 +8122,15 @@ def test_sink_that_fails_ends_a_command_with_stdin(
     async def main() -> None:
         async with sshd.node() as node:
             step = Run(
-                f"sleep {token} & seq 1000; sleep {token}",
+                f"sleep {token} & while ! test -e go; do sleep 0.1; done; seq 1000; wait",
                 stdin=given(),
                 capture=Capture("x", Variables()),
             )
+            task = asyncio.create_task(step.co_run_remote(node))
+            await eventually_async(lambda: processes(f"sleep {token}"))
+            (sshd.home / "go").touch()
             with pytest.raises(ApsshError, match="of output to hold"):
-                await asyncio.wait_for(step.co_run_remote(node), 5)
+                await asyncio.wait_for(task, 5)
             await eventually_async(lambda: not processes(f"sleep {token}"))
 
     run(main())
@@ -9764,12 +9788,13 @@ def test_output_of_jobs_is_never_mixed(sshd: Sshd, capfdbinary: Any) -> None:
 def test_scheduler_timeout_ends_remote_commands(sshd: Sshd) -> None:
     token = f"96{os.getpid()}"
     scheduler = Scheduler(
-        SshJob(sshd.node(), command=f"sleep {token}"),
-        SshJob(sshd.node(), command=f"sleep {token}", forever=True),
-        timeout=1,
+        SshJob(sshd.node(), command=f"sleep {token} & echo >> up; wait"),
+        SshJob(sshd.node(), command=f"sleep {token} & echo >> up; wait", forever=True),
+        timeout=2,
     )
     with pytest.raises(TimeoutError):
         scheduler.run()
+    assert (sshd.home / "up").read_text() == "\n\n"
     eventually(lambda: not processes(f"sleep {token}"))
     apssh.close_ssh_in_scheduler(scheduler)
 
@@ -9777,8 +9802,8 @@ def test_scheduler_timeout_ends_remote_commands(sshd: Sshd) -> None:
 def test_critical_failure_ends_commands_elsewhere(sshd: Sshd) -> None:
     token = f"95{os.getpid()}"
     scheduler = Scheduler(
-        SshJob(sshd.node(), command=f"sleep {token}"),
-        SshJob(sshd.node(), command="sleep 0.5; exit 1"),
+        SshJob(sshd.node(), command=f"sleep {token} & touch up; wait"),
+        SshJob(sshd.node(), command="while ! test -e up; do sleep 0.1; done; exit 1"),
     )
     with pytest.raises(CommandFailedError):
         scheduler.run()
@@ -9849,17 +9874,20 @@ def test_endings_on_real_hosts(login: str) -> None:
     async def main() -> None:
         async with box(0, username=login) as node, box(0, username="root") as other:
             for step in (
-                Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=1),
+                Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=2),
                 RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2),
             ):
+                task = asyncio.create_task(step.co_run_remote(node))
+                for running in (True, False):
+                    for _ in range(60):
+                        found = await other.run(f"pgrep -x -f 'sleep {token}' >/dev/null") == 0
+                        if found == running:
+                            break
+                        await asyncio.sleep(0.1)
+                    else:
+                        raise AssertionError("still running" if found else "never ran")
                 with pytest.raises(CommandFailedError):
-                    await step.co_run_remote(node)
-                for _ in range(60):
-                    if await other.run(f"pgrep -x -f 'sleep {token}' >/dev/null") == 1:
-                        break
-                    await asyncio.sleep(0.1)
-                else:
-                    raise AssertionError("still running")
+                    await task
             assert await node.run('test -z "$(ls -A .apssh-remote)"') == 0
 
     run(main())
@@ -10008,9 +10036,10 @@ def test_experiment_leaves_nothing_behind(
     gateway = sshd.node()
     node, other = sshd.node(gateway=gateway), sshd.node()
     token = f"93{os.getpid()}"
+    until_up = "while ! test -e up; do sleep 0.1; done"
     scheduler = Scheduler(
-        SshJob(node, command=f"sleep {token}", forever=True),
-        SshJob(node, command="exit 4" if ending == "failed" else "true"),
+        SshJob(node, command=f"sleep {token} & touch up; wait", forever=True),
+        SshJob(node, command=f"{until_up}; exit {4 if ending == 'failed' else 0}", label="last"),
     )
     around = apssh.experiment(
         scheduler, record="run.json", timeline="run.svg", teardown=teardown_jobs(other)
@@ -10040,9 +10069,7 @@ def test_experiment_leaves_nothing_behind(
         assert told == [f"teardown: {second}", third]
     assert (sshd.home / "down").read_text() == "a\nb\nc\nd\n"
     states = {job["label"]: job["state"] for job in saved("run.json")["jobs"]}
-    assert states["exit 4" if ending == "failed" else "true"] == (
-        "failed" if ending == "failed" else "ok"
-    )
+    assert states["last"] == ("failed" if ending == "failed" else "ok")
     assert "<svg" in Path("run.svg").read_text()
     eventually(lambda: not sshd.connections())
     assert not gateway.is_connected()
@@ -10075,12 +10102,7 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-
-    def remote_command() -> bool:
-        """Not whoever names it: the script itself does."""
-        return any(line.startswith(f"sleep {token}") for line in processes(token))
-
-    eventually(remote_command)
+    eventually(lambda: processes(f"sleep {token}"))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip().split(b"\n")[-1]) == (
@@ -10089,7 +10111,7 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
     )
     assert (sshd.home / "down").read_text() == "down\n"
     assert out == b""
-    eventually(lambda: not remote_command())
+    eventually(lambda: not processes(f"sleep {token}"))
     assert [job["state"] for job in saved("run.json")["jobs"]] == ["cancelled"]
     eventually(lambda: not sshd.connections())
 
@@ -14224,7 +14246,7 @@ def test_interruption(sshd: Sshd, twice: bool) -> None:
     code, out, err, seconds = interrupted(
         ["-F", "none", "-t", sshd.target, f"echo begun; touch up; sleep {token}"],
         signal.SIGINT,
-        (sshd.home / "up").exists,
+        lambda: processes(f"sleep {token}"),
         twice,
     )
     assert code == -signal.SIGINT and seconds < 5  # the second may come when it is on its way out
@@ -14234,6 +14256,23 @@ def test_interruption(sshd: Sshd, twice: bool) -> None:
             b"0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n",
         )
     eventually(lambda: not processes(f"sleep {token}"))
+
+
+def test_json_of_an_interruption(sshd: Sshd) -> None:
+    """Its kind is that of the summary, for a host whose turn never came too."""
+    token = f"83{os.getpid()}"
+    targets = ["-t", sshd.target, "-t", f"127.0.0.1:{free_port()}", "-w", "1"]
+    code, out, err, _ = interrupted(
+        ["-F", "none", *targets, "-j", f"echo begun; sleep {token}"],
+        signal.SIGINT,
+        lambda: processes(f"sleep {token}"),
+    )
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["kind"], line["error"], line["stdout"]) for line in lines] == [
+        ("interrupted", "interrupted", "begun\n"),
+        ("interrupted", "interrupted", ""),
+    ]
+    assert code == -signal.SIGINT and err.startswith(b"0 ok, 2 interrupted\n  interrupted: ")
 
 
 def test_interruption_ends_a_loop_of_the_shell_too(sshd: Sshd, home: Path) -> None:
@@ -14285,7 +14324,7 @@ def test_signals_that_end_in_order(sshd: Sshd, number: int) -> None:
     code, _, err, _ = interrupted(
         ["-F", "none", "-t", sshd.target, f"touch up; sleep {token}"],
         number,
-        lambda: (sshd.home / "up").exists() and processes(f"sleep {token}"),
+        lambda: processes(f"sleep {token}"),
     )
     assert (code, err) == (-signal.SIGINT, b"0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n")
     eventually(lambda: not processes(f"sleep {token}"))
@@ -14305,47 +14344,58 @@ def test_hangup_that_was_ignored_ends_nothing(sshd: Sshd) -> None:
 
 PRINTING = "while :; do echo noise; done"
 KILLED = {
-    "silent": ([], "sleep {}"),
-    "leader gone": ([], "sleep {} & echo hi"),
+    "silent": ([], "sleep {}; :"),
     "printing": ([], "sleep {0} & " + PRINTING),
-    "stdin": (["-I"], "sleep {}"),
+    "stdin": (["-I"], "sleep {}; :"),
     "stdin and printing": (["-I"], "sleep {0} & " + PRINTING),
-    "script": (["-s"], "#!/bin/sh\nsleep {0} & sleep {0}"),
-    "script and stdin": (["-I", "-s"], "#!/bin/sh\nsleep {0} & " + PRINTING),
+    "script": (["-s"], "#!/bin/sh\necho $$ > leader\nsleep {0} & sleep {0}"),
+    "script and stdin": (["-I", "-s"], "#!/bin/sh\necho $$ > leader\nsleep {0} & " + PRINTING),
     "hup and term": ([], "trap '' HUP TERM; sleep {0} & sleep {0}; sleep {0}"),
 }
+
+
+def group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("way", KILLED)
 def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
     """What a client that was killed ran, in its whole group, is gone; and so are its scripts."""
     token, (options, command) = f"93{os.getpid()}{list(KILLED).index(way)}", KILLED[way]
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    if "-s" not in options:
+        command = f"echo $$ > leader; {command}"
+    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.main()"
+    words = ["-F", "none", "-t", sshd.target, *options, command.format(token)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "-F",
-            "none",
-            "-t",
-            sshd.target,
-            *options,
-            command.format(token),
-        ],
-        stdout=subprocess.DEVNULL,
-        stdin=subprocess.PIPE,
+        [sys.executable, "-c", code, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     eventually(lambda: processes(f"sleep {token}"))
+    group = os.getpgid(int((sshd.home / "leader").read_text()))
+    assert group_lives(group)
+    assert list(sshd.home.glob(".apssh-remote/*")) or "-s" not in options
     process.kill()
     process.communicate()
-    eventually(
-        lambda: (
-            not processes(f"sleep {token}")
-            and not processes(PRINTING)
-            and not list(sshd.home.glob(".apssh-remote/*"))
-        )
+    eventually(lambda: not group_lives(group) and not processes(f"sleep {token}"))
+    eventually(lambda: not list(sshd.home.glob(".apssh-remote/*")))
+
+
+def test_killed_client_leaves_what_its_shell_has_left(sshd: Sshd) -> None:
+    """As ssh does, though it holds the outputs."""
+    token = f"99{os.getpid()}"
+    process = start("-F", "none", "-t", sshd.target, f"sleep {token} & echo $! > left")
+    left = int(
+        eventually(lambda: (sshd.home / "left").exists() and (sshd.home / "left").read_text())
     )
+    process.kill()
+    process.communicate()
+    eventually(lambda: not sshd.connections())
+    time.sleep(3)  # what the guard takes to end something
+    assert processes(f"sleep {token}")
+    os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("login", ["root", "tester"])
@@ -14366,13 +14416,15 @@ def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) 
         "-t",
         TESTBED[0],
     ]
+    node = box(username=login, formatter=apssh.CaptureFormatter())
     for number in range(10):
         process = start(*words, f"sleep {token}{number} & {PRINTING}")
         assert process.stdout
         assert process.stdout.read(5)
+        if not number:  # it would be seen
+            assert asyncio.run(node.run(f"pgrep -f '^sleep {token}'")) == 0
         process.kill()
         process.communicate()
-    node = box(username=login, formatter=apssh.CaptureFormatter())
     eventually(lambda: asyncio.run(node.run(f"pgrep -f '^sleep {token}'")) == 1)
     asyncio.run(node.close())
 
@@ -14419,11 +14471,11 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
     token = f"98{os.getpid()}"
     code = (
         f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-        f"apssh.run({sshd.target!r}, 'touch up; sleep {token}')"
+        f"apssh.run({sshd.target!r}, 'sleep {token}')"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     try:
-        eventually((sshd.home / "up").exists)
+        eventually(lambda: processes(f"sleep {token}"))
         process.send_signal(signal.SIGINT)
         assert process.wait(15) != 0
     finally:
@@ -14474,7 +14526,7 @@ def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
     done = subprocess.run(
         [
-            f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | head -n 1"
+            f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | (head -n 1; pgrep -f ^yes.{token} >yes)"
         ],
         shell=True,
         capture_output=True,
@@ -14485,6 +14537,7 @@ def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
         f"127.0.0.1:yes {token}\n".encode().replace(b"yes ", b""),
         b"",
     )
+    assert re.fullmatch(r"\d+\n", Path("yes").read_text())
     eventually(lambda: not processes(f"yes {token}"))
 
 
@@ -14740,11 +14793,11 @@ def test_scenario_takes_no_option_that_it_would_ignore(
 def test_interrupted_scenario_tells_what_is_known(home: Path) -> None:
     Path("s.yaml").write_text(
         "nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: echo done}\n"
-        f"  - {{id: b, node: here, required: a, command: 'touch up; sleep 97{os.getpid()}'}}\n"
+        f"  - {{id: b, node: here, required: a, command: sleep 97{os.getpid()}}}\n"
         "  - {id: c, node: here, required: b, command: 'true'}\n"
     )
     process = start("--scenario", "s.yaml")
-    eventually(Path("up").exists)
+    eventually(lambda: processes(f"sleep 97{os.getpid()}"))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (
@@ -14776,6 +14829,7 @@ def test_interruption_when_nobody_reads(sshd: Sshd) -> None:
     eventually(
         lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, waiting) == 0 and waiting[0] >= 60_000
     )
+    assert processes(f"sleep {token}")
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # two that come at once are one
     process.send_signal(signal.SIGINT)
@@ -14895,8 +14949,10 @@ def yaml_example(*argv: str) -> subprocess.CompletedProcess[str]:
     return example_run(*scenario, *argv, cwd=EXAMPLES)
 
 
-def radios(folder: str) -> list[str]:
-    return [line for line in processes("radio.py receive") if folder in line]
+def radios(doing: str, where: str) -> list[str]:
+    """The radios at work; not the shells that are told to start them."""
+    begin = rf"\S*python\S* \S*radio\.py {doing} "
+    return [line for line in processes("") if re.match(begin, line) and where in line]
 
 
 def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14910,7 +14966,7 @@ def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert re.sub(r"127.0.0.1 \d+", "127.0.0.1 PORT", failed.stderr) == (
         f"{told}demo3:radio: nothing can be sent at 0 Mbit/s\n{last} 0 > rate-0\n"
     )
-    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios(str(home))
+    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios("receive", str(home))
     jobs = {job["label"]: job["state"] for job in saved("out/run.json")["jobs"]}
     assert (jobs["1 Mbit/s"], jobs["0 Mbit/s"], jobs["24 Mbit/s"]) == ("ok", "failed", "idle")
 
@@ -14918,7 +14974,7 @@ def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (done.returncode, done.stderr) == (0, told)
     report = "".join(f"LOCALNODE:{line}\n" for line in LOSSES.splitlines())
     assert done.stdout == f"rate-1: done before\ndemo1:the gateway is there: Linux\n{report}"
-    assert losses() == LOSSES and not radios(str(home))
+    assert losses() == LOSSES and not radios("receive", str(home))
     record = saved("out/run.json")
     assert {job["state"] for job in record["jobs"]} == {"ok"}
     assert [node["gateway"] for node in record["nodes"]].count(None) == 2
@@ -14939,14 +14995,14 @@ def test_example_that_is_interrupted(home: Path, monkeypatch: pytest.MonkeyPatch
         env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
         stderr=subprocess.PIPE,
     )
-    eventually(lambda: processes("send 127.0.0.1") and losses())
-    assert radios(str(home))
+    eventually(lambda: radios("send", "127.0.0.1") and losses())
+    assert radios("receive", str(home))
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == (
         b"no systemd on the demo fleet: the shell stands in for it\n"
     )
     assert process.returncode == 130
-    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios(str(home))
+    assert losses() == "1 Mbit/s: 1 % lost\n" and not radios("receive", str(home))
     jobs = {job["label"]: job["state"] for job in saved("out/run.json")["jobs"]}
     assert (jobs["1 Mbit/s"], jobs["0.01 Mbit/s"]) == ("ok", "cancelled")
 
@@ -15095,18 +15151,15 @@ def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
         start_new_session=True,
     )
 
-    def sleeps() -> int:
-        return sum(line.startswith(f"sleep {token}") for line in processes(token))
-
     try:
-        eventually(lambda: sleeps() == 2, 60)
+        eventually(lambda: len(processes(f"sleep {token}")) == 2, 60)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
     assert (process.returncode, out, err) == (130, "", "")
-    assert not sleeps() and (sshd.home / "runs").read_text() == "x\n" * 2
+    assert not processes(f"sleep {token}") and (sshd.home / "runs").read_text() == "x\n" * 2
 
 
 @pytest.mark.parametrize(
