@@ -5504,6 +5504,14 @@ class _ShellCommand(AbstractCommand):
             word._words(text) if isinstance(word, Run) else text(word) for word in self.words
         )
 
+    def dry_run_text(self) -> str:
+        return self._as_whom() + self._text()
+
+    def _as_whom(self) -> str:
+        if not self.sudo:
+            return ""
+        return "sudo: " if self.sudo is True else f"sudo -u {self.sudo}: "
+
     def check_files(self) -> None:
         if self.stdin:
             self.stdin.check()
@@ -5721,7 +5729,7 @@ class RunScript(_Script):
         return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
 
     def dry_run_text(self) -> str:
-        text = f"RunScript: {self.local_script} {self._words(str)}".rstrip()
+        text = f"{self._as_whom()}RunScript: {self.local_script} {self._words(str)}".rstrip()
         if not os.path.isfile(os.path.expanduser(str(self.local_script))):
             text += " (no such file yet)"
         return text + self._beside()
@@ -5781,7 +5789,8 @@ class RunString(_Script):
         return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
 
     def dry_run_text(self) -> str:
-        return f"RunString: {self._words(str)}".rstrip() + self._beside() + f"\n{self.script_body}"
+        text = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
+        return f"{text}{self._beside()}\n{self.script_body}"
 
 
 class _CopyCommand(AbstractCommand):
@@ -8115,14 +8124,16 @@ class _Gather(_View):
 
     def finish(self) -> None:
         groups = sorted(self._groups.items(), key=lambda group: (-len(group[1]), group[1]))
+        # what failed is no measure for the others, unless all did
+        outputs = [stdout for (outcome, stdout, _), _ in groups if outcome == "ok"]
+        outputs += [stdout for (_, stdout, _), _ in groups[:1]]
         for (outcome, stdout, stderr), names in groups:
             header = f"{fold_names(names)} ({len(names)})"
             if outcome != "ok":
                 header += f" {outcome}"
-            largest = groups[0][0][1]
-            if self._diff and stdout != largest:
+            if self._diff and stdout != outputs[0]:
                 header += " differs"
-                stdout = self._difference(largest, stdout)
+                stdout = self._difference(outputs[0], stdout)
             if stdout or not stderr:
                 self._show(header, stdout, err=False)
             if stderr:

@@ -13195,6 +13195,19 @@ def test_gather_differences(capfd: Any) -> None:
     ]
 
 
+def test_gather_differences_from_what_succeeded(capfd: Any) -> None:
+    """A failed group is no measure, though it be the largest."""
+    view = apssh._Gather(diff=True)
+    for number in (1, 2):
+        view.done(result_of(f"n{number}", status=1, error="ended with status 1", kind="status"))
+    view.done(result_of("n3", b"x\n", status=0))
+    view.finish()
+    assert capfd.readouterr().out == (
+        "-----------------------------\nn[1-2] (2) status 1 differs\n"
+        "-----------------------------\n@@ -1 +1 @@\n-x\n+\n------\nn3 (1)\n------\nx\n"
+    ).replace("-" * 29, "-" * 27)
+
+
 def test_gather_differences_of_the_last_newline(capfd: Any) -> None:
     view = apssh._Gather(diff=True)
     for name, text in (("a1", b"x\ny\n"), ("a2", b"x\ny\n"), ("b", b"x\ny")):
@@ -13486,8 +13499,8 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
         (["-t", "n[1-5]", "--shard", "1/2", "-L"], "n1\nn3\nn5\n"),
         (["-t", "n[1-5]", "--shard", "2/2", "-L"], "n2\nn4\n"),
         (["-F", "none", "-t", "a", "--shard", "2/2", "-n", "ls"], ""),
-        (["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"], f"{ME}@a: ls --sudo\n"),
-        (["-F", "none", "-t", "a", "-n", "--sudo=bob", "ls"], f"{ME}@a: ls\n"),
+        (["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"], f"{ME}@a: sudo: ls --sudo\n"),
+        (["-F", "none", "-t", "a", "-n", "--sudo=bob", "ls"], f"{ME}@a: sudo -u bob: ls\n"),
     ],
 )
 def test_listings(argv: list[str], out: str, capfd: Any) -> None:
