@@ -3,7 +3,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """apssh: run commands, scripts and copies on many hosts at once, over ssh, from one Python file.
 
-    apssh  [options] command ...               run a command, or a local script (-s), on every target
+    apssh  [options] command ...               run a command, or a local script (-s), everywhere
     appush [options] local ... @:remote        copy local files to every target
     appull [options] @:remote ... local        copy files from every target
 
@@ -4298,12 +4298,13 @@ class SshNode(_Node):
     ``verbose``, ``debug``: a word on stderr of what happens to its connections and commands.
 
     Further: ``password``, tried where keys do not do; ``sudo_password``: for sudo where it asks
-    (else the terminal is asked, once for all hosts); ``host_keys``: accept-new, yes or no, over APSSH_HOST_KEYS; ``config``:
-    an ssh_config file, or True for the user's own (the user is then its User, else yours);
-    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection, and
-    a channel that closes without an exit status is a success); ``keepalive``: seconds between
-    probes of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``:
-    what to connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
+    (else the terminal is asked, once for all hosts); ``host_keys``: accept-new, yes or no, over
+    APSSH_HOST_KEYS; ``config``: an ssh_config file, or True for the user's own (the user is then
+    its User, else yours); ``guard``: False for hosts without a POSIX shell (commands then outlive a
+    lost connection, and a channel that closes without an exit status is a success); ``keepalive``:
+    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``;
+    ``address``: what to connect to when it is not ``hostname``; ``proxy_command``, as in
+    ssh_config(5).
     Attributes ``reached``: whether it was ever logged in to; ``host_key_recorded``: whether its key
     was recorded then, the host never seen before. Raises UsageError for a host name, port or time
     that cannot be.
@@ -5185,17 +5186,9 @@ class LocalNode(_Node):
         if how.pty or how.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
         if how.stdin:
-            with tempfile.TemporaryFile() as spool:
-                try:
-                    async for data in how.stdin:
-                        spool.write(data)
-                except Exception as exc:  # the iterator may be a user's
-                    raise ApsshError(f"standard input: {_reason(exc)}") from None
-                spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
-                # the guard waits for the end of the other one
-                os.set_inheritable(spool.fileno(), True)
-                command = f"exec </dev/fd/{spool.fileno()}\n{command}"
-                how = dataclasses.replace(how, stdin=None)
+            async with self._spooled(how.stdin) as place:
+                # the process' own standard input is the guard's, which waits for its end
+                command, how = f"exec <{place}\n{command}", dataclasses.replace(how, stdin=None)
                 return await self._session(command, step, sink, how, timeout)
         session = _Session(sink, step)
         line = _guarded(command, how, "stdin")
@@ -5243,6 +5236,22 @@ class LocalNode(_Node):
             raise session.error
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def _spooled(stdin: AsyncIterator[bytes]) -> AsyncIterator[str]:
+        """The path of a nameless file that holds all of this, for a process that is started
+        meanwhile.
+        """
+        with tempfile.TemporaryFile() as spool:
+            try:
+                async for data in stdin:
+                    spool.write(data)
+            except Exception as exc:  # the iterator may be a user's
+                raise ApsshError(f"standard input: {_reason(exc)}") from None
+            spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
+            os.set_inheritable(spool.fileno(), True)
+            yield f"/dev/fd/{spool.fileno()}"
 
 
 # --------------------------------------------------------------------------------------------------
