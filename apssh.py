@@ -1284,13 +1284,18 @@ Key = (
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
     """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for
-    what we wait for. Where it is ignored it stays so.
+    what we wait for. One that came just before, and has cancelled the task, counts. Where it is
+    ignored it stays so.
     """
     handler = signal.getsignal(signal.SIGINT)
     replaced = callable(handler) and threading.current_thread() is threading.main_thread()
     if replaced:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        with contextlib.suppress(RuntimeError):  # no loop runs here
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise KeyboardInterrupt
         yield
     finally:
         if replaced:

@@ -7162,7 +7162,9 @@ def test_dropbear_and_an_ordinary_login(capfd: Any) -> None:
             while await looking.co_run_remote(node) == 0:
                 assert time.monotonic() < end, "still there"
             assert (
-                await node.run(f"sleep {token} >/dev/null & pgrep -f '^[s]leep {token}'; kill %1")
+                await node.run(
+                    f"sleep {token} >/dev/null & until pgrep -f '^[s]leep {token}'; do :; done; kill %1"
+                )
                 == 0
             )
             assert re.fullmatch(r"\d+\n", capfd.readouterr().out)  # it would have been seen
@@ -8629,7 +8631,7 @@ def test_methods_for_files(sshd: Sshd, home: Path) -> None:
             assert node.is_sftp_connected()
             with pytest.raises(TransferError) as caught:
                 await node.mkdir("a/script/x")
-            assert str(caught.value).startswith("127.0.0.1: local: a/script/x: ")
+            assert str(caught.value).startswith("127.0.0.1: remote: a/script/x: ")
 
     run(main())
     assert (home / "back").read_text() == "text"
@@ -14442,7 +14444,9 @@ def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) 
     asyncio.run(node.close())
 
 
-def test_interruption_while_targets_are_typed() -> None:
+@pytest.mark.parametrize("late", [0.05 * number for number in range(12)])
+def test_interruption_while_targets_are_typed(late: float) -> None:
+    """At any time: before it reads, just then, and while it waits."""
     code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.stderr.write('up'); sys.stderr.flush(); sys.exit(apssh.main())"
     with subprocess.Popen(
         [sys.executable, "-c", code, "-t", "-", "true"],
@@ -14451,7 +14455,7 @@ def test_interruption_while_targets_are_typed() -> None:
     ) as process:
         assert process.stderr and process.stdin
         process.stderr.read(2)
-        eventually(lambda: b"pipe_read" in Path(f"/proc/{process.pid}/wchan").read_bytes() or True)
+        time.sleep(late)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == -signal.SIGINT
 
@@ -15745,6 +15749,31 @@ def test_thousands_of_hosts() -> None:
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("program", ["apssh", "appush", "appull"])
+def test_man_page(program: str) -> None:
+    """One that argparse-manpage makes holds every option, in the groups of --help."""
+    tool = Path(sys.executable).with_name("argparse-manpage")
+    if not tool.exists():
+        pytest.skip("no argparse-manpage is installed here")
+    parsers = {
+        "apssh": apssh.build_parser,
+        "appush": apssh.build_push_parser,
+        "appull": apssh.build_pull_parser,
+    }
+    function = parsers[program]
+    made = subprocess.run(
+        [tool, "--pyfile", MODULE, "--function", function.__name__, "--project-name", "apssh"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    page = made.stdout.replace("\\-", "-").replace("\\fR", "").replace("\\fB", "")
+    assert f'.TH {program.upper()} "1"' in page
+    options = [name for name in function()._option_string_actions if name.startswith("--")]
+    assert [name for name in options if name not in page] == []
+    assert page.index(".SH TARGETS") < page.index(".SH LOGIN") < page.index(".SH MESSAGES")
 
 
 @pytest.mark.slow
