@@ -944,7 +944,25 @@ _FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 _HOST_COLOURS = ("36", "35")
 
 
-class Formatter:
+class _FormatterState:
+    """What a formatter has even when a subclass' constructor does not call its own. A class apart,
+    so that the signature of a formatter is that of its constructor.
+    """
+
+    _endpoints: dict[Endpoint, None]
+    _verbose_hosts: set[str]
+    _names: dict[Endpoint, str]
+    # who is meant by a host, which is all that ``line`` is told: who spoke last
+    _speakers: dict[str, Endpoint]
+
+    def __new__(cls, *args: object, **keywords: object) -> Self:
+        self = super().__new__(cls)
+        self._endpoints, self._names, self._speakers = {}, {}, {}
+        self._verbose_hosts = set()
+        return self
+
+
+class Formatter(_FormatterState):
     """Shows what hosts print, and (with ``verbose``) what happens to connections.
 
     Subclasses may redefine ``line``, and any of the events; the methods whose names speak of
@@ -961,22 +979,12 @@ class Formatter:
     verbose = False
     # whether lines go to the screen, where host columns may be coloured
     _on_screen = True
-    _endpoints: dict[Endpoint, None]
-    _verbose_hosts: set[str]
-    _names: dict[Endpoint, str]
-    # who is meant by a host, which is all that ``line`` is told: who spoke last
-    _speakers: dict[str, Endpoint]
-    # what ``_fill`` made before
-    _filled: Callable[[str, Endpoint, bool], list[bytes]]
     _name_width = _fqdn_width = 0
 
-    def __new__(cls, *args: object, **keywords: object) -> Self:
-        """State that a subclass has even when its constructor does not call this one's."""
-        self = super().__new__(cls)
-        self._endpoints, self._names, self._speakers = {}, {}, {}
-        self._verbose_hosts = set()
-        self._filled = functools.lru_cache(_FILLED)(self._fill)
-        return self
+    @functools.cached_property
+    def _filled(self) -> Callable[[str, Endpoint, bool], list[bytes]]:
+        """What ``_fill`` made before."""
+        return functools.lru_cache(_FILLED)(self._fill)
 
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
         self.verbose = verbose

@@ -910,6 +910,19 @@ def test_held_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         formatter._write(BOX, b"x" * (1024 * 1024 + 1), None)
 
 
+@pytest.mark.parametrize(
+    ("kind", "keywords"),
+    [
+        (apssh.HostFormatter, ["custom_format", "verbose"]),
+        (apssh.TerminalFormatter, ["custom_format", "verbose"]),
+        (apssh.SubdirFormatter, ["run_name", "verbose"]),
+        (apssh.CaptureFormatter, ["custom_format", "verbose"]),
+    ],
+)
+def test_signature_of_a_formatter(kind: type[apssh.Formatter], keywords: list[str]) -> None:
+    assert list(inspect.signature(kind).parameters) == keywords
+
+
 def test_events_are_silent_unless_asked(capfd: pytest.CaptureFixture[str]) -> None:
     for verbose in (False, True):
         formatter = apssh.Formatter(verbose=verbose)
