@@ -8164,9 +8164,11 @@ class _Gather(_View):
     @staticmethod
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
-        header = _screen.paint(f"{rule}\n{header}\n{rule}\n", "1", err=err)
+        # each by itself: the screen lets no colour run on into the next line
+        lines = [_screen.paint(line, "1", err=err) for line in (rule, header, rule)]
         ending = b"\n" if text else b""
-        _screen.write(header.encode() + text.removesuffix(b"\n") + ending, err=err)
+        shown = "".join(f"{line}\n" for line in lines)
+        _screen.write(shown.encode() + text.removesuffix(b"\n") + ending, err=err)
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
