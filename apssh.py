@@ -944,25 +944,7 @@ _FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 _HOST_COLOURS = ("36", "35")
 
 
-class _FormatterState:
-    """What a formatter has even when a subclass' constructor does not call its own. A class apart,
-    so that the signature of a formatter is that of its constructor.
-    """
-
-    _endpoints: dict[Endpoint, None]
-    _verbose_hosts: set[str]
-    _names: dict[Endpoint, str]
-    # who is meant by a host, which is all that ``line`` is told: who spoke last
-    _speakers: dict[str, Endpoint]
-
-    def __new__(cls, *args: object, **keywords: object) -> Self:
-        self = super().__new__(cls)
-        self._endpoints, self._names, self._speakers = {}, {}, {}
-        self._verbose_hosts = set()
-        return self
-
-
-class Formatter(_FormatterState):
+class Formatter:
     """Shows what hosts print, and (with ``verbose``) what happens to connections.
 
     Subclasses may redefine ``line``, and any of the events; the methods whose names speak of
@@ -980,6 +962,25 @@ class Formatter(_FormatterState):
     # whether lines go to the screen, where host columns may be coloured
     _on_screen = True
     _name_width = _fqdn_width = 0
+
+    # state that a subclass has even when its constructor does not call this one's
+
+    @functools.cached_property
+    def _endpoints(self) -> dict[Endpoint, None]:
+        return {}
+
+    @functools.cached_property
+    def _verbose_hosts(self) -> set[str]:
+        return set()
+
+    @functools.cached_property
+    def _names(self) -> dict[Endpoint, str]:
+        return {}
+
+    @functools.cached_property
+    def _speakers(self) -> dict[str, Endpoint]:
+        """Who is meant by a host, which is all that ``line`` is told: who spoke last."""
+        return {}
 
     @functools.cached_property
     def _filled(self) -> Callable[[str, Endpoint, bool], list[bytes]]:
