@@ -7015,7 +7015,7 @@ def test_what_a_shell_left_behind_is_left_and_told(sshd: Sshd) -> None:
                 f"127.0.0.1: timeout: no end within 1 s: sleep {token} & echo $! > left "
                 "(it may still be running)"
             )
-            assert processes(f"sleep {token}")
+            await eventually_async(lambda: processes(f"sleep {token}"))
             os.kill(int((sshd.home / "left").read_text()), signal.SIGKILL)
             assert await other == 0
 
@@ -7051,7 +7051,8 @@ def test_what_left_its_group_lives(sshd: Sshd) -> None:
             assert await node.run(f"sleep {token}1 > /dev/null 2>&1 &") == 0
 
     run(main())
-    assert len(processes(f"sleep {token}")) >= 2
+    # the shell may be through before what it left has become a sleep
+    eventually(lambda: len(processes(f"sleep {token}")) == 2)
     subprocess.run(["pkill", "-f", f"^sleep {token}"], check=True)
 
 
@@ -8678,7 +8679,7 @@ def test_local_node(home: Path, capfd: Any) -> None:
             with pytest.raises(CommandFailedError) as caught:  # as with ssh
                 await node.run(f"sleep 86{os.getpid()} & echo $! > left", timeout=0.5)
             assert str(caught.value).endswith("> left (it may still be running)")
-            assert processes(f"sleep 86{os.getpid()}")
+            await eventually_async(lambda: processes(f"sleep 86{os.getpid()}"))
             os.kill(int(Path("left").read_text()), signal.SIGKILL)
             assert await Run("read x; test $x = 12; exit $?", stdin=b"12\n").co_run_local(node) == 0
             with pytest.raises(UsageError) as misused:
@@ -14864,7 +14865,7 @@ def test_interruption_when_nobody_reads(sshd: Sshd) -> None:
     eventually(
         lambda: fcntl.ioctl(process.stdout, termios.FIONREAD, waiting) == 0 and waiting[0] >= 60_000
     )
-    assert processes(f"sleep {token}")
+    eventually(lambda: processes(f"sleep {token}"))
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)  # two that come at once are one
     process.send_signal(signal.SIGINT)
