@@ -20,6 +20,7 @@ import multiprocessing as mp
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "apssh.py"
 CPU_BAR, MEMORY_BAR = 5.0, 60.0  # milliseconds and KB of the client, a host
 SERVERS = 3  # processes of the fleet
 SOFT_LIMIT = 1024
+SLOW = 5.0  # seconds that a slow host takes for a login
+SILENT_TIMEOUT = 10  # seconds until a silent host is given up, by each tool
 
 
 def addresses(count: int, block: int) -> list[str]:
@@ -94,8 +97,16 @@ class Server(asyncssh.SSHServer):
         return True
 
 
+class SlowServer(Server):
+    """Takes SLOW seconds for a login."""
+
+    async def begin_auth(self, username: str) -> bool:
+        await asyncio.sleep(SLOW)
+        return True
+
+
 async def session(counters: Counters, process: asyncssh.SSHServerProcess[bytes]) -> None:
-    """``sleep N`` waits in the loop; anything else is done at once."""
+    """``sleep N`` waits in the loop, ``echo`` says one line; anything else is done at once."""
     if match := re.search(r"\bsleep (\d+)", process.command or ""):
         counters.add("working", 1)
         closed = asyncio.ensure_future(process.wait_closed())
@@ -103,6 +114,8 @@ async def session(counters: Counters, process: asyncssh.SSHServerProcess[bytes])
         closed.cancel()
         counters.add("working", -1)
     with contextlib.suppress(OSError, asyncssh.Error):
+        if "echo hello" in (process.command or ""):
+            process.stdout.write(b"hello\n")
         process.exit(0)
 
 
@@ -122,8 +135,9 @@ def serve(
             await asyncio.get_running_loop().create_server(Silent, hosts, port, backlog=100)
         else:
             key = asyncssh.read_private_key(f"{folder}/host_key")
+            kind_of_server = SlowServer if kind == "slow" else Server
             await asyncssh.create_server(
-                lambda: Server(counters),
+                lambda: kind_of_server(counters),
                 hosts,
                 port,
                 server_host_keys=[key],
@@ -256,6 +270,26 @@ class Client:
         )
 
 
+def first_lines(argv: list[str], environment: dict[str, str]) -> dict[str, float]:
+    """Seconds from the start until the first line of each host, of a tool that prefixes lines with
+    addresses.
+    """
+    found: dict[str, float] = {}
+    begin = time.monotonic()
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    ) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if match := re.match(rb"([0-9.]+) *:", line):
+                found.setdefault(match[1].decode(), time.monotonic() - begin)
+    return found
+
+
 class Cases:
     """The cases; each prints a line and says whether the bars were met."""
 
@@ -276,6 +310,8 @@ class Cases:
                 "silent",
                 "window",
                 "gateway",
+                "first",
+                "shards",
                 "interrupt",
             ):
                 self._counters.reset()
@@ -370,6 +406,92 @@ class Cases:
             fine,
         )
 
+    def case_first(self) -> tuple[Outcome, str, bool]:
+        """The first line of each of 1,000 hosts, silent and slow ones among them, beside others."""
+        count, others = min(1000, len(self._plain)), self._options.others
+        good = self._plain[: count - 2 * others]
+        silent, slow = addresses(others, 2), addresses(others, 3)
+        targets = list(good)
+        step = len(good) // others + 2
+        for number, pair in enumerate(zip(silent, slow, strict=True)):
+            targets[number * step : number * step] = pair
+        hosts = Path(self._folder, "hosts")
+        hosts.write_text("".join(f"{host}\n" for host in targets))
+        config = Path(self._folder, "config")
+        home = f"{self._folder}/home"
+        config.write_text(
+            f"Port {self._port}\nUser root\nIdentityFile {home}/.ssh/id_ed25519\nBatchMode yes\n"
+            "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+            f"ConnectTimeout {SILENT_TIMEOUT}\n"
+        )
+        env = {name: value for name, value in os.environ.items() if name != "SSH_AUTH_SOCK"}
+        env |= {"HOME": home, "PDSH_SSH_ARGS_APPEND": f"-F {config}"}
+        apssh = [sys.executable, str(self._options.program), "-l", "root", "-p", str(self._port)]
+        apssh += ["-c", str(SILENT_TIMEOUT), "-q", "--no-last"]
+        sides = {
+            "apssh": [*apssh, "-t", str(hosts), "echo hello"],
+            "pdsh": [
+                *("pdsh", "-R", "ssh", "-t", str(SILENT_TIMEOUT), "-f", str(count)),
+                *("-w", f"^{hosts}", "echo hello"),
+            ],
+            "clush": [
+                *("clush", "-n", "-t", str(SILENT_TIMEOUT), "-f", str(count)),
+                *("--hostfile", str(hosts), "-o", f"-F {config}", "echo hello"),
+            ],
+        }
+        alone = first_lines([*apssh, "-t", good[0], "echo hello"], env)[good[0]]
+        notes, medians, lasts = [f"alone {alone:.2f} s"], {}, {}
+        with (
+            fleet(silent, self._port, "silent", self._folder),
+            fleet(slow, self._port, "slow", self._folder),
+        ):
+            for name, argv in sides.items():
+                if not shutil.which(argv[0]):
+                    notes.append(f"{name}: not here")
+                    continue
+                Path(home, ".ssh/known_hosts").unlink(missing_ok=True)
+                found = first_lines(argv, env)
+                times = sorted(found[host] for host in good if host in found)
+                if len(times) < len(good):
+                    notes.append(f"{name}: {len(good) - len(times)} good hosts gave nothing")
+                    times += [999.0] * (len(good) - len(times))
+                medians[name], lasts[name] = times[len(times) // 2], times[len(times) * 99 // 100]
+                notes.append(
+                    f"{name}: first {times[0]:.2f}, median {medians[name]:.2f}, "
+                    f"99 % {lasts[name]:.2f} s"
+                )
+        fine = medians["apssh"] == min(medians.values()) and lasts["apssh"] == min(lasts.values())
+        text = (
+            f"first lines of {len(good)} hosts, {others} silent and {others} slow ones among them"
+        )
+        return Outcome(0, 0, 0, 0, "", []), f"{text}: {'; '.join(notes)}", fine
+
+    def case_shards(self) -> tuple[Outcome, str, bool]:
+        """All hosts by two processes (--shard 1/2 and 2/2) beside one."""
+        one = self._client.run(self._hosts, "true")
+        hosts = Path(self._folder, "targets")
+        begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        Path(self._folder, "home/.ssh/known_hosts").unlink(missing_ok=True)
+        argv = [sys.executable, str(self._options.program), "-t", str(hosts), "-l", "root"]
+        env = os.environ | {"HOME": f"{self._folder}/home"}
+        processes = [
+            subprocess.Popen(
+                [*argv, "--no-last", "--shard", f"{part}/2", "true"],
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=env,
+            )
+            for part in (1, 2)
+        ]
+        codes = [process.wait() for process in processes]
+        wall, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        text = (
+            f"{len(self._hosts)} hosts, true: one process {one.seconds:.1f} s, {one.cpu:.1f} s CPU; "
+            f"two shards {wall:.1f} s, {cpu:.1f} s CPU"
+        )
+        return one, text, codes == [0, 0] and one.code == 0
+
     def case_gateway(self) -> tuple[Outcome, str, bool]:
         count = min(self._options.behind, len(self._hosts))
         port = free_port()
@@ -393,9 +515,15 @@ def main() -> int:
         "--sleepers", type=int, default=2000, help="hosts that run sleep 20 at once"
     )
     parser.add_argument("--silent", type=int, default=300, help="hosts that accept and say nothing")
+    parser.add_argument("--others", type=int, default=50, help="silent, and slow, of 1,000 hosts")
     parser.add_argument("--behind", type=int, default=500, help="hosts behind one gateway")
     parser.add_argument(
-        "--only", nargs="+", choices=("true", "sleep", "silent", "window", "gateway", "interrupt")
+        "--only",
+        nargs="+",
+        choices=(
+            *("true", "sleep", "silent", "window"),
+            *("gateway", "first", "shards", "interrupt"),
+        ),
     )
     parser.add_argument("--program", type=Path, default=PROGRAM, help="apssh.py to run")
     options = parser.parse_args()
