@@ -213,14 +213,15 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty HOME with the one key, and none of what the environment of whoever runs this would
-    add.
+    """An empty HOME with the one key, the module in reach of whatever Python is started, and none
+    of what the environment of whoever runs this would add.
     """
     folder = tmp_path / "home"
     (folder / ".ssh").mkdir(parents=True, mode=0o700)
     for name in ("id_ed25519", "id_ed25519.pub"):
         shutil.copy2(keys / name, folder / ".ssh" / name)
     monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
     monkeypatch.chdir(folder)
     for name in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS", "NO_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
@@ -490,33 +491,44 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         os.unlink(path)
 
 
+MAINS = {"apssh": "main", "appush": "main_push", "appull": "main_pull"}
+PYTHON = [sys.executable, "-W", "error"]
+
+
+def main_of(program: str = "apssh", first: str = "pass") -> list[str]:
+    """The words for Python that are this program; before the module is there, a line is run."""
+    return ["-c", f"import sys; {first}; import apssh; sys.exit(apssh.{MAINS[program]}())"]
+
+
+def run_python(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Python on this to its end, warnings being errors; its outputs are kept, it has a minute."""
+    usual = {"capture_output": True, "timeout": 60, "check": False}
+    return subprocess.run([*PYTHON, *argv], **usual | options)
+
+
+def start_python(*argv: str | Path, **options: Any) -> subprocess.Popen[Any]:
+    """Python at work on this, warnings being errors; its outputs are in pipes, it has no stdin."""
+    usual = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*PYTHON, *argv], **usual | options)
+
+
 def cli(
     *argv: str, program: str = "apssh", input: bytes = b"", timeout: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program as a person would, warnings being errors."""
+    """Run a program as a person would."""
     # -X dev tells of slow callbacks
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh, logging; logging.getLogger('asyncio').setLevel('ERROR'); sys.exit(apssh.{MAINS[program]}())"
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", code, *argv],
-        input=input,
-        capture_output=True,
-        timeout=timeout,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
-MAINS = {"apssh": "main", "appush": "main_push", "appull": "main_pull"}
+    words = main_of(program, "import logging; logging.getLogger('asyncio').setLevel('ERROR')")
+    environment = os.environ | environment
+    return run_python("-X", "dev", *words, *argv, input=input, timeout=timeout, env=environment)
 
 
 def on_terminal(
     *argv: str, answer: bytes = b"", program: str = "apssh", columns: int = 80, timeout: float = 60
 ) -> tuple[int, bytes]:
     """Run a program on a terminal; its exit code and all that the terminal got."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
     pid, fd = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", code, *argv])
+        os.execv(sys.executable, [*PYTHON, *main_of(program), *argv])
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     seen, end = b"", time.monotonic() + timeout
     with contextlib.suppress(OSError):
@@ -987,13 +999,9 @@ def test_line_of_two_users_on_a_host(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-        "apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
+    done = run_python(
+        "-c",
+        "import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')",
         check=True,
         env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     )
@@ -1984,17 +1992,20 @@ def test_files_are_parsed_once(sshd: Sshd, home: Path, monkeypatch: pytest.Monke
     assert opened.count(str(file)) == 2
 
 
+def on_its_terminal(descriptor: str = "0") -> list[str]:
+    """The words for Python that are apssh, of which this is the controlling terminal."""
+    take = f"import fcntl, termios; fcntl.ioctl({descriptor}, termios.TIOCSCTTY, 0)"
+    return main_of(first=take)
+
+
 def typed(*argv: str, answers: Sequence[bytes] = (), timeout: float = 60) -> tuple[int, bytes]:
     """Run apssh on a terminal of its own and give one answer a prompt; its exit code and all that
     the terminal got.
     """
-    code = (
-        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    )
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *argv],
+    process = start_python(
+        *on_its_terminal(),
+        *argv,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -2021,18 +2032,7 @@ def without_terminal(*argv: str) -> tuple[int, list[str]]:
     """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and
     messages.
     """
-    code = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-        "sys.exit(apssh.main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *argv],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        start_new_session=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(*main_of(), *argv, stdin=subprocess.DEVNULL, start_new_session=True)
     return done.returncode, messages(done)
 
 
@@ -2296,15 +2296,9 @@ def test_key_through_a_pipe(
 ) -> None:
     """``-k <(...)`` is read once, whatever the agent holds."""
     agent(keys / "other")
-    program = shlex.join([sys.executable, "-c", "import apssh; apssh.main()"])
+    program = shlex.join([*PYTHON, *main_of()])
     command = f"{program} -q -k <(cat {keys}/id_ed25519) -t {sshd.target} echo in"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False)
     assert (done.stdout, messages(done)) == (b"127.0.0.1:in\n", [])
 
 
@@ -3034,10 +3028,6 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             (home / ".ssh" / "known_hosts").write_text(
                 "".join(f"{hashed(name)} {public(key)}\n" for name in names)
             )
-            code = (
-                f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-                "sys.exit(apssh.main())"
-            )
             words = [
                 "--host-keys",
                 "yes",
@@ -3055,9 +3045,7 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             plain = {
                 name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
             }  # measuring costs twice
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, env=plain
-            )
+            process = start_python(*main_of(), *words, stdout=None, env=plain)
             _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             assert process.stderr
@@ -7345,10 +7333,6 @@ class Asking:
     """
 
     def __init__(self, folder: Path, *argv: str, stdin: bytes = b"", streams: bool = True) -> None:
-        code = (
-            "import fcntl, sys, termios; fcntl.ioctl(int(sys.argv.pop()), termios.TIOCSCTTY, 0); "
-            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-        )
         self.terminal, theirs = pty.openpty()
         self._out, self._err = folder / "out", folder / "err"
         (folder / "in").write_bytes(stdin)
@@ -7357,8 +7341,9 @@ class Asking:
             open(self._out, "wb") as out,
             open(self._err, "wb") as err,
         ):
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", code, *argv, str(theirs)],
+            self.process = start_python(
+                *on_its_terminal(str(theirs)),
+                *argv,
                 stdin=given if streams else theirs,
                 stdout=out if streams else theirs,
                 stderr=err if streams else theirs,
@@ -9881,8 +9866,7 @@ def test_experiment_that_is_interrupted(make_sshd: Callable[..., Sshd], way: str
     }[way]
     script = (
         f"""
-import asyncio, sys
-sys.path.insert(0, {str(MODULE.parent)!r})
+import asyncio
 import apssh
 from asynciojobs import Scheduler
 node = apssh.SshNode("127.0.0.1", port={sshd.port}, username={ME!r})
@@ -9892,9 +9876,7 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
 """
         + block
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_python("-c", script)
     eventually(lambda: processes(f"sleep {token}"))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -10019,9 +10001,8 @@ def test_node_outlives_event_loops(make_sshd: Callable[..., Sshd]) -> None:
 
 
 MANY_RUNS = """
-import asyncio, gc, json, os, sys, threading
+import asyncio, gc, json, os, threading
 from pathlib import Path
-sys.path.insert(0, {folder!r})
 from asynciojobs import Scheduler
 import apssh
 target, port = {target!r}, {port}
@@ -10072,15 +10053,12 @@ def test_many_runs_in_one_process(make_sshd: Callable[..., Sshd]) -> None:
     """1,000 ``apssh.run`` and 200 ``Scheduler.run()`` leave no loop, file, thread or memory."""
     sshd = make_sshd()
     turns = [(100, 20), (450, 90), (450, 90)]
-    script = MANY_RUNS.format(
-        folder=str(MODULE.parent), target=sshd.target, port=sshd.port, user=ME, turns=turns
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
+    script = MANY_RUNS.format(target=sshd.target, port=sshd.port, user=ME, turns=turns)
+    done = run_python(
+        "-c",
+        script,
         text=True,
         timeout=600,
-        check=False,
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -13414,7 +13392,7 @@ def test_paths_after_two_dashes(home: Path) -> None:
 def test_folders_that_tell_hosts_apart_are_made(
     sources: list[str], destination: str, arrive: list[str], home: Path
 ) -> None:
-    code = f"""import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh
+    code = f"""import asyncio, apssh
 async def main():
     async with apssh.demo_fleet(2) as nodes:
         for node in nodes:
@@ -13423,7 +13401,7 @@ async def main():
         plan.check(nodes)
         assert all(result.ok for result in await apssh._fan_out(nodes, plan))
 asyncio.run(main())"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code, capture_output=False, check=True)
     assert (
         sorted(str(path.relative_to("new")) for path in Path("new").rglob("*") if path.is_file())
         == arrive
@@ -13461,16 +13439,13 @@ class Dialogue:
     """apssh on a terminal of its own, which somebody types on."""
 
     def __init__(self, *argv: str) -> None:
-        code = (
-            "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-        )
         self._ours, self._theirs = pty.openpty()
         self.resize(91)
         self._before = termios.tcgetattr(self._theirs)
         self._seen = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, *argv],
+        self.process = start_python(
+            *on_its_terminal(),
+            *argv,
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
@@ -13960,8 +13935,7 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (home / "bin").mkdir()
     for program, function in MAINS.items():
         (home / "bin" / program).write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(MODULE.parent)!r})\n"
-            f"import apssh\nsys.exit(apssh.{function}())\n"
+            f"#!{sys.executable}\nimport sys, apssh\nsys.exit(apssh.{function}())\n"
         )
         (home / "bin" / program).chmod(0o755)
     scripts = os.path.dirname(sys.executable)
@@ -14005,14 +13979,8 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def start(*argv: str, program: str = "apssh") -> subprocess.Popen[bytes]:
-    """A program at work, its outputs in pipes."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-    )
+    """A program at work."""
+    return start_python(*main_of(program), *argv)
 
 
 def interrupted(
@@ -14094,12 +14062,7 @@ def test_interruption_during_the_imports_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "asynciojobs.py").write_text(
         "import sys, time; print('here', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(MODULE), "-V"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )
+    process = start_python(MODULE, "-V", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout and process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10) == (b"", b"")
@@ -14107,11 +14070,11 @@ def test_interruption_during_the_imports_says_nothing(tmp_path: Path) -> None:
 
 
 def test_import_leaves_the_handler_of_ctrl_c_alone() -> None:
-    code = f"""import signal, sys; sys.path.insert(0, {str(MODULE.parent)!r})
-sys.argv[0] = {{!r}}
+    code = """import signal, sys
+sys.argv[0] = {!r}
 import apssh; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"""
     for name in ("script.py", "apssh"):
-        subprocess.run([sys.executable, "-c", code.replace("{!r}", repr(name))], check=True)
+        run_python("-c", code.replace("{!r}", repr(name)), capture_output=False, check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hangup"])
@@ -14164,11 +14127,8 @@ def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
     token, (options, command) = f"93{os.getpid()}{list(KILLED).index(way)}", KILLED[way]
     if "-s" not in options:
         command = f"echo $$ > leader; {command}"
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.main()"
     words = ["-F", "none", "-t", sshd.target, *options, command.format(token)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = start_python(*main_of(), *words, stdout=subprocess.DEVNULL, stderr=None)
     eventually(lambda: processes(f"sleep {token}"))
     group = os.getpgid(int((sshd.home / "leader").read_text()))
     assert group_lives(group)
@@ -14228,12 +14188,8 @@ def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) 
 @pytest.mark.parametrize("late", [0.05 * number for number in range(12)])
 def test_interruption_while_targets_are_typed(late: float) -> None:
     """At any time: before it reads, just then, and while it waits."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.stderr.write('up'); sys.stderr.flush(); sys.exit(apssh.main())"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "-t", "-", "true"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    words = main_of(first="import apssh; sys.stderr.write('up'); sys.stderr.flush()")
+    with start_python(*words, "-t", "-", "true", stdin=subprocess.PIPE, stdout=None) as process:
         assert process.stderr and process.stdin
         process.stderr.read(2)
         time.sleep(late)
@@ -14245,13 +14201,11 @@ def test_interruption_while_targets_are_typed(late: float) -> None:
 def test_resolver_that_never_answers(interrupted: bool) -> None:
     """Nothing waits for it: neither the deadline, nor Ctrl-C, nor the end of the program."""
     code = (
-        f"import sys, time, socket; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        "import sys, time, socket, apssh\n"
         "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
         f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with start_python("-c", code) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(5) == b"asked"
         if interrupted:
@@ -14267,11 +14221,8 @@ def test_resolver_that_never_answers(interrupted: bool) -> None:
 
 def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
     token = f"98{os.getpid()}"
-    code = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-        f"apssh.run({sshd.target!r}, 'sleep {token}')"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    code = f"import apssh; apssh.run({sshd.target!r}, 'sleep {token}')"
+    process = start_python("-c", code, stdout=None)
     try:
         eventually(lambda: processes(f"sleep {token}"))
         process.send_signal(signal.SIGINT)
@@ -14285,12 +14236,11 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
 
 def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
     code = (
-        "import sys, signal\n"
-        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        "import signal, apssh\n"
         "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True))\n"
         f"print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = start_python("-c", code, stderr=None)
     eventually((sshd.home / "up").exists)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[0].split() == [b"mine", b"done"]
@@ -14321,11 +14271,10 @@ def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
 
 def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     token = f"92{os.getpid()}"
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    program = shlex.join([*PYTHON, *main_of()])
     done = subprocess.run(
-        [
-            f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | (head -n 1; pgrep -f ^yes.{token} >yes)"
-        ],
+        f"{program} -F none -t {sshd.target} 'yes {token}'"
+        f" | (head -n 1; pgrep -f ^yes.{token} >yes)",
         shell=True,
         capture_output=True,
         timeout=30,
@@ -14340,25 +14289,26 @@ def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
 
 
 @pytest.mark.parametrize("name", ["apssh", "appush", "appull"])
-def test_copy_or_link_of_the_file_is_a_program(name: str, tmp_path: Path) -> None:
+def test_copy_or_link_of_the_file_is_a_program(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH")
     (tmp_path / name).symlink_to(MODULE)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / name), "--help"], capture_output=True, text=True, check=True
-    )
+    done = run_python(tmp_path / name, "--help", text=True, check=True)
     assert done.stdout.startswith(f"usage: {name} [options]")
 
 
-def test_vendored_copy(tmp_path: Path) -> None:
+def test_vendored_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")
     (tmp_path / "vendor").mkdir()
     shutil.copy(MODULE, tmp_path / "vendor" / "apssh.py")
-    code = "from vendor import apssh; from vendor.apssh import SshNode; from vendor.apssh.formatters import TimeHostFormatter as T; assert T is apssh.TimeHostFormatter"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
-    done = subprocess.run(
-        [sys.executable, "apssh.py", "--demo", "2", "uname"],
-        cwd=tmp_path / "vendor",
-        capture_output=True,
-        check=True,
+    code = (
+        "from vendor import apssh; from vendor.apssh import SshNode; "
+        "from vendor.apssh.formatters import TimeHostFormatter as T; "
+        "assert T is apssh.TimeHostFormatter"
     )
+    run_python("-c", code, cwd=tmp_path, capture_output=False, check=True)
+    done = run_python("apssh.py", "--demo", "2", "uname", cwd=tmp_path / "vendor", check=True)
     assert (
         sorted(done.stdout.splitlines()) == [b"demo1:Linux", b"demo2:Linux"]
         if sys.platform == "linux"
@@ -14712,16 +14662,7 @@ EXAMPLES = MODULE.parent / "examples"
 
 
 def example_run(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(MODULE.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-W", "error", *argv],
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_python(*argv, cwd=cwd, text=True)
 
 
 LOSSES = """\
@@ -14788,11 +14729,8 @@ def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_example_that_is_interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while it measures: the service is stopped, the record written."""
     monkeypatch.setenv("TMPDIR", str(home))
-    process = subprocess.Popen(
-        [sys.executable, TWO_NODES, "--demo", "--out", "out", "--rates", "1", "0.01"],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stderr=subprocess.PIPE,
-    )
+    words = ("--demo", "--out", "out", "--rates", "1", "0.01")
+    process = start_python(TWO_NODES, *words, stdout=None)
     eventually(lambda: radios("send", "127.0.0.1") and losses())
     assert radios("receive", str(home))
     process.send_signal(signal.SIGINT)
@@ -14902,14 +14840,9 @@ def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Ssh
         pytest.importorskip("distributed")
     sshd = make_sshd(ListenAddress="0.0.0.0", Port=(port := free_port()))
     hosts = addresses(2, 9)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
-            *("-t", f"127.0.0.[2-9]:{port}", GATED),
-        ],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = start_python(
+        *(SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
+        *("-t", f"127.0.0.[2-9]:{port}", GATED),
         text=True,
     )
     try:
@@ -14937,14 +14870,9 @@ def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
     port = free_port()
     sshd = make_sshd(ListenAddress="0.0.0.0", Port=port)
     token = f"91{os.getpid()}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, SHARDS, "--shards", "2", "-l", ME),
-            *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
-        ],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = start_python(
+        *(SHARDS, "--shards", "2", "-l", ME),
+        *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
         text=True,
         start_new_session=True,
     )
@@ -14963,14 +14891,14 @@ def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
 @pytest.mark.parametrize(
     "engine", ["by_processes", pytest.param("by_dask", marks=pytest.mark.slow)]
 )
-def test_shards_whose_workers_go_on_dying(engine: str, sshd: Sshd) -> None:
+def test_shards_whose_workers_go_on_dying(
+    engine: str, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their hosts are named; the others have their results."""
     if engine == "by_dask":
         pytest.importorskip("distributed")
     Path("deadly.py").write_text(
-        f"""import os, signal, sys
-sys.path[:0] = [{str(MODULE.parent)!r}, {str(EXAMPLES)!r}]
-import apssh, shards
+        f"""import os, signal, apssh, shards
 def run(targets, command):
     if "x@h2" in targets:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -14982,6 +14910,7 @@ if __name__ == "__main__":
     print([result.target for result in results], lost)
 """
     )
+    monkeypatch.setenv("PYTHONPATH", f"{MODULE.parent}{os.pathsep}{EXAMPLES}")
     done = example_run("deadly.py")
     assert done.stdout == f"{[sshd.target]} ['x@h2']\n", done.stderr
 
@@ -14994,8 +14923,7 @@ def test_picture_of_the_readme(tmp_path: Path) -> None:
         return sorted("".join(text.itertext()) for text in texts)
 
     new = tmp_path / "new.svg"
-    script = [sys.executable, str(EXAMPLES / "terminal.py"), "--out", str(new)]
-    subprocess.run(script, check=True)
+    run_python(EXAMPLES / "terminal.py", "--out", new, capture_output=False, check=True)
     shown = lines(EXAMPLES / "terminal.svg")
     assert "demo[1-4,6-9] (8)" in shown and "20 ok" in shown
     assert lines(new) == shown
@@ -15099,12 +15027,12 @@ def readme_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The README's hosts; the folder of the ssh config that leads there, and of its key."""
     folder = tmp_path_factory.mktemp("readme")
     path = shell_programs(folder / "over-there", README_PROGRAMS)
-    fleet = subprocess.Popen(
-        [sys.executable, "-c", README_FLEET, str(folder), *README_HOSTS],
+    fleet = start_python(
+        *("-c", README_FLEET, folder, *README_HOSTS),
         cwd=MODULE.parent,
         env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stderr=None,
     )
     assert fleet.stdin and fleet.stdout
     assert fleet.stdout.readline() == b"ready\n"
@@ -15317,12 +15245,10 @@ def test_scenario_of_the_readme(home: Path, tmp_path: Path) -> None:
     (home / "file.yaml").write_text(text)
     line = re.search("^`(apssh --scenario .*?)`", readme_section("YAML scenarios"), re.MULTILINE)
     assert line
-    done = subprocess.run(
-        [sys.executable, str(MODULE), *shlex.split(line[1])[1:], "--demo", "2", "-q"],
-        capture_output=True,
+    done = run_python(
+        *(MODULE, *shlex.split(line[1])[1:], "--demo", "2", "-q"),
         text=True,
         env=os.environ | {"PATH": experiment_path(tmp_path), "SHELL": "/bin/sh"},
-        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
@@ -15419,10 +15345,7 @@ def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for block in readme_blocks("python")
         if re.search("^(results = )?await ", block, re.MULTILINE)
     ]
-    setup = (
-        f"import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
-        f"TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
-    )
+    setup = f"import asyncio; TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(text) for text in (setup, *NOTEBOOK, *cells)]
     )
@@ -15434,7 +15357,7 @@ def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """
     nbformat.write(notebook, "in.ipynb")
     # a process of its own: the kernel's ports are not the rig's
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    run_python("-c", script, capture_output=False, check=True, timeout=120)
     outputs = [
         "".join(
             output.get("text") or output["data"]["text/plain"]
@@ -15469,18 +15392,8 @@ def test_names_of_the_readme() -> None:
 
 def test_experiment_of_the_readme(home: Path, tmp_path: Path) -> None:
     (script,) = (block for block in readme_blocks("python") if "Scheduler" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ
-        | {
-            "PATH": experiment_path(tmp_path),
-            "SHELL": "/bin/sh",
-            "PYTHONPATH": str(MODULE.parent),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"PATH": experiment_path(tmp_path), "SHELL": "/bin/sh"}
+    done = run_python("-c", script, env=environment, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
     units = (tmp_path / "units").read_text().split()
@@ -15522,11 +15435,10 @@ def test_thousands_of_hosts() -> None:
     """bench/scale.py, smaller: bars on CPU and memory a host, silent hosts, the window, one
     gateway, Ctrl-C.
     """
-    done = subprocess.run(
-        [sys.executable, str(MODULE.parent / "bench" / "scale.py"), "--hosts", "2000"],
-        capture_output=True,
+    done = run_python(
+        *(MODULE.parent / "bench" / "scale.py", "--hosts", "2000"),
         text=True,
-        check=False,
+        timeout=None,
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -15569,9 +15481,7 @@ def test_import_costs_little(tmp_path: Path) -> None:
         hardly at all.
         """
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-c", f"import {name}"], cwd=MODULE.parent, check=True, env=environment
-        )
+        run_python("-c", f"import {name}", capture_output=False, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
