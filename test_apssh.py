@@ -277,7 +277,8 @@ class Sshd:
         # sshd takes the home from the passwd file: sessions are moved to ours, and are else as
         # plain as can be
         (folder / "session").write_text(
-            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
+            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\n"
+            "c=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
             'exec "${SHELL##*/}" -c "$c"\n'
         )
         (folder / "session").chmod(0o755)
@@ -5428,10 +5429,8 @@ def test_disk_full(sshd: Sshd, home: Path, way: str) -> None:
                 for each in commands
             )
             host = "LOCALNODE" if way == "local" else "127.0.0.1"
-            assert (
-                text
-                == f"{host}: {'remote' if way == 'push' else 'local'}: {name}: no space left on {'the ' if way == 'push' else ''}device"
-            )
+            side, device = ("remote", "the device") if way == "push" else ("local", "device")
+            assert text == f"{host}: {side}: {name}: no space left on {device}"
             assert listing(end / "d") == {"tiny": "T"}
 
 
@@ -7091,7 +7090,8 @@ def test_dropbear_and_an_ordinary_login(capfd: Any) -> None:
                 assert time.monotonic() < end, "still there"
             assert (
                 await node.run(
-                    f"sleep {token} >/dev/null & until pgrep -f '^[s]leep {token}'; do :; done; kill %1"
+                    f"sleep {token} >/dev/null & "
+                    f"until pgrep -f '^[s]leep {token}'; do :; done; kill %1"
                 )
                 == 0
             )
@@ -7697,9 +7697,9 @@ class SudoServer:
 async def sudo_server(
     keys: Path, *says: str, password: str = "", pieces: bool = False
 ) -> AsyncIterator[SudoServer]:
-    """A host that says these things in place of running sudo, each (or each of its characters) in a packet of its own: on
-    stdout what begins with ``out:``, PROMPT and MARK being the marks of the command. Where it says
-    ``read`` it reads a line, and goes on when that is the password.
+    """A host that says these things in place of running sudo, each (or each of its characters) in a
+    packet of its own: on stdout what begins with ``out:``, PROMPT and MARK being the marks of the
+    command. Where it says ``read`` it reads a line, and goes on when that is the password.
     """
     server = SudoServer()
 
@@ -8162,7 +8162,9 @@ async def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, k
     over = asyncio.Event()
 
     class Stuck(asyncssh.SFTPServer):
-        async def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:  # type: ignore[override]
+        async def open(  # type: ignore[override]
+            self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs
+        ) -> Any:
             await over.wait()
 
     async def shell(process: Any) -> None:
@@ -8249,7 +8251,7 @@ def descendants(process: int) -> list[int]:
 
 
 async def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
-    """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
+    """With fifty hosts behind it: each is told of, nothing hangs, the next use connects anew."""
     server, inner = make_sshd(), make_sshd()
     gateway = server.node()
     nodes = [inner.node(gateway=gateway) for _ in range(50)]
@@ -8323,7 +8325,8 @@ async def test_words_about_a_password(password: str | None, keys: Path) -> None:
         (
             b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n",
             False,
-            "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'",
+            "timeout: no connection within 0.5 s: not an ssh server: "
+            "it says 'HTTP/1.1 400 Bad Request'",
         ),
     ],
     ids=["silent", "stalls", "endless", "http"],
@@ -10023,12 +10026,13 @@ def unclosed():
 def state():
     gc.collect()
     objects = gc.get_objects()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return dict(
         files=len(os.listdir("/proc/self/fd")),
         threads=threading.active_count(),
         loops=sum(isinstance(each, asyncio.AbstractEventLoop) for each in objects),
         objects=len(objects),
-        memory=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024,
+        memory=pages * os.sysconf("SC_PAGESIZE") // 1024,
     )
 
 seen = []
@@ -10962,7 +10966,8 @@ def test_service_runs_the_command_as_a_shell_does(command: Any) -> None:
         box(),
         service.start_command(),
         Run(
-            f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; ls /tmp/apssh-never || true"
+            f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; "
+            "ls /tmp/apssh-never || true"
         ),
     )
     expected = subprocess.run(
@@ -11215,8 +11220,8 @@ MISTAKES = {  # text of the file, the whole message
         "s.yaml:4: section nodes, id n1: 'gateway' goes in a circle: n1 -> n1: take one out",
     ),
     "gateway circle": (
-        "nodes: [{id: a, hostname: a, gateway: b}, {id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n"
-        + JOB,
+        "nodes: [{id: a, hostname: a, gateway: b}, "
+        "{id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n" + JOB,
         "s.yaml:1: section nodes, id a: 'gateway' goes in a circle: a -> b -> c -> a: take one out",
     ),
     "gateway local": (
@@ -11322,8 +11327,8 @@ MISTAKES = {  # text of the file, the whole message
         "s.yaml:5: section jobs, id j1: 'required' goes in a circle: j1 -> j1: take one out",
     ),
     "required circle": (
-        NODE
-        + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n  - {id: b, node: n1, required: [a], command: x}\n",
+        NODE + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n"
+        "  - {id: b, node: n1, required: [a], command: x}\n",
         "s.yaml:3: section jobs, id a: 'required' goes in a circle: a -> b -> a: take one out",
     ),
     "command as list of text": (
@@ -11494,8 +11499,8 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
-        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, command, "
-        "commands, keep_connection, verbose, forever, critical, label",
+        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, "
+        "command, commands, keep_connection, verbose, forever, critical, label",
     ),
     "list in itself": (
         NODE + "jobs: &a [*a]\n",
@@ -11643,10 +11648,12 @@ jobs:
       - {type: Push, localpaths: [a, b], remotepath: /tmp/, preserve: true}
       - {type: Push, localpaths: a, remotepath: b}
       - {type: Pull, remotepaths: [c], localpath: d, recurse: yes}
-  - {id: warmup, node: gw, required: ~, commands: [{type: Run, command: check --all}, {type: Run, argv: [echo, 1, true]}]}
+  - {id: warmup, node: gw, required: ~, \
+commands: [{type: Run, command: check --all}, {type: Run, argv: [echo, 1, true]}]}
   - {id: 7, node: here, command: 'uname -r', required: send}
 nodes:
-  - {id: n1, hostname: node1, gateway: gw, port: 2200, timeout: 2.5, keys: [k1], known_hosts: ~, config: true, password: 0123}
+  - {id: n1, hostname: node1, gateway: gw, port: 2200, timeout: 2.5, keys: [k1], \
+known_hosts: ~, config: true, password: 0123}
   - id: gw
     hostname: gateway.example.org
     username: slice
@@ -11809,8 +11816,10 @@ def test_numbers_and_truth_may_be_quoted() -> None:
 
 def test_anchors_and_merges() -> None:
     nodes, jobs, _ = loaded(
-        "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
-        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n  - {id: y, node: b, commands: *steps}\n"
+        "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n"
+        "  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
+        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n"
+        "  - {id: y, node: b, commands: *steps}\n"
     )
     assert [(node.hostname, node.port, node.username) for node in nodes.values()] == [
         ("h", 2200, "root"),
@@ -12473,7 +12482,8 @@ NO_HOST = "is not a host name or an address"
         ),
         (
             "two",
-            "@two:1: groups in a circle, or nested too deep: two -> @three -> @one -> @two -> @three",
+            "@two:1: groups in a circle, or nested too deep: "
+            "two -> @three -> @one -> @two -> @three",
         ),
     ],
     ids=lambda value: repr(value[:20]),
@@ -12692,7 +12702,8 @@ def test_quick_run(sshd: Sshd) -> None:
         repr(bad),
     )
     assert re.fullmatch(
-        rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>",
+        rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, "
+        r"stdout 'out.*: ended with status 3: .*>",
         repr(good),
     )
     assert "stdout 'out\\n\\xff': ended with status 3: echo out" in repr(good)
@@ -12929,12 +12940,12 @@ def test_gather(capfd: Any) -> None:
     view.finish()
     out, err = capfd.readouterr()
     assert (
-        out
-        == "-------------\nnode[1-3] (3)\n-------------\nsame\n------------------\nnode4 (1) status 2\n------------------\nother\n"
+        out == "-------------\nnode[1-3] (3)\n-------------\nsame\n"
+        "------------------\nnode4 (1) status 2\n------------------\nother\n"
     )
     assert (
-        err
-        == "-------------------------\nnode4 (1) status 2 stderr\n-------------------------\ntrouble\n"
+        err == "-------------------------\nnode4 (1) status 2 stderr\n"
+        "-------------------------\ntrouble\n"
     )
 
 
@@ -13143,11 +13154,13 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-w", "node[1-3]", "x"],
-            "argument -w/--window: 'node[1-3]' is no number of hosts; use -t for targets (see apssh --help)",
+            "argument -w/--window: 'node[1-3]' is no number of hosts; "
+            "use -t for targets (see apssh --help)",
         ),
         (
             ["-t", "h", "-f", "20", "x"],
-            "argument -f/--format: '20' is no format; use -w for the number of hosts at once (see apssh --help)",
+            "argument -f/--format: '20' is no format; "
+            "use -w for the number of hosts at once (see apssh --help)",
         ),
         (
             ["-t", "h", "-r", "-b", "x"],
@@ -13239,8 +13252,8 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     assert apssh.main(["-t", "h", "true"]) == 2
     assert (
-        capfd.readouterr().err
-        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+        capfd.readouterr().err == "apssh: no key: give one with -k, load one into an agent, "
+        "or use -A (password) or -K (go on without)\n"
     )
 
 
@@ -13308,7 +13321,8 @@ def test_listings(argv: list[str], out: str, capfd: Any) -> None:
             ["-u", "0.5", "sleep 30"],
             1,
             b"",
-            b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n",
+            b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n"
+            b"0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n",
         ),
         (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
     ],
@@ -13392,12 +13406,13 @@ def test_paths_after_two_dashes(home: Path) -> None:
 def test_folders_that_tell_hosts_apart_are_made(
     sources: list[str], destination: str, arrive: list[str], home: Path
 ) -> None:
+    paths = [source[2:] for source in sources]
     code = f"""import asyncio, apssh
 async def main():
     async with apssh.demo_fleet(2) as nodes:
         for node in nodes:
             await node.run("touch f g")
-        plan = apssh._CopyPlan(apssh.Pull, {[source[2:] for source in sources]!r}, {destination!r}, {{}})
+        plan = apssh._CopyPlan(apssh.Pull, {paths!r}, {destination!r}, {{}})
         plan.check(nodes)
         assert all(result.ok for result in await apssh._fan_out(nodes, plan))
 asyncio.run(main())"""
@@ -13711,9 +13726,12 @@ async def test_sick_hosts_disturb_nobody(
             f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
             f"127.0.0.1:{changed.port}": (
                 "hostkey",
-                f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} in {home}/.ssh/known_hosts:1; "
-                f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
-                "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)",
+                f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} "
+                f"in {home}/.ssh/known_hosts:1; "
+                "somebody may be in the middle. If it was reinstalled: "
+                f"ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
+                "(hosts reinstalled all day: --host-keys no, known_hosts=None, "
+                "or APSSH_HOST_KEYS=no:PATTERN)",
             ),
             silent: ("timeout", f"{late}connected, but the server says nothing"),
             stalls: ("timeout", f"{late}the key exchange does not end"),
@@ -13896,8 +13914,8 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
         program="appush",
     ).stdout.decode()
     assert (
-        shown
-        == "me@gw->me@h: Push: tree h onto /x/h, recurse\nme@i:23: Push: tree i onto /x/i, recurse\n"
+        shown == "me@gw->me@h: Push: tree h onto /x/h, recurse\n"
+        "me@i:23: Push: tree i onto /x/i, recurse\n"
     )
     shown = cli(
         "-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull"
@@ -13945,7 +13963,8 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "bash": "COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}",
         "zsh": "autoload -U compinit; compinit -u",
     }
-    start = f'{profile[shell]}; eval "$(register-python-argcomplete apssh appush appull)"; PS1=GO-; echo up'
+    programs = 'eval "$(register-python-argcomplete apssh appush appull)"'
+    start = f"{profile[shell]}; {programs}; PS1=GO-; echo up"
     pid, fd = pty.fork()
     if pid == 0:
         os.execvp(shell, SHELLS[shell])
@@ -14200,10 +14219,12 @@ def test_interruption_while_targets_are_typed(late: float) -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_resolver_that_never_answers(interrupted: bool) -> None:
     """Nothing waits for it: neither the deadline, nor Ctrl-C, nor the end of the program."""
+    argv = ["-F", "none", "-K", "-c", "30" if interrupted else "0.3", "-t", "nosuch", "true"]
     code = (
         "import sys, time, socket, apssh\n"
-        "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
-        f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))"
+        "def never(*args, **keywords):\n"
+        "    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
+        f"socket.getaddrinfo = never; sys.exit(apssh.main({argv}))"
     )
     with start_python("-c", code) as process:
         assert process.stdout and process.stderr
@@ -14215,7 +14236,8 @@ def test_resolver_that_never_answers(interrupted: bool) -> None:
         assert process.stderr.read() == (
             b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n"
             if interrupted
-            else b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached\n  timeout: nosuch (1)\n"
+            else b"nosuch: timeout: no connection within 0.3 s: no answer\n"
+            b"0 ok, 1 not reached\n  timeout: nosuch (1)\n"
         )
 
 
@@ -14341,8 +14363,10 @@ def test_public_names_are_documented() -> None:
 
 def test_scenario_program(home: Path, capfd: Any) -> None:
     Path("s.yaml.j2").write_text(
-        "nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
-        "  - {id: b, node: here, required: a, command: exit 3}\n  - {id: c, node: here, required: b, command: 'true'}\n"
+        "nodes: [{id: here, localnode: true}]\n"
+        "jobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
+        "  - {id: b, node: here, required: a, command: exit 3}\n"
+        "  - {id: c, node: here, required: b, command: 'true'}\n"
     )
     assert apssh.main(["--scenario", "s.yaml.j2", "--set", "word=given"]) == 1
     out, err = capfd.readouterr()
@@ -14361,7 +14385,8 @@ nodes:
   - {id: n1, hostname: node1, gateway: gw, port: 2200}
   - {id: here, localnode: true}
 jobs:
-  - {id: look, node: n1, label: a look, commands: [{type: Run, command: uname -r, label: kernel, capture: ver}]}
+  - {id: look, node: n1, label: a look, \
+commands: [{type: Run, command: uname -r, label: kernel, capture: ver}]}
   - id: act
     node: here
     required: look
@@ -14987,7 +15012,8 @@ async def main():
                 at = f" HostName 127.0.0.1\\n Port {node.port}\\n"
                 config.write(f"Host {name} {name}.example.org\\n{at}{key}")
                 assert await node.run(
-                    f"echo {name} > .name; mkdir -p etc/nginx var/log/nginx; echo listen=80 > etc/app.conf; "
+                    f"echo {name} > .name; mkdir -p etc/nginx var/log/nginx; "
+                    "echo listen=80 > etc/app.conf; "
                     "echo a line | tee var/log/nginx/access.log > var/log/nginx/error.log; "
                     f"[ {name} != web4 ] || echo listen=8080 > etc/app.conf"
                 ) == 0
