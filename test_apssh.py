@@ -147,6 +147,16 @@ def run(work: Coroutine[Any, Any, Any], timeout: float = 60) -> Any:
     return asyncio.run(main())
 
 
+@pytest.fixture(autouse=True)
+def in_a_loop(request: pytest.FixtureRequest) -> None:
+    """An ``async def`` test is run by ``run``: pytest calls what its item holds, which a fixture
+    may still exchange.
+    """
+    test = request.node.obj
+    if inspect.iscoroutinefunction(test):
+        request.node.obj = lambda **fixtures: run(test(**fixtures))
+
+
 def eventually(check: Callable[[], Any], timeout: float = 30) -> Any:
     """Wait until this is true, and give it back."""
     end = time.monotonic() + timeout
@@ -203,14 +213,15 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty HOME with the one key, and none of what the environment of whoever runs this would
-    add.
+    """An empty HOME with the one key, the module in reach of whatever Python is started, and none
+    of what the environment of whoever runs this would add.
     """
     folder = tmp_path / "home"
     (folder / ".ssh").mkdir(parents=True, mode=0o700)
     for name in ("id_ed25519", "id_ed25519.pub"):
         shutil.copy2(keys / name, folder / ".ssh" / name)
     monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(MODULE.parent))
     monkeypatch.chdir(folder)
     for name in ("SSH_AUTH_SOCK", "DISPLAY", "APSSH_HOST_KEYS", "NO_COLOR", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
@@ -266,7 +277,8 @@ class Sshd:
         # sshd takes the home from the passwd file: sessions are moved to ours, and are else as
         # plain as can be
         (folder / "session").write_text(
-            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
+            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\n"
+            "c=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
             'exec "${SHELL##*/}" -c "$c"\n'
         )
         (folder / "session").chmod(0o755)
@@ -480,33 +492,44 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         os.unlink(path)
 
 
+MAINS = {"apssh": "main", "appush": "main_push", "appull": "main_pull"}
+PYTHON = [sys.executable, "-W", "error"]
+
+
+def main_of(program: str = "apssh", first: str = "pass") -> list[str]:
+    """The words for Python that are this program; before the module is there, a line is run."""
+    return ["-c", f"import sys; {first}; import apssh; sys.exit(apssh.{MAINS[program]}())"]
+
+
+def run_python(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Python on this to its end, warnings being errors; its outputs are kept, it has a minute."""
+    usual = {"capture_output": True, "timeout": 60, "check": False}
+    return subprocess.run([*PYTHON, *argv], **usual | options)
+
+
+def start_python(*argv: str | Path, **options: Any) -> subprocess.Popen[Any]:
+    """Python at work on this, warnings being errors; its outputs are in pipes, it has no stdin."""
+    usual = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*PYTHON, *argv], **usual | options)
+
+
 def cli(
     *argv: str, program: str = "apssh", input: bytes = b"", timeout: float = 60, **environment: str
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program as a person would, warnings being errors."""
+    """Run a program as a person would."""
     # -X dev tells of slow callbacks
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh, logging; logging.getLogger('asyncio').setLevel('ERROR'); sys.exit(apssh.{MAINS[program]}())"
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-c", code, *argv],
-        input=input,
-        capture_output=True,
-        timeout=timeout,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
-MAINS = {"apssh": "main", "appush": "main_push", "appull": "main_pull"}
+    words = main_of(program, "import logging; logging.getLogger('asyncio').setLevel('ERROR')")
+    environment = os.environ | environment
+    return run_python("-X", "dev", *words, *argv, input=input, timeout=timeout, env=environment)
 
 
 def on_terminal(
     *argv: str, answer: bytes = b"", program: str = "apssh", columns: int = 80, timeout: float = 60
 ) -> tuple[int, bytes]:
     """Run a program on a terminal; its exit code and all that the terminal got."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
     pid, fd = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", code, *argv])
+        os.execv(sys.executable, [*PYTHON, *main_of(program), *argv])
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     seen, end = b"", time.monotonic() + timeout
     with contextlib.suppress(OSError):
@@ -977,13 +1000,9 @@ def test_line_of_two_users_on_a_host(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_line_whatever_the_locale() -> None:
     """Bytes leave as they came where the file system's encoding is another."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-        "apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
+    done = run_python(
+        "-c",
+        "import apssh; apssh.Formatter().line('caf\\xe9\\udcff\\n', None, 'box')",
         check=True,
         env=os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
     )
@@ -1532,25 +1551,21 @@ def test_remedy_of_a_changed_key(sshd: Sshd, home: Path) -> None:
     assert file.read_text() == f"[127.0.0.1]:{sshd.port} {public(sshd.key)}\n"
 
 
-def test_key_that_changes_within_a_run(home: Path, keys: Path) -> None:
+async def test_key_that_changes_within_a_run(home: Path, keys: Path) -> None:
     """The message names the very line that this run has written."""
     file = home / ".ssh" / "known_hosts"
     file.write_text(f"elsewhere {public(OTHER['ssh-ed25519'])}\n# no newline at the end")
     before, after = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
-
-    async def main() -> None:
-        async with ssh_server(keys, host_key=before) as port:
-            node = SshNode("127.0.0.1", port=port, username=ME)
-            await log_in(node)
-        async with ssh_server(keys, host_key=after, port=port):
-            with pytest.raises(HostKeyError) as caught:
-                await node.run("true")
-        assert str(caught.value) == changed(file, "127.0.0.1", port, after, before, 3)
-
-    run(main())
+    async with ssh_server(keys, host_key=before) as port:
+        node = SshNode("127.0.0.1", port=port, username=ME)
+        await log_in(node)
+    async with ssh_server(keys, host_key=after, port=port):
+        with pytest.raises(HostKeyError) as caught:
+            await node.run("true")
+    assert str(caught.value) == changed(file, "127.0.0.1", port, after, before, 3)
 
 
-def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
+async def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
     """A host never seen shows another key on its second connection: it is recorded once, and
     refused.
     """
@@ -1564,37 +1579,32 @@ def test_key_that_changes_within_a_login(keys: Path, home: Path) -> None:
             self._conn.disconnect(asyncssh.DISC_PROTOCOL_ERROR, "Too many authentication failures")
             return True
 
-    async def main() -> None:
-        async with (
-            ssh_server(keys, host_key=host_keys[0], server=Server) as first,
-            ssh_server(keys, host_key=host_keys[1]) as second,
-        ):
-            served: list[int] = []
+    async with (
+        ssh_server(keys, host_key=host_keys[0], server=Server) as first,
+        ssh_server(keys, host_key=host_keys[1]) as second,
+    ):
+        served: list[int] = []
 
-            async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-                served.append(second if served else first)
-                there, back = await asyncio.open_connection("127.0.0.1", served[-1])
+        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            served.append(second if served else first)
+            there, back = await asyncio.open_connection("127.0.0.1", served[-1])
 
-                async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-                    while data := await source.read(65536):
-                        sink.write(data)
-                    sink.close()
+            async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                while data := await source.read(65536):
+                    sink.write(data)
+                sink.close()
 
-                await asyncio.gather(
-                    pump(reader, back), pump(there, writer), return_exceptions=True
-                )
+            await asyncio.gather(pump(reader, back), pump(there, writer), return_exceptions=True)
 
-            async with raw_server(talk) as port:
-                node = SshNode(
-                    "127.0.0.1", port=port, username=ME, keys=[keys / "other", keys / "id_ed25519"]
-                )
-                with pytest.raises(ConnectionFailedError) as caught:
-                    await node.run("true")
-                if len(served) > 1:
-                    assert caught.value.kind == "hostkey"
-                assert len((home / ".ssh" / "known_hosts").read_text().splitlines()) == 1
-
-    run(main())
+        async with raw_server(talk) as port:
+            node = SshNode(
+                "127.0.0.1", port=port, username=ME, keys=[keys / "other", keys / "id_ed25519"]
+            )
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            if len(served) > 1:
+                assert caught.value.kind == "hostkey"
+            assert len((home / ".ssh" / "known_hosts").read_text().splitlines()) == 1
 
 
 def test_known_hosts_of_a_node(sshd: Sshd, home: Path, tmp_path: Path) -> None:
@@ -1868,21 +1878,17 @@ def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: P
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_server_without_the_private_key(keys: Path, home: Path, known: bool) -> None:
+async def test_server_without_the_private_key(keys: Path, home: Path, known: bool) -> None:
     """Somebody shows the public key of a host, but cannot sign with it."""
     key, forged = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     forged.sign = OTHER["ssh-ed25519"].sign  # type: ignore[method-assign]
     file = home / ".ssh" / "known_hosts"
-
-    async def main() -> None:
-        async with ssh_server(keys, host_key=forged) as port:
-            if known:
-                file.write_text(f"[127.0.0.1]:{port} {public(forged)}\n")
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port, username=ME).run("true")
-            assert caught.value.message == "Key exchange hash mismatch"
-
-    run(main())
+    async with ssh_server(keys, host_key=forged) as port:
+        if known:
+            file.write_text(f"[127.0.0.1]:{port} {public(forged)}\n")
+        with pytest.raises(ConnectionFailedError) as caught:
+            await SshNode("127.0.0.1", port=port, username=ME).run("true")
+        assert caught.value.message == "Key exchange hash mismatch"
     assert file.exists() == known and public(key) != public(forged)
 
 
@@ -1987,17 +1993,20 @@ def test_files_are_parsed_once(sshd: Sshd, home: Path, monkeypatch: pytest.Monke
     assert opened.count(str(file)) == 2
 
 
+def on_its_terminal(descriptor: str = "0") -> list[str]:
+    """The words for Python that are apssh, of which this is the controlling terminal."""
+    take = f"import fcntl, termios; fcntl.ioctl({descriptor}, termios.TIOCSCTTY, 0)"
+    return main_of(first=take)
+
+
 def typed(*argv: str, answers: Sequence[bytes] = (), timeout: float = 60) -> tuple[int, bytes]:
     """Run apssh on a terminal of its own and give one answer a prompt; its exit code and all that
     the terminal got.
     """
-    code = (
-        "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-    )
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *argv],
+    process = start_python(
+        *on_its_terminal(),
+        *argv,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -2024,18 +2033,7 @@ def without_terminal(*argv: str) -> tuple[int, list[str]]:
     """Run apssh where nobody can be asked, even if the tests run on a terminal: its exit code and
     messages.
     """
-    code = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-        "sys.exit(apssh.main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *argv],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        start_new_session=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_python(*main_of(), *argv, stdin=subprocess.DEVNULL, start_new_session=True)
     return done.returncode, messages(done)
 
 
@@ -2191,24 +2189,20 @@ def test_user_certificate(user_certificate: tuple[Sshd, Path, asyncssh.SSHKey], 
     assert other.principals == [ME]
 
 
-def test_certificate_that_is_renewed_after_a_refused_login(
+async def test_certificate_that_is_renewed_after_a_refused_login(
     user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
 ) -> None:
     server, path, key = user_certificate
-
-    async def main() -> None:
-        node = server.node(keys=[path])
-        for principal in ("nobody", ME):
-            certificate = CA.generate_user_certificate(key, "renewed", principals=[principal])
-            certificate.write_certificate(f"{path}-cert.pub")
-            if principal == ME:
-                assert await node.run("true") == 0
-            else:
-                with pytest.raises(ConnectionFailedError):
-                    await node.run("true")
-        await node.close()
-
-    run(main())
+    node = server.node(keys=[path])
+    for principal in ("nobody", ME):
+        certificate = CA.generate_user_certificate(key, "renewed", principals=[principal])
+        certificate.write_certificate(f"{path}-cert.pub")
+        if principal == ME:
+            assert await node.run("true") == 0
+        else:
+            with pytest.raises(ConnectionFailedError):
+                await node.run("true")
+    await node.close()
 
 
 @pytest.mark.parametrize(
@@ -2303,15 +2297,9 @@ def test_key_through_a_pipe(
 ) -> None:
     """``-k <(...)`` is read once, whatever the agent holds."""
     agent(keys / "other")
-    program = shlex.join([sys.executable, "-c", "import apssh; apssh.main()"])
+    program = shlex.join([*PYTHON, *main_of()])
     command = f"{program} -q -k <(cat {keys}/id_ed25519) -t {sshd.target} echo in"
-    done = subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        timeout=60,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=False)
     assert (done.stdout, messages(done)) == (b"127.0.0.1:in\n", [])
 
 
@@ -2357,28 +2345,24 @@ class Watched:
 
 
 @pytest.mark.parametrize("name", ["id_ed25519", "ecdsa", "rsa"])
-def test_agent_is_asked_to_list_once_and_to_sign(
+async def test_agent_is_asked_to_list_once_and_to_sign(
     sshd: Sshd, keys: Path, agent: Callable[..., None], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Three hosts: the keys are listed once, each login signs on a connection of its own, which is
     closed when it ends. A login that the server refuses has signed nothing.
     """
     agent(keys / name)
-
-    async def main() -> None:
-        async with Watched(monkeypatch) as watched:
-            nodes = [sshd.node() for _ in range(3)]
-            await asyncio.gather(*(node.connect_lazy() for node in nodes))
-            assert sorted(watched.requests) == [[watched.LIST], *[[watched.SIGN]] * 3]
-            await eventually_async(lambda: watched.open == 0)
-            await asyncio.gather(*(node.close() for node in nodes))
-            refused = sshd.node(username="nobody-here")
-            with pytest.raises(ConnectionFailedError):
-                await refused.connect_lazy()
-            signed = [each for each in watched.requests if each != [watched.LIST]]
-            assert signed == [[watched.SIGN]] * 3
-
-    run(main())
+    async with Watched(monkeypatch) as watched:
+        nodes = [sshd.node() for _ in range(3)]
+        await asyncio.gather(*(node.connect_lazy() for node in nodes))
+        assert sorted(watched.requests) == [[watched.LIST], *[[watched.SIGN]] * 3]
+        await eventually_async(lambda: watched.open == 0)
+        await asyncio.gather(*(node.close() for node in nodes))
+        refused = sshd.node(username="nobody-here")
+        with pytest.raises(ConnectionFailedError):
+            await refused.connect_lazy()
+        signed = [each for each in watched.requests if each != [watched.LIST]]
+        assert signed == [[watched.SIGN]] * 3
 
 
 class SecurityKeyAgent:
@@ -2428,7 +2412,7 @@ class SecurityKeyAgent:
 
 
 @pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
-def test_security_key_in_the_agent(
+async def test_security_key_in_the_agent(
     make_sshd: Callable[..., Sshd], home: Path, monkeypatch: pytest.MonkeyPatch, certified: bool
 ) -> None:
     holder = SecurityKeyAgent(home / "agent")
@@ -2445,12 +2429,8 @@ def test_security_key_in_the_agent(
     else:
         server = make_sshd(AuthorizedKeysFile=home / "allowed")
     monkeypatch.setenv("SSH_AUTH_SOCK", str(holder.path))
-
-    async def main() -> None:
-        async with holder:
-            await log_in(server.node(keys=[home / "key"]))
-
-    run(main())
+    async with holder:
+        await log_in(server.node(keys=[home / "key"]))
     assert holder.signed == 1
     kind = "ED25519-SK-CERT" if certified else "ED25519-SK"
     assert [line.split(" ")[0] for line in accepted(server)] == [kind]
@@ -2643,7 +2623,7 @@ def test_where_keys_were_looked_for(
         ("file of the config", "config"),
     ],
 )
-def test_keys_are_looked_at_anew_after_a_refused_login(
+async def test_keys_are_looked_at_anew_after_a_refused_login(
     sshd: Sshd, home: Path, keys: Path, agent: Callable[..., None], way: str, config: str | None
 ) -> None:
     """In a process that lives on, for the node that was refused and for others."""
@@ -2651,42 +2631,36 @@ def test_keys_are_looked_at_anew_after_a_refused_login(
     (home / ".ssh" / "id_ed25519.pub").unlink()
     named = "Host *\n IdentityFile ~/.ssh/work\n" if "config" in way else "Host *\n Port 22\n"
     (home / "config").write_text(named)
-
-    async def main() -> None:
-        node = sshd.node(config=config)
-        for _ in range(2):
-            with pytest.raises(ConnectionFailedError) as caught:
-                await node.run("true")
-            assert caught.value.kind == "auth"
-        if way == "agent":
-            agent(keys / "ecdsa")
-        else:
-            name = "work" if "config" in way else "id_ecdsa"
-            shutil.copy(keys / "ecdsa", home / ".ssh" / name)
-        (result,) = await apssh.co_run(
-            sshd.target, "true", config=config and str(home / config), login=ME
-        )
-        assert result.ok, result.error
-        assert await node.run("true") == 0
-        await node.close()
-
-    run(main())
+    node = sshd.node(config=config)
+    for _ in range(2):
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert caught.value.kind == "auth"
+    if way == "agent":
+        agent(keys / "ecdsa")
+    else:
+        name = "work" if "config" in way else "id_ecdsa"
+        shutil.copy(keys / "ecdsa", home / ".ssh" / name)
+    (result,) = await apssh.co_run(
+        sshd.target, "true", config=config and str(home / config), login=ME
+    )
+    assert result.ok, result.error
+    assert await node.run("true") == 0
+    await node.close()
 
 
-def test_key_file_that_is_mended_after_a_refused_login(sshd: Sshd, home: Path, keys: Path) -> None:
+async def test_key_file_that_is_mended_after_a_refused_login(
+    sshd: Sshd, home: Path, keys: Path
+) -> None:
     """It is read again: what was decoded once belongs to what was in the file."""
     path = home / ".ssh" / "id_ed25519"
-
-    async def main() -> None:
-        node = sshd.node(keys=[path])
-        shutil.copy(keys / "other", path)
-        with pytest.raises(ConnectionFailedError):
-            await node.run("true")
-        shutil.copy(keys / "id_ed25519", path)
-        assert await node.run("true") == 0
-        await node.close()
-
-    run(main())
+    node = sshd.node(keys=[path])
+    shutil.copy(keys / "other", path)
+    with pytest.raises(ConnectionFailedError):
+        await node.run("true")
+    shutil.copy(keys / "id_ed25519", path)
+    assert await node.run("true") == 0
+    await node.close()
 
 
 def test_what_is_wrong_with_a_key_is_said_once(
@@ -2813,21 +2787,17 @@ def test_password(keys: Path, methods: list[str]) -> None:
     [[], [("Code: ", True)], [("Old: ", False), ("New: ", False)], [("Password: ", False)]],
     ids=len,
 )
-def test_password_goes_to_a_password_prompt_alone(
+async def test_password_goes_to_a_password_prompt_alone(
     keys: Path, prompts: list[tuple[str, bool]]
 ) -> None:
     """Not to one whose answer is echoed, and not to several questions; each is answered once."""
     server = password_server("keyboard-interactive", prompts=prompts)
     node_options = {"username": "me", "keys": [keys / "other"], "password": "wrong", "timeout": 5}
-
-    async def main() -> None:
-        async with ssh_server(keys, server=server) as port:
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port, **node_options).run("true")
-            words = " and the password" if prompts == [("Password: ", False)] else ""
-            assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key{words}"
-
-    run(main())
+    async with ssh_server(keys, server=server) as port:
+        with pytest.raises(ConnectionFailedError) as caught:
+            await SshNode("127.0.0.1", port=port, **node_options).run("true")
+        words = " and the password" if prompts == [("Password: ", False)] else ""
+        assert str(caught.value) == f"127.0.0.1: auth: login as me refused, after 1 key{words}"
     assert server.told == (
         [("keyboard-interactive", "me", [])]
         if not prompts
@@ -2837,7 +2807,7 @@ def test_password_goes_to_a_password_prompt_alone(
     )
 
 
-def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> None:
+async def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> None:
     """Policy no goes on with whoever answers; like ssh, it tells him no password. known_hosts=None
     is the user's own word for that host.
     """
@@ -2845,34 +2815,30 @@ def test_no_password_for_a_changed_host(keys: Path, home: Path, capfd: Any) -> N
         password_server("password", "keyboard-interactive"),
         asyncssh.generate_private_key("ssh-ed25519"),
     )
-
-    async def main() -> None:
-        async with ssh_server(keys, server=server, host_key=key) as port:
-            (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", port, key))
-            node = SshNode(
-                "127.0.0.1",
-                port=port,
-                username="me",
-                keys=[keys / "other"],
-                password=PASSWORD,
-                host_keys="no",
-            )
-            with pytest.raises(ConnectionFailedError) as caught:
-                await node.run("true")
-            assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key"
-            assert server.told == []
-            node = SshNode(
-                "127.0.0.1",
-                port=port,
-                username="me",
-                keys=[keys / "other"],
-                password=PASSWORD,
-                known_hosts=None,
-            )
-            assert await node.run("true") == 0
-            await node.close()
-
-    run(main())
+    async with ssh_server(keys, server=server, host_key=key) as port:
+        (home / ".ssh" / "known_hosts").write_bytes(known_hosts_text("{n} {other}", port, key))
+        node = SshNode(
+            "127.0.0.1",
+            port=port,
+            username="me",
+            keys=[keys / "other"],
+            password=PASSWORD,
+            host_keys="no",
+        )
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert str(caught.value) == "127.0.0.1: auth: login as me refused, after 1 key"
+        assert server.told == []
+        node = SshNode(
+            "127.0.0.1",
+            port=port,
+            username="me",
+            keys=[keys / "other"],
+            password=PASSWORD,
+            known_hosts=None,
+        )
+        assert await node.run("true") == 0
+        await node.close()
     said = (
         "127.0.0.1: no password for a host whose key has changed: forget the old key "
         "(ssh-keygen -R), or known_hosts=None"
@@ -3063,10 +3029,6 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             (home / ".ssh" / "known_hosts").write_text(
                 "".join(f"{hashed(name)} {public(key)}\n" for name in names)
             )
-            code = (
-                f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; "
-                "sys.exit(apssh.main())"
-            )
             words = [
                 "--host-keys",
                 "yes",
@@ -3084,9 +3046,7 @@ def test_large_known_hosts(keys: Path, home: Path) -> None:
             plain = {
                 name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
             }  # measuring costs twice
-            process = subprocess.Popen(
-                [sys.executable, "-c", code, *words], stderr=subprocess.PIPE, env=plain
-            )
+            process = start_python(*main_of(), *words, stdout=None, env=plain)
             _, status, usage = await asyncio.to_thread(os.wait4, process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             assert process.stderr
@@ -3894,71 +3854,63 @@ def test_empty_device_as_config(
     assert done == (0, "fine\n", [])
 
 
-def test_api_reads_no_config_unless_asked(
+async def test_api_reads_no_config_unless_asked(
     sshd: Sshd, config: Config, asked: Callable[[], list[str]]
 ) -> None:
     file = config(
         f"Host box\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\n ConnectTimeout 17\n"
     )
-
-    async def main() -> None:
-        node = SshNode("box", timeout=5)
-        with pytest.raises(ConnectionFailedError) as caught:
-            await node.run("true")
-        assert (caught.value.kind, node.port) == ("dns", 22)
-        assert [result.kind for result in await apssh.co_run("box", "true")] == ["dns"]
-        assert asked() == []
-        for each in (True, str(file)):
-            async with SshNode("box", config=each, formatter=apssh.CaptureFormatter()) as node:
-                assert await node.run("true") == 0
-                assert (node.hostname, node.port, node.username, node.timeout) == (
-                    "box",
-                    sshd.port,
-                    ME,
-                    17,
-                )
-            (result,) = await apssh.co_run("box", "echo fine", config=each)
-            assert (result.ok, result.stdout, result.host, result.port) == (
-                True,
-                "fine\n",
+    node = SshNode("box", timeout=5)
+    with pytest.raises(ConnectionFailedError) as caught:
+        await node.run("true")
+    assert (caught.value.kind, node.port) == ("dns", 22)
+    assert [result.kind for result in await apssh.co_run("box", "true")] == ["dns"]
+    assert asked() == []
+    for each in (True, str(file)):
+        async with SshNode("box", config=each, formatter=apssh.CaptureFormatter()) as node:
+            assert await node.run("true") == 0
+            assert (node.hostname, node.port, node.username, node.timeout) == (
                 "box",
                 sshd.port,
+                ME,
+                17,
             )
+        (result,) = await apssh.co_run("box", "echo fine", config=each)
+        assert (result.ok, result.stdout, result.host, result.port) == (
+            True,
+            "fine\n",
+            "box",
+            sshd.port,
+        )
 
-    run(main())
 
-
-def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
+async def test_api_jumps_as_the_config_says(sshd: Sshd, config: Config) -> None:
     """Each hop is looked up; nodes with other ideas of trust share no jump host."""
     config(
         f"Host gw1 gw2 box*\n HostName 127.0.0.1\n Port {sshd.port}\n User {ME}\nHost box*\n "
         "ProxyJump gw1,gw2\n"
     )
-
-    async def main() -> None:
-        logins = sshd.logins()
-        nodes = [
-            SshNode(f"box{number}", config=True, timeout=10, formatter=apssh.CaptureFormatter())
-            for number in range(3)
-        ]
-        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0, 0, 0]
-        assert [hop.hostname for hop in nodes[0]._hops()] == ["gw1", "gw2", "box0"]
-        assert len({node.gateway for node in nodes}) == 1
-        assert sshd.logins() - logins == 5
-        trusting = SshNode(
-            "box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter()
-        )
-        assert await trusting.run("true") == 0
-        assert trusting.gateway is nodes[0].gateway  # verified: the word was for that node
-        strict = SshNode(
-            "box5", config=True, host_keys="yes", timeout=10, formatter=apssh.CaptureFormatter()
-        )
-        assert await strict.run("true") == 0
-        assert strict.gateway is not nodes[0].gateway
-        for hop in {hop for node in [*nodes, trusting, strict] for hop in node._hops()}:
-            await hop.close()
-
-    run(main())
+    logins = sshd.logins()
+    nodes = [
+        SshNode(f"box{number}", config=True, timeout=10, formatter=apssh.CaptureFormatter())
+        for number in range(3)
+    ]
+    assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0, 0, 0]
+    assert [hop.hostname for hop in nodes[0]._hops()] == ["gw1", "gw2", "box0"]
+    assert len({node.gateway for node in nodes}) == 1
+    assert sshd.logins() - logins == 5
+    trusting = SshNode(
+        "box4", config=True, known_hosts=None, timeout=10, formatter=apssh.CaptureFormatter()
+    )
+    assert await trusting.run("true") == 0
+    assert trusting.gateway is nodes[0].gateway  # verified: the word was for that node
+    strict = SshNode(
+        "box5", config=True, host_keys="yes", timeout=10, formatter=apssh.CaptureFormatter()
+    )
+    assert await strict.run("true") == 0
+    assert strict.gateway is not nodes[0].gateway
+    for hop in {hop for node in [*nodes, trusting, strict] for hop in node._hops()}:
+        await hop.close()
 
 
 # logins
@@ -4060,36 +4012,31 @@ def test_proxy_command(
     run(main())
 
 
-def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
+async def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> None:
     """Nobody waits for it, and it is no zombie when it has ended."""
     (home / "relay.py").write_text(
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         + RELAY.replace("os._exit(0)", "__import__('time').sleep(60)")
     )
-
-    async def main() -> None:
-        node = SshNode(
-            "box",
-            username=ME,
-            port=sshd.port,
-            host_keys="no",
-            proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 "
-            f"{sshd.port}",
-        )
-        assert await node.run("true") == 0
-        (link,) = node._live.links if node._live else ()
-        assert link.client.proxy
-        process = link.client.proxy._process
-        slowest, begin = 0.0, time.monotonic()
-        closing = asyncio.create_task(node.close())
-        while not closing.done():
-            await asyncio.sleep(0.01)
-            slowest, begin = max(slowest, time.monotonic() - begin), time.monotonic()
-        assert slowest < 1
-        process.kill()
-        await eventually_async(lambda: not Path(f"/proc/{process.pid}").exists())
-
-    run(main())
+    node = SshNode(
+        "box",
+        username=ME,
+        port=sshd.port,
+        host_keys="no",
+        proxy_command=f"{shlex.quote(sys.executable)} {home}/relay.py token 127.0.0.1 {sshd.port}",
+    )
+    assert await node.run("true") == 0
+    (link,) = node._live.links if node._live else ()
+    assert link.client.proxy
+    process = link.client.proxy._process
+    slowest, begin = 0.0, time.monotonic()
+    closing = asyncio.create_task(node.close())
+    while not closing.done():
+        await asyncio.sleep(0.01)
+        slowest, begin = max(slowest, time.monotonic() - begin), time.monotonic()
+    assert slowest < 1
+    process.kill()
+    await eventually_async(lambda: not Path(f"/proc/{process.pid}").exists())
 
 
 def test_proxy_command_that_fails(
@@ -4890,7 +4837,7 @@ IN_THE_WAY = re.compile("has that name|d/: not|h: not|no such folder")  # the de
 
 
 @pytest.mark.parametrize("way", ["push", "pull", "local push", "local pull"])
-def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+async def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     local, pushing = way.startswith("local"), way.endswith("push")
     host = "LOCALNODE" if local else "127.0.0.1"
     wrong: dict[str, Any] = {}
@@ -4925,12 +4872,9 @@ def test_copies(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, way: st
         if seen != wanted:
             wrong[name] = [each for each in zip(seen, wanted, strict=True) if each[0] != each[1]]
 
-    async def main() -> None:
-        async with LocalNode() if local else sshd.node() as node:
-            for number, name in enumerate(COPIES):
-                await one(node, name, number)
-
-    run(main())
+    async with LocalNode() if local else sshd.node() as node:
+        for number, name in enumerate(COPIES):
+            await one(node, name, number)
     assert wrong == {}
 
 
@@ -5349,7 +5293,7 @@ def test_unreadable_file_is_named(sshd: Sshd, home: Path) -> None:
     assert listing(home / "new") == listing(sshd.home / "new") == {"b": "B"}
 
 
-def test_what_is_under_way_keeps_a_cancellation() -> None:
+async def test_what_is_under_way_keeps_a_cancellation() -> None:
     """One from outside is not taken for that of a failure; and a failure leaves no count behind."""
 
     async def failing(begun: asyncio.Event) -> None:
@@ -5367,21 +5311,18 @@ def test_what_is_under_way_keeps_a_cancellation() -> None:
             await under_way.start(slow)
             await under_way.start(failing, begun)
 
-    async def main() -> None:
-        begun, task = asyncio.Event(), asyncio.current_task()
-        begun.set()
-        with pytest.raises(OSError, match="lost"):
-            await work(begun)
-        assert task and task.cancelling() == 0
-        later = asyncio.create_task(work(begun := asyncio.Event()))
-        await asyncio.sleep(0)
-        begun.set()
-        await asyncio.sleep(0.05)  # it has failed, and waits for the slow one
-        later.cancel()
-        await asyncio.wait([later])
-        assert later.cancelled()
-
-    run(main())
+    begun, task = asyncio.Event(), asyncio.current_task()
+    begun.set()
+    with pytest.raises(OSError, match="lost"):
+        await work(begun)
+    assert task and task.cancelling() == 0
+    later = asyncio.create_task(work(begun := asyncio.Event()))
+    await asyncio.sleep(0)
+    begun.set()
+    await asyncio.sleep(0.05)  # it has failed, and waits for the slow one
+    later.cancel()
+    await asyncio.wait([later])
+    assert later.cancelled()
 
 
 @pytest.mark.parametrize("pushing", [True, False])
@@ -5488,10 +5429,8 @@ def test_disk_full(sshd: Sshd, home: Path, way: str) -> None:
                 for each in commands
             )
             host = "LOCALNODE" if way == "local" else "127.0.0.1"
-            assert (
-                text
-                == f"{host}: {'remote' if way == 'push' else 'local'}: {name}: no space left on {'the ' if way == 'push' else ''}device"
-            )
+            side, device = ("remote", "the device") if way == "push" else ("local", "device")
+            assert text == f"{host}: {side}: {name}: no space left on {device}"
             assert listing(end / "d") == {"tiny": "T"}
 
 
@@ -5830,32 +5769,30 @@ def test_folder_of_a_pull_is_looked_for_first(
     assert (sshd.home / "ran").exists() and (home / "there/f").exists()
 
 
-def test_home_of_this_machine(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_home_of_this_machine(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A LocalNode knows it wherever an SshNode does."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     build(work, {"f": "F"})
-
-    async def main() -> None:
-        async with LocalNode() as node:
-            await node.mkdir("~/x/y")
-            await node.mkdir("~/x/y")
-            await node.put_string_script("echo hi", "~/x/script")
-            await node.put_file_s("f", "~/x")
-            await node.get_file_s("~/x/f", "g")
-            with pytest.raises(TransferError) as caught:
-                await node.mkdir("~/x/f/z")
-            assert str(caught.value) == "LOCALNODE: local: ~/x/f/z: not a directory"
-            with pytest.raises(TransferError) as caught:
-                await node.put_string_script("echo hi", "~/none/script")
-            assert str(caught.value) == (
-                "LOCALNODE: local: ~/none/script: ~/none: no such folder".replace(
-                    ": ~/none:", f": {home}/none:"
-                )
+    async with LocalNode() as node:
+        await node.mkdir("~/x/y")
+        await node.mkdir("~/x/y")
+        await node.put_string_script("echo hi", "~/x/script")
+        await node.put_file_s("f", "~/x")
+        await node.get_file_s("~/x/f", "g")
+        with pytest.raises(TransferError) as caught:
+            await node.mkdir("~/x/f/z")
+        assert str(caught.value) == "LOCALNODE: local: ~/x/f/z: not a directory"
+        with pytest.raises(TransferError) as caught:
+            await node.put_string_script("echo hi", "~/none/script")
+        assert str(caught.value) == (
+            "LOCALNODE: local: ~/none/script: ~/none: no such folder".replace(
+                ": ~/none:", f": {home}/none:"
             )
-
-    run(main())
+        )
     assert listing(home / "x") == {"f": "F", "script": "echo hi", "y/": ""}
     assert stat.S_IMODE((home / "x/script").stat().st_mode) == 0o755
     assert listing(work) == {"f": "F", "g": "F"}
@@ -6857,39 +6794,35 @@ def same_as_plain_ssh(command: str, ours: apssh.Result, theirs: tuple[int, bytes
         assert ours.status == status, command
 
 
-def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
+async def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
     if not shutil.which("ssh"):
         pytest.skip("no OpenSSH client (ssh) is installed here")
+    formatter = apssh._HoldingFormatter()
+    node = sshd.node(formatter=formatter)
+    room = asyncio.Semaphore(4)
 
-    async def both() -> None:
-        formatter = apssh._HoldingFormatter()
-        node = sshd.node(formatter=formatter)
-        room = asyncio.Semaphore(4)
+    async def one(command: str) -> None:
+        async with room:
+            theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
+            held = apssh._HeldSink()
+            status = await node._execute(command, apssh.StepRecord(), apssh._How(), sink=held)
+            result = apssh.Result(
+                "h",
+                "u",
+                22,
+                "h",
+                "h",
+                stdout_bytes=held.stdout(),
+                stderr_bytes=held.stderr(),
+                error=None,
+            )
+            result.status, result.signal = (
+                (status, None) if isinstance(status, int) else (None, status)
+            )
+            same_as_plain_ssh(command, result, theirs)
 
-        async def one(command: str) -> None:
-            async with room:
-                theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
-                held = apssh._HeldSink()
-                status = await node._execute(command, apssh.StepRecord(), apssh._How(), sink=held)
-                result = apssh.Result(
-                    "h",
-                    "u",
-                    22,
-                    "h",
-                    "h",
-                    stdout_bytes=held.stdout(),
-                    stderr_bytes=held.stderr(),
-                    error=None,
-                )
-                result.status, result.signal = (
-                    (status, None) if isinstance(status, int) else (None, status)
-                )
-                same_as_plain_ssh(command, result, theirs)
-
-        async with node:
-            await asyncio.gather(*map(one, AS_PLAIN_SSH))
-
-    run(both())
+    async with node:
+        await asyncio.gather(*map(one, AS_PLAIN_SSH))
 
 
 ENDINGS = ["cancel", "timeout", "close", "abort"]
@@ -6898,38 +6831,34 @@ STEPS = {"run": Run, "script": RunScript, "string": RunString, "gateway": Run}
 
 @pytest.mark.parametrize("kind", STEPS)
 @pytest.mark.parametrize("how", ENDINGS)
-def test_no_process_outlives_its_command(
+async def test_no_process_outlives_its_command(
     sshd: Sshd, make_sshd: Callable[..., Sshd], how: str, kind: str, home: Path
 ) -> None:
     token = f"97{os.getpid()}{ENDINGS.index(how)}{list(STEPS).index(kind)}"
     command = f"trap '' HUP; sleep {token} & (trap '' TERM; sleep {token}) & sleep {token}"
     (home / "script").write_text(f"#!/bin/sh\n{command}\n")
-
-    async def main() -> None:
-        node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
-        what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
-        task = asyncio.create_task(
-            STEPS[kind](what, timeout=2 if how == "timeout" else None).co_run_remote(node)
-        )
-        await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
-        if how == "cancel":
-            task.cancel()
-        elif how == "close":
-            await node.close()
-        elif how == "abort":
-            (await node.connect_lazy()).abort()
-        with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
-            await task
-        if how == "timeout" and STEPS[kind] is Run:
-            assert str(caught.value) == f"127.0.0.1: timeout: no end within 2 s: {command}"
-        await eventually_async(
-            lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
-            8,
-        )
-        for each in node._hops()[::-1]:
-            await each.close()
-
-    run(main())
+    node = sshd.node(gateway=make_sshd().node() if kind == "gateway" else None)
+    what = {"script": "script", "string": f"#!/bin/sh\n{command}\n"}.get(kind, command)
+    task = asyncio.create_task(
+        STEPS[kind](what, timeout=2 if how == "timeout" else None).co_run_remote(node)
+    )
+    await eventually_async(lambda: len(processes(f"sleep {token}")) >= 3)
+    if how == "cancel":
+        task.cancel()
+    elif how == "close":
+        await node.close()
+    elif how == "abort":
+        (await node.connect_lazy()).abort()
+    with pytest.raises((asyncio.CancelledError, ApsshError)) as caught:
+        await task
+    if how == "timeout" and STEPS[kind] is Run:
+        assert str(caught.value) == f"127.0.0.1: timeout: no end within 2 s: {command}"
+    await eventually_async(
+        lambda: not processes(f"sleep {token}") and not list(sshd.home.glob(".apssh-remote/*")),
+        8,
+    )
+    for each in node._hops()[::-1]:
+        await each.close()
 
 
 as_root = pytest.mark.skipif(
@@ -6942,7 +6871,7 @@ as_root = pytest.mark.skipif(
     [{"stdin": True}, {"stdin": True, "script": True}, pytest.param({"pty": True}, marks=as_root)],
     ids=["stdin", "script", "pty"],
 )
-def test_no_process_outlives_a_timeout_when_stdin_is_data(
+async def test_no_process_outlives_a_timeout_when_stdin_is_data(
     sshd: Sshd, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = f"91{os.getpid()}{len(options)}{'pty' in options:d}"
@@ -6953,90 +6882,78 @@ def test_no_process_outlives_a_timeout_when_stdin_is_data(
             yield b"data\n"
             await asyncio.sleep(0.1)
 
-    async def main() -> None:
-        async with sshd.node() as node:
-            other = asyncio.create_task(node.run("sleep 3"))
-            given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
-            step = (RunString if "script" in options else Run)(
-                f"sleep {token} & sleep {token}", timeout=2, **given
-            )
-            task = asyncio.create_task(step.attempt(node, apssh.StepRecord()))
-            await eventually_async(lambda: len(processes(f"sleep {token}")) == 2)
-            with pytest.raises(CommandFailedError):
-                await task
-            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-            await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
-            assert await other == 0  # what runs on other connections of the node is not disturbed
-
-    run(main())
+    async with sshd.node() as node:
+        other = asyncio.create_task(node.run("sleep 3"))
+        given = {"stdin": endless()} if "stdin" in options else {"pty": "pty" in options}
+        step = (RunString if "script" in options else Run)(
+            f"sleep {token} & sleep {token}", timeout=2, **given
+        )
+        task = asyncio.create_task(step.attempt(node, apssh.StepRecord()))
+        await eventually_async(lambda: len(processes(f"sleep {token}")) == 2)
+        with pytest.raises(CommandFailedError):
+            await task
+        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+        await eventually_async(lambda: not list(sshd.home.glob(".apssh-remote/*")), 8)
+        assert await other == 0  # what runs on other connections of the node is not disturbed
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["there", "gone"])
 @pytest.mark.parametrize("stdin", [False, True], ids=["no stdin", "stdin"])
-def test_what_is_known_of_a_command_that_was_ended(sshd: Sshd, stdin: bool, freeze: bool) -> None:
+async def test_what_is_known_of_a_command_that_was_ended(
+    sshd: Sshd, stdin: bool, freeze: bool
+) -> None:
     """It may still be running only where the network has gone."""
 
     async def given() -> AsyncIterator[bytes]:
         yield b"data\n"
         await asyncio.sleep(60)
 
-    async def main() -> None:
-        frozen = asyncio.Event()
-        async with (
-            raw_server(network(sshd.port, frozen)) as port,
-            SshNode("127.0.0.1", port=port, username=ME) as node,
-        ):
-            step = apssh.StepRecord()
-            task = asyncio.create_task(
-                Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None).attempt(
-                    node, step
-                )
+    frozen = asyncio.Event()
+    async with (
+        raw_server(network(sshd.port, frozen)) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        step = apssh.StepRecord()
+        task = asyncio.create_task(
+            Run("touch up; sleep 30", timeout=3, stdin=given() if stdin else None).attempt(
+                node, step
             )
-            await eventually_async((sshd.home / "up").exists)
-            if freeze:
-                frozen.set()
-            with pytest.raises(CommandFailedError):
-                await task
-            assert step.may_run == freeze
+        )
+        await eventually_async((sshd.home / "up").exists)
+        if freeze:
+            frozen.set()
+        with pytest.raises(CommandFailedError):
+            await task
+        assert step.may_run == freeze
 
-    run(main())
 
-
-def test_what_a_shell_left_behind_is_left_and_told(sshd: Sshd) -> None:
+async def test_what_a_shell_left_behind_is_left_and_told(sshd: Sshd) -> None:
     """As with ssh, whether or not it holds the outputs; with another session on the connection."""
     token = f"96{os.getpid()}"
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            other = asyncio.create_task(node.run("sleep 2"))
-            with pytest.raises(CommandFailedError) as caught:
-                await node.run(f"sleep {token} & echo $! > left", timeout=1)
-            assert str(caught.value) == (
-                f"127.0.0.1: timeout: no end within 1 s: sleep {token} & echo $! > left "
-                "(it may still be running)"
-            )
-            await eventually_async(lambda: processes(f"sleep {token}"))
-            os.kill(int((sshd.home / "left").read_text()), signal.SIGKILL)
-            assert await other == 0
-
-    run(main())
+    async with sshd.node() as node:
+        other = asyncio.create_task(node.run("sleep 2"))
+        with pytest.raises(CommandFailedError) as caught:
+            await node.run(f"sleep {token} & echo $! > left", timeout=1)
+        assert str(caught.value) == (
+            f"127.0.0.1: timeout: no end within 1 s: sleep {token} & echo $! > left "
+            "(it may still be running)"
+        )
+        await eventually_async(lambda: processes(f"sleep {token}"))
+        os.kill(int((sshd.home / "left").read_text()), signal.SIGKILL)
+        assert await other == 0
 
 
-def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
+async def test_printing_command_is_ended_with_its_children(sshd: Sshd) -> None:
     token = f"90{os.getpid()}"
-
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
-            for _ in range(5):
-                with pytest.raises(CommandFailedError):
-                    await node.run(
-                        f"sleep {token} & echo >> up; while :; do echo noise; sleep 0.01; done",
-                        timeout=0.3,
-                    )
-            assert (sshd.home / "up").read_text() == "\n" * 5
-            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-
-    run(main())
+    async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
+        for _ in range(5):
+            with pytest.raises(CommandFailedError):
+                await node.run(
+                    f"sleep {token} & echo >> up; while :; do echo noise; sleep 0.01; done",
+                    timeout=0.3,
+                )
+        assert (sshd.home / "up").read_text() == "\n" * 5
+        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
 
 def test_what_left_its_group_lives(sshd: Sshd) -> None:
@@ -7122,23 +7039,19 @@ def test_guard_ends_what_ignores_signals(shell: str) -> None:
         eventually(lambda: not Path(f"/proc/{number}").exists())
 
 
-def test_guard_leaves_nothing_behind(sshd: Sshd) -> None:
+async def test_guard_leaves_nothing_behind(sshd: Sshd) -> None:
     """It goes with its command; what a shell left on purpose stays."""
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            command = "echo $$ > leader; nohup sleep 60 >/dev/null 2>&1 & echo $! > left; sleep 1"
-            task = asyncio.create_task(node.run(command))
-            await eventually_async((sshd.home / "left").exists)
-            leader = int(await eventually_async((sshd.home / "leader").read_text))
-            number, _ = await asyncio.to_thread(watchdog_of, leader)
-            assert await task == 0
-            await eventually_async(lambda: not Path(f"/proc/{number}").exists())
-            left = int((sshd.home / "left").read_text())
-            assert Path(f"/proc/{left}").exists()
-            os.kill(left, signal.SIGKILL)
-
-    run(main())
+    async with sshd.node() as node:
+        command = "echo $$ > leader; nohup sleep 60 >/dev/null 2>&1 & echo $! > left; sleep 1"
+        task = asyncio.create_task(node.run(command))
+        await eventually_async((sshd.home / "left").exists)
+        leader = int(await eventually_async((sshd.home / "leader").read_text))
+        number, _ = await asyncio.to_thread(watchdog_of, leader)
+        assert await task == 0
+        await eventually_async(lambda: not Path(f"/proc/{number}").exists())
+        left = int((sshd.home / "left").read_text())
+        assert Path(f"/proc/{left}").exists()
+        os.kill(left, signal.SIGKILL)
 
 
 @on_testbed
@@ -7177,7 +7090,8 @@ def test_dropbear_and_an_ordinary_login(capfd: Any) -> None:
                 assert time.monotonic() < end, "still there"
             assert (
                 await node.run(
-                    f"sleep {token} >/dev/null & until pgrep -f '^[s]leep {token}'; do :; done; kill %1"
+                    f"sleep {token} >/dev/null & "
+                    f"until pgrep -f '^[s]leep {token}'; do :; done; kill %1"
                 )
                 == 0
             )
@@ -7201,7 +7115,7 @@ HINT = (
     ],
     ids=["allow list", "stdin taken"],
 )
-def test_hosts_that_refuse_the_guard(
+async def test_hosts_that_refuse_the_guard(
     make_sshd: Callable[..., Sshd], tmp_path: Path, forced: str, status: int | str, capfd: Any
 ) -> None:
     """The first command that fails for this reason alone says so, once."""
@@ -7209,78 +7123,65 @@ def test_hosts_that_refuse_the_guard(
     script.write_text(f"#!/bin/sh\n{forced}\n")
     script.chmod(0o755)
     server = make_sshd(ForceCommand=script)
-
-    async def main() -> None:
-        formatter = apssh.CaptureFormatter()
-        async with server.node(formatter=formatter) as node:
-            assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
-            assert capfd.readouterr().err == HINT
-            assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
-            assert capfd.readouterr().err == ""
-        async with server.node(formatter=formatter, guard=False) as node:
-            assert await node.run("true") == 0
-
-    run(main())
+    formatter = apssh.CaptureFormatter()
+    async with server.node(formatter=formatter) as node:
+        assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
+        assert capfd.readouterr().err == HINT
+        assert await node.run("sleep 1; true" if status == "TERM" else "true") == status
+        assert capfd.readouterr().err == ""
+    async with server.node(formatter=formatter, guard=False) as node:
+        assert await node.run("true") == 0
 
 
 @on_testbed
-def test_script_in_a_home_that_is_mounted_noexec(capfd: Any) -> None:
-    async def main() -> None:
-        async with box(formatter=apssh.CaptureFormatter()) as node:
-            place = "/root/.apssh-remote"
-            mount = f"mkdir -p {place} && mount -t tmpfs -o noexec,mode=700 none {place}"
-            assert await node.run(mount) == 0
-            try:
-                assert await RunString("#!/bin/sh\ntrue").co_run_remote(node) == 126
-                said = capfd.readouterr().err.splitlines()
-                assert len(said) == 2
-                assert "Permission denied" in said[0]
-                assert re.fullmatch(
-                    rf"{re.escape(node.hostname)}: {place}/\w+ cannot be executed there; where its "
-                    "file system is mounted noexec, give the script as standard input: "
-                    "apssh -I ... sh -s < SCRIPT, stdin=",
-                    said[1],
-                )
-                assert await Run("sh -s", stdin=b"exit 4").co_run_remote(node) == 4
-            finally:
-                assert await node.run(f"umount {place}") == 0
-
-    run(main())
+async def test_script_in_a_home_that_is_mounted_noexec(capfd: Any) -> None:
+    async with box(formatter=apssh.CaptureFormatter()) as node:
+        place = "/root/.apssh-remote"
+        mount = f"mkdir -p {place} && mount -t tmpfs -o noexec,mode=700 none {place}"
+        assert await node.run(mount) == 0
+        try:
+            assert await RunString("#!/bin/sh\ntrue").co_run_remote(node) == 126
+            said = capfd.readouterr().err.splitlines()
+            assert len(said) == 2
+            assert "Permission denied" in said[0]
+            assert re.fullmatch(
+                rf"{re.escape(node.hostname)}: {place}/\w+ cannot be executed there; where its "
+                "file system is mounted noexec, give the script as standard input: "
+                "apssh -I ... sh -s < SCRIPT, stdin=",
+                said[1],
+            )
+            assert await Run("sh -s", stdin=b"exit 4").co_run_remote(node) == 4
+        finally:
+            assert await node.run(f"umount {place}") == 0
 
 
-def test_failing_command_says_nothing_of_the_guard(sshd: Sshd, capfd: Any) -> None:
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
-            assert await node.run("exit 3") == 3
-            assert await node.run("kill -TERM $$") == "TERM"
-
-    run(main())
+async def test_failing_command_says_nothing_of_the_guard(sshd: Sshd, capfd: Any) -> None:
+    async with sshd.node(formatter=apssh.CaptureFormatter()) as node:
+        assert await node.run("exit 3") == 3
+        assert await node.run("kill -TERM $$") == "TERM"
     assert capfd.readouterr() == ("", "")
 
 
-def test_channel_that_closes_without_a_status(keys: Path) -> None:
+async def test_channel_that_closes_without_a_status(keys: Path) -> None:
     """Some network devices do; the connection is still up."""
 
     async def device(process: asyncssh.SSHServerProcess[bytes]) -> None:
         process.stdout.write(b"shown\n")
         process.close()
 
-    async def main() -> None:
-        async with ssh_server(keys, process=device) as port:
-            formatter = apssh.CaptureFormatter()
-            options: dict[str, Any] = {"port": port, "known_hosts": None, "formatter": formatter}
-            async with SshNode("127.0.0.1", **options) as node:
-                with pytest.raises(CommandFailedError) as caught:
-                    await node.run("show")
-                assert str(caught.value) == (
-                    "127.0.0.1: remote: ended without an exit status: show "
-                    "(--no-guard, guard=False, takes that for a success)"
-                )
-            async with SshNode("127.0.0.1", guard=False, **options) as node:
-                assert await node.run("show") == 0
-            assert formatter.get_capture() == "shown\nshown\n"
-
-    run(main())
+    async with ssh_server(keys, process=device) as port:
+        formatter = apssh.CaptureFormatter()
+        options: dict[str, Any] = {"port": port, "known_hosts": None, "formatter": formatter}
+        async with SshNode("127.0.0.1", **options) as node:
+            with pytest.raises(CommandFailedError) as caught:
+                await node.run("show")
+            assert str(caught.value) == (
+                "127.0.0.1: remote: ended without an exit status: show "
+                "(--no-guard, guard=False, takes that for a success)"
+            )
+        async with SshNode("127.0.0.1", guard=False, **options) as node:
+            assert await node.run("show") == 0
+        assert formatter.get_capture() == "shown\nshown\n"
 
 
 def test_loops_are_not_kept(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -7327,15 +7228,12 @@ def test_node_in_two_loops_that_run(sshd: Sshd) -> None:
     run(node.close())
 
 
-def test_without_the_guard(sshd: Sshd) -> None:
-    async def main() -> None:
-        async with sshd.node(guard=False) as node:
-            assert await node.run("cat; exit 5") == 5
-            assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
-            with pytest.raises(CommandFailedError):
-                await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
-
-    run(main())
+async def test_without_the_guard(sshd: Sshd) -> None:
+    async with sshd.node(guard=False) as node:
+        assert await node.run("cat; exit 5") == 5
+        assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
+        with pytest.raises(CommandFailedError):
+            await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7435,10 +7333,6 @@ class Asking:
     """
 
     def __init__(self, folder: Path, *argv: str, stdin: bytes = b"", streams: bool = True) -> None:
-        code = (
-            "import fcntl, sys, termios; fcntl.ioctl(int(sys.argv.pop()), termios.TIOCSCTTY, 0); "
-            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-        )
         self.terminal, theirs = pty.openpty()
         self._out, self._err = folder / "out", folder / "err"
         (folder / "in").write_bytes(stdin)
@@ -7447,8 +7341,9 @@ class Asking:
             open(self._out, "wb") as out,
             open(self._err, "wb") as err,
         ):
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", code, *argv, str(theirs)],
+            self.process = start_python(
+                *on_its_terminal(str(theirs)),
+                *argv,
                 stdin=given if streams else theirs,
                 stdout=out if streams else theirs,
                 stderr=err if streams else theirs,
@@ -7802,9 +7697,9 @@ class SudoServer:
 async def sudo_server(
     keys: Path, *says: str, password: str = "", pieces: bool = False
 ) -> AsyncIterator[SudoServer]:
-    """A host that says these things in place of running sudo, each (or each of its characters) in a packet of its own: on
-    stdout what begins with ``out:``, PROMPT and MARK being the marks of the command. Where it says
-    ``read`` it reads a line, and goes on when that is the password.
+    """A host that says these things in place of running sudo, each (or each of its characters) in a
+    packet of its own: on stdout what begins with ``out:``, PROMPT and MARK being the marks of the
+    command. Where it says ``read`` it reads a line, and goes on when that is the password.
     """
     server = SudoServer()
 
@@ -7850,7 +7745,7 @@ async def sudo_server(
     ],
 )
 @pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
-def test_what_sudo_says(
+async def test_what_sudo_says(
     keys: Path,
     says: list[str],
     out: str | None,
@@ -7861,23 +7756,19 @@ def test_what_sudo_says(
     """The password is for its prompt alone, before the command begins. (A hostile host sees the
     prompt in the command line, and can ask as sudo does: who gives a password to a host trusts it.)
     """
-
-    async def main() -> None:
-        async with sudo_server(keys, *says, password="secret", pieces=pieces) as server:
-            [result] = await apssh.co_run(
-                server.target, "id", sudo=True, sudo_password="secret", known_hosts=None
-            )
-            if out is None:
-                assert (result.kind, result.error) == ("auth", f"sudo: {err}")
-                return
-            shown = re.sub("[0-9a-f]{24}", "PROMPT", result.stderr)
-            assert (result.error, result.stdout, shown) == (None, out, err)
-            assert [line.decode() for line in server.heard] == heard
-
-    run(main())
+    async with sudo_server(keys, *says, password="secret", pieces=pieces) as server:
+        [result] = await apssh.co_run(
+            server.target, "id", sudo=True, sudo_password="secret", known_hosts=None
+        )
+        if out is None:
+            assert (result.kind, result.error) == ("auth", f"sudo: {err}")
+            return
+        shown = re.sub("[0-9a-f]{24}", "PROMPT", result.stderr)
+        assert (result.error, result.stdout, shown) == (None, out, err)
+        assert [line.decode() for line in server.heard] == heard
 
 
-def test_sudo_password_is_asked_anew_by_each_run(
+async def test_sudo_password_is_asked_anew_by_each_run(
     keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one loop, as in a notebook: a mistyped one is not remembered. A node that has its own asks
@@ -7886,22 +7777,18 @@ def test_sudo_password_is_asked_anew_by_each_run(
     answers = ["wrong", "right"]
     monkeypatch.setattr(apssh, "_ask_secret", lambda prompt: answers.pop(0))
     says = "PROMPT", "read", "MARK", "out:fine"
+    async with sudo_server(keys, *says, password="right") as server:
 
-    async def main() -> None:
-        async with sudo_server(keys, *says, password="right") as server:
+        async def outcome(**options: Any) -> str | None:
+            [result] = await apssh.co_run(
+                server.target, "id", sudo=True, known_hosts=None, **options
+            )
+            return result.error or result.stdout
 
-            async def outcome(**options: Any) -> str | None:
-                [result] = await apssh.co_run(
-                    server.target, "id", sudo=True, known_hosts=None, **options
-                )
-                return result.error or result.stdout
-
-            assert await outcome() == "sudo: the password was refused"
-            assert await outcome() == "fine"
-            assert await outcome(sudo_password="") == "sudo: the password was refused"
-            assert await outcome(sudo_password="right") == "fine"
-
-    run(main())
+        assert await outcome() == "sudo: the password was refused"
+        assert await outcome() == "fine"
+        assert await outcome(sudo_password="") == "sudo: the password was refused"
+        assert await outcome(sudo_password="right") == "fine"
 
 
 def test_failure_to_ask_for_sudo_ends_the_command(
@@ -7981,63 +7868,52 @@ def test_hundreds_of_nodes_open_no_file() -> None:
     assert len(os.listdir("/proc/self/fd")) == before and nodes
 
 
-def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
-    async def main() -> None:
-        async with sshd.node() as node:
-            assert node.is_connected()
-            assert await node.run("echo out; echo err >&2; exit 3") == 3
-            assert await node.run("kill -TERM $$") == "TERM"
-            with pytest.raises(UsageError, match="an empty command"):
-                await node.run("  ")
-        assert not node.is_connected()
-
-    run(main())
+async def test_run_a_command(sshd: Sshd, capfd: Any) -> None:
+    async with sshd.node() as node:
+        assert node.is_connected()
+        assert await node.run("echo out; echo err >&2; exit 3") == 3
+        assert await node.run("kill -TERM $$") == "TERM"
+        with pytest.raises(UsageError, match="an empty command"):
+            await node.run("  ")
+    assert not node.is_connected()
     assert capfd.readouterr() == ("127.0.0.1:out\n", "127.0.0.1:err\n")
 
 
-def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) -> None:
+async def test_first_uses_at_once_make_one_connection(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd()
     before = sshd.logins()
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            assert await asyncio.gather(*(node.run("true") for _ in range(9))) == [0] * 9
-            assert sshd.connections() == 1
-
-    run(main())
+    async with sshd.node() as node:
+        assert await asyncio.gather(*(node.run("true") for _ in range(9))) == [0] * 9
+        assert sshd.connections() == 1
     assert sshd.logins() == before + 1
 
 
-def test_closed_while_it_connects(
+async def test_closed_while_it_connects(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection that comes later is not left to nobody."""
     sshd = make_sshd()
+    node, connected, go_on = sshd.node(), asyncio.Event(), asyncio.Event()
+    log_in = SshNode._log_in
 
-    async def main() -> None:
-        node, connected, go_on = sshd.node(), asyncio.Event(), asyncio.Event()
-        log_in = SshNode._log_in
+    async def late(*args: Any) -> Any:
+        link = await log_in(*args)
+        connected.set()
+        await go_on.wait()
+        return link
 
-        async def late(*args: Any) -> Any:
-            link = await log_in(*args)
-            connected.set()
-            await go_on.wait()
-            return link
-
-        monkeypatch.setattr(SshNode, "_log_in", late)
-        task = asyncio.create_task(node.run("true"))
-        await connected.wait()
-        await node.close()
-        go_on.set()
-        with pytest.raises(ConnectionFailedError) as caught:
-            await task
-        assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
-        await eventually_async(lambda: not sshd.connections())
-
-    run(main())
+    monkeypatch.setattr(SshNode, "_log_in", late)
+    task = asyncio.create_task(node.run("true"))
+    await connected.wait()
+    await node.close()
+    go_on.set()
+    with pytest.raises(ConnectionFailedError) as caught:
+        await task
+    assert str(caught.value) == "127.0.0.1: lost: closed while it connected"
+    await eventually_async(lambda: not sshd.connections())
 
 
-def test_work_that_is_shared_is_begun_once() -> None:
+async def test_work_that_is_shared_is_begun_once() -> None:
     """Who comes while somebody waits joins, though another has given up."""
     begun = 0
 
@@ -8047,34 +7923,28 @@ def test_work_that_is_shared_is_begun_once() -> None:
         await asyncio.sleep(0.3)
         return "done"
 
-    async def main() -> None:
-        tasks: dict[str, apssh._Shared] = {}
-        ask = functools.partial(apssh._Shared.once, tasks, "it", work)
-        first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
-        await asyncio.sleep(0.1)
-        first.cancel()
-        await asyncio.wait([first])
-        assert (await ask(), await second, begun, tasks) == ("done", "done", 1, {})
-
-    run(main())
+    tasks: dict[str, apssh._Shared] = {}
+    ask = functools.partial(apssh._Shared.once, tasks, "it", work)
+    first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
+    await asyncio.sleep(0.1)
+    first.cancel()
+    await asyncio.wait([first])
+    assert (await ask(), await second, begun, tasks) == ("done", "done", 1, {})
 
 
-def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
+async def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
     """The last line is written when its command has ended."""
 
     class Full(apssh.Formatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    async def main() -> None:
-        async with sshd.node(formatter=Full()) as node:
-            with pytest.raises(ApsshError) as caught:
-                await node.run("printf unfinished")
-            assert str(caught.value) == (
-                "127.0.0.1: local: its output could not be written: no space left on device"
-            )
-
-    run(main())
+    async with sshd.node(formatter=Full()) as node:
+        with pytest.raises(ApsshError) as caught:
+            await node.run("printf unfinished")
+        assert str(caught.value) == (
+            "127.0.0.1: local: its output could not be written: no space left on device"
+        )
 
 
 def test_host_that_is_lost_while_a_folder_is_made(
@@ -8096,7 +7966,7 @@ def test_host_that_is_lost_while_a_folder_is_made(
     assert sorted(str(result.kind) for result in results) == ["None", "lost"]
 
 
-def test_channel_that_opens_after_its_cancellation(
+async def test_channel_that_opens_after_its_cancellation(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is closed, and its command ends."""
@@ -8110,21 +7980,18 @@ def test_channel_that_opens_after_its_cancellation(
         await asyncio.sleep(0.3)
         return opened
 
-    async def main() -> None:
-        async with sshd.node() as node:
-            monkeypatch.setattr(asyncssh.SSHClientConnection, "create_session", late)
-            task = asyncio.create_task(node.run(f"sleep {token}"))
-            await eventually_async(lambda: channels and processes(f"sleep {token}"))
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await eventually_async(lambda: channels[0].is_closing())
-            await eventually_async(lambda: not processes(f"sleep {token}"), 8)
-
-    run(main())
+    async with sshd.node() as node:
+        monkeypatch.setattr(asyncssh.SSHClientConnection, "create_session", late)
+        task = asyncio.create_task(node.run(f"sleep {token}"))
+        await eventually_async(lambda: channels and processes(f"sleep {token}"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually_async(lambda: channels[0].is_closing())
+        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
 
-def test_sink_that_fails_ends_a_command_with_stdin(
+async def test_sink_that_fails_ends_a_command_with_stdin(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose channel does not end by itself."""
@@ -8135,21 +8002,18 @@ def test_sink_that_fails_ends_a_command_with_stdin(
         yield b"data\n"
         await asyncio.sleep(60)
 
-    async def main() -> None:
-        async with sshd.node() as node:
-            step = Run(
-                f"sleep {token} & while ! test -e go; do sleep 0.1; done; seq 1000; wait",
-                stdin=given(),
-                capture=Capture("x", Variables()),
-            )
-            task = asyncio.create_task(step.co_run_remote(node))
-            await eventually_async(lambda: processes(f"sleep {token}"))
-            (sshd.home / "go").touch()
-            with pytest.raises(ApsshError, match="of output to hold"):
-                await asyncio.wait_for(task, 5)
-            await eventually_async(lambda: not processes(f"sleep {token}"))
-
-    run(main())
+    async with sshd.node() as node:
+        step = Run(
+            f"sleep {token} & while ! test -e go; do sleep 0.1; done; seq 1000; wait",
+            stdin=given(),
+            capture=Capture("x", Variables()),
+        )
+        task = asyncio.create_task(step.co_run_remote(node))
+        await eventually_async(lambda: processes(f"sleep {token}"))
+        (sshd.home / "go").touch()
+        with pytest.raises(ApsshError, match="of output to hold"):
+            await asyncio.wait_for(task, 5)
+        await eventually_async(lambda: not processes(f"sleep {token}"))
 
 
 def test_standard_input_that_fails(sshd: Sshd) -> None:
@@ -8164,7 +8028,7 @@ def test_standard_input_that_fails(sshd: Sshd) -> None:
 @pytest.mark.parametrize(
     "subsystem", ["", "echo hello from a start-up file; exec "], ids=["cancelled", "garbage"]
 )
-def test_sftp_that_does_not_come_holds_no_session(
+async def test_sftp_that_does_not_come_holds_no_session(
     make_sshd: Callable[..., Sshd], subsystem: str
 ) -> None:
     """Whether it was cancelled as it opened, or a start-up file printed into it."""
@@ -8176,23 +8040,19 @@ def test_sftp_that_does_not_come_holds_no_session(
         if subsystem
         else {},
     )
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            for number in range(8):
-                task = asyncio.create_task(node.sftp_connect_lazy())
-                if subsystem:
-                    with pytest.raises(TransferError) as caught:
-                        await task
-                    assert str(caught.value).startswith("127.0.0.1: remote: no SFTP over there: ")
-                else:
-                    await asyncio.sleep(0.001 * number)  # at each point of the way
-                    task.cancel()
-                    await asyncio.wait([task])
-            assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
-            assert sshd.connections() == 1
-
-    run(main())
+    async with sshd.node() as node:
+        for number in range(8):
+            task = asyncio.create_task(node.sftp_connect_lazy())
+            if subsystem:
+                with pytest.raises(TransferError) as caught:
+                    await task
+                assert str(caught.value).startswith("127.0.0.1: remote: no SFTP over there: ")
+            else:
+                await asyncio.sleep(0.001 * number)  # at each point of the way
+                task.cancel()
+                await asyncio.wait([task])
+        assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
+        assert sshd.connections() == 1
 
 
 def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
@@ -8201,92 +8061,77 @@ def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
-def test_sftp_that_ended_gives_its_session_back(
+async def test_sftp_that_ended_gives_its_session_back(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a host takes one session on one connection, it is the command's then."""
     monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
     sshd = make_sshd(MaxSessions=1)
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            await node.sftp_connect_lazy()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await node.run("true")
-            assert (
-                str(caught.value)
-                == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
-            )
-            (server,) = [
-                process
-                for process in descendants(sshd._process.pid)
-                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
-            ]
-            os.kill(server, signal.SIGKILL)
-            await eventually_async(lambda: not node.is_sftp_connected())
-            assert await node.run("true") == 0
-            await node.sftp_connect_lazy()
-
-    run(main())
+    async with sshd.node() as node:
+        await node.sftp_connect_lazy()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert (
+            str(caught.value) == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
+        )
+        (server,) = [
+            process
+            for process in descendants(sshd._process.pid)
+            if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+        ]
+        os.kill(server, signal.SIGKILL)
+        await eventually_async(lambda: not node.is_sftp_connected())
+        assert await node.run("true") == 0
+        await node.sftp_connect_lazy()
 
 
-def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
+async def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
     """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as
     before.
     """
     sshd = make_sshd()
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            await node.put_file_s("/etc/passwd", "first")
-            (server,) = [
-                process
-                for process in descendants(sshd._process.pid)
-                if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
-            ]
-            os.kill(server, signal.SIGKILL)
-            await eventually_async(lambda: not node.is_sftp_connected())
-            await node.put_file_s("/etc/passwd", "second")
-            assert sshd.logins() == 1
-            (link,) = node._live.links if node._live else ()
-            assert link.sessions == 1
-
-    run(main())
+    async with sshd.node() as node:
+        await node.put_file_s("/etc/passwd", "first")
+        (server,) = [
+            process
+            for process in descendants(sshd._process.pid)
+            if "sftp-server" in Path(f"/proc/{process}/cmdline").read_text()
+        ]
+        os.kill(server, signal.SIGKILL)
+        await eventually_async(lambda: not node.is_sftp_connected())
+        await node.put_file_s("/etc/passwd", "second")
+        assert sshd.logins() == 1
+        (link,) = node._live.links if node._live else ()
+        assert link.sessions == 1
     assert (sshd.home / "second").read_bytes() == Path("/etc/passwd").read_bytes()
 
 
-def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
+async def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) -> None:
     server = make_sshd(MaxSessions=3)
-
-    async def main() -> None:
-        async with server.node() as node:
-            assert await asyncio.gather(*(node.run("sleep 0.2") for _ in range(30))) == [0] * 30
-            assert server.connections() <= apssh.CONNECTIONS_PER_NODE
-
-    run(main())
+    async with server.node() as node:
+        assert await asyncio.gather(*(node.run("sleep 0.2") for _ in range(30))) == [0] * 30
+        assert server.connections() <= apssh.CONNECTIONS_PER_NODE
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_sessions_and_sftp_where_few_are_allowed(make_sshd: Callable[..., Sshd], most: int) -> None:
+async def test_sessions_and_sftp_where_few_are_allowed(
+    make_sshd: Callable[..., Sshd], most: int
+) -> None:
     """Commands, one after the other and at once, scripts and copies: a refused session is asked for
     again, or elsewhere.
     """
     server = make_sshd(MaxSessions=most)
-
-    async def main() -> None:
-        async with server.node() as node:
-            assert [await node.run("true") for _ in range(20)] == [0] * 20
-            busy = [asyncio.create_task(node.run("touch up; sleep 1")) for _ in range(most)]
-            await eventually_async((server.home / "up").exists)
-            await node.mkdir("made")
-            steps = [each for _ in range(6) for each in (Run("exit 3"), RunString("exit 3"))]
-            assert await asyncio.gather(*(each.co_run_remote(node) for each in steps)) == [3] * 12
-            assert await asyncio.gather(*busy) == [0] * most and (server.home / "made").is_dir()
-
-    run(main())
+    async with server.node() as node:
+        assert [await node.run("true") for _ in range(20)] == [0] * 20
+        busy = [asyncio.create_task(node.run("touch up; sleep 1")) for _ in range(most)]
+        await eventually_async((server.home / "up").exists)
+        await node.mkdir("made")
+        steps = [each for _ in range(6) for each in (Run("exit 3"), RunString("exit 3"))]
+        assert await asyncio.gather(*(each.co_run_remote(node) for each in steps)) == [3] * 12
+        assert await asyncio.gather(*busy) == [0] * most and (server.home / "made").is_dir()
 
 
-def test_work_that_is_being_given_up_is_joined_by_nobody(
+async def test_work_that_is_being_given_up_is_joined_by_nobody(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes while a connection, or the loading of keys, is being cancelled begins anew."""
@@ -8297,123 +8142,105 @@ def test_work_that_is_being_given_up_is_joined_by_nobody(
         slow.wait(5)
         return load(*args)
 
-    async def main() -> None:
-        monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
-        first = asyncio.create_task(sshd.node().run("true"))
-        await asyncio.sleep(0)
-        await eventually_async(lambda: apssh._Limits.here().keys)
-        first.cancel()
-        second = sshd.node()
-        task = asyncio.create_task(second.run("true"))
-        await asyncio.sleep(0.1)
-        slow.set()
-        assert await task == 0
-        with pytest.raises(asyncio.CancelledError):
-            await first
-        await second.close()
-
-    run(main())
+    monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
+    first = asyncio.create_task(sshd.node().run("true"))
+    await asyncio.sleep(0)
+    await eventually_async(lambda: apssh._Limits.here().keys)
+    first.cancel()
+    second = sshd.node()
+    task = asyncio.create_task(second.run("true"))
+    await asyncio.sleep(0.1)
+    slow.set()
+    assert await task == 0
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second.close()
 
 
-def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: Path) -> None:
+async def test_no_deadline_is_needed_where_a_script_cannot_be_sent(home: Path, keys: Path) -> None:
     """The time of a step bounds the upload of its script too."""
     over = asyncio.Event()
 
     class Stuck(asyncssh.SFTPServer):
-        async def open(self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs) -> Any:  # type: ignore[override]
+        async def open(  # type: ignore[override]
+            self, path: bytes, pflags: int, attrs: asyncssh.SFTPAttrs
+        ) -> Any:
             await over.wait()
 
     async def shell(process: Any) -> None:
         process.stdout.write(b"/home/x/.apssh-remote/1\n")
         process.exit(0)
 
-    async def main() -> None:
-        async with ssh_server(keys, process=shell, sftp=Stuck) as port:
-            node = SshNode("127.0.0.1", port=port, username=ME)
-            begin = time.monotonic()
-            error = await outcome(node, RunString("true", timeout=0.5))
-            assert (
-                error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..."
-                and time.monotonic() - begin < 6
-            )
-            over.set()
-            await node.close()
-
-    run(main())
+    async with ssh_server(keys, process=shell, sftp=Stuck) as port:
+        node = SshNode("127.0.0.1", port=port, username=ME)
+        begin = time.monotonic()
+        error = await outcome(node, RunString("true", timeout=0.5))
+        assert (
+            error == "127.0.0.1: timeout: no end within 0.5 s: RunString: true..."
+            and time.monotonic() - begin < 6
+        )
+        over.set()
+        await node.close()
 
 
-def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
+async def test_max_startups(make_sshd: Callable[..., Sshd]) -> None:
     server = make_sshd(MaxStartups="2:50:4")
-
-    async def main() -> None:
-        nodes = [server.node(timeout=60) for _ in range(25)]
-        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 25
-        await asyncio.gather(*(node.close() for node in nodes))
-
-    run(main())
+    nodes = [server.node(timeout=60) for _ in range(25)]
+    assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 25
+    await asyncio.gather(*(node.close() for node in nodes))
 
 
 @pytest.mark.parametrize("hops", [2, 4])
-def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
+async def test_gateways_are_shared(make_sshd: Callable[..., Sshd], hops: int) -> None:
     servers = [make_sshd() for _ in range(hops)]
-
-    async def main() -> None:
-        gateway: SshNode | None = None
-        for server in servers[:-1]:
-            gateway = server.node(gateway=gateway)
-        nodes = [servers[-1].node(gateway=gateway) for _ in range(5)]
-        assert nodes[0].distance() == hops
-        assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 5
-        assert [server.connections() for server in servers] == [1] * (hops - 1) + [5]
-        for node in (*nodes, *nodes[0]._hops()[:-1][::-1]):
-            await node.close()
-        await eventually_async(lambda: not any(server.connections() for server in servers))
-
-    run(main())
+    gateway: SshNode | None = None
+    for server in servers[:-1]:
+        gateway = server.node(gateway=gateway)
+    nodes = [servers[-1].node(gateway=gateway) for _ in range(5)]
+    assert nodes[0].distance() == hops
+    assert await asyncio.gather(*(node.run("true") for node in nodes)) == [0] * 5
+    assert [server.connections() for server in servers] == [1] * (hops - 1) + [5]
+    for node in (*nodes, *nodes[0]._hops()[:-1][::-1]):
+        await node.close()
+    await eventually_async(lambda: not any(server.connections() for server in servers))
 
 
-def test_gateway_waits_apart_from_the_others(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+async def test_gateway_waits_apart_from_the_others(
+    sshd: Sshd, make_sshd: Callable[..., Sshd]
+) -> None:
     """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
     other = make_sshd()
-
-    async def main() -> None:
-        slots = apssh._Limits.here().handshakes[False]
-        for _ in range(apssh.HANDSHAKES):
-            await slots.acquire()
-        direct, gateway = sshd.node(), sshd.node()
-        behind = other.node(gateway=gateway)
-        task = asyncio.create_task(direct.run("true"))
-        waiting = asyncio.create_task(behind.run("true"))
-        await eventually_async(gateway.is_connected)
-        assert not direct.is_connected()
-        for _ in range(apssh.HANDSHAKES):
-            slots.release()
-        assert await asyncio.gather(task, waiting) == [0, 0]
-        for node in (direct, behind, gateway):
-            await node.close()
-
-    run(main())
+    slots = apssh._Limits.here().handshakes[False]
+    for _ in range(apssh.HANDSHAKES):
+        await slots.acquire()
+    direct, gateway = sshd.node(), sshd.node()
+    behind = other.node(gateway=gateway)
+    task = asyncio.create_task(direct.run("true"))
+    waiting = asyncio.create_task(behind.run("true"))
+    await eventually_async(gateway.is_connected)
+    assert not direct.is_connected()
+    for _ in range(apssh.HANDSHAKES):
+        slots.release()
+    assert await asyncio.gather(task, waiting) == [0, 0]
+    for node in (direct, behind, gateway):
+        await node.close()
 
 
-def test_gateway_that_fails(sshd: Sshd) -> None:
+async def test_gateway_that_fails(sshd: Sshd) -> None:
     port = free_port()
-
-    async def main() -> None:
-        node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
-        with pytest.raises(ConnectionFailedError) as caught:
-            await node.run("true")
-        assert (
-            str(caught.value)
-            == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
-        )
-        behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
-        with pytest.raises(ConnectionFailedError) as caught:
-            await behind.run("true")
-        assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
-        assert behind.gateway
-        await behind.gateway.close()
-
-    run(main())
+    node = sshd.node(gateway=SshNode("127.0.0.1", port=port, username=ME))
+    with pytest.raises(ConnectionFailedError) as caught:
+        await node.run("true")
+    assert (
+        str(caught.value)
+        == f"127.0.0.1: refused: gateway 127.0.0.1: nothing listens on port {port}"
+    )
+    behind = SshNode("127.0.0.1", port=port, username=ME, gateway=sshd.node())
+    with pytest.raises(ConnectionFailedError) as caught:
+        await behind.run("true")
+    assert str(caught.value) == f"127.0.0.1: refused: nothing listens on port {port}"
+    assert behind.gateway
+    await behind.gateway.close()
 
 
 def descendants(process: int) -> list[int]:
@@ -8423,28 +8250,24 @@ def descendants(process: int) -> list[int]:
     return [*children, *(each for child in children for each in descendants(child))]
 
 
-def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
-    """With fifty hosts behind it: each is told of, nothing hangs, and the next use connects anew."""
+async def test_gateway_that_dies(make_sshd: Callable[..., Sshd]) -> None:
+    """With fifty hosts behind it: each is told of, nothing hangs, the next use connects anew."""
     server, inner = make_sshd(), make_sshd()
-
-    async def main() -> None:
-        gateway = server.node()
-        nodes = [inner.node(gateway=gateway) for _ in range(50)]
-        tasks = [
-            asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes
-        ]
-        await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
-        for process in descendants(server._process.pid):
-            os.kill(process, signal.SIGKILL)
-        ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
-        assert {type(each) for each in ended} == {ConnectionFailedError} and {
-            each.kind for each in ended
-        } == {"lost"}
-        assert await nodes[0].run("true") == 0
-        await asyncio.gather(*(node.close() for node in nodes))
-        await gateway.close()
-
-    run(main())
+    gateway = server.node()
+    nodes = [inner.node(gateway=gateway) for _ in range(50)]
+    tasks = [
+        asyncio.create_task(node.run("mktemp up.XXXXXX >/dev/null; sleep 60")) for node in nodes
+    ]
+    await eventually_async(lambda: len(list(inner.home.glob("up.*"))) == 50, 60)
+    for process in descendants(server._process.pid):
+        os.kill(process, signal.SIGKILL)
+    ended = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 20)
+    assert {type(each) for each in ended} == {ConnectionFailedError} and {
+        each.kind for each in ended
+    } == {"lost"}
+    assert await nodes[0].run("true") == 0
+    await asyncio.gather(*(node.close() for node in nodes))
+    await gateway.close()
 
 
 def failure_of(work: Coroutine[Any, Any, Any]) -> ApsshError:
@@ -8477,20 +8300,16 @@ def test_refused_key(sshd: Sshd, keys: Path) -> None:
 
 
 @pytest.mark.parametrize("password", [None, "wrong"])
-def test_words_about_a_password(password: str | None, keys: Path) -> None:
+async def test_words_about_a_password(password: str | None, keys: Path) -> None:
     """Only a password that there is was tried."""
-
-    async def main() -> None:
-        async with ssh_server(keys, server=password_server("password")) as port:
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode(
-                    "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
-                ).run("true")
-            assert caught.value.message == f"login as {ME} refused, after 1 key" + (
-                " and the password" if password else ""
-            )
-
-    run(main())
+    async with ssh_server(keys, server=password_server("password")) as port:
+        with pytest.raises(ConnectionFailedError) as caught:
+            await SshNode(
+                "127.0.0.1", port=port, username=ME, keys=[keys / "other"], password=password
+            ).run("true")
+        assert caught.value.message == f"login as {ME} refused, after 1 key" + (
+            " and the password" if password else ""
+        )
 
 
 @pytest.mark.parametrize(
@@ -8506,12 +8325,13 @@ def test_words_about_a_password(password: str | None, keys: Path) -> None:
         (
             b"HTTP/1.1 400 Bad Request\r\n\x1b[2J\r\n\r\n",
             False,
-            "timeout: no connection within 0.5 s: not an ssh server: it says 'HTTP/1.1 400 Bad Request'",
+            "timeout: no connection within 0.5 s: not an ssh server: "
+            "it says 'HTTP/1.1 400 Bad Request'",
         ),
     ],
     ids=["silent", "stalls", "endless", "http"],
 )
-def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> None:
+async def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> None:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(sends)
         while endless:
@@ -8520,19 +8340,16 @@ def test_servers_that_are_none(sends: bytes, endless: bool, message: str) -> Non
             await asyncio.sleep(0)
         await reader.read()
 
-    async def main() -> None:
-        async with raw_server(talk) as port:
-            begin = time.monotonic()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port, timeout=0.5).run("true")
-            assert time.monotonic() - begin < 5
-            assert str(caught.value) == f"127.0.0.1: {message}"
-
-    run(main())
+    async with raw_server(talk) as port:
+        begin = time.monotonic()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await SshNode("127.0.0.1", port=port, timeout=0.5).run("true")
+        assert time.monotonic() - begin < 5
+        assert str(caught.value) == f"127.0.0.1: {message}"
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apssh, "RETRIES_BEFORE_LOGIN", 2)
     tries = []
 
@@ -8544,58 +8361,49 @@ def test_server_that_drops_before_login(reset: bool, monkeypatch: pytest.MonkeyP
             )
         writer.transport.abort() if reset else writer.close()
 
-    async def main() -> None:
-        async with raw_server(talk) as port:
-            with pytest.raises(ConnectionFailedError) as caught:
-                await SshNode("127.0.0.1", port=port).run("true")
-            assert str(caught.value) == "127.0.0.1: lost: dropped before login, 3 times"
-            assert len(tries) == 3
-
-    run(main())
-
-
-def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
-    async def main() -> None:
-        node = sshd.node()
-        task = asyncio.create_task(node.run("touch here; sleep 30"))
-        await eventually_async((sshd.home / "here").exists)
-        (await node.connect_lazy()).abort()
+    async with raw_server(talk) as port:
         with pytest.raises(ConnectionFailedError) as caught:
-            await task
-        assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
-        assert await node.run("true") == 0  # connects anew, by itself
-        await node.close()
+            await SshNode("127.0.0.1", port=port).run("true")
+        assert str(caught.value) == "127.0.0.1: lost: dropped before login, 3 times"
+        assert len(tries) == 3
 
-    run(main())
+
+async def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
+    node = sshd.node()
+    task = asyncio.create_task(node.run("touch here; sleep 30"))
+    await eventually_async((sshd.home / "here").exists)
+    (await node.connect_lazy()).abort()
+    with pytest.raises(ConnectionFailedError) as caught:
+        await task
+    assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
+    assert await node.run("true") == 0  # connects anew, by itself
+    await node.close()
 
 
 @pytest.mark.parametrize(
     "keepalive", [0.3, pytest.param(apssh.KEEPALIVE_INTERVAL, marks=pytest.mark.slow)]
 )
-def test_frozen_peer_is_found(keepalive: float) -> None:
+async def test_frozen_peer_is_found(keepalive: float) -> None:
     """A host that answers no more: keepalives tell, by default within 30 seconds."""
 
-    async def main() -> None:
-        async def sleeps(process: Any) -> None:
-            process.stdout.write(b"begun\n")
-            await process.channel.wait_closed()
+    async def sleeps(process: Any) -> None:
+        process.stdout.write(b"begun\n")
+        await process.channel.wait_closed()
 
-        frozen = asyncio.Event()
-        async with (
-            ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner,
-            raw_server(network(inner, frozen)) as port,
-        ):
-            node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
-            task = asyncio.create_task(node.run("anything"))
-            await eventually_async(lambda: node.is_connected())
-            frozen.set()
-            begin = time.monotonic()
-            with pytest.raises(ConnectionFailedError) as caught:
-                await task
-            assert caught.value.kind == "lost" and time.monotonic() - begin < 30
-            await node.close()
-
-    run(main())
+    frozen = asyncio.Event()
+    async with (
+        ssh_server(Path(os.environ["HOME"], ".ssh"), process=sleeps) as inner,
+        raw_server(network(inner, frozen)) as port,
+    ):
+        node = SshNode("127.0.0.1", port=port, keepalive=keepalive, guard=False, username=ME)
+        task = asyncio.create_task(node.run("anything"))
+        await eventually_async(lambda: node.is_connected())
+        frozen.set()
+        begin = time.monotonic()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await task
+        assert caught.value.kind == "lost" and time.monotonic() - begin < 30
+        await node.close()
 
 
 def test_loop_that_is_gone_leaves_nothing(make_sshd: Callable[..., Sshd]) -> None:
@@ -8623,73 +8431,61 @@ def test_node_that_is_forgotten_leaves_no_socket(make_sshd: Callable[..., Sshd])
     ],
     ids=["environment", "terminal"],
 )
-def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.RawFormatter()) as node:
-            await step.co_run_remote(node)
-
-    run(main())
+async def test_environment_and_terminal(step: Run, out: str, sshd: Sshd, capfd: Any) -> None:
+    async with sshd.node(formatter=apssh.RawFormatter()) as node:
+        await step.co_run_remote(node)
     assert capfd.readouterr().out.replace("\r", "") == out
 
 
-def test_methods_for_files(sshd: Sshd, home: Path) -> None:
-    async def main() -> None:
-        async with sshd.node() as node:
-            (home / "f").write_text("text")
-            await node.mkdir("a/b")
-            await node.mkdir("a/b")
-            await node.put_file_s(["f"], "a/b")
-            await node.get_file_s("a/b/f", "back")
-            await node.put_string_script("#!/bin/sh\nexit 4\n", "a/script")
-            assert await node.run("a/script") == 4
-            assert node.is_sftp_connected()
-            with pytest.raises(TransferError) as caught:
-                await node.mkdir("a/script/x")
-            assert str(caught.value).startswith("127.0.0.1: remote: a/script/x: ")
-
-    run(main())
+async def test_methods_for_files(sshd: Sshd, home: Path) -> None:
+    async with sshd.node() as node:
+        (home / "f").write_text("text")
+        await node.mkdir("a/b")
+        await node.mkdir("a/b")
+        await node.put_file_s(["f"], "a/b")
+        await node.get_file_s("a/b/f", "back")
+        await node.put_string_script("#!/bin/sh\nexit 4\n", "a/script")
+        assert await node.run("a/script") == 4
+        assert node.is_sftp_connected()
+        with pytest.raises(TransferError) as caught:
+            await node.mkdir("a/script/x")
+        assert str(caught.value).startswith("127.0.0.1: remote: a/script/x: ")
     assert (home / "back").read_text() == "text"
 
 
-def test_local_node(home: Path, capfd: Any) -> None:
-    async def main() -> None:
-        node = LocalNode()
-        async with node:
-            assert (
-                node.hostname,
-                node.username,
-                node.is_connected(),
-                node.is_sftp_connected(),
-            ) == ("LOCALNODE", ME, True, True)
-            assert repr(node) == "<LocalNode>"
-            await node.sftp_connect_lazy()
-            assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
-            assert await node.run("kill -KILL $$") == "KILL"
-            await node.mkdir("d/e")
-            await node.put_string_script("exit 5", "d/script")
-            assert await node.run("d/script") == 5
-            await node.put_file_s("d/script", "d/e/")
-            await node.get_file_s("d/e", "f", recurse=True)
-            with pytest.raises(TransferError) as refused:
-                await node.get_file_s(["d"], "d/e", recurse=True)
-            assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
-            with pytest.raises(CommandFailedError) as caught:
-                await node.run("sleep 30", timeout=0.2)
-            assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
-            with pytest.raises(CommandFailedError) as caught:  # as with ssh
-                await node.run(f"sleep 86{os.getpid()} & echo $! > left", timeout=0.5)
-            assert str(caught.value).endswith("> left (it may still be running)")
-            await eventually_async(lambda: processes(f"sleep 86{os.getpid()}"))
-            os.kill(int(Path("left").read_text()), signal.SIGKILL)
-            assert await Run("read x; test $x = 12; exit $?", stdin=b"12\n").co_run_local(node) == 0
-            with pytest.raises(UsageError) as misused:
-                await Run("tty", pty=True).co_run_local(node)
-            assert (
-                str(misused.value)
-                == "LOCALNODE: local: pty and sudo are for commands on an SshNode"
-            )
-
-    run(main())
+async def test_local_node(home: Path, capfd: Any) -> None:
+    node = LocalNode()
+    async with node:
+        assert (
+            node.hostname,
+            node.username,
+            node.is_connected(),
+            node.is_sftp_connected(),
+        ) == ("LOCALNODE", ME, True, True)
+        assert repr(node) == "<LocalNode>"
+        await node.sftp_connect_lazy()
+        assert await node.run("pwd; cat; echo err >&2; exit 3") == 3
+        assert await node.run("kill -KILL $$") == "KILL"
+        await node.mkdir("d/e")
+        await node.put_string_script("exit 5", "d/script")
+        assert await node.run("d/script") == 5
+        await node.put_file_s("d/script", "d/e/")
+        await node.get_file_s("d/e", "f", recurse=True)
+        with pytest.raises(TransferError) as refused:
+            await node.get_file_s(["d"], "d/e", recurse=True)
+        assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
+        with pytest.raises(CommandFailedError) as caught:
+            await node.run("sleep 30", timeout=0.2)
+        assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
+        with pytest.raises(CommandFailedError) as caught:  # as with ssh
+            await node.run(f"sleep 86{os.getpid()} & echo $! > left", timeout=0.5)
+        assert str(caught.value).endswith("> left (it may still be running)")
+        await eventually_async(lambda: processes(f"sleep 86{os.getpid()}"))
+        os.kill(int(Path("left").read_text()), signal.SIGKILL)
+        assert await Run("read x; test $x = 12; exit $?", stdin=b"12\n").co_run_local(node) == 0
+        with pytest.raises(UsageError) as misused:
+            await Run("tty", pty=True).co_run_local(node)
+        assert str(misused.value) == "LOCALNODE: local: pty and sudo are for commands on an SshNode"
     assert sorted(str(path.relative_to(home)) for path in home.rglob("d/**/*")) == [
         "d/e",
         "d/e/script",
@@ -8934,56 +8730,45 @@ def test_stdin_of_a_step(sshd: Sshd, home: Path, kind: str, source: str) -> None
         given.close()
 
 
-def test_run_of_a_node_takes_what_the_command_is_given(
+async def test_run_of_a_node_takes_what_the_command_is_given(
     sshd: Sshd, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async def main() -> None:
-        async with sshd.node(formatter=apssh.RawFormatter()) as node:
-            assert await node.run("cat; echo $A", stdin=b"in\n", env={"A": "b"}) == 0
-            if os.getuid() == 0:  # an ordinary user's sshd has no terminal to give
-                assert await node.run("test -t 0", pty=True) == 0
-            with pytest.raises(UsageError, match=r"^unknown option ptty: did you mean pty\?$"):
-                await node.run("true", ptty=True)
-
-    run(main())
+    async with sshd.node(formatter=apssh.RawFormatter()) as node:
+        assert await node.run("cat; echo $A", stdin=b"in\n", env={"A": "b"}) == 0
+        if os.getuid() == 0:  # an ordinary user's sshd has no terminal to give
+            assert await node.run("test -t 0", pty=True) == 0
+        with pytest.raises(UsageError, match=r"^unknown option ptty: did you mean pty\?$"):
+            await node.run("true", ptty=True)
     assert capfd.readouterr().out == "in\nb\n"
 
 
-def test_stdin_of_many_hosts_at_once(sshd: Sshd, home: Path) -> None:
+async def test_stdin_of_many_hosts_at_once(sshd: Sshd, home: Path) -> None:
     """One open file, read at each host's own place."""
     data = os.urandom(3_000_000)
     (home / "data").write_bytes(data)
-
-    async def main() -> None:
-        with open(home / "data", "rb") as file:
-            step = Run("sha256sum", stdin=file)
-            nodes = [sshd.node(formatter=apssh.CaptureFormatter()) for _ in range(5)]
-            await asyncio.gather(*(step.co_run_remote(node) for node in nodes))
-            for node in nodes:
-                assert node.formatter.get_capture().split()[0] == hashlib.sha256(data).hexdigest()
-                await node.close()
-            assert not file.closed
-
-    run(main())
+    with open(home / "data", "rb") as file:
+        step = Run("sha256sum", stdin=file)
+        nodes = [sshd.node(formatter=apssh.CaptureFormatter()) for _ in range(5)]
+        await asyncio.gather(*(step.co_run_remote(node) for node in nodes))
+        for node in nodes:
+            assert node.formatter.get_capture().split()[0] == hashlib.sha256(data).hexdigest()
+            await node.close()
+        assert not file.closed
 
 
-def test_iterator_as_stdin_serves_one_host(sshd: Sshd, capfd: Any) -> None:
+async def test_iterator_as_stdin_serves_one_host(sshd: Sshd, capfd: Any) -> None:
     """A second use is refused before the command runs there."""
-
-    async def main() -> None:
-        step = Run("touch begun; cat", stdin=pieces(b"x\n"))
-        async with sshd.node() as node:
-            assert await step.co_run_remote(node) == 0
-            (sshd.home / "begun").unlink()
-            with pytest.raises(UsageError) as caught:
-                await step.co_run_remote(node)
-            assert str(caught.value) == (
-                "stdin: an asynchronous iterator serves one host, once: give each host its own, "
-                "or give bytes, a file or a path"
-            )
-            assert await node.run("test -e begun") == 1
-
-    run(main())
+    step = Run("touch begun; cat", stdin=pieces(b"x\n"))
+    async with sshd.node() as node:
+        assert await step.co_run_remote(node) == 0
+        (sshd.home / "begun").unlink()
+        with pytest.raises(UsageError) as caught:
+            await step.co_run_remote(node)
+        assert str(caught.value) == (
+            "stdin: an asynchronous iterator serves one host, once: give each host its own, "
+            "or give bytes, a file or a path"
+        )
+        assert await node.run("test -e begun") == 1
     assert capfd.readouterr().out == "127.0.0.1:x\n"
 
 
@@ -9040,25 +8825,21 @@ def test_wait_past_its_time(node: Any) -> None:
     )
 
 
-def test_wait_for_a_host_that_reboots(make_sshd: Callable[..., Sshd], sshd: Sshd) -> None:
+async def test_wait_for_a_host_that_reboots(make_sshd: Callable[..., Sshd], sshd: Sshd) -> None:
     """The connection from before is not what is asked, though it stands."""
     before = make_sshd()
     node = before.node(known_hosts=None, gateway=sshd.node(), formatter=apssh.RawFormatter())
-
-    async def main() -> None:
-        await node.connect_lazy()
-        before.stop()
-        assert await node.run("true") == 0
-        task = asyncio.create_task(Wait(interval=0.1, timeout=30).attempt(node, StepRecord()))
-        await eventually_async(lambda: sshd.log().count("connect_to 127.0.0.1") > 1)
-        assert not task.done()
-        after = make_sshd(port=before.port)
-        assert await task == 0
-        assert await node.run("true") == 0 and after.logins() == 1
-        await node.close()
-        await node.gateway.close()
-
-    run(main())
+    await node.connect_lazy()
+    before.stop()
+    assert await node.run("true") == 0
+    task = asyncio.create_task(Wait(interval=0.1, timeout=30).attempt(node, StepRecord()))
+    await eventually_async(lambda: sshd.log().count("connect_to 127.0.0.1") > 1)
+    assert not task.done()
+    after = make_sshd(port=before.port)
+    assert await task == 0
+    assert await node.run("true") == 0 and after.logins() == 1
+    await node.close()
+    await node.gateway.close()
 
 
 def test_wait_for_a_host_that_never_comes() -> None:
@@ -9289,37 +9070,28 @@ def test_same_script_after_one_that_was_given_up(sshd: Sshd) -> None:
     assert (first.kind, second.error) == ("timeout", None)
 
 
-def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
+async def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
     """As people know it: the folder over there tells them nothing."""
     (home / "check.sh").write_text("#!/bin/sh\n[ $1 = fast ] && exit 3\ntouch up; sleep 30\n")
-
-    async def main() -> None:
-        async with sshd.node() as node:
-            job = SshJob(node, command=RunScript("check.sh", "fast"))
-            with pytest.raises(CommandFailedError) as caught:
-                await job.co_run()
-            assert (
-                str(caught.value)
-                == "127.0.0.1: status: ended with status 3: RunScript: check.sh fast"
-            )
-            with pytest.raises(CommandFailedError) as caught:
-                await RunScript("check.sh", "slow", timeout=0.5).co_run_remote(node)
-            assert (
-                str(caught.value)
-                == "127.0.0.1: timeout: no end within 0.5 s: RunScript: check.sh slow"
-            )
-            (sshd.home / "up").unlink(missing_ok=True)
-            task = asyncio.create_task(RunScript("check.sh", "slow").co_run_remote(node))
-            await eventually_async((sshd.home / "up").exists)
-            (await node.connect_lazy()).abort()
-            with pytest.raises(ConnectionFailedError) as lost:
-                await task
-            assert (
-                str(lost.value)
-                == "127.0.0.1: lost: connection lost during RunScript: check.sh slow"
-            )
-
-    run(main())
+    async with sshd.node() as node:
+        job = SshJob(node, command=RunScript("check.sh", "fast"))
+        with pytest.raises(CommandFailedError) as caught:
+            await job.co_run()
+        assert (
+            str(caught.value) == "127.0.0.1: status: ended with status 3: RunScript: check.sh fast"
+        )
+        with pytest.raises(CommandFailedError) as caught:
+            await RunScript("check.sh", "slow", timeout=0.5).co_run_remote(node)
+        assert (
+            str(caught.value) == "127.0.0.1: timeout: no end within 0.5 s: RunScript: check.sh slow"
+        )
+        (sshd.home / "up").unlink(missing_ok=True)
+        task = asyncio.create_task(RunScript("check.sh", "slow").co_run_remote(node))
+        await eventually_async((sshd.home / "up").exists)
+        (await node.connect_lazy()).abort()
+        with pytest.raises(ConnectionFailedError) as lost:
+            await task
+        assert str(lost.value) == "127.0.0.1: lost: connection lost during RunScript: check.sh slow"
 
 
 def test_run_string(node: Any, capfdbinary: Any) -> None:
@@ -9733,17 +9505,13 @@ def test_scheduler_that_runs_twice(make_sshd: Callable[..., Sshd]) -> None:
     assert not gateway.is_connected()
 
 
-def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
+async def test_scheduler_in_a_running_loop(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd()
-
-    async def main() -> None:
-        scheduler = Scheduler(SshJob(sshd.node(), command="true"))
-        assert await scheduler.co_run()
-        assert sshd.connections() == 1
-        await apssh.co_close_ssh_in_scheduler(scheduler)
-        await eventually_async(lambda: not sshd.connections())
-
-    run(main())
+    scheduler = Scheduler(SshJob(sshd.node(), command="true"))
+    assert await scheduler.co_run()
+    assert sshd.connections() == 1
+    await apssh.co_close_ssh_in_scheduler(scheduler)
+    await eventually_async(lambda: not sshd.connections())
 
 
 def test_many_jobs_on_one_node(sshd: Sshd) -> None:
@@ -9889,29 +9657,25 @@ def test_on_real_hosts(login: str, hops: int, home: Path, capfd: Any) -> None:
 
 @on_testbed
 @pytest.mark.parametrize("login", ["root", "tester"])
-def test_endings_on_real_hosts(login: str) -> None:
+async def test_endings_on_real_hosts(login: str) -> None:
     token = f"89{os.getpid()}"
-
-    async def main() -> None:
-        async with box(0, username=login) as node, box(0, username="root") as other:
-            for step in (
-                Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=2),
-                RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2),
-            ):
-                task = asyncio.create_task(step.co_run_remote(node))
-                for running in (True, False):
-                    for _ in range(60):
-                        found = await other.run(f"pgrep -x -f 'sleep {token}' >/dev/null") == 0
-                        if found == running:
-                            break
-                        await asyncio.sleep(0.1)
-                    else:
-                        raise AssertionError("still running" if found else "never ran")
-                with pytest.raises(CommandFailedError):
-                    await task
-            assert await node.run('test -z "$(ls -A .apssh-remote)"') == 0
-
-    run(main())
+    async with box(0, username=login) as node, box(0, username="root") as other:
+        for step in (
+            Run(f"trap '' HUP TERM; sleep {token} & sleep {token}", timeout=2),
+            RunString(f"#!/bin/bash\nsleep {token} & sleep {token}", timeout=2),
+        ):
+            task = asyncio.create_task(step.co_run_remote(node))
+            for running in (True, False):
+                for _ in range(60):
+                    found = await other.run(f"pgrep -x -f 'sleep {token}' >/dev/null") == 0
+                    if found == running:
+                        break
+                    await asyncio.sleep(0.1)
+                else:
+                    raise AssertionError("still running" if found else "never ran")
+            with pytest.raises(CommandFailedError):
+                await task
+        assert await node.run('test -z "$(ls -A .apssh-remote)"') == 0
 
 
 def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
@@ -9924,16 +9688,12 @@ def test_forever_jobs_beyond_max_sessions(sshd: Sshd) -> None:
     apssh.close_ssh_in_scheduler(scheduler)
 
 
-def test_closing_in_a_running_loop_names_the_coroutine() -> None:
-    async def main() -> None:
-        with pytest.raises(UsageError) as caught:
-            apssh.close_ssh_in_scheduler(Scheduler())
-        assert str(caught.value) == (
-            "close_ssh_in_scheduler in a running loop: "
-            "await co_close_ssh_in_scheduler(scheduler) there"
-        )
-
-    run(main())
+async def test_closing_in_a_running_loop_names_the_coroutine() -> None:
+    with pytest.raises(UsageError) as caught:
+        apssh.close_ssh_in_scheduler(Scheduler())
+    assert str(caught.value) == (
+        "close_ssh_in_scheduler in a running loop: await co_close_ssh_in_scheduler(scheduler) there"
+    )
 
 
 def test_nested_schedulers(make_sshd: Callable[..., Sshd]) -> None:
@@ -10109,8 +9869,7 @@ def test_experiment_that_is_interrupted(make_sshd: Callable[..., Sshd], way: str
     }[way]
     script = (
         f"""
-import asyncio, sys
-sys.path.insert(0, {str(MODULE.parent)!r})
+import asyncio
 import apssh
 from asynciojobs import Scheduler
 node = apssh.SshNode("127.0.0.1", port={sshd.port}, username={ME!r})
@@ -10120,9 +9879,7 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
 """
         + block
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_python("-c", script)
     eventually(lambda: processes(f"sleep {token}"))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -10247,9 +10004,8 @@ def test_node_outlives_event_loops(make_sshd: Callable[..., Sshd]) -> None:
 
 
 MANY_RUNS = """
-import asyncio, gc, json, os, sys, threading
+import asyncio, gc, json, os, threading
 from pathlib import Path
-sys.path.insert(0, {folder!r})
 from asynciojobs import Scheduler
 import apssh
 target, port = {target!r}, {port}
@@ -10270,12 +10026,13 @@ def unclosed():
 def state():
     gc.collect()
     objects = gc.get_objects()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return dict(
         files=len(os.listdir("/proc/self/fd")),
         threads=threading.active_count(),
         loops=sum(isinstance(each, asyncio.AbstractEventLoop) for each in objects),
         objects=len(objects),
-        memory=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024,
+        memory=pages * os.sysconf("SC_PAGESIZE") // 1024,
     )
 
 seen = []
@@ -10300,15 +10057,12 @@ def test_many_runs_in_one_process(make_sshd: Callable[..., Sshd]) -> None:
     """1,000 ``apssh.run`` and 200 ``Scheduler.run()`` leave no loop, file, thread or memory."""
     sshd = make_sshd()
     turns = [(100, 20), (450, 90), (450, 90)]
-    script = MANY_RUNS.format(
-        folder=str(MODULE.parent), target=sshd.target, port=sshd.port, user=ME, turns=turns
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        capture_output=True,
+    script = MANY_RUNS.format(target=sshd.target, port=sshd.port, user=ME, turns=turns)
+    done = run_python(
+        "-c",
+        script,
         text=True,
         timeout=600,
-        check=False,
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -11212,7 +10966,8 @@ def test_service_runs_the_command_as_a_shell_does(command: Any) -> None:
         box(),
         service.start_command(),
         Run(
-            f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; ls /tmp/apssh-never || true"
+            f"journalctl --sync; journalctl -o cat _SYSTEMD_UNIT={name}.service; "
+            "ls /tmp/apssh-never || true"
         ),
     )
     expected = subprocess.run(
@@ -11465,8 +11220,8 @@ MISTAKES = {  # text of the file, the whole message
         "s.yaml:4: section nodes, id n1: 'gateway' goes in a circle: n1 -> n1: take one out",
     ),
     "gateway circle": (
-        "nodes: [{id: a, hostname: a, gateway: b}, {id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n"
-        + JOB,
+        "nodes: [{id: a, hostname: a, gateway: b}, "
+        "{id: b, hostname: b, gateway: c}, {id: c, hostname: c, gateway: a}]\n" + JOB,
         "s.yaml:1: section nodes, id a: 'gateway' goes in a circle: a -> b -> c -> a: take one out",
     ),
     "gateway local": (
@@ -11572,8 +11327,8 @@ MISTAKES = {  # text of the file, the whole message
         "s.yaml:5: section jobs, id j1: 'required' goes in a circle: j1 -> j1: take one out",
     ),
     "required circle": (
-        NODE
-        + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n  - {id: b, node: n1, required: [a], command: x}\n",
+        NODE + "jobs:\n  - {id: a, node: n1, required: b, command: x}\n"
+        "  - {id: b, node: n1, required: [a], command: x}\n",
         "s.yaml:3: section jobs, id a: 'required' goes in a circle: a -> b -> a: take one out",
     ),
     "command as list of text": (
@@ -11744,8 +11499,8 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
-        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, command, "
-        "commands, keep_connection, verbose, forever, critical, label",
+        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, "
+        "command, commands, keep_connection, verbose, forever, critical, label",
     ),
     "list in itself": (
         NODE + "jobs: &a [*a]\n",
@@ -11893,10 +11648,12 @@ jobs:
       - {type: Push, localpaths: [a, b], remotepath: /tmp/, preserve: true}
       - {type: Push, localpaths: a, remotepath: b}
       - {type: Pull, remotepaths: [c], localpath: d, recurse: yes}
-  - {id: warmup, node: gw, required: ~, commands: [{type: Run, command: check --all}, {type: Run, argv: [echo, 1, true]}]}
+  - {id: warmup, node: gw, required: ~, \
+commands: [{type: Run, command: check --all}, {type: Run, argv: [echo, 1, true]}]}
   - {id: 7, node: here, command: 'uname -r', required: send}
 nodes:
-  - {id: n1, hostname: node1, gateway: gw, port: 2200, timeout: 2.5, keys: [k1], known_hosts: ~, config: true, password: 0123}
+  - {id: n1, hostname: node1, gateway: gw, port: 2200, timeout: 2.5, keys: [k1], \
+known_hosts: ~, config: true, password: 0123}
   - id: gw
     hostname: gateway.example.org
     username: slice
@@ -12059,8 +11816,10 @@ def test_numbers_and_truth_may_be_quoted() -> None:
 
 def test_anchors_and_merges() -> None:
     nodes, jobs, _ = loaded(
-        "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
-        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n  - {id: y, node: b, commands: *steps}\n"
+        "nodes:\n  - &one {id: a, hostname: h, port: 2200}\n"
+        "  - {<<: *one, id: b}\n  - {id: c, <<: [{username: u}, *one]}\n"
+        "jobs:\n  - {id: x, node: a, commands: &steps [{type: Run, command: ls}]}\n"
+        "  - {id: y, node: b, commands: *steps}\n"
     )
     assert [(node.hostname, node.port, node.username) for node in nodes.values()] == [
         ("h", 2200, "root"),
@@ -12723,7 +12482,8 @@ NO_HOST = "is not a host name or an address"
         ),
         (
             "two",
-            "@two:1: groups in a circle, or nested too deep: two -> @three -> @one -> @two -> @three",
+            "@two:1: groups in a circle, or nested too deep: "
+            "two -> @three -> @one -> @two -> @three",
         ),
     ],
     ids=lambda value: repr(value[:20]),
@@ -12942,7 +12702,8 @@ def test_quick_run(sshd: Sshd) -> None:
         repr(bad),
     )
     assert re.fullmatch(
-        rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, stdout 'out.*: ended with status 3: .*>",
+        rf"<Result 127.0.0.1:{sshd.port}: status 3 in [0-9.]+ s, "
+        r"stdout 'out.*: ended with status 3: .*>",
         repr(good),
     )
     assert "stdout 'out\\n\\xff': ended with status 3: echo out" in repr(good)
@@ -12952,19 +12713,16 @@ def test_quick_run(sshd: Sshd) -> None:
     assert apssh.run([], "x") == []  # as in a script that goes on with those that failed
 
 
-def test_quick_run_in_a_running_loop(sshd: Sshd) -> None:
-    async def notebook() -> None:
-        for plain in (apssh.run, apssh.push, apssh.pull):
-            with pytest.raises(UsageError) as caught:
-                plain(sshd.target, "x", "y") if plain is not apssh.run else plain("h", "x")
-            name = plain.__name__
-            assert str(caught.value) == (
-                f"apssh.{name} in a running loop: await apssh.co_{name}(...) there"
-            )
-        (result,) = await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])
-        assert result.ok and result.status == 4
-
-    run(notebook())
+async def test_quick_run_in_a_running_loop(sshd: Sshd) -> None:
+    for plain in (apssh.run, apssh.push, apssh.pull):
+        with pytest.raises(UsageError) as caught:
+            plain(sshd.target, "x", "y") if plain is not apssh.run else plain("h", "x")
+        name = plain.__name__
+        assert str(caught.value) == (
+            f"apssh.{name} in a running loop: await apssh.co_{name}(...) there"
+        )
+    (result,) = await apssh.co_run(sshd.target, "exit 4", allowed_exits=[4])
+    assert result.ok and result.status == 4
 
 
 @pytest.mark.parametrize("name", ["run", "push", "pull"])
@@ -12995,30 +12753,26 @@ def test_quick_run_gives_input_and_tells_of_each_result(sshd: Sshd) -> None:
     assert [result.stdout for result in results] == ["given", ""]
 
 
-def test_results_come_one_by_one_and_pickle(sshd: Sshd) -> None:
+async def test_results_come_one_by_one_and_pickle(sshd: Sshd) -> None:
     """``done=`` hears of each copy while others are under way; what it is given can be kept."""
     Path("f").write_text("sent")
     kept: list[bytes] = []
     targets = [sshd.target, f"{ME}@127.0.0.1:{free_port()}"]
+    gone = asyncio.Event()
 
-    async def main() -> None:
-        gone = asyncio.Event()
+    def done(result: apssh.Result) -> None:
+        kept.append(pickle.dumps(result))
+        gone.set()
 
-        def done(result: apssh.Result) -> None:
-            kept.append(pickle.dumps(result))
-            gone.set()
-
-        command = apssh.co_run(
-            [sshd.target, targets[1]], "while ! test -e go; do sleep 0.1; done", done=done
-        )
-        running = asyncio.create_task(command)
-        await gone.wait()  # of the host that is not there
-        assert not running.done() and len(kept) == 1
-        await apssh.co_push(targets, "f", "go", done=done)
-        await running
-        await apssh.co_pull(targets, "go", "{host}", done=done)
-
-    run(main())
+    command = apssh.co_run(
+        [sshd.target, targets[1]], "while ! test -e go; do sleep 0.1; done", done=done
+    )
+    running = asyncio.create_task(command)
+    await gone.wait()  # of the host that is not there
+    assert not running.done() and len(kept) == 1
+    await apssh.co_push(targets, "f", "go", done=done)
+    await running
+    await apssh.co_pull(targets, "go", "{host}", done=done)
     results = [pickle.loads(each) for each in kept]
     assert sorted(result.outcome for result in results) == ["ok", "ok", "ok"] + ["refused"] * 3
     assert {result.target for result in results} == set(targets)
@@ -13186,12 +12940,12 @@ def test_gather(capfd: Any) -> None:
     view.finish()
     out, err = capfd.readouterr()
     assert (
-        out
-        == "-------------\nnode[1-3] (3)\n-------------\nsame\n------------------\nnode4 (1) status 2\n------------------\nother\n"
+        out == "-------------\nnode[1-3] (3)\n-------------\nsame\n"
+        "------------------\nnode4 (1) status 2\n------------------\nother\n"
     )
     assert (
-        err
-        == "-------------------------\nnode4 (1) status 2 stderr\n-------------------------\ntrouble\n"
+        err == "-------------------------\nnode4 (1) status 2 stderr\n"
+        "-------------------------\ntrouble\n"
     )
 
 
@@ -13400,11 +13154,13 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-w", "node[1-3]", "x"],
-            "argument -w/--window: 'node[1-3]' is no number of hosts; use -t for targets (see apssh --help)",
+            "argument -w/--window: 'node[1-3]' is no number of hosts; "
+            "use -t for targets (see apssh --help)",
         ),
         (
             ["-t", "h", "-f", "20", "x"],
-            "argument -f/--format: '20' is no format; use -w for the number of hosts at once (see apssh --help)",
+            "argument -f/--format: '20' is no format; "
+            "use -w for the number of hosts at once (see apssh --help)",
         ),
         (
             ["-t", "h", "-r", "-b", "x"],
@@ -13496,8 +13252,8 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
     (home / ".ssh" / "id_ed25519").unlink()
     assert apssh.main(["-t", "h", "true"]) == 2
     assert (
-        capfd.readouterr().err
-        == "apssh: no key: give one with -k, load one into an agent, or use -A (password) or -K (go on without)\n"
+        capfd.readouterr().err == "apssh: no key: give one with -k, load one into an agent, "
+        "or use -A (password) or -K (go on without)\n"
     )
 
 
@@ -13565,7 +13321,8 @@ def test_listings(argv: list[str], out: str, capfd: Any) -> None:
             ["-u", "0.5", "sleep 30"],
             1,
             b"",
-            b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n",
+            b"127.0.0.1: timeout: no end within 0.5 s: sleep 30\n"
+            b"0 ok, 1 failed\n  timeout: 127.0.0.1 (1)\n",
         ),
         (["--", "echo", "-e"], 0, b"127.0.0.1:\n", b""),
     ],
@@ -13649,16 +13406,17 @@ def test_paths_after_two_dashes(home: Path) -> None:
 def test_folders_that_tell_hosts_apart_are_made(
     sources: list[str], destination: str, arrive: list[str], home: Path
 ) -> None:
-    code = f"""import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh
+    paths = [source[2:] for source in sources]
+    code = f"""import asyncio, apssh
 async def main():
     async with apssh.demo_fleet(2) as nodes:
         for node in nodes:
             await node.run("touch f g")
-        plan = apssh._CopyPlan(apssh.Pull, {[source[2:] for source in sources]!r}, {destination!r}, {{}})
+        plan = apssh._CopyPlan(apssh.Pull, {paths!r}, {destination!r}, {{}})
         plan.check(nodes)
         assert all(result.ok for result in await apssh._fan_out(nodes, plan))
 asyncio.run(main())"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python("-c", code, capture_output=False, check=True)
     assert (
         sorted(str(path.relative_to("new")) for path in Path("new").rglob("*") if path.is_file())
         == arrive
@@ -13696,16 +13454,13 @@ class Dialogue:
     """apssh on a terminal of its own, which somebody types on."""
 
     def __init__(self, *argv: str) -> None:
-        code = (
-            "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-            f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
-        )
         self._ours, self._theirs = pty.openpty()
         self.resize(91)
         self._before = termios.tcgetattr(self._theirs)
         self._seen = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code, *argv],
+        self.process = start_python(
+            *on_its_terminal(),
+            *argv,
             stdin=self._theirs,
             stdout=self._theirs,
             stderr=self._theirs,
@@ -13930,7 +13685,9 @@ def test_json(sshd: Sshd) -> None:
     )
 
 
-def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path) -> None:
+async def test_sick_hosts_disturb_nobody(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], home: Path
+) -> None:
     """All the ways not to be reached in one run, beside hosts that are well: a line each, its kind
     in JSON, nothing past its bound.
     """
@@ -13951,82 +13708,80 @@ def test_sick_hosts_disturb_nobody(sshd: Sshd, make_sshd: Callable[..., Sshd], h
 
         return talk
 
-    async def main() -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            servers = [
-                await stack.enter_async_context(raw_server(talk))
-                for talk in (
-                    says(b""),
-                    says(b"SSH-2.0-stalls\r\n"),
-                    says(b"word\r\n", endless=True),
-                    says(b"220 mail\r\n"),
-                    says(b"", closes=True),
-                )
-            ]
-            silent, stalls, endless, mail, drops = (f"127.0.0.1:{port}" for port in servers)
-            expected = {
-                "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
-                f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
-                f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
-                f"127.0.0.1:{changed.port}": (
-                    "hostkey",
-                    f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} in {home}/.ssh/known_hosts:1; "
-                    f"somebody may be in the middle. If it was reinstalled: ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
-                    "(hosts reinstalled all day: --host-keys no, known_hosts=None, or APSSH_HOST_KEYS=no:PATTERN)",
-                ),
-                silent: ("timeout", f"{late}connected, but the server says nothing"),
-                stalls: ("timeout", f"{late}the key exchange does not end"),
-                endless: ("refused", "not an ssh server: it says 'word'"),
-                mail: ("timeout", f"{late}not an ssh server: it says '220 mail'"),
-                drops: ("lost", f"{late}dropped before login, N times"),
-            }
-            well = f"127.0.0.1:{sshd.port}"
-            argv = [
-                "-F",
-                "none",
-                "-c",
-                "4",
-                *itertools.chain.from_iterable(
-                    ("-t", host) for host in (well, "no-such-host.invalid", *[*expected][1:])
-                ),
-            ]
-            begin = time.monotonic()
-            done = await asyncio.to_thread(
-                cli, *argv, "-j", "echo well", RES_OPTIONS="timeout:1 attempts:1"
+    async with contextlib.AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(raw_server(talk))
+            for talk in (
+                says(b""),
+                says(b"SSH-2.0-stalls\r\n"),
+                says(b"word\r\n", endless=True),
+                says(b"220 mail\r\n"),
+                says(b"", closes=True),
             )
-            assert done.returncode == 1 and time.monotonic() - begin < 30
-            found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
-            good = found.pop(well)
-            assert (good["status"], good["stdout"], good["kind"]) == (0, "well\n", None) and good[
-                "seconds"
-            ] < 4
-            assert {
-                name: (line["kind"], re.sub(r"\d+ times", "N times", line["error"]))
-                for name, line in found.items()
-            } == expected
-            done = await asyncio.to_thread(
-                cli, *argv, "echo well", RES_OPTIONS="timeout:1 attempts:1"
-            )
-            assert (done.returncode, done.stdout) == (1, f"{well}:well\n".encode())
-            *lines, _, _, _, _, _, _, _ = re.sub(
-                r"\d+ times", "N times", done.stderr.decode()
-            ).splitlines()
-            assert sorted(lines) == sorted(
-                f"{name}: {kind}: {message}" for name, (kind, message) in expected.items()
-            )
-            kinds = {
-                kind: [name for name, (each, _) in expected.items() if each == kind]
-                for kind, _ in expected.values()
-            }
-            assert done.stderr.decode().splitlines()[-7:] == [
-                "1 ok, 9 not reached",
-                *(
-                    f"  {kind}: {apssh.fold_names(names)} ({len(names)})"
-                    for kind, names in sorted(kinds.items())
-                ),
-            ]
-
-    run(main())
+        ]
+        silent, stalls, endless, mail, drops = (f"127.0.0.1:{port}" for port in servers)
+        expected = {
+            "no-such-host": ("dns", "unknown host name no-such-host.invalid"),
+            f"127.0.0.1:{refused}": ("refused", f"nothing listens on port {refused}"),
+            f"127.0.0.1:{locked.port}": ("auth", f"login as {ME} refused, after 1 key"),
+            f"127.0.0.1:{changed.port}": (
+                "hostkey",
+                f"HOST KEY CHANGED: it presents {shown[0]}, known is {shown[1]} "
+                f"in {home}/.ssh/known_hosts:1; "
+                "somebody may be in the middle. If it was reinstalled: "
+                f"ssh-keygen -R '[127.0.0.1]:{changed.port}' -f {home}/.ssh/known_hosts "
+                "(hosts reinstalled all day: --host-keys no, known_hosts=None, "
+                "or APSSH_HOST_KEYS=no:PATTERN)",
+            ),
+            silent: ("timeout", f"{late}connected, but the server says nothing"),
+            stalls: ("timeout", f"{late}the key exchange does not end"),
+            endless: ("refused", "not an ssh server: it says 'word'"),
+            mail: ("timeout", f"{late}not an ssh server: it says '220 mail'"),
+            drops: ("lost", f"{late}dropped before login, N times"),
+        }
+        well = f"127.0.0.1:{sshd.port}"
+        argv = [
+            "-F",
+            "none",
+            "-c",
+            "4",
+            *itertools.chain.from_iterable(
+                ("-t", host) for host in (well, "no-such-host.invalid", *[*expected][1:])
+            ),
+        ]
+        begin = time.monotonic()
+        done = await asyncio.to_thread(
+            cli, *argv, "-j", "echo well", RES_OPTIONS="timeout:1 attempts:1"
+        )
+        assert done.returncode == 1 and time.monotonic() - begin < 30
+        found = {line["name"]: line for line in map(json.loads, done.stdout.splitlines())}
+        good = found.pop(well)
+        assert (good["status"], good["stdout"], good["kind"]) == (0, "well\n", None) and good[
+            "seconds"
+        ] < 4
+        assert {
+            name: (line["kind"], re.sub(r"\d+ times", "N times", line["error"]))
+            for name, line in found.items()
+        } == expected
+        done = await asyncio.to_thread(cli, *argv, "echo well", RES_OPTIONS="timeout:1 attempts:1")
+        assert (done.returncode, done.stdout) == (1, f"{well}:well\n".encode())
+        *lines, _, _, _, _, _, _, _ = re.sub(
+            r"\d+ times", "N times", done.stderr.decode()
+        ).splitlines()
+        assert sorted(lines) == sorted(
+            f"{name}: {kind}: {message}" for name, (kind, message) in expected.items()
+        )
+        kinds = {
+            kind: [name for name, (each, _) in expected.items() if each == kind]
+            for kind, _ in expected.values()
+        }
+        assert done.stderr.decode().splitlines()[-7:] == [
+            "1 ok, 9 not reached",
+            *(
+                f"  {kind}: {apssh.fold_names(names)} ({len(names)})"
+                for kind, names in sorted(kinds.items())
+            ),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -14159,8 +13914,8 @@ def test_copy_programs(sshd: Sshd, home: Path) -> None:
         program="appush",
     ).stdout.decode()
     assert (
-        shown
-        == "me@gw->me@h: Push: tree h onto /x/h, recurse\nme@i:23: Push: tree i onto /x/i, recurse\n"
+        shown == "me@gw->me@h: Push: tree h onto /x/h, recurse\n"
+        "me@i:23: Push: tree i onto /x/i, recurse\n"
     )
     shown = cli(
         "-F", "none", "-t", "me@h", "-n", "@:/x", "@:y", "new-{host}/", program="appull"
@@ -14198,8 +13953,7 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (home / "bin").mkdir()
     for program, function in MAINS.items():
         (home / "bin" / program).write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(MODULE.parent)!r})\n"
-            f"import apssh\nsys.exit(apssh.{function}())\n"
+            f"#!{sys.executable}\nimport sys, apssh\nsys.exit(apssh.{function}())\n"
         )
         (home / "bin" / program).chmod(0o755)
     scripts = os.path.dirname(sys.executable)
@@ -14209,7 +13963,8 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "bash": "COMP_WORDBREAKS=${COMP_WORDBREAKS//@/}",
         "zsh": "autoload -U compinit; compinit -u",
     }
-    start = f'{profile[shell]}; eval "$(register-python-argcomplete apssh appush appull)"; PS1=GO-; echo up'
+    programs = 'eval "$(register-python-argcomplete apssh appush appull)"'
+    start = f"{profile[shell]}; {programs}; PS1=GO-; echo up"
     pid, fd = pty.fork()
     if pid == 0:
         os.execvp(shell, SHELLS[shell])
@@ -14243,14 +13998,8 @@ def test_completion(shell: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def start(*argv: str, program: str = "apssh") -> subprocess.Popen[bytes]:
-    """A program at work, its outputs in pipes."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.{MAINS[program]}())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-    )
+    """A program at work."""
+    return start_python(*main_of(program), *argv)
 
 
 def interrupted(
@@ -14332,12 +14081,7 @@ def test_interruption_during_the_imports_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "asynciojobs.py").write_text(
         "import sys, time; print('here', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, str(MODULE), "-V"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )
+    process = start_python(MODULE, "-V", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert process.stdout and process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=10) == (b"", b"")
@@ -14345,11 +14089,11 @@ def test_interruption_during_the_imports_says_nothing(tmp_path: Path) -> None:
 
 
 def test_import_leaves_the_handler_of_ctrl_c_alone() -> None:
-    code = f"""import signal, sys; sys.path.insert(0, {str(MODULE.parent)!r})
-sys.argv[0] = {{!r}}
+    code = """import signal, sys
+sys.argv[0] = {!r}
 import apssh; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"""
     for name in ("script.py", "apssh"):
-        subprocess.run([sys.executable, "-c", code.replace("{!r}", repr(name))], check=True)
+        run_python("-c", code.replace("{!r}", repr(name)), capture_output=False, check=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["term", "hangup"])
@@ -14402,11 +14146,8 @@ def test_killed_client_leaves_no_process(sshd: Sshd, way: str) -> None:
     token, (options, command) = f"93{os.getpid()}{list(KILLED).index(way)}", KILLED[way]
     if "-s" not in options:
         command = f"echo $$ > leader; {command}"
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; apssh.main()"
     words = ["-F", "none", "-t", sshd.target, *options, command.format(token)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = start_python(*main_of(), *words, stdout=subprocess.DEVNULL, stderr=None)
     eventually(lambda: processes(f"sleep {token}"))
     group = os.getpgid(int((sshd.home / "leader").read_text()))
     assert group_lives(group)
@@ -14466,12 +14207,8 @@ def test_killed_client_leaves_nothing_on_real_hosts(login: str, tmp_path: Path) 
 @pytest.mark.parametrize("late", [0.05 * number for number in range(12)])
 def test_interruption_while_targets_are_typed(late: float) -> None:
     """At any time: before it reads, just then, and while it waits."""
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.stderr.write('up'); sys.stderr.flush(); sys.exit(apssh.main())"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "-t", "-", "true"],
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
+    words = main_of(first="import apssh; sys.stderr.write('up'); sys.stderr.flush()")
+    with start_python(*words, "-t", "-", "true", stdin=subprocess.PIPE, stdout=None) as process:
         assert process.stderr and process.stdin
         process.stderr.read(2)
         time.sleep(late)
@@ -14482,14 +14219,14 @@ def test_interruption_while_targets_are_typed(late: float) -> None:
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_resolver_that_never_answers(interrupted: bool) -> None:
     """Nothing waits for it: neither the deadline, nor Ctrl-C, nor the end of the program."""
+    argv = ["-F", "none", "-K", "-c", "30" if interrupted else "0.3", "-t", "nosuch", "true"]
     code = (
-        f"import sys, time, socket; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-        "def never(*args, **keywords):\n    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
-        f"socket.getaddrinfo = never; sys.exit(apssh.main(['-F', 'none', '-K', '-c', '{30 if interrupted else 0.3}', '-t', 'nosuch', 'true']))"
+        "import sys, time, socket, apssh\n"
+        "def never(*args, **keywords):\n"
+        "    sys.stdout.write('asked'); sys.stdout.flush(); time.sleep(60)\n"
+        f"socket.getaddrinfo = never; sys.exit(apssh.main({argv}))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with start_python("-c", code) as process:
         assert process.stdout and process.stderr
         assert process.stdout.read(5) == b"asked"
         if interrupted:
@@ -14499,17 +14236,15 @@ def test_resolver_that_never_answers(interrupted: bool) -> None:
         assert process.stderr.read() == (
             b"0 ok, 1 interrupted\n  interrupted: nosuch (1)\n"
             if interrupted
-            else b"nosuch: timeout: no connection within 0.3 s: no answer\n0 ok, 1 not reached\n  timeout: nosuch (1)\n"
+            else b"nosuch: timeout: no connection within 0.3 s: no answer\n"
+            b"0 ok, 1 not reached\n  timeout: nosuch (1)\n"
         )
 
 
 def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
     token = f"98{os.getpid()}"
-    code = (
-        f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
-        f"apssh.run({sshd.target!r}, 'sleep {token}')"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    code = f"import apssh; apssh.run({sshd.target!r}, 'sleep {token}')"
+    process = start_python("-c", code, stdout=None)
     try:
         eventually(lambda: processes(f"sleep {token}"))
         process.send_signal(signal.SIGINT)
@@ -14523,12 +14258,11 @@ def test_interruption_of_a_quick_script(sshd: Sshd, home: Path) -> None:
 
 def test_quick_script_keeps_a_users_own_handler(sshd: Sshd, home: Path) -> None:
     code = (
-        "import sys, signal\n"
-        f"sys.path.insert(0, {str(MODULE.parent)!r}); import apssh\n"
+        "import signal, apssh\n"
         "signal.signal(signal.SIGINT, lambda *_: print('mine', flush=True))\n"
         f"print(apssh.run({sshd.target!r}, 'touch up; sleep 2; echo done')[0].stdout)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process = start_python("-c", code, stderr=None)
     eventually((sshd.home / "up").exists)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[0].split() == [b"mine", b"done"]
@@ -14559,11 +14293,10 @@ def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
 
 def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     token = f"92{os.getpid()}"
-    code = f"import sys; sys.path.insert(0, {str(MODULE.parent)!r}); import apssh; sys.exit(apssh.main())"
+    program = shlex.join([*PYTHON, *main_of()])
     done = subprocess.run(
-        [
-            f"{sys.executable} -c {shlex.quote(code)} -F none -t {sshd.target} 'yes {token}' | (head -n 1; pgrep -f ^yes.{token} >yes)"
-        ],
+        f"{program} -F none -t {sshd.target} 'yes {token}'"
+        f" | (head -n 1; pgrep -f ^yes.{token} >yes)",
         shell=True,
         capture_output=True,
         timeout=30,
@@ -14578,25 +14311,26 @@ def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
 
 
 @pytest.mark.parametrize("name", ["apssh", "appush", "appull"])
-def test_copy_or_link_of_the_file_is_a_program(name: str, tmp_path: Path) -> None:
+def test_copy_or_link_of_the_file_is_a_program(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPATH")
     (tmp_path / name).symlink_to(MODULE)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / name), "--help"], capture_output=True, text=True, check=True
-    )
+    done = run_python(tmp_path / name, "--help", text=True, check=True)
     assert done.stdout.startswith(f"usage: {name} [options]")
 
 
-def test_vendored_copy(tmp_path: Path) -> None:
+def test_vendored_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH")
     (tmp_path / "vendor").mkdir()
     shutil.copy(MODULE, tmp_path / "vendor" / "apssh.py")
-    code = "from vendor import apssh; from vendor.apssh import SshNode; from vendor.apssh.formatters import TimeHostFormatter as T; assert T is apssh.TimeHostFormatter"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, check=True)
-    done = subprocess.run(
-        [sys.executable, "apssh.py", "--demo", "2", "uname"],
-        cwd=tmp_path / "vendor",
-        capture_output=True,
-        check=True,
+    code = (
+        "from vendor import apssh; from vendor.apssh import SshNode; "
+        "from vendor.apssh.formatters import TimeHostFormatter as T; "
+        "assert T is apssh.TimeHostFormatter"
     )
+    run_python("-c", code, cwd=tmp_path, capture_output=False, check=True)
+    done = run_python("apssh.py", "--demo", "2", "uname", cwd=tmp_path / "vendor", check=True)
     assert (
         sorted(done.stdout.splitlines()) == [b"demo1:Linux", b"demo2:Linux"]
         if sys.platform == "linux"
@@ -14629,8 +14363,10 @@ def test_public_names_are_documented() -> None:
 
 def test_scenario_program(home: Path, capfd: Any) -> None:
     Path("s.yaml.j2").write_text(
-        "nodes: [{id: here, localnode: true}]\njobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
-        "  - {id: b, node: here, required: a, command: exit 3}\n  - {id: c, node: here, required: b, command: 'true'}\n"
+        "nodes: [{id: here, localnode: true}]\n"
+        "jobs:\n  - {id: a, node: here, command: 'echo {{word}}'}\n"
+        "  - {id: b, node: here, required: a, command: exit 3}\n"
+        "  - {id: c, node: here, required: b, command: 'true'}\n"
     )
     assert apssh.main(["--scenario", "s.yaml.j2", "--set", "word=given"]) == 1
     out, err = capfd.readouterr()
@@ -14649,7 +14385,8 @@ nodes:
   - {id: n1, hostname: node1, gateway: gw, port: 2200}
   - {id: here, localnode: true}
 jobs:
-  - {id: look, node: n1, label: a look, commands: [{type: Run, command: uname -r, label: kernel, capture: ver}]}
+  - {id: look, node: n1, label: a look, \
+commands: [{type: Run, command: uname -r, label: kernel, capture: ver}]}
   - id: act
     node: here
     required: look
@@ -14950,16 +14687,7 @@ EXAMPLES = MODULE.parent / "examples"
 
 
 def example_run(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(MODULE.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-W", "error", *argv],
-        env=os.environ | {"PYTHONPATH": path},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run_python(*argv, cwd=cwd, text=True)
 
 
 LOSSES = """\
@@ -15026,11 +14754,8 @@ def test_example_of_two_nodes(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_example_that_is_interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while it measures: the service is stopped, the record written."""
     monkeypatch.setenv("TMPDIR", str(home))
-    process = subprocess.Popen(
-        [sys.executable, TWO_NODES, "--demo", "--out", "out", "--rates", "1", "0.01"],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stderr=subprocess.PIPE,
-    )
+    words = ("--demo", "--out", "out", "--rates", "1", "0.01")
+    process = start_python(TWO_NODES, *words, stdout=None)
     eventually(lambda: radios("send", "127.0.0.1") and losses())
     assert radios("receive", str(home))
     process.send_signal(signal.SIGINT)
@@ -15140,14 +14865,9 @@ def test_shards_whose_worker_is_killed(engine: str, make_sshd: Callable[..., Ssh
         pytest.importorskip("distributed")
     sshd = make_sshd(ListenAddress="0.0.0.0", Port=(port := free_port()))
     hosts = addresses(2, 9)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
-            *("-t", f"127.0.0.[2-9]:{port}", GATED),
-        ],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = start_python(
+        *(SHARDS, "--engine", engine, "--shards", "2", "-l", ME),
+        *("-t", f"127.0.0.[2-9]:{port}", GATED),
         text=True,
     )
     try:
@@ -15175,14 +14895,9 @@ def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
     port = free_port()
     sshd = make_sshd(ListenAddress="0.0.0.0", Port=port)
     token = f"91{os.getpid()}"
-    process = subprocess.Popen(
-        [
-            *(sys.executable, SHARDS, "--shards", "2", "-l", ME),
-            *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
-        ],
-        env=os.environ | {"PYTHONPATH": str(MODULE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    process = start_python(
+        *(SHARDS, "--shards", "2", "-l", ME),
+        *("-t", f"127.0.0.[2-3]:{port}", f"echo x >> runs; exec sleep {token}"),
         text=True,
         start_new_session=True,
     )
@@ -15201,14 +14916,14 @@ def test_shards_that_are_interrupted(make_sshd: Callable[..., Sshd]) -> None:
 @pytest.mark.parametrize(
     "engine", ["by_processes", pytest.param("by_dask", marks=pytest.mark.slow)]
 )
-def test_shards_whose_workers_go_on_dying(engine: str, sshd: Sshd) -> None:
+def test_shards_whose_workers_go_on_dying(
+    engine: str, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their hosts are named; the others have their results."""
     if engine == "by_dask":
         pytest.importorskip("distributed")
     Path("deadly.py").write_text(
-        f"""import os, signal, sys
-sys.path[:0] = [{str(MODULE.parent)!r}, {str(EXAMPLES)!r}]
-import apssh, shards
+        f"""import os, signal, apssh, shards
 def run(targets, command):
     if "x@h2" in targets:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -15220,6 +14935,7 @@ if __name__ == "__main__":
     print([result.target for result in results], lost)
 """
     )
+    monkeypatch.setenv("PYTHONPATH", f"{MODULE.parent}{os.pathsep}{EXAMPLES}")
     done = example_run("deadly.py")
     assert done.stdout == f"{[sshd.target]} ['x@h2']\n", done.stderr
 
@@ -15232,8 +14948,7 @@ def test_picture_of_the_readme(tmp_path: Path) -> None:
         return sorted("".join(text.itertext()) for text in texts)
 
     new = tmp_path / "new.svg"
-    script = [sys.executable, str(EXAMPLES / "terminal.py"), "--out", str(new)]
-    subprocess.run(script, check=True)
+    run_python(EXAMPLES / "terminal.py", "--out", new, capture_output=False, check=True)
     shown = lines(EXAMPLES / "terminal.svg")
     assert "demo[1-4,6-9] (8)" in shown and "20 ok" in shown
     assert lines(new) == shown
@@ -15297,7 +15012,8 @@ async def main():
                 at = f" HostName 127.0.0.1\\n Port {node.port}\\n"
                 config.write(f"Host {name} {name}.example.org\\n{at}{key}")
                 assert await node.run(
-                    f"echo {name} > .name; mkdir -p etc/nginx var/log/nginx; echo listen=80 > etc/app.conf; "
+                    f"echo {name} > .name; mkdir -p etc/nginx var/log/nginx; "
+                    "echo listen=80 > etc/app.conf; "
                     "echo a line | tee var/log/nginx/access.log > var/log/nginx/error.log; "
                     f"[ {name} != web4 ] || echo listen=8080 > etc/app.conf"
                 ) == 0
@@ -15337,12 +15053,12 @@ def readme_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The README's hosts; the folder of the ssh config that leads there, and of its key."""
     folder = tmp_path_factory.mktemp("readme")
     path = shell_programs(folder / "over-there", README_PROGRAMS)
-    fleet = subprocess.Popen(
-        [sys.executable, "-c", README_FLEET, str(folder), *README_HOSTS],
+    fleet = start_python(
+        *("-c", README_FLEET, folder, *README_HOSTS),
         cwd=MODULE.parent,
         env=os.environ | {"PATH": path, "SHELL": "/bin/sh"},
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stderr=None,
     )
     assert fleet.stdin and fleet.stdout
     assert fleet.stdout.readline() == b"ready\n"
@@ -15555,12 +15271,10 @@ def test_scenario_of_the_readme(home: Path, tmp_path: Path) -> None:
     (home / "file.yaml").write_text(text)
     line = re.search("^`(apssh --scenario .*?)`", readme_section("YAML scenarios"), re.MULTILINE)
     assert line
-    done = subprocess.run(
-        [sys.executable, str(MODULE), *shlex.split(line[1])[1:], "--demo", "2", "-q"],
-        capture_output=True,
+    done = run_python(
+        *(MODULE, *shlex.split(line[1])[1:], "--demo", "2", "-q"),
         text=True,
         env=os.environ | {"PATH": experiment_path(tmp_path), "SHELL": "/bin/sh"},
-        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
@@ -15657,10 +15371,7 @@ def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for block in readme_blocks("python")
         if re.search("^(results = )?await ", block, re.MULTILINE)
     ]
-    setup = (
-        f"import asyncio, sys; sys.path.insert(0, {str(MODULE.parent)!r}); "
-        f"TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
-    )
+    setup = f"import asyncio; TARGET = {sshd.target!r}; tasks = asyncio.all_tasks()"
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(text) for text in (setup, *NOTEBOOK, *cells)]
     )
@@ -15672,7 +15383,7 @@ def test_notebook(sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """
     nbformat.write(notebook, "in.ipynb")
     # a process of its own: the kernel's ports are not the rig's
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    run_python("-c", script, capture_output=False, check=True, timeout=120)
     outputs = [
         "".join(
             output.get("text") or output["data"]["text/plain"]
@@ -15707,18 +15418,8 @@ def test_names_of_the_readme() -> None:
 
 def test_experiment_of_the_readme(home: Path, tmp_path: Path) -> None:
     (script,) = (block for block in readme_blocks("python") if "Scheduler" in block)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=os.environ
-        | {
-            "PATH": experiment_path(tmp_path),
-            "SHELL": "/bin/sh",
-            "PYTHONPATH": str(MODULE.parent),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = os.environ | {"PATH": experiment_path(tmp_path), "SHELL": "/bin/sh"}
+    done = run_python("-c", script, env=environment, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (home / "result.txt").read_text() == "measured 192.0.2.7\n"
     units = (tmp_path / "units").read_text().split()
@@ -15760,11 +15461,10 @@ def test_thousands_of_hosts() -> None:
     """bench/scale.py, smaller: bars on CPU and memory a host, silent hosts, the window, one
     gateway, Ctrl-C.
     """
-    done = subprocess.run(
-        [sys.executable, str(MODULE.parent / "bench" / "scale.py"), "--hosts", "2000"],
-        capture_output=True,
+    done = run_python(
+        *(MODULE.parent / "bench" / "scale.py", "--hosts", "2000"),
         text=True,
-        check=False,
+        timeout=None,
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -15807,9 +15507,7 @@ def test_import_costs_little(tmp_path: Path) -> None:
         hardly at all.
         """
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            [sys.executable, "-c", f"import {name}"], cwd=MODULE.parent, check=True, env=environment
-        )
+        run_python("-c", f"import {name}", capture_output=False, check=True, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

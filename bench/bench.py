@@ -48,7 +48,15 @@ LIBRARY = """
 import sys
 from pssh.clients import ParallelSSHClient
 key, port, user, command, *hosts = sys.argv[1:]
-client = ParallelSSHClient(hosts, user=user, port=int(port), pkey=key, pool_size=len(hosts), allow_agent=False, identity_auth=False)
+client = ParallelSSHClient(
+    hosts,
+    user=user,
+    port=int(port),
+    pkey=key,
+    pool_size=len(hosts),
+    allow_agent=False,
+    identity_auth=False,
+)
 output = client.run_command(command)
 for each in output:
     for line in each.stdout:
@@ -118,8 +126,10 @@ class Rig:
         self.known_hosts.write_text("".join(form.format(host, host_key) for host in everywhere))
         self.config = self.home / ".ssh" / "config"
         self.config.write_text(
-            f"Host *\nPort {self.port}\nUser {self.user}\nIdentityFile {self.key}\nIdentitiesOnly yes\n"
-            f"UserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile /dev/null\nStrictHostKeyChecking yes\n"
+            f"Host *\nPort {self.port}\nUser {self.user}\n"
+            f"IdentityFile {self.key}\nIdentitiesOnly yes\n"
+            f"UserKnownHostsFile {self.known_hosts}\nGlobalKnownHostsFile /dev/null\n"
+            "StrictHostKeyChecking yes\n"
             "IdentityAgent none\nBatchMode yes\nLogLevel ERROR\n"
         )
         self.environment = {
@@ -217,7 +227,8 @@ class Rig:
             self._sshd(
                 self.apart,
                 "".join(
-                    f"Match LocalAddress {host}\nForceCommand internal-sftp -d {self.places / host}\n"
+                    f"Match LocalAddress {host}\n"
+                    f"ForceCommand internal-sftp -d {self.places / host}\n"
                     for host in self.apart
                 ),
             )
@@ -230,8 +241,10 @@ class Rig:
             raise SystemExit("bench: no sshd: install openssh-server")
         log = self.folder / "sshd.log"
         common = (
-            f"Port {self.port}\nHostKey {self.folder}/host_key\nAuthorizedKeysFile {self.folder}/key.pub\nPidFile none\nStrictModes no\n"
-            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nPrintMotd no\nPrintLastLog no\nUseDNS no\n"
+            f"Port {self.port}\nHostKey {self.folder}/host_key\n"
+            f"AuthorizedKeysFile {self.folder}/key.pub\nPidFile none\nStrictModes no\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\n"
+            "PrintMotd no\nPrintLastLog no\nUseDNS no\n"
             "MaxStartups 200\nMaxSessions 100\nCompression no\nLogLevel ERROR\n"
             f"SetEnv HOME={self.places}\n"  # no start-up file of whoever measures
             "Subsystem sftp internal-sftp\n"
@@ -1181,7 +1194,8 @@ def main() -> int:
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1))
     print(
-        f"{_versions()}; medians of {options.runs} turns or more, in brackets the least and the most\n"
+        f"{_versions()}; medians of {options.runs} turns or more, "
+        "in brackets the least and the most\n"
     )
     print(*_bars_table(results), "", *_sides_table(results), sep="\n")
     return 0 if all(bar["verdict"] == "pass" for result in results for bar in result["bars"]) else 1

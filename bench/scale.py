@@ -338,7 +338,8 @@ class Cases:
         fine = fine and outcome.code == 0
         return (
             outcome,
-            f"{count} hosts, {' '.join(words)}: {cost}; most connections at once {self._counters.most.value}",
+            f"{count} hosts, {' '.join(words)}: {cost}; "
+            f"most connections at once {self._counters.most.value}",
             fine,
         )
 
@@ -402,7 +403,8 @@ class Cases:
         )
         return (
             outcome,
-            f"{dict(kinds)}: the last of the others at {last:.1f} s ({alone:.1f} s without silent ones)",
+            f"{dict(kinds)}: the last of the others at {last:.1f} s "
+            f"({alone:.1f} s without silent ones)",
             fine,
         )
 
@@ -503,7 +505,8 @@ class Cases:
         kinds, cost = outcome.kinds(), self._cost(outcome, count)[0]
         return (
             outcome,
-            f"{count} hosts behind one: {dict(kinds)}; {connections} connection(s) to the gateway; {cost}",
+            f"{count} hosts behind one: {dict(kinds)}; "
+            f"{connections} connection(s) to the gateway; {cost}",
             kinds == {"ok": count} and connections == 1 and outcome.code == 0,
         )
 

@@ -58,7 +58,8 @@ class Server:
         (folder / "host_key").chmod(0o600)
         session = folder / "session"
         session.write_text(
-            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\nc=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
+            f"#!/bin/sh\ncd {shlex.quote(str(self.home))}\n"
+            "c=$SSH_ORIGINAL_COMMAND\nunset SSH_ORIGINAL_COMMAND\n"
             'exec "$SHELL" -c "$c"\n'
         )
         session.chmod(0o755)
@@ -521,7 +522,8 @@ def main() -> int:
                 left += [*found, *([f"{tasks} tasks"] if tasks else [])]
                 if options.verbose:
                     print(
-                        f"{gone:6.0f} s: {sum(soak.done.values())} things, {dict(soak.outcomes)}, {used} KB, {files} descriptors, "
+                        f"{gone:6.0f} s: {sum(soak.done.values())} things, "
+                        f"{dict(soak.outcomes)}, {used} KB, {files} descriptors, "
                         f"{tasks} tasks, left {found}",
                         flush=True,
                     )
@@ -530,7 +532,8 @@ def main() -> int:
     warm = figures[min(len(figures) // 4, 6)]
     growth = figures[-1][0] - warm[0], figures[-1][1] - warm[1]
     print(
-        f"seed {options.seed}, {options.minutes:g} minutes, {options.hosts} hosts: {dict(soak.done)}"
+        f"seed {options.seed}, {options.minutes:g} minutes, "
+        f"{options.hosts} hosts: {dict(soak.done)}"
     )
     print(f"outcomes: {dict(soak.outcomes)}")
     print(
