@@ -489,7 +489,8 @@ class Cases:
         wall, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         text = (
-            f"{len(self._hosts)} hosts, true: one process {one.seconds:.1f} s, {one.cpu:.1f} s CPU; "
+            f"{len(self._hosts)} hosts, true: "
+            f"one process {one.seconds:.1f} s, {one.cpu:.1f} s CPU; "
             f"two shards {wall:.1f} s, {cpu:.1f} s CPU"
         )
         return one, text, codes == [0, 0] and one.code == 0
