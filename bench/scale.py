@@ -250,7 +250,7 @@ class Client:
         if interrupt:
             while not interrupt() and time.monotonic() < begin + 120:
                 time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)  # not send_signal, which may reap it
             begin = time.monotonic()
         lines = (
             [(time.monotonic() - begin, json.loads(line)) for line in process.stdout]
