@@ -14959,6 +14959,35 @@ def test_picture_of_the_readme(tmp_path: Path) -> None:
 README = MODULE.parent / "README.md"
 
 
+def test_slurm_array_of_the_readme(sshd: Sshd) -> None:
+    """Each task leaves a part that is whole, hosts that failed included, or none."""
+    [script] = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", README.read_text(), re.DOTALL)
+    assert "/64 -t hosts" in script
+    Path("hosts").write_text(f"{sshd.target} 127.0.0.1:{free_port()}\n{sshd.target}\n")
+    program = Path("bin/apssh")
+    program.parent.mkdir()
+
+    def task(number: int, *words: str) -> int:
+        program.write_text(shlex.join([*words, "$@"]).replace("'$@'", '"$@"') + "\n")
+        program.chmod(0o755)
+        path = f"{program.parent.resolve()}:{os.environ['PATH']}"
+        env = os.environ | {"PATH": path, "SLURM_ARRAY_TASK_ID": str(number)}
+        done = subprocess.run(["bash", "-c", script.replace("64", "2")], env=env, timeout=60)
+        return done.returncode
+
+    works = [*PYTHON, *main_of(), "-F", "none"]
+    assert task(1, *works) == 0 and task(2, *works) == 0
+    parts = [Path(f"part-{number}.json").read_text().splitlines() for number in (1, 2)]
+    assert [[json.loads(line)["kind"] for line in part] for part in parts] == [[None], ["refused"]]
+    assert not list(Path().glob("*.tmp"))
+    for path in Path().glob("part-*"):
+        path.unlink()
+    # what ends the program, whole parts apart: its own misuse, a signal
+    assert task(1, *works, "--no-such-option") == 1
+    assert task(1, "sh", "-c", "kill -9 $$", "--") == 1
+    assert [path.name for path in Path().glob("part-*")] == ["part-1.tmp"]
+
+
 def test_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.split()) <= 3000

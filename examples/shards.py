@@ -17,7 +17,7 @@ file on the shared disk):
     #SBATCH --array=1-64 --requeue
     part=part-$SLURM_ARRAY_TASK_ID
     apssh --shard $SLURM_ARRAY_TASK_ID/64 -t hosts -q -j uptime > $part.tmp
-    mv $part.tmp $part.json
+    [ $? -le 1 ] && mv $part.tmp $part.json            # 1: some hosts failed; more: it was ended
 
     $ cat part-*.json           # all results, an object a host
     $ for i in $(seq 64); do test -e part-$i.json || echo $i; done     # sbatch --array= these again
