@@ -1393,72 +1393,70 @@ def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
     return certified
 
 
-class _KeySearch:
-    """Looks for keys to log in with; ``missed`` says where it has looked for nothing."""
+# Which keys are offered to a host: SshNode._login_keys asks _keys_to_offer, once for all nodes that
+# would get the same answer; load_private_keys is the same question of a host without a config. Each
+# login then makes its own pairs of them (_login_pairs).
 
-    def __init__(self, config: _HostConfig) -> None:
-        self._config = config
-        self.missed: list[str] = []
 
-    @functools.cached_property
-    def agent_keys(self) -> list[_AgentKey]:
-        """What the agent holds, asked for once."""
-        path = self._config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
-        keys = load_agent_keys(path)
-        if not keys:
-            self.missed.append(f"agent {path}: no key" if path else "no SSH_AUTH_SOCK")
-        return keys
+def _keys_of_file(filename: StrPath, held: Collection[_AgentKey]) -> list[Key]:
+    """What a key file stands for: the key that the agent holds of it, else the file, with the
+    certificate beside it. Raises UsageError.
 
-    def of_file(self, filename: StrPath) -> list[Key]:
-        """What a key file stands for: the agent's key when it holds it, else the file, with the
-        certificate beside it. Raises UsageError.
+    The agent knows a key by its public half. That is in clear in an OpenSSH key file, though the
+    key be encrypted (OpenSSH's PROTOCOL.key); for other forms it is in the ``.pub`` file.
+    """
+    path = Path(filename).expanduser()
+    data = b""
+    for public in (Path(f"{path}.pub"), path):
+        # a pipe, -k <(...), is read once
+        if held and public.is_file():
+            with contextlib.suppress(OSError, ValueError):
+                data = asyncssh.read_public_key(public).public_data
+    found: list[Key] = [key for key in held if key.public_data == data]
+    if not found:
+        found = [import_private_key(path)]
+    return [*_certified(found, f"{path}".removesuffix(".pub") + "-cert.pub"), *found]
 
-        The agent knows a key by its public half. That is in clear in an OpenSSH key file, though
-        the key be encrypted (OpenSSH's PROTOCOL.key); for other forms it is in the ``.pub`` file.
-        """
-        path = Path(filename).expanduser()
-        data = b""
-        for public in (Path(f"{path}.pub"), path):
-            # a pipe, -k <(...), is read once
-            if self.agent_keys and public.is_file():
-                with contextlib.suppress(OSError, ValueError):
-                    data = asyncssh.read_public_key(public).public_data
-        held = [key for key in self.agent_keys if key.public_data == data]
-        found: list[Key] = [*held] or [import_private_key(path)]
-        return [*_certified(found, f"{path}".removesuffix(".pub") + "-cert.pub"), *found]
 
-    def of_usable_files(self, files: Collection[str]) -> list[Key]:
-        """What these files (none: the default ones that exist) stand for; one that cannot be used
-        is skipped, as ssh does.
-        """
-        keys: list[Key] = []
-        for file in files or filter(os.path.exists, map(os.path.expanduser, DEFAULT_KEYS)):
-            try:
-                keys += self.of_file(file) if file != "none" else []
-            except UsageError as exc:
-                _say_once(f"skipped: {exc}")
-        if not keys:
-            self.missed.append(f"no key in {', '.join(files or ['~/.ssh'])}")
-        return keys
+def _usable_keys(files: Iterable[str], held: Collection[_AgentKey]) -> Iterator[Key]:
+    """What the files of a config stand for; one that cannot be used is skipped, as ssh does."""
+    for file in files:
+        try:
+            if file != "none":
+                yield from _keys_of_file(file, held)
+        except UsageError as exc:
+            _say_once(f"skipped: {exc}")
 
-    def find(self, named: Iterable[StrPath | Key]) -> list[Key]:
-        """Those named, and only they; or what the host's config names and the agent holds, as ssh
-        takes them; or the agent's, else those of the default files. Raises UsageError for a named
-        one that cannot be used.
-        """
-        keys: list[Key] = []
-        for each in named:
-            keys += self.of_file(each) if isinstance(each, str | os.PathLike) else [each]
-        only = self._config.one("identitiesonly")
-        if keys:
-            return keys
-        if not (only or self._config.names_keys):
-            return [*self.agent_keys] or self.of_usable_files([])
-        keys = self.of_usable_files(self._config.paths("identityfile"))
-        certified: list[Key] = []
-        for file in self._config.paths("certificatefile"):
-            certified += _certified([*keys, *self.agent_keys], file)
-        return [*certified, *keys] if only else [*certified, *keys, *self.agent_keys]
+
+def _keys_to_offer(
+    named: Iterable[StrPath | Key], config: _HostConfig
+) -> tuple[list[Key], list[str]]:
+    """The keys to offer to a host, and where else they were looked for: told when there are none.
+
+    Those named, and only they; or what the host's config names and the agent holds, as ssh takes
+    them; or the agent's, else those of the default files. Raises UsageError for a named one that
+    cannot be used.
+    """
+    agent = config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
+    held = load_agent_keys(agent)
+    keys: list[Key] = []
+    for each in named:
+        keys += _keys_of_file(each, held) if isinstance(each, str | os.PathLike) else [each]
+    if keys:
+        return keys, []
+    only = config.one("identitiesonly")
+    if held and not (only or config.names_keys):
+        return [*held], []
+    files = config.paths("identityfile")
+    default = filter(os.path.exists, map(os.path.expanduser, DEFAULT_KEYS))
+    keys += _usable_keys(files or default, held)
+    certified: list[Key] = []
+    for file in config.paths("certificatefile"):
+        certified += _certified([*keys, *held], file)
+    if not only:
+        keys += held
+    looked = f"agent {agent}: {_count(len(held), 'key')}" if agent else "no SSH_AUTH_SOCK"
+    return [*certified, *keys], [looked, f"no key in {', '.join(files or ['~/.ssh'])}"]
 
 
 def load_private_keys(
@@ -1471,20 +1469,10 @@ def load_private_keys(
     (``key-cert.pub``) goes with it. ``verbose`` says on stderr how many there are. Works with or
     without a running loop. Raises UsageError for a named key that does not exist or parse.
     """
-    keys = _KeySearch(_UNCONFIGURED).find(command_line_keys or ())
+    keys, _ = _keys_to_offer(command_line_keys or (), _UNCONFIGURED)
     if verbose:
         _screen.say(f"{_count(len(keys), 'key')} to log in with")
     return keys
-
-
-def _keys_to_offer(
-    named: Iterable[StrPath | Key], config: _HostConfig
-) -> tuple[list[Key], list[str]]:
-    """The keys to offer to a host, and where others were looked for in vain. Raises UsageError for
-    a named one that cannot be used.
-    """
-    search = _KeySearch(config)
-    return search.find(named), search.missed
 
 
 _OLD_RSA_CERTIFICATE = b"ssh-rsa-cert-v01@openssh.com"
@@ -1596,7 +1584,7 @@ class _KnownHosts:
         for file in self._files:
             with (
                 contextlib.suppress(OSError),
-                open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
+                open(file, encoding="utf-8", errors="surrogateescape") as lines,
             ):
                 for number, line in enumerate(lines, 1):
                     self._parse(line, file, number)
@@ -1669,15 +1657,14 @@ class _KnownHosts:
                     return False
                 for other in known.values():
                     raise ApsshError(f"its key was not recorded: known is {other}")
-                before = file.read()
-                if before and not before.endswith(b"\n"):
+                lines = file.readlines()
+                if lines and not lines[-1].endswith(b"\n"):
                     file.write(b"\n")
-                    before += b"\n"
                 names = _hashed_name(name) if hashed else name
-                text = key.export_public_key().decode().strip()
-                file.write(f"{names} {text}\n".encode())
+                line = f"{names} {key.export_public_key().decode()}"
+                file.write(line.encode())
                 file.flush()
-                self._parse(f"{name} {text}", str(path), before.count(b"\n") + 1)
+                self._parse(line, str(path), len(lines) + 1)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
@@ -1743,6 +1730,19 @@ _VERIFY = _Verify()
 _KnownHostsChoice = _Verify | StrPath | Collection[asyncssh.SSHKey] | None
 
 
+# How a host's key is judged, and how a changed one comes to the user. SshNode._log_in makes a
+# _Trust for each attempt. asyncssh is told of no known host, so that it asks about each key that a
+# server presents: _Client.validate_host_public_key hands it to _Trust.check, which raises a
+# HostKeyError with the whole message as it is shown ("HOST KEY CHANGED: ..."). _Client keeps that
+# error as host_key_error and answers no; asyncssh breaks the attempt off in words of its own, and
+# SshNode._login_failure gives the kept error in their place. From there on it is a failure like
+# others, of kind hostkey, for steps, jobs and Results. Nothing is tried again.
+#
+# A certificate goes the same way: check_authority is asked about the key that signed it and, when
+# asyncssh has accepted it, _Client.begin_auth has check_certified look at the key in it. begin_auth
+# then calls record: what is written down is a key that the host has proved to hold.
+
+
 @dataclasses.dataclass(eq=False)
 class _Trust:
     """Decides about the key that one host presents; every connection and every hop comes through
@@ -1792,10 +1792,10 @@ class _Trust:
             return [_KnownKey(None, key.convert_to_public(), "", 0) for key in given]
         configured = self.config.one("stricthostkeychecking")
         self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
-        files: Iterable[str] = self.config.known_hosts_files or KNOWN_HOSTS_FILES
+        files = self.config.known_hosts_files
         if not isinstance(self.known_hosts, _Verify):
             files = [os.fspath(self.known_hosts)]
-        self._file = _known_hosts_of(*map(os.path.expanduser, files))
+        self._file = _known_hosts_of(*map(os.path.expanduser, files or KNOWN_HOSTS_FILES))
         lines = self._file.find(self.name)
         self._known = [line for line in lines if not line.marker]
         if self.name != self._host:
@@ -1818,9 +1818,7 @@ class _Trust:
 
     def check(self, key: asyncssh.SSHKey) -> None:
         """Raises HostKeyError unless this plain key may be the host's."""
-        self.shown = _fingerprint(key)
-        if self.policy != "no":
-            self._check_revoked(key, f"its key {self.shown}")
+        self.check_certified(key)
         if key in self._keys:
             return
         if self.policy == "no":
@@ -1851,7 +1849,7 @@ class _Trust:
         return self.certified and key in self._authorities
 
     def check_certified(self, key: asyncssh.SSHKey) -> None:
-        """Raises HostKeyError if this key, which a certificate vouches for, is revoked."""
+        """Raises HostKeyError if the host's key, which a certificate may vouch for, is revoked."""
         self.shown = _fingerprint(key)
         self._check_revoked(key, f"its key {self.shown}")
 
@@ -1866,7 +1864,10 @@ class _Trust:
 
     def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:
         revoked = self._revoked
-        if file := self.config.one("revokedhostkeys"):
+        file = self.config.one("revokedhostkeys")
+        if self.policy == "no":
+            return
+        if file:
             try:
                 path = Path(file).expanduser()
                 listed = asyncssh.read_public_key_list(path)
@@ -2014,8 +2015,7 @@ class _HostConfig:
     @property
     def names_keys(self) -> bool:
         """Whether it says which keys to offer."""
-        keywords = ("identityfile", "certificatefile", "identityagent")
-        return any(map(self.values, keywords))
+        return any(map(self.values, ("identityfile", "certificatefile", "identityagent")))
 
     @property
     def known_hosts_files(self) -> list[str]:
@@ -2135,14 +2135,13 @@ class _SshConfig:
         if not asking:
             return {hop: _HostConfig(hop, {}, {}, "") for hop in hops}
         questions = {hop: self._question(hop) for hop in hops}
-        asked = list(set(questions.values()))
+        ask = functools.partial(_ask_ssh, self._path)
         with ThreadPoolExecutor(8) as pool:
             defaults = pool.submit(_ask_ssh, "none", Hop("default"))
-            found = pool.map(functools.partial(_ask_ssh, self._path), asked)
-            answers = dict(zip(asked, found, strict=True))
+            answers = {asked: pool.submit(ask, asked) for asked in set(questions.values())}
         return {
-            hop: _HostConfig(hop, answers[question], defaults.result(), question.host)
-            for hop, question in questions.items()
+            hop: _HostConfig(hop, answers[asked].result(), defaults.result(), asked.host)
+            for hop, asked in questions.items()
         }
 
     def _question(self, hop: Hop) -> Hop:
@@ -2165,7 +2164,8 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
             [*words, "--", hop.host],
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            check=False,
+            encoding="utf-8",
+            errors="surrogateescape",
             timeout=CONNECT_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
@@ -2173,10 +2173,9 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
             f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)"
         ) from None
     if done.returncode:
-        said = os.fsdecode(done.stderr).splitlines()
-        raise UsageError("ssh config: " + " ".join(map(escape, said)))
+        raise UsageError("ssh config: " + escape(" ".join(done.stderr.split())))
     answer: dict[str, list[str]] = {}
-    for line in os.fsdecode(done.stdout).splitlines():
+    for line in done.stdout.splitlines():
         keyword, _, value = line.partition(" ")
         answer.setdefault(keyword, []).append(value)
     return answer

@@ -2603,11 +2603,11 @@ def test_where_keys_were_looked_for(
     )
     monkeypatch.setenv("SSH_AUTH_SOCK", str(home / "gone"))
     assert str(failure_of(sshd.node().run("true"))) == no_keys(
-        ME, f"agent {home}/gone: no key; {no_default}"
+        ME, f"agent {home}/gone: 0 keys; {no_default}"
     )
     (home / "config").write_text("Host *\n IdentityFile ~/one\n IdentityFile ~/two\n")
     assert str(failure_of(sshd.node(config="config").run("true"))) == no_keys(
-        ME, f"agent {home}/gone: no key; no key in {home}/one, {home}/two"
+        ME, f"agent {home}/gone: 0 keys; no key in {home}/one, {home}/two"
     )
     skipped = [f"skipped: key {home}/{name}: no such file or directory" for name in ("one", "two")]
     assert capfd.readouterr().err.splitlines() == skipped
