@@ -5986,6 +5986,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         self.node, self.verbose = node, verbose
         self.commands = _steps(command if commands is None else commands)
         self.records: list[StepRecord] = []
+        self.failure: ApsshError | None = None
         super().__init__(
             forever=forever,
             critical=critical is None or critical,
@@ -5996,23 +5997,28 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
 
     async def co_run(self) -> ApsshError | int | str:
         """Run the steps, as the scheduler asks. Cancelling it ends the command that runs."""
-        self.records = []
-        failure: Exception | None = None
-        try:
+        self.records, self.failure = [], None
+        with self._failing():
             for command in self.commands:
                 command.check_files()
             for command in self.commands:
-                try:
+                with self._failing():
                     await self._run_step(command)
-                except Exception as exc:
-                    failure = exc
-                    if self.critical:
-                        raise
+        return 0 if self.failure is None else self._result_of(self.failure)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What fails in here is the job's failure; it is raised if the job is critical."""
+        try:
+            yield
         except Exception as exc:
+            failure = exc
+            if not isinstance(failure, ApsshError):
+                name = type(exc).__name__
+                failure = ApsshError(f"{name}: {exc}", host=self.node.hostname)
+            self.failure = failure
             if self.critical:
                 raise
-            failure = exc
-        return 0 if failure is None else self._result_of(failure)
 
     async def _run_step(self, command: AbstractCommand) -> None:
         step = StepRecord(label=command.listing_line())
@@ -6029,15 +6035,13 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
                 raise
             raise ApsshError("cancelled from inside", host=self.node.hostname) from None
 
-    def _result_of(self, failure: Exception) -> ApsshError | int | str:
+    def _result_of(self, failure: ApsshError) -> ApsshError | int | str:
         """Tell a failure that stops nothing; a command's status, else an ApsshError.
 
         It is returned and not raised, since asynciojobs never gives back the window's slot of a
         job that raises.
         """
         host = self.node.hostname
-        if not isinstance(failure, ApsshError):
-            failure = ApsshError(f"{type(failure).__name__}: {failure}", host=host)
         job = f"job {escape(self.label)} failed" if self.label else "failed"
         reason = str(failure).removeprefix(f"{escape(host)}: ")
         self.node.formatter.stderr_line(f"{job} (not critical): {reason}\n", host)
@@ -6047,8 +6051,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         """What the job raised, or would have raised if it were critical and no command's status."""
         if raised := super().raised_exception():
             return cast("BaseException", raised)
-        result = self.result() if self.is_done() else None
-        return result if isinstance(result, ApsshError) else None
+        return self.failure if self.failure and self.failure.status is None else None
 
     async def co_shutdown(self) -> None:
         """Nothing: connections stay open until they are closed on purpose."""
@@ -6088,9 +6091,15 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return str(super().repr_result())
 
 
-def _ssh_jobs(scheduler: _Scheduler) -> list[SshJob]:
-    """The SshJobs of a scheduler, nested ones included."""
-    return [job for job in scheduler.iterate_jobs() if isinstance(job, SshJob)]
+def _nodes_of(scheduler: _Scheduler, gateways: bool = True) -> list[_AnyNode]:
+    """The nodes of a scheduler's jobs, nested schedulers included, and their gateways."""
+    found: dict[_AnyNode, None] = {}
+    for job in scheduler.iterate_jobs():
+        node: _AnyNode | None = job.node if isinstance(job, SshJob) else None
+        while node and node not in found:
+            found[node] = None
+            node = node.gateway if gateways else None
+    return list(found)
 
 
 async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
@@ -6098,10 +6107,7 @@ async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool
 
     ``manage_gateways``: their gateways too.
     """
-    nodes: set[SshNode] = set()
-    for job in _ssh_jobs(scheduler):
-        if isinstance(job.node, SshNode):
-            nodes.update(job.node._hops() if manage_gateways else [job.node])
+    nodes = _nodes_of(scheduler, manage_gateways)
     for distance in sorted({node.distance() for node in nodes}, reverse=True):
         await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
 
@@ -6122,16 +6128,11 @@ def _refuse_running_loop(what: str, remedy: str) -> None:
         raise UsageError(f"{what} in a running loop: {remedy} there")
 
 
-def _nodes_by_way(scheduler: _Scheduler) -> dict[str, SshNode | LocalNode]:
+def _nodes_by_way(scheduler: _Scheduler) -> dict[str, _AnyNode]:
     """The nodes of a scheduler's jobs, and their gateways, by their ways (``user@gw->root@host``);
     in the order of these, so that each comes behind its gateway.
     """
-    nodes: dict[str, SshNode | LocalNode] = {}
-    for job in _ssh_jobs(scheduler):
-        node: SshNode | LocalNode | None = job.node
-        while node:
-            nodes.setdefault(str(node), node)
-            node = node.gateway
+    nodes = {str(node): node for node in _nodes_of(scheduler)}
     return dict(sorted(nodes.items()))
 
 
@@ -6194,29 +6195,19 @@ def _job_state(job: _Job) -> tuple[str, str | None]:
     """What became of a job: idle, waiting (for a slot of the window), running, ok, failed or
     cancelled; and why, if it failed.
     """
-    if not job.is_scheduled():
-        # a teardown job runs in no scheduler: its steps tell
-        if not getattr(job, "records", None):
-            return "idle", None
-    elif not job.is_running():
-        return "waiting", None
-    elif not job.is_done():
+    if job.is_running() and not job.is_done():
         # asynciojobs has no word for a job that it cancelled: not done, and "running" for ever
         task = _task_of(job)
         return "cancelled" if task and task.cancelled() else "running", None
-    error = _job_error(job)
-    return "failed" if error else "ok", error
-
-
-def _job_error(job: _Job) -> str | None:
-    """How a job that is done failed, if it did."""
-    if raised := job.raised_exception():
-        return str(raised) if isinstance(raised, ApsshError) else repr(raised)
-    if isinstance(job, SshJob):
-        return next((step.error for step in reversed(job.records) if step.error), None)
-    if isinstance(job, asynciojobs.PureScheduler) and not job.result():
-        return str(job.why())
-    return None
+    # a teardown job runs in no scheduler: its steps tell
+    if not (job.is_done() or getattr(job, "records", None)):
+        return "waiting" if job.is_scheduled() else "idle", None
+    failure = job.failure if isinstance(job, SshJob) else job.raised_exception()
+    if isinstance(job, asynciojobs.PureScheduler) and not (failure or job.result()):
+        return "failed", str(job.why())
+    if not failure:
+        return "ok", None
+    return "failed", str(failure) if isinstance(failure, ApsshError) else repr(failure)
 
 
 def _iso_time(epoch: float | None) -> str | None:
@@ -6352,40 +6343,6 @@ class _Bar(NamedTuple):
     state: str
 
 
-class _Timeline:
-    """What both pictures of a run show: ``heading``; ``bars``, by node and start; ``span``: seconds
-    from the first one's start to the last one's end; ``notes``: what failed, and what never ran.
-    """
-
-    def __init__(self, run: _Run) -> None:
-        record = run if isinstance(run, Mapping) else run_record(run)
-        begin = record["started_epoch"]
-        self.heading: str = record["started"] or "nothing ran"
-        self.notes: list[str] = []
-        self.bars: list[_Bar] = []
-        ways = {node["id"]: node["way"] for node in record["nodes"]}
-        for job in record["jobs"]:
-            if told := _TOLD.get(job["state"]):
-                self.notes.append(": ".join(filter(None, [told, job["label"], job["error"]])))
-            for step in job["steps"]:
-                state = {None: "ok", "cancelled": "cancelled"}.get(step["kind"], "failed")
-                if step["end_wall"] is None:
-                    state = "running"
-                bar = _Bar(
-                    place=job["node"],
-                    start=step["start_wall"] - begin,
-                    end=(step["end_wall"] or record["ended_epoch"]) - begin,
-                    label=job["label"] if len(job["steps"]) == 1 else step["label"],
-                    way=ways[job["node"]],
-                    state=state,
-                )
-                self.bars.append(bar)
-        # asynciojobs gives jobs that do not require each other in any order
-        self.notes.sort()
-        self.bars.sort()
-        self.span: float = max([0.001, *(bar.end for bar in self.bars)])
-
-
 _Run: TypeAlias = _Scheduler | Mapping[str, Any]
 _TOLD = {"failed": "failed", "idle": "never ran", "waiting": "never ran"}
 _ROW_HEIGHT = 18  # pixels
@@ -6412,6 +6369,36 @@ line { stroke: #000; opacity: 0.2 } rect { stroke: #1a1a1a }
 <svg x="270" width="900" overflow="visible">"""
 
 
+def _timeline(run: _Run) -> tuple[str, float, list[_Bar], list[str]]:
+    """What both pictures of a run show: a heading; the seconds from the first step's start to the
+    last one's end; the steps, by node and start; what failed, and what never ran.
+    """
+    record = run if isinstance(run, Mapping) else run_record(run)
+    begin, last = record["started_epoch"], record["ended_epoch"]
+    ways = {node["id"]: node["way"] for node in record["nodes"]}
+    notes: list[str] = []
+    bars: list[_Bar] = []
+    for job in record["jobs"]:
+        if told := _TOLD.get(job["state"]):
+            notes.append(": ".join(filter(None, [told, job["label"], job["error"]])))
+        for step in job["steps"]:
+            state = {None: "ok", "cancelled": "cancelled"}.get(step["kind"], "failed")
+            if step["end_wall"] is None:
+                state = "running"
+            bar = _Bar(
+                place=job["node"],
+                start=step["start_wall"] - begin,
+                end=(step["end_wall"] or last) - begin,
+                label=job["label"] if len(job["steps"]) == 1 else step["label"],
+                way=ways[job["node"]],
+                state=state,
+            )
+            bars.append(bar)
+    span = max(last - begin, 0.001) if bars else 0.001
+    # asynciojobs gives jobs that do not require each other in any order
+    return record["started"] or "nothing ran", span, sorted(bars), sorted(notes)
+
+
 def _svg_text(class_: str, x: str, y: float, text: str) -> str:
     return f'<text class="{class_}" x="{x}" y="{y}">{html.escape(_clean(text))}</text>'
 
@@ -6425,32 +6412,6 @@ def _svg_bar(bar: _Bar, span: float, y: float) -> str:
     )
 
 
-def _svg(timeline: _Timeline) -> str:
-    shapes = [_SVG_HEAD, _svg_text("heading", "-260", 20, timeline.heading)]
-    y = 80
-    for way, lane in itertools.groupby(timeline.bars, key=lambda bar: bar.way):
-        shapes.append(f'<line x1="-270" x2="930" y1="{y - 1}" y2="{y - 1}"/>')
-        shapes.append(_svg_text("way", "-8", y + 12, way))
-        ends: list[float] = []  # of the last bar in each row of the lane
-        for bar in lane:
-            row = next((row for row, end in enumerate(ends) if end <= bar.start), len(ends))
-            ends[row : row + 1] = [bar.end]
-            shapes.append(_svg_bar(bar, timeline.span, y + row * _ROW_HEIGHT))
-        y += len(ends) * _ROW_HEIGHT
-    for percent in range(0, 101, 10):
-        shapes.append(f'<line x1="{percent}%" x2="{percent}%" y1="76" y2="{y}"/>')
-        shapes.append(
-            _svg_text("tick", f"{percent}%", 70, _duration(timeline.span * percent / 100))
-        )
-    for note in timeline.notes:
-        for line in textwrap.wrap(note, 190):
-            y += 15
-            shapes.append(_svg_text("note", "-260", y, line))
-    size = f'width="1200" height="{y + 10}" viewBox="0 0 1200 {y + 10}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    return "\n".join([head, *shapes, "</svg></svg>\n"])
-
-
 def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
@@ -6458,8 +6419,30 @@ def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     ``scheduler``: one that ran, runs or was stopped, or the record of it. A job that is no SshJob
     has no times, hence no bar. What failed and what never ran is named at the bottom.
     """
+    heading, span, bars, notes = _timeline(scheduler)
+    shapes = [_SVG_HEAD, _svg_text("heading", "-260", 20, heading)]
+    y = 80
+    for way, lane in itertools.groupby(bars, key=lambda bar: bar.way):
+        shapes.append(f'<line x1="-270" x2="930" y1="{y - 1}" y2="{y - 1}"/>')
+        shapes.append(_svg_text("way", "-8", y + 12, way))
+        ends: list[float] = []  # of the last bar in each row of the lane
+        for bar in lane:
+            row = next((row for row, end in enumerate(ends) if end <= bar.start), len(ends))
+            ends[row : row + 1] = [bar.end]
+            shapes.append(_svg_bar(bar, span, y + row * _ROW_HEIGHT))
+        y += len(ends) * _ROW_HEIGHT
+    for percent in range(0, 101, 10):
+        shapes.append(f'<line x1="{percent}%" x2="{percent}%" y1="76" y2="{y}"/>')
+        shapes.append(_svg_text("tick", f"{percent}%", 70, _duration(span * percent / 100)))
+    for note in notes:
+        for line in textwrap.wrap(note, 190):
+            y += 15
+            shapes.append(_svg_text("note", "-260", y, line))
+    y += 10
+    size = f'width="1200" height="{y}" viewBox="0 0 1200 {y}"'
     name = os.fspath(filename).removesuffix(".svg") + ".svg"
-    Path(name).write_text(_svg(_Timeline(scheduler)), "utf-8")
+    picture = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', *shapes, "</svg></svg>\n"]
+    Path(name).write_text("\n".join(picture), "utf-8")
     return name
 
 
@@ -6469,17 +6452,15 @@ def timeline_as_text(scheduler: _Run, columns: int = 80) -> str:
 
     ``scheduler``: one that ran, runs or was stopped, or the record of it.
     """
-    timeline = _Timeline(scheduler)
-    lines = [timeline.heading]
-    for bar in timeline.bars:
+    heading, span, bars, notes = _timeline(scheduler)
+    lines = [heading]
+    for bar in bars:
         seconds = bar.end - bar.start
-        shown = " " * int(bar.start * 20 / timeline.span) + "#" * int(
-            seconds * 20 / timeline.span + 1
-        )
+        shown = " " * int(bar.start * 20 / span) + "#" * int(seconds * 20 / span + 1)
         # names differ at their end: one that is too long loses its beginning
         name = f"{bar.way[-20:]:20}"
         lines.append(f"{name}|{shown:21}| {_duration(seconds):8} {bar.state:9} {bar.label}")
-    for note in timeline.notes:
+    for note in notes:
         lines += textwrap.wrap(note, columns)
     return "".join(f"{_clean(line)[:columns].rstrip()}\n" for line in lines)
 
