@@ -6130,10 +6130,11 @@ def _refuse_running_loop(what: str, remedy: str) -> None:
 
 def _nodes_by_way(scheduler: _Scheduler) -> dict[str, _AnyNode]:
     """The nodes of a scheduler's jobs, and their gateways, by their ways (``user@gw->root@host``);
-    in the order of these, so that each comes behind its gateway.
+    in the order of these, node2 before node10, so that each comes behind its gateway.
     """
     nodes = {str(node): node for node in _nodes_of(scheduler)}
-    return dict(sorted(nodes.items()))
+    ways = sorted(nodes, key=lambda way: re.sub(r"\d+", lambda found: found[0].zfill(20), way))
+    return {way: nodes[way] for way in ways}
 
 
 def topology_dot(scheduler: _Scheduler) -> str:

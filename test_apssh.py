@@ -10299,9 +10299,9 @@ def test_topology_goes_from_here_outwards() -> None:
   local -> n1;
   n2 [label="slice@gw.example.org"];
   local -> n2;
-  n3 [label="root@node10"];
+  n3 [label="root@node2"];
   n2 -> n3;
-  n4 [label="root@node2"];
+  n4 [label="root@node10"];
   n2 -> n4;
 }
 """
@@ -10440,13 +10440,13 @@ def test_record_before_a_run() -> None:
         (node["label"], node["way"], node["gateway"], node["host_key"]) for node in record["nodes"]
     ] == [
         ("slice@gw.example.org", "slice@gw.example.org", None, "SHA256:abc"),
-        ("root@node10", "slice@gw.example.org->root@node10", 1, None),
         ("root@node2", "slice@gw.example.org->root@node2", 1, None),
+        ("root@node10", "slice@gw.example.org->root@node10", 1, None),
     ]
     assert [
         (job["label"], job["node"], job["state"], job["requirements"], job["steps"])
         for job in record["jobs"]
-    ] == [("a", 2, "idle", [], []), ("b", 3, "idle", [1], [])]
+    ] == [("a", 3, "idle", [], []), ("b", 2, "idle", [1], [])]
     assert record["started"] is record["started_epoch"] is None
     assert record["ended"] is record["ended_epoch"] is None
 
@@ -10676,14 +10676,14 @@ def test_lanes_are_grouped_and_rows_stacked(tmp_path: Path) -> None:
     name = timeline_as_svgfile(record, tmp_path / "x")
     assert texts(name, "way") == [
         "slice@gw.example.org",
-        "slice@gw.example.org->root@node10",
         "slice@gw.example.org->root@node2",
+        "slice@gw.example.org->root@node10",
     ]
     rows = [number_of(way, "y") for way in elements(name, "text", "way")]
     bars = bars_of(name)
     tops = {label: number_of(bar, "y") for label, bar in bars.items()}
     assert rows[0] < rows[1] < rows[2]
-    assert tops["g"] < tops["a"] == tops["c"] < tops["b"] < tops["d"]
+    assert tops["g"] < tops["d"] < tops["a"] == tops["c"] < tops["b"]
     height = number_of(bars["a"], "height")
     assert tops["b"] >= tops["a"] + height
     widths = {label: number_of(bar, "width") for label, bar in bars.items()}
