@@ -1657,14 +1657,15 @@ class _KnownHosts:
                     return False
                 for other in known.values():
                     raise ApsshError(f"its key was not recorded: known is {other}")
-                lines = file.readlines()
-                if lines and not lines[-1].endswith(b"\n"):
+                before = file.read()
+                if before and not before.endswith(b"\n"):
                     file.write(b"\n")
+                    before += b"\n"
                 names = _hashed_name(name) if hashed else name
                 line = f"{names} {key.export_public_key().decode()}"
                 file.write(line.encode())
                 file.flush()
-                self._parse(line, str(path), len(lines) + 1)
+                self._parse(line, str(path), before.count(b"\n") + 1)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
@@ -2119,30 +2120,26 @@ class _SshConfig:
         """What is configured for each of these hops, and for those that they jump through. Raises
         UsageError when ssh refuses the configuration.
         """
-        answers: dict[Hop, _HostConfig] = {}
-        missing = set(hops)
-        while missing:
-            answers |= self._lookup(missing)
-            jumps = itertools.chain.from_iterable(answers[hop].jumps for hop in missing)
-            missing = set(jumps) - answers.keys()
-        return answers
-
-    def _lookup(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
         asking = self._one_by_one or not self._keywords.issubset(_NOTHING_SAID.split())
         if asking and not shutil.which("ssh"):
             _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
             asking = False
         if not asking:
             return {hop: _HostConfig(hop, {}, {}, "") for hop in hops}
-        questions = {hop: self._question(hop) for hop in hops}
-        ask = functools.partial(_ask_ssh, self._path)
+        answers: dict[Hop, _HostConfig] = {}
+        missing = set(hops)
         with ThreadPoolExecutor(8) as pool:
             defaults = pool.submit(_ask_ssh, "none", Hop("default"))
-            answers = {asked: pool.submit(ask, asked) for asked in set(questions.values())}
-        return {
-            hop: _HostConfig(hop, answers[asked].result(), defaults.result(), asked.host)
-            for hop, asked in questions.items()
-        }
+            ask = functools.cache(lambda hop: pool.submit(_ask_ssh, self._path, hop))
+            while missing:
+                asked = {hop: self._question(hop) for hop in missing}
+                said = {hop: ask(question) for hop, question in asked.items()}
+                for hop, answer in said.items():
+                    name = asked[hop].host
+                    answers[hop] = _HostConfig(hop, answer.result(), defaults.result(), name)
+                jumps = itertools.chain.from_iterable(answers[hop].jumps for hop in missing)
+                missing = set(jumps) - answers.keys()
+        return answers
 
     def _question(self, hop: Hop) -> Hop:
         """What to ask ssh about for a hop: one for all that match the same patterns. A HostName
