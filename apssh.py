@@ -6826,6 +6826,8 @@ class _Scenario:
         self.path: tuple[str, ...] = ()
         self.line = 1
         self.formatters: dict[str, Formatter] = {}
+        self.nodes: dict[str, SshNode | LocalNode] = {}
+        self.jobs: dict[str, SshJob] = {}
         self.teardown: list[SshJob] = []
         # in the order in which they are tried: ``yes`` may be a text too
         self.makers: dict[object, Callable[[str], Any]] = {
@@ -6837,10 +6839,8 @@ class _Scenario:
             str: str,
         }
 
-    def load(
-        self, overrides: Callable[[type], dict[str, Any]] = lambda cls: {}
-    ) -> tuple[dict[str, SshNode | LocalNode], dict[str, SshJob], Any]:
-        """Nodes and jobs by id, in the order of the file, and the scheduler.
+    def load(self, overrides: Callable[[type], dict[str, Any]] = lambda cls: {}) -> _Scheduler:
+        """The scheduler; ``nodes``, ``jobs`` by id, in the order of the file, and ``teardown``.
 
         ``overrides``: keywords for the nodes of a class, whatever the file says.
         """
@@ -6848,21 +6848,17 @@ class _Scenario:
         for name in root:
             self.line = root.line_of(name)
             self.known("section", {"nodes": "", "jobs": ""}, name)
-        nodes, jobs = self.section(root, "nodes"), self.section(root, "jobs")
-        # all ids are known, in the order of the file, before the first one is made
-        self.nodes: dict[str, Any] = dict.fromkeys(nodes)
-        self.jobs: dict[str, Any] = dict.fromkeys(jobs)
-        for name, fields in self.ordered("nodes", nodes, "gateway"):
+        for name, fields in self.entries(root, "nodes", self.nodes, "gateway"):
             is_local = self.yaml.SafeLoader.bool_values.get(str(fields.get("localnode")).lower())
             cls = LocalNode if is_local else SshNode
             self.nodes[name] = self.make(cls, self.values(fields, cls) | overrides(cls))
-        for name, fields in self.ordered("jobs", jobs, "required"):
+        for name, fields in self.entries(root, "jobs", self.jobs, "required"):
             values = {"label": name} | self.values(fields, SshJob)
             self.jobs[name] = self.make(SshJob, values)
             if values.get("teardown"):
                 self.teardown.append(self.jobs[name])
         scheduled = [job for job in self.jobs.values() if job not in self.teardown]
-        return self.nodes, self.jobs, asynciojobs.Scheduler(*scheduled)
+        return asynciojobs.Scheduler(*scheduled)
 
     def parsed(self) -> Any:
         try:
@@ -6910,38 +6906,38 @@ class _Scenario:
 
     # sections
 
-    def section(self, root: _Fields, name: str) -> dict[str, _Fields]:
-        """What a section lists, by id."""
-        self.line, self.path = root.line_of(name), ()
-        listed = root.get(name)
+    def entries(
+        self, root: _Fields, section: str, made: dict[str, Any], key: str
+    ) -> Iterator[tuple[str, _Fields]]:
+        """What a section lists, each after those that its key names, and with its own path;
+        ``made`` has all ids before, in the order of the file.
+        """
+        self.line, self.path = root.line_of(section), ()
+        listed = root.get(section)
         if not listed or not isinstance(listed, list):
-            raise self.error(f"no list in section '{name}': add '{name}:' and '- id: ...' below it")
-        self.path = (f"section {name}",)
+            raise self.error(
+                f"no list in section '{section}': add '{section}:' and '- id: ...' below it"
+            )
+        self.path = (f"section {section}",)
         found: dict[str, _Fields] = {}
+        befores = {}
         for each in listed:
             id_ = self.field(each, "id")
             if id_ in found:
                 raise self.error(f"duplicate id '{id_}'")
             found[id_] = each
-        return found
-
-    def ordered(
-        self, section: str, entries: Mapping[str, _Fields], key: str
-    ) -> Iterator[tuple[str, _Fields]]:
-        """The entries of a section, each after those that its key names, and with its own path."""
-        befores = {}
-        for name, fields in entries.items():
-            given = fields.get(key) or []
-            befores[name] = map(str, given if isinstance(given, list) else [given])
+            given = each.get(key) or []
+            befores[id_] = map(str, given if isinstance(given, list) else [given])
+        made.update(dict.fromkeys(found))
         try:
             for name in graphlib.TopologicalSorter(befores).static_order():
-                if name in entries:
+                if name in found:
                     self.path = f"section {section}", f"id {name}"
-                    yield name, entries[name]
+                    yield name, found[name]
         except graphlib.CycleError as exc:
             circle = exc.args[1][::-1]
             self.path = f"section {section}", f"id {circle[0]}"
-            self.line = entries[circle[0]].line_of(key)
+            self.line = found[circle[0]].line_of(key)
             shown = " -> ".join(circle)
             raise self.error(f"'{key}' goes in a circle: {shown}: take one out") from None
 
@@ -7162,9 +7158,9 @@ class YamlLoader:
         name, text = _scenario_text(self.filename, env, save_intermediate)
         self.variables = Variables()
         scenario = _Scenario(name, text, self.variables)
-        loaded = scenario.load()
+        scheduler = scenario.load()
         self.teardown = scenario.teardown
-        return loaded
+        return scenario.nodes, scenario.jobs, scheduler
 
 
 # --------------------------------------------------------------------------------------------------
@@ -9231,15 +9227,15 @@ async def _run_scenario(options: argparse.Namespace) -> int:
         env |= {"": ""}  # a template even so
     scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
     if options.list_targets or options.dry_run:
-        nodes, _, _ = scenario.load()
-        lines = _dry_run(scenario) if options.dry_run else map(_way, nodes.values())
+        scenario.load()
+        lines = _dry_run(scenario) if options.dry_run else map(_way, scenario.nodes.values())
         _screen.write("".join(f"{escape(line)}\n" for line in lines).encode())
         return 0
     async with contextlib.AsyncExitStack() as stack:
         fleet: list[SshNode] = []
         if options.demo:
             fleet += await stack.enter_async_context(demo_fleet(options.demo))
-        _, jobs, scheduler = scenario.load(functools.partial(_scenario_overrides, options, fleet))
+        scheduler = scenario.load(functools.partial(_scenario_overrides, options, fleet))
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
         printed = sys.stderr if options.verbose else io.StringIO()
         try:
@@ -9252,7 +9248,7 @@ async def _run_scenario(options: argparse.Namespace) -> int:
                         await scheduler.co_run()
         finally:
             _screen.out = None
-            ok = not _screen.closed and _scenario_succeeded(options, jobs)
+            ok = not _screen.closed and _scenario_succeeded(options, scenario.jobs)
     return 0 if ok else 1
 
 
