@@ -681,7 +681,9 @@ _SYNONYMS = (
 )
 
 
-def _unknown_option(word: str, known: Iterable[str], otherwise: str) -> UsageError:
+def _unknown_option(
+    word: str, known: Iterable[str], otherwise: str, what: str = "option"
+) -> UsageError:
     """The answer to an option, or a keyword, that there is not: the nearest one that there is, or
     another text: a far one would be worse than none.
     """
@@ -693,7 +695,7 @@ def _unknown_option(word: str, known: Iterable[str], otherwise: str) -> UsageErr
         if name in names:
             near = [other for other in names if other in options] or near
     hint = f": did you mean {options[near[0]]}?" if near else otherwise
-    return UsageError(f"unknown option {escape(word)}{hint}")
+    return UsageError(f"unknown {what} {escape(word)}{hint}")
 
 
 # Many public functions take the same keywords. Each is said once, in a TypedDict, with its type and
@@ -6767,12 +6769,6 @@ def _kinds(hint: object) -> set[object]:
     return {get_origin(hint) or hint}.union(*map(_kinds, get_args(hint)))
 
 
-def _found(value: object) -> str:
-    """What a value is, for somebody who wanted something else."""
-    names = {list: "a list", _Fields: "a mapping", types.NoneType: "nothing"}
-    return names.get(type(value), f"'{value}'")
-
-
 class _Fields(dict[str, Any]):
     """A mapping of the file, in which text stays as it is written. ``line``: where it begins;
     ``lines``: where its keys are.
@@ -6885,14 +6881,12 @@ class _Scenario:
         """What a name stands for."""
         if name in known:
             return known[name]
-        close = difflib.get_close_matches(name, known, 1)
-        remedy = f"did you mean '{close[0]}'?" if close else f"there is {', '.join(known)}"
-        raise self.error(f"unknown {what} '{name}': {remedy}")
+        there = f": there is {', '.join(known)}"
+        raise self.error(_unknown_option(name, known, there, what).message)
 
     def fields(self, value: Any) -> _Fields:
         if not isinstance(value, _Fields):
-            found = _found(value)
-            raise self.error(f"it must be a mapping (lines of 'key: value'), not {found}")
+            raise self.error("here must be a mapping (lines of 'key: value')")
         self.line = value.line
         return value
 
@@ -6993,7 +6987,7 @@ class _Scenario:
             with contextlib.suppress(LookupError):
                 return self.meant(value.removesuffix("\n"), kinds)
         wanted = dict.fromkeys(words for kind, words in _WANTED.items() if kind in kinds)
-        raise self.error(f"'{key}' must be {' or '.join(wanted)}, not {_found(value)}")
+        raise self.error(f"'{key}' must be {' or '.join(wanted)}")
 
     def meant(self, text: str, kinds: set[object]) -> Any:
         """What a text means where one of these is wanted. Raises LookupError: nothing."""

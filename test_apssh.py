@@ -11120,31 +11120,31 @@ NODE1 = "nodes:\n  - id: n1\n    "
 MISTAKES = {  # text of the file, the whole message
     "empty file": (
         "",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
+        "s.yaml:1: here must be a mapping (lines of 'key: value')",
     ),
     "only a comment": (
         "# nothing\n",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
+        "s.yaml:1: here must be a mapping (lines of 'key: value')",
     ),
     "null": (
         "~\n",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not nothing",
+        "s.yaml:1: here must be a mapping (lines of 'key: value')",
     ),
     "a list": (
         "- nodes\n",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not a list",
+        "s.yaml:1: here must be a mapping (lines of 'key: value')",
     ),
     "text": (
         "nodes\n",
-        "s.yaml:1: it must be a mapping (lines of 'key: value'), not 'nodes'",
+        "s.yaml:1: here must be a mapping (lines of 'key: value')",
     ),
     "unknown section": (
         "node: []\n" + JOB,
-        "s.yaml:1: unknown section 'node': did you mean 'nodes'?",
+        "s.yaml:1: unknown section node: did you mean nodes?",
     ),
     "section far off": (
         NODE + "jobs: [{id: j1, node: n1, command: uname}]\nextra: 1\n",
-        "s.yaml:3: unknown section 'extra': there is nodes, jobs",
+        "s.yaml:3: unknown section extra: there is nodes, jobs",
     ),
     "no nodes section": (
         JOB,
@@ -11168,7 +11168,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "node as text": (
         "nodes: [n1]\n" + JOB,
-        "s.yaml:1: section nodes: it must be a mapping (lines of 'key: value'), not 'n1'",
+        "s.yaml:1: section nodes: here must be a mapping (lines of 'key: value')",
     ),
     "no node id": (
         "nodes: [{hostname: h1}]\n" + JOB,
@@ -11176,11 +11176,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "null id": (
         "nodes: [{id: , hostname: h1}]\n" + JOB,
-        "s.yaml:1: section nodes: 'id' must be text, not nothing",
+        "s.yaml:1: section nodes: 'id' must be text",
     ),
     "list id": (
         "nodes: [{id: [a], hostname: h1}]\n" + JOB,
-        "s.yaml:1: section nodes: 'id' must be text, not a list",
+        "s.yaml:1: section nodes: 'id' must be text",
     ),
     "duplicate node id": (
         "nodes:\n  - {id: n1, hostname: h1}\n  - {id: n1, hostname: h2}\n" + JOB,
@@ -11200,20 +11200,20 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "unknown node key": (
         NODE1 + "hostname: h1\n    usernam: x\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown key 'usernam': did you mean 'username'?",
+        "s.yaml:4: section nodes, id n1: unknown key usernam: did you mean username?",
     ),
     "local node key": (
         NODE1 + "localnode: true\n    gateway: x\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown key 'gateway': there is id, localnode, "
+        "s.yaml:4: section nodes, id n1: unknown key gateway: there is id, localnode, "
         "formatter, verbose",
     ),
     "localnode text": (
         NODE1 + "hostname: h1\n    localnode: maybe\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false, not 'maybe'",
+        "s.yaml:4: section nodes, id n1: 'localnode' must be true or false",
     ),
     "unknown gateway": (
         "nodes:\n  - {id: n1, hostname: h1, gateway: n22}\n  - {id: n2, hostname: h2}\n" + JOB,
-        "s.yaml:2: section nodes, id n1: unknown node 'n22': did you mean 'n2'?",
+        "s.yaml:2: section nodes, id n1: unknown node n22: did you mean n2?",
     ),
     "gateway itself": (
         NODE1 + "hostname: h1\n    gateway: n1\n" + JOB,
@@ -11230,7 +11230,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "gateway list": (
         NODE1 + "hostname: h1\n    gateway: [n2]\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'gateway' must be the id of a node, not a list",
+        "s.yaml:4: section nodes, id n1: 'gateway' must be the id of a node",
     ),
     "bad port": (
         NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
@@ -11242,20 +11242,20 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "timeout text": (
         NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'timeout' must be a number, not 'long'",
+        "s.yaml:4: section nodes, id n1: 'timeout' must be a number",
     ),
     "keys mapping": (
         NODE1 + "hostname: h1\n    keys: {a: b}\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'keys' must be text, not a mapping",
+        "s.yaml:4: section nodes, id n1: 'keys' must be text",
     ),
     "unknown formatter": (
         NODE1 + "hostname: h1\n    formatter: HostFormater\n" + JOB,
-        "s.yaml:4: section nodes, id n1: unknown type of formatter 'HostFormater': did "
-        "you mean 'HostFormatter'?",
+        "s.yaml:4: section nodes, id n1: unknown type of formatter HostFormater: did "
+        "you mean HostFormatter?",
     ),
     "formatter list": (
         NODE1 + "hostname: h1\n    formatter: [HostFormatter]\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'formatter' must be the name of a formatter, not a list",
+        "s.yaml:4: section nodes, id n1: 'formatter' must be the name of a formatter",
     ),
     "formatter argument": (
         NODE1 + "hostname: h1\n    formatter: SubdirFormatter\n" + JOB,
@@ -11280,7 +11280,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "unknown job key": (
         JOB1 + "    comand: uname\n",
-        "s.yaml:5: section jobs, id j1: unknown key 'comand': did you mean 'command'?",
+        "s.yaml:5: section jobs, id j1: unknown key comand: did you mean command?",
     ),
     "job without commands": (
         JOB1,
@@ -11308,19 +11308,19 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "unknown node": (
         NODE + "jobs:\n  - {id: j1, node: n2, command: a}\n",
-        "s.yaml:3: section jobs, id j1: unknown node 'n2': there is n1",
+        "s.yaml:3: section jobs, id j1: unknown node n2: there is n1",
     ),
     "unknown node far": (
         NODE + "jobs:\n  - {id: j1, node: zz, command: a}\n",
-        "s.yaml:3: section jobs, id j1: unknown node 'zz': there is n1",
+        "s.yaml:3: section jobs, id j1: unknown node zz: there is n1",
     ),
     "unknown required": (
         JOB1 + "    required: j0\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: unknown job 'j0': there is j1",
+        "s.yaml:5: section jobs, id j1: unknown job j0: there is j1",
     ),
     "required mapping": (
         JOB1 + "    required: {j0: 1}\n    command: a\n",
-        "s.yaml:5: section jobs, id j1: 'required' must be the id of a job, not a mapping",
+        "s.yaml:5: section jobs, id j1: 'required' must be the id of a job",
     ),
     "required itself": (
         JOB1 + "    required: [j1]\n    command: a\n",
@@ -11333,8 +11333,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "command as list of text": (
         JOB1 + "    commands: [uname, ls]\n",
-        "s.yaml:5: section jobs, id j1, command 1: it must be a mapping (lines of 'key: "
-        "value'), not 'uname'",
+        "s.yaml:5: section jobs, id j1, command 1: here must be a mapping (lines of 'key: value')",
     ),
     "no type": (
         STEP + "command: uname\n        ",
@@ -11342,21 +11341,20 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "unknown type": (
         STEP + "type: Runs\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Runs': did you "
-        "mean 'Run'?",
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command Runs: did you mean Run?",
     ),
     "unknown type far": (
         STEP + "type: Shell\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command 'Shell': there is "
+        "s.yaml:6: section jobs, id j1, command 1: unknown type of command Shell: there is "
         "Run, RunScript, RunString, Push, Pull, Wait, Service",
     ),
     "type list": (
         STEP + "type: [Run]\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text, not a list",
+        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text",
     ),
     "unknown command key": (
         STEP + "type: Run\n        comand: uname\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown key 'comand': did you mean 'command'?",
+        "s.yaml:7: section jobs, id j1, command 1: unknown key comand: did you mean command?",
     ),
     "run without command": (
         STEP + "type: Run\n        ",
@@ -11364,11 +11362,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "command list": (
         STEP + "type: Run\n        command: [a, b]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not a list",
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text",
     ),
     "command null": (
         STEP + "type: Run\n        command:\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text, not nothing",
+        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text",
     ),
     "command blank": (
         STEP + "type: Run\n        command: ' '\n        ",
@@ -11380,7 +11378,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "argv nested": (
         STEP + "type: Run\n        argv: [a, [b]]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text, not a list",
+        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text",
     ),
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
@@ -11396,11 +11394,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "script list": (
         STEP + "type: RunScript\n        local_script: [c]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text, not a list",
+        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text",
     ),
     "script args mapping": (
         STEP + "type: RunScript\n        local_script: c\n        args: {a: b}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'args' must be text, not a mapping",
+        "s.yaml:8: section jobs, id j1, command 1: 'args' must be text",
     ),
     "string none": (
         STEP + "type: RunString\n        args: a\n        ",
@@ -11420,7 +11418,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "push list": (
         STEP + "type: Push\n        localpaths: a\n        remotepath: [a]\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text, not a list",
+        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text",
     ),
     "pull none": (
         STEP + "type: Pull\n        remotepaths: a\n        ",
@@ -11428,8 +11426,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "pull key": (
         STEP + "type: Pull\n        remotepaths: a\n        localpaths: b\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: unknown key 'localpaths': did you mean "
-        "'localpath'?",
+        "s.yaml:8: section jobs, id j1, command 1: unknown key localpaths: did you mean localpath?",
     ),
     "step timeout": (
         STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
@@ -11438,7 +11435,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "env value": (
         STEP + "type: Run\n        command: a\n        env: {A: [b]}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text, not a list",
+        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text",
     ),
     "tag": (
         STEP + "type: Run\n        command: !secret a\n        ",
@@ -11495,11 +11492,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "int tag": (
         NODE1 + "hostname: h1\n    port: !!int many\n" + JOB,
-        "s.yaml:4: section nodes, id n1: 'port' must be a whole number, not 'many'",
+        "s.yaml:4: section nodes, id n1: 'port' must be a whole number",
     ),
     "empty key": (
         NODE + "jobs:\n  - {id: j1, node: n1, '': x}\n",
-        "s.yaml:3: section jobs, id j1: unknown key '': there is id, required, teardown, node, "
+        "s.yaml:3: section jobs, id j1: unknown key : there is id, required, teardown, node, "
         "command, commands, keep_connection, verbose, forever, critical, label",
     ),
     "list in itself": (
@@ -11512,7 +11509,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "service action": (
         STEP + "type: Service\n        action: restart\n        service_id: a\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown action 'restart': did you mean 'start'?",
+        "s.yaml:7: section jobs, id j1, command 1: unknown action restart: did you mean start?",
     ),
     "service without name": (
         STEP + "type: Service\n        action: stop\n        ",
@@ -11525,7 +11522,7 @@ MISTAKES = {  # text of the file, the whole message
     "key of another action": (
         STEP + "type: Service\n        action: start\n        output: a\n        ",
         "s.yaml:8: section jobs, id j1, command 1: "
-        "unknown key 'output': did you mean 'ignore_outputs'?",
+        "unknown key output: did you mean ignore_outputs?",
     ),
     "service name": (
         STEP + "type: Service\n        action: stop\n        service_id: a b\n        ",
@@ -11534,7 +11531,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "wait": (
         STEP + "type: Wait\n        interval: soon\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'interval' must be a number, not 'soon'",
+        "s.yaml:7: section jobs, id j1, command 1: 'interval' must be a number",
     ),
     "deep": (
         "[" * 3000,
@@ -11542,7 +11539,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "escape": (
         'nodes:\n  - {id: "a\\e[31m", hostnam: "\\u202e"}\n' + JOB,
-        "s.yaml:2: section nodes, id a\\x1b[31m: unknown key 'hostnam': did you mean 'hostname'?",
+        "s.yaml:2: section nodes, id a\\x1b[31m: unknown key hostnam: did you mean hostname?",
     ),
 }
 
@@ -11588,7 +11585,7 @@ TEMPLATE_MISTAKES = {
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
-        "s.yaml (rendered):1: it must be a mapping (lines of 'key: value'), not nothing",
+        "s.yaml (rendered):1: here must be a mapping (lines of 'key: value')",
     ),
 }
 
@@ -11903,7 +11900,7 @@ def test_without_env_there_is_no_template_and_no_intermediate_file(home: Path) -
 
 def test_mistakes_after_rendering_name_the_intermediate_file() -> None:
     with pytest.raises(
-        ScenarioError, match=r"^t\.yaml:3: unknown section 'jbos': did you mean 'jobs'\?$"
+        ScenarioError, match=r"^t\.yaml:3: unknown section jbos: did you mean jobs\?$"
     ):
         loaded(NODE + "jbos: {{ x }}\n", "s.yaml.j2", env={"x": 1}, save_intermediate="t.yaml")
 
