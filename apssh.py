@@ -1536,6 +1536,11 @@ class _KnownKey(NamedTuple):
         return f"{_fingerprint(self.key)} in {self.file}:{self.line}"
 
 
+def _files_of_keys(lines: Iterable[_KnownKey], marker: str | None) -> dict[asyncssh.SSHKey, str]:
+    """The keys of the lines with this marker, and the file that each is in."""
+    return {line.key: line.file for line in lines if line.marker == marker}
+
+
 def _fingerprint(key: asyncssh.SSHKey) -> str:
     """As ssh shows it: ED25519 SHA256:..."""
     kind = re.sub("^ssh-|-sha2-.*", "", key.get_algorithm()).upper()
@@ -1770,40 +1775,34 @@ class _Trust:
 
     def __post_init__(self) -> None:
         alias = self.config.one("hostkeyalias")
-        self._host = alias or self.address
-        self.name = self._host if alias or self.port == 22 else f"[{self._host}]:{self.port}"
+        host = alias or self.address
+        self.name = host if alias or self.port == 22 else f"[{host}]:{self.port}"
         self.policy = "no" if self.known_hosts is None else "yes"
         self.shown = ""
         self.changed = self.recorded = False
         self._new: asyncssh.SSHKey | None = None
         self._file: _KnownHosts | None = None
         self._known: list[_KnownKey] = []
-        lines = self._find_lines()
-        self._keys = [line.key for line in lines if not line.marker]
-        self._revoked = {line.key: line.file for line in lines if line.marker == "@revoked"}
-        self._authorities = [line.key for line in lines if line.marker == "@cert-authority"]
-        self.certified = self.asking and self.policy != "no" and self._authorities != []
-
-    def _find_lines(self) -> list[_KnownKey]:
-        """What is known of the host.
-
-        Authorities and revoked keys count whatever the port; a key without port counts when none is
-        known for the port, and nobody is told that it has changed.
-        """
-        if not isinstance(self.known_hosts, _Verify | str | os.PathLike):
+        if isinstance(self.known_hosts, _Verify | str | os.PathLike):
+            configured = self.config.one("stricthostkeychecking")
+            self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
+            files = self.config.known_hosts_files
+            if not isinstance(self.known_hosts, _Verify):
+                files = [os.fspath(self.known_hosts)]
+            self._file = _known_hosts_of(*map(os.path.expanduser, files or KNOWN_HOSTS_FILES))
+            lines = self._file.find(self.name)
+            self._known = [line for line in lines if not line.marker]
+            if self.name != host:
+                # Authorities and revoked keys count whatever the port; a key without port counts
+                # when none is known for the port, and nobody is told that it has changed.
+                lines += self._file.find(host, marked=bool(self._known))
+        else:
             given = self.known_hosts or ()
-            return [_KnownKey(None, key.convert_to_public(), "", 0) for key in given]
-        configured = self.config.one("stricthostkeychecking")
-        self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
-        files = self.config.known_hosts_files
-        if not isinstance(self.known_hosts, _Verify):
-            files = [os.fspath(self.known_hosts)]
-        self._file = _known_hosts_of(*map(os.path.expanduser, files or KNOWN_HOSTS_FILES))
-        lines = self._file.find(self.name)
-        self._known = [line for line in lines if not line.marker]
-        if self.name != self._host:
-            lines += self._file.find(self._host, marked=bool(self._known))
-        return lines
+            lines = [_KnownKey(None, key.convert_to_public(), "", 0) for key in given]
+        self._keys = _files_of_keys(lines, None)
+        self._revoked = _files_of_keys(lines, "@revoked")
+        self._authorities = _files_of_keys(lines, "@cert-authority")
+        self.certified = self.asking and self.policy != "no" and bool(self._authorities)
 
     def algorithms(self) -> list[str]:
         """What to ask of the server: what is configured, else the types that are known of it
