@@ -6632,17 +6632,14 @@ class Service:
             words.append(
                 f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null;"
             )
-        words += ["systemd-run", "--quiet", f"--unit={unit}", f"--service-type={self.systemd_type}"]
+        words.append(f"systemd-run --quiet --unit={unit} --service-type={self.systemd_type}")
         for name, value in (self.environ or {}).items():
             words.append(_Quoted(value, f"--setenv={name}={{}}".format))
+        # a terminal of the unit's own: that of systemd-run --pty would tie it to this connection
+        shell = "/usr/bin/script /dev/null -qefc" if self.tty else "/bin/sh -c"
         # systemd.service(5): $ in words is expanded by systemd itself, before any shell
-        shell = _Quoted(self.command, lambda text: text.replace("$", "$$"))
-        if self.tty:
-            # of the unit's own: that of systemd-run --pty would tie it to this connection
-            words += ["/usr/bin/script -qefc", shell, "/dev/null"]
-        else:
-            words += ["/bin/sh -c", shell]
-        return self._step("start", keywords, *words)
+        command = _Quoted(self.command, lambda text: text.replace("$", "$$"))
+        return self._step("start", keywords, *words, shell, command)
 
     @_keywords_shown
     def stop_command(self, **keywords: Unpack[_RunKeywords]) -> Run:
