@@ -1269,27 +1269,19 @@ def _say_once(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _AgentKey:
-    """A key that an agent holds, perhaps with a certificate that it does not hold."""
+    """A key that an agent holds."""
 
     agent_path: str
     algorithm: bytes
     public_data: bytes = dataclasses.field(repr=False)
-    certificate: asyncssh.SSHCertificate | None = dataclasses.field(default=None, repr=False)
 
     def pair(self, agent: asyncssh.SSHAgentClient) -> asyncssh.SSHKeyPair:
         """To log in with: the agent is connected to when it must sign, and not before."""
-        pair = asyncssh.SSHAgentKeyPair(agent, self.algorithm, self.public_data, b"")
-        if self.certificate:
-            pair.set_certificate(self.certificate)
-        return pair
+        return asyncssh.SSHAgentKeyPair(agent, self.algorithm, self.public_data, b"")
 
 
-Key = (
-    asyncssh.SSHKey
-    | asyncssh.SSHKeyPair
-    | _AgentKey
-    | tuple[asyncssh.SSHKey, asyncssh.SSHCertificate]
-)
+_PlainKey = asyncssh.SSHKey | _AgentKey
+Key = _PlainKey | asyncssh.SSHKeyPair | tuple[_PlainKey, asyncssh.SSHCertificate]
 
 
 @contextlib.contextmanager
@@ -1386,11 +1378,7 @@ def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
     with contextlib.suppress(OSError, ValueError):
         certificate = asyncssh.read_certificate(file)
         for key in keys:
-            if isinstance(key, tuple) or key.public_data != certificate.key.public_data:
-                continue
-            if isinstance(key, _AgentKey):
-                certified.append(dataclasses.replace(key, certificate=certificate))
-            elif isinstance(key, asyncssh.SSHKey):
+            if isinstance(key, _PlainKey) and key.public_data == certificate.key.public_data:
                 certified.append((key, certificate))
     return certified
 
@@ -1505,13 +1493,14 @@ async def _login_pairs(keys: Iterable[Key]) -> AsyncIterator[list[asyncssh.SSHKe
     agents: list[asyncssh.SSHAgentClient] = []
     pairs: dict[object, asyncssh.SSHKeyPair] = {}
     for key in keys:
-        if isinstance(key, _AgentKey):
-            agents.append(asyncssh.SSHAgentClient(key.agent_path))
-            fresh = [key.pair(agents[-1])]
-        else:
-            fresh = [copy.copy(pair) for pair in asyncssh.load_keypairs([key])]
-        for offer in itertools.chain.from_iterable(map(_offers, fresh)):
-            pairs.setdefault((offer.algorithm, offer.public_data), offer)
+        plain, certificate = key if isinstance(key, tuple) else (key, None)
+        if isinstance(plain, _AgentKey):
+            agents.append(asyncssh.SSHAgentClient(plain.agent_path))
+            plain = plain.pair(agents[-1])
+        # its annotations know of no certificate for a key pair
+        for pair in asyncssh.load_keypairs(cast("Any", [(plain, certificate)])):
+            for offer in _offers(copy.copy(pair)):
+                pairs.setdefault((offer.algorithm, offer.public_data), offer)
     try:
         yield sorted(pairs.values(), key=lambda pair: pair.public_data not in _key_memory.accepted)
     finally:
