@@ -6135,8 +6135,10 @@ def topology_dot(scheduler: _Scheduler) -> str:
             names[way] = f"n{len(names)}"
             # dot reads quotes and backslashes as JSON does, and entities as HTML does
             label = _clean(way.split("->")[-1]).replace("&", "&amp;")
-            lines.append(f"  {names[way]} [label={json.dumps(label, ensure_ascii=False)}];")
-            lines.append(f"  {names[str(node.gateway)]} -> {names[way]};")
+            lines += [
+                f"  {names[way]} [label={json.dumps(label, ensure_ascii=False)}];",
+                f"  {names[str(node.gateway)]} -> {names[way]};",
+            ]
     return "\n".join([*lines, "}", ""])
 
 
@@ -6393,10 +6395,11 @@ def _svg_text(class_: str, x: str, y: float, text: str) -> str:
 
 def _svg_bar(bar: _Bar, span: float, y: float) -> str:
     width = max((bar.end - bar.start) / span, 0.003)  # as can be seen
+    label = html.escape(_clean(bar.label))
     return (
         f'<svg class="bar {bar.state}" x="{bar.start / span:.2%}" y="{y}" width="{width:.2%}" '
-        f'height="16"><title>{html.escape(_clean(bar.label))}</title>'
-        f'<rect width="100%" height="100%"/>{_svg_text("label", "3", 12, bar.label)}</svg>'
+        f'height="16"><title>{label}</title><rect width="100%" height="100%"/>'
+        f'<text class="label" x="3" y="12">{label}</text></svg>'
     )
 
 
@@ -6411,8 +6414,10 @@ def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     shapes = [_SVG_HEAD, _svg_text("heading", "-260", 20, heading)]
     y = 80
     for way, lane in itertools.groupby(bars, key=lambda bar: bar.way):
-        shapes.append(f'<line x1="-270" x2="930" y1="{y - 1}" y2="{y - 1}"/>')
-        shapes.append(_svg_text("way", "-8", y + 12, way))
+        shapes += [
+            f'<line x1="-270" x2="930" y1="{y - 1}" y2="{y - 1}"/>',
+            _svg_text("way", "-8", y + 12, way),
+        ]
         ends: list[float] = []  # of the last bar in each row of the lane
         for bar in lane:
             row = next((row for row, end in enumerate(ends) if end <= bar.start), len(ends))
@@ -6420,8 +6425,10 @@ def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
             shapes.append(_svg_bar(bar, span, y + row * _ROW_HEIGHT))
         y += len(ends) * _ROW_HEIGHT
     for percent in range(0, 101, 10):
-        shapes.append(f'<line x1="{percent}%" x2="{percent}%" y1="76" y2="{y}"/>')
-        shapes.append(_svg_text("tick", f"{percent}%", 70, _duration(span * percent / 100)))
+        shapes += [
+            f'<line x1="{percent}%" x2="{percent}%" y1="76" y2="{y}"/>',
+            _svg_text("tick", f"{percent}%", 70, _duration(span * percent / 100)),
+        ]
     for note in notes:
         for line in textwrap.wrap(note, 190):
             y += 15
@@ -6497,7 +6504,7 @@ class experiment:
         return self
 
     def __exit__(self, kind: object, failure: BaseException | None, traceback: object) -> None:
-        asyncio.run(self._leave(failure))
+        asyncio.run(self.__aexit__(kind, failure, traceback))
 
     async def __aenter__(self) -> Self:
         self._write()
@@ -6506,15 +6513,6 @@ class experiment:
     async def __aexit__(
         self, kind: object, failure: BaseException | None, traceback: object
     ) -> None:
-        await self._leave(failure)
-
-    def _write(self) -> None:
-        if self.record is not None:
-            save_record(self.scheduler, self.record)
-        if self.timeline is not None:
-            timeline_as_svgfile(self.scheduler, self.timeline)
-
-    async def _leave(self, failure: BaseException | None) -> None:
         failures = [] if failure is None else [failure]
         try:
             await self._cancel_running()
@@ -6534,6 +6532,12 @@ class experiment:
             _screen.say(f"teardown: {escape(str(other))}")
         if failures and failure is None:
             raise failures[0]
+
+    def _write(self) -> None:
+        if self.record is not None:
+            save_record(self.scheduler, self.record)
+        if self.timeline is not None:
+            timeline_as_svgfile(self.scheduler, self.timeline)
 
     async def _cancel_running(self) -> None:
         """A scheduler that is cancelled leaves its jobs running."""
