@@ -5949,6 +5949,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
     ``label``: the text in listings (None: made from the first step); ``required``: the jobs that
     must be over before; ``scheduler``: the scheduler to add it to. Cancelling it ends its command
     over there. Raises UsageError for what cannot mean anything.
+
+    Attributes: ``records``, a StepRecord for each step that began; ``failure``, how the job failed
+    in its last run, an ApsshError or None.
     """
 
     @_keywords_checked
@@ -6250,13 +6253,10 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
 
 
 def _job_records(
-    scheduler: _Scheduler,
-    places: Mapping[str, int],
-    numbers: dict[_Job, int],
-    parent: int | None = None,
+    scheduler: _Scheduler, places: Mapping[str, int], numbers: dict[_Job, int]
 ) -> Iterator[dict[str, Any]]:
     """The jobs of a scheduler, and behind each nested one those in it. They come after what they
-    require, and are numbered as they come: ``numbers`` has those so far.
+    require, and are numbered as they come: ``numbers`` has those so far, nested schedulers too.
     """
     for job in scheduler.topological_order():
         numbers[job] = len(numbers) + 1
@@ -6267,7 +6267,7 @@ def _job_records(
             node, steps = places[str(job.node)], job.records
         yield {
             "id": numbers[job],
-            "parent": parent,
+            "parent": numbers.get(scheduler),
             "type": type(job).__name__,
             "label": str(job.label or label or type(job).__name__),
             "node": node,
@@ -6279,7 +6279,7 @@ def _job_records(
             "steps": [dataclasses.asdict(step) for step in steps],
         }
         if isinstance(job, asynciojobs.PureScheduler):
-            yield from _job_records(job, places, numbers, numbers[job])
+            yield from _job_records(job, places, numbers)
 
 
 def save_record(scheduler: _Scheduler, path: StrPath) -> None:
