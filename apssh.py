@@ -1388,14 +1388,16 @@ def _certified(keys: Iterable[Key], file: str | Path) -> list[Key]:
 # login then makes its own pairs of them (_login_pairs).
 
 
-def _keys_of_file(filename: StrPath, held: Collection[_AgentKey]) -> list[Key]:
-    """What a key file stands for: the key that the agent holds of it, else the file, with the
-    certificate beside it. Raises UsageError.
+def _keys_of(named: StrPath | Key, held: Collection[_AgentKey]) -> list[Key]:
+    """What is to be offered for a key, or for the name of a file: the key that the agent holds of
+    it, else the file's, with the certificate beside it. Raises UsageError.
 
     The agent knows a key by its public half. That is in clear in an OpenSSH key file, though the
     key be encrypted (OpenSSH's PROTOCOL.key); for other forms it is in the ``.pub`` file.
     """
-    path = Path(filename).expanduser()
+    if not isinstance(named, str | os.PathLike):
+        return [named]
+    path = Path(named).expanduser()
     data = b""
     for public in (Path(f"{path}.pub"), path):
         # a pipe, -k <(...), is read once
@@ -1413,13 +1415,13 @@ def _usable_keys(files: Iterable[str], held: Collection[_AgentKey]) -> Iterator[
     for file in files:
         try:
             if file != "none":
-                yield from _keys_of_file(file, held)
+                yield from _keys_of(file, held)
         except UsageError as exc:
             _say_once(f"skipped: {exc}")
 
 
 def _keys_to_offer(
-    named: Iterable[StrPath | Key], config: _HostConfig
+    named: Collection[StrPath | Key], config: _HostConfig
 ) -> tuple[list[Key], list[str]]:
     """The keys to offer to a host, and where else they were looked for: told when there are none.
 
@@ -1428,10 +1430,12 @@ def _keys_to_offer(
     cannot be used.
     """
     agent = config.identity_agent or os.environ.get("SSH_AUTH_SOCK")
-    held = load_agent_keys(agent)
+    held: list[_AgentKey] = []
+    if not named or any(isinstance(each, str | os.PathLike) for each in named):
+        held = load_agent_keys(agent)
     keys: list[Key] = []
     for each in named:
-        keys += _keys_of_file(each, held) if isinstance(each, str | os.PathLike) else [each]
+        keys += _keys_of(each, held)
     if keys:
         return keys, []
     only = config.one("identitiesonly")
@@ -2161,10 +2165,10 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
         ) from None
     if done.returncode:
         raise UsageError("ssh config: " + escape(" ".join(done.stderr.split())))
-    answer: dict[str, list[str]] = {}
+    answer: dict[str, list[str]] = collections.defaultdict(list)
     for line in done.stdout.splitlines():
         keyword, _, value = line.partition(" ")
-        answer.setdefault(keyword, []).append(value)
+        answer[keyword].append(value)
     return answer
 
 
