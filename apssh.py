@@ -1662,10 +1662,11 @@ class _KnownHosts:
                     file.write(b"\n")
                     before += b"\n"
                 names = _hashed_name(name) if hashed else name
-                line = f"{names} {key.export_public_key().decode()}"
-                file.write(line.encode())
+                text = key.export_public_key().decode()
+                file.write(f"{names} {text}".encode())
                 file.flush()
-                self._parse(line, str(path), before.count(b"\n") + 1)
+                # by its name, however it is written: thousands may follow, and hashes are slow
+                self._parse(f"{name} {text}", str(path), before.count(b"\n") + 1)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
