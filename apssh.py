@@ -1741,8 +1741,9 @@ _KnownHostsChoice = _Verify | StrPath | Collection[asyncssh.SSHKey] | None
 # others, of kind hostkey, for steps, jobs and Results. Nothing is tried again.
 #
 # A certificate goes the same way: check_authority is asked about the key that signed it and, when
-# asyncssh has accepted it, _Client.begin_auth has check_certified look at the key in it. begin_auth
-# then calls record: what is written down is a key that the host has proved to hold.
+# asyncssh has accepted it, _Client.begin_auth has check_certified look at the key in it; where
+# nobody knows the authority the next attempt asks for the plain key. begin_auth then calls record:
+# what is written down is a key that the host has proved to hold.
 
 
 @dataclasses.dataclass(eq=False)
