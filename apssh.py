@@ -8485,18 +8485,20 @@ class _ScreenHandler(logging.Handler):
         _screen.say(escape(self.format(record)))
 
 
-_HELP_GROUPS = (
-    *("targets", "what runs", "copying", "output", "login"),
-    *("how many, how long", "messages", "scenarios"),
-)
 _EXIT_CODES = """exit code:
   0 all succeeded; 1 some did not; 2 misuse, nothing was done; 130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with what the three programs share, and hints in place of guesses."""
+    """argparse, with the options of a table, and hints in place of guesses.
 
-    def __init__(self, usage: str, description: str, *examples: str) -> None:
+    ``without``: the groups of _OPTIONS that this program does not have; to whoever asks, none of
+    their options was given.
+    """
+
+    def __init__(
+        self, usage: str, description: str, *examples: str, without: Collection[str]
+    ) -> None:
         super().__init__(
             usage.split()[0],
             usage=usage,
@@ -8506,9 +8508,22 @@ class _Parser(argparse.ArgumentParser):
             epilog="\n  ".join(["examples:", *examples]) + f"\n\n{_EXIT_CODES}",
             add_help=False,  # -h stands among the others
         )
-        # shown in this order, as far as a program has options of the group
-        self.groups = {title: self.add_argument_group(title) for title in _HELP_GROUPS}
-        _add_shared_options(self)
+        self.groups = {title: self.add_argument_group(title) for title in _OPTIONS}
+        for title, group in self.groups.items():
+            outputs = group.add_mutually_exclusive_group()
+            for written, text, *more in _OPTIONS[title]:
+                names = [word for word in written.split() if word.startswith("-")]
+                dest = names[-1].strip("-").replace("-", "_")
+                if title in without:
+                    self.set_defaults(**{dest: None})
+                    continue
+                place = outputs if dest in _OUTPUTS else group
+                value = written.split()[len(names) :]
+                keywords = {"help": text, **_value_of_option(value)}
+                keywords.update(*more)
+                action = place.add_argument(*names, **keywords)
+                if "T" in value:
+                    vars(action)["completer"] = _complete_target
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -8517,6 +8532,15 @@ class _Parser(argparse.ArgumentParser):
         """What to say of an option that does not exist."""
         known = [option for option in self._option_string_actions if option.startswith("--")]
         return _unknown_option(word, known, f" (see {self.prog} --help)")
+
+
+def _value_of_option(words: Sequence[str]) -> dict[str, Any]:
+    """What argparse calls the value that a row of _OPTIONS speaks of."""
+    if not words:
+        return {"action": "store_true"}
+    if "..." in words:
+        return {"metavar": words[0], "action": "append", "default": []}
+    return {"metavar": words[0]}
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
@@ -8589,161 +8613,175 @@ def _answer_completion(parser: _Parser) -> None:
             importlib.import_module("argcomplete").autocomplete(parser)
 
 
-def _add_shared_options(parser: _Parser) -> None:
-    """What the three programs share: targets, login, limits, messages."""
-    seconds = _number(float, 0.001, "seconds, more than 0")
-    add = parser.groups["targets"].add_argument
-    target = add(
-        "-t",
-        "--target",
-        action="append",
-        default=[],
-        metavar="T",
-        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops 'gw->host'; "
-        "blanks and commas separate; an existing file holds targets, a folder's file names are "
-        "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last run",
-    )
-    exclude = add(
-        "-x",
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="T",
-        help="leave these out; same syntax, matching on the parts it names",
-    )
-    vars(target)["completer"] = vars(exclude)["completer"] = _complete_target
-    add("-L", "--list-targets", action="store_true", help="show the targets and stop")
-    add(
-        "-n",
-        "--dry-run",
-        action="store_true",
-        help="show what would be done, connect to nothing, and stop",
-    )
-    add(
-        "--shard",
-        type=_shard,
-        metavar="I/N",
-        help="only the I-th of N equal parts of the targets, the same parts on every machine",
-    )
-    add(
-        "--demo",
-        type=_number(int, 1, "a number of hosts"),
-        metavar="N",
-        help="N throw-away hosts inside this process, in place of targets (or of a scenario's)",
-    )
-    add = parser.groups["login"].add_argument
-    add(
-        "-l",
-        "--login",
-        metavar="USER",
-        help="user for hops that do not say (default: the ssh config's, else yours)",
-    )
-    add(
-        "-g",
-        "--gateway",
-        metavar="T",
-        help="go through this host, or chain of hosts; 'None->host' goes direct in spite of it",
-    )
-    add(
-        "-p",
-        "--port",
-        type=_number(int, 1, "a port from 1 to 65535"),
-        metavar="N",
-        help="port of final hosts that do not say (default: the ssh config's, else 22)",
-    )
-    add(
-        "-k",
-        "--key",
-        action="append",
-        default=[],
-        metavar="F",
-        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
-    )
-    add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
-    add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
-    add(
-        "-F",
-        "--ssh-config",
-        metavar="F",
-        help="another ssh config than ~/.ssh/config; none: no config",
-    )
-    add(
-        "--host-keys",
-        choices=("accept-new", "yes", "no"),
-        metavar="P",
-        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
-        "unknown hosts), no (check nothing)",
-    )
-    add(
-        "--forward-agent",
-        action="store_true",
-        help="let hosts use your agent, as ssh's option -A does",
-    )
-    add = parser.groups["how many, how long"].add_argument
-    add(
-        "-w",
-        "--window",
-        type=_window,
-        default=0,
-        metavar="N",
-        help="at most N hosts at once (default 0: no limit)",
-    )
-    add(
-        "--max-failures",
-        type=_number(int, 0, "a number of hosts, 0 or more"),
-        metavar="N",
-        help="start no further host once more than N have failed (default: no limit)",
-    )
-    add(
-        "-c",
-        "--connect-timeout",
-        type=seconds,
-        metavar="S",
-        help="seconds to be logged in, all hops included (default 30)",
-    )
-    add(
-        "-u",
-        "--command-timeout",
-        type=seconds,
-        metavar="S",
-        help="seconds for the command, or the copy, on one host (default: no limit)",
-    )
-    add(
-        "--retries",
-        type=_number(int, 0, "a number, 0 or more"),
-        default=0,
-        metavar="N",
-        help="try unreachable hosts N times more (default 0)",
-    )
-    add(
-        "--no-guard",
-        action="store_true",
-        help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
-    )
-    add = parser.groups["messages"].add_argument
-    add(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="no progress and no summary: nothing but a line on stderr for each host that failed",
-    )
-    add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
-    add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
-    add(
-        "--color",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="colour of messages (default auto; NO_COLOR is obeyed)",
-    )
-    add("--no-last", action="store_true", help="leave the groups @last-... as they are")
-    add(
-        "-V",
-        "--version",
-        action="version",
-        version=f"apssh {__version__}",
-        help="show the version and stop",
-    )
-    add("-h", "--help", action="help", help="show this text and stop")
+_seconds = _number(float, 0.001, "seconds, more than 0")
+
+# An option is a row, in its group and its place of --help: how it is written, what it does, and
+# what else argparse is to know of it (a ``type`` refuses what cannot be). "-x --exclude T ..." has
+# a value, which --help calls T, and may be given again; what has no value is a flag. A program has
+# a group as a whole, or not at all; of the output formats (_OUTPUTS) one may be given.
+_OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]] = {
+    "targets": (
+        (
+            "-t --target T ...",
+            "a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops 'gw->host'; "
+            "blanks and commas separate; an existing file holds targets, a folder's file names are "
+            "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last "
+            "run",
+        ),
+        ("-x --exclude T ...", "leave these out; same syntax, matching on the parts it names"),
+        ("-L --list-targets", "show the targets and stop"),
+        ("-n --dry-run", "show what would be done, connect to nothing, and stop"),
+        (
+            "--shard I/N",
+            "only the I-th of N equal parts of the targets, the same parts on every machine",
+            {"type": _shard},
+        ),
+        (
+            "--demo N",
+            "N throw-away hosts inside this process, in place of targets (or of a scenario's)",
+            {"type": _number(int, 1, "a number of hosts")},
+        ),
+    ),
+    "what runs": (
+        (
+            "-s --script",
+            "the first word is a local script; or the text of one, if there is no such file and it "
+            "holds a blank",
+        ),
+        (
+            "-i --includes F ...",
+            'with -s: a local file that lands beside the script, as $(dirname "$0")/F',
+        ),
+        ("-I --stdin", "give standard input to every host (without it they get end of file)"),
+        (
+            "--sudo [=USER]",
+            "run by sudo as root, or as that user; a password is asked once, when a host asks",
+            {"type": _sudo_user, "default": False},
+        ),
+        (
+            "--pty",
+            "give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
+            "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
+        ),
+        ("--env K=V ...", "a variable for the command, whatever the server accepts"),
+        ("-X --x11", "forward the DISPLAY"),
+    ),
+    "copying": (
+        ("-r --recurse", "copy folders too"),
+        ("--preserve", "keep times, and modes of existing files too"),
+        ("--follow", "copy what links in a tree lead to"),
+        ("--inplace", "write onto existing files themselves, where a rename cannot be"),
+    ),
+    "output": (
+        ("-r --raw-format", "what hosts print, and nothing else"),
+        ("-tc --time-colon-format", "each line after the time and the host"),
+        (
+            "-f --format FMT",
+            "each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and "
+            "strftime's %%H:%%M...",
+            {"type": _format},
+        ),
+        ("-o --out-dir D", "files D/<host> and D/<host>.err; prints D", {"type": _folder}),
+        (
+            "-d --date-time",
+            "files as of -o, in a folder named after date and time; prints its name",
+        ),
+        ("-b --gather", "hosts with the same output once, under folded names"),
+        ("-j --json", "one JSON object a host, a line each"),
+        ("--diff", "with -b: smaller groups as differences from the largest"),
+        ("-m --mark", "with -o or -d: files 0ok/<host> or 1failed/<host> holding the status"),
+    ),
+    "login": (
+        (
+            "-l --login USER",
+            "user for hops that do not say (default: the ssh config's, else yours)",
+        ),
+        (
+            "-g --gateway T",
+            "go through this host, or chain of hosts; 'None->host' goes direct in spite of it",
+        ),
+        (
+            "-p --port N",
+            "port of final hosts that do not say (default: the ssh config's, else 22)",
+            {"type": _number(int, 1, "a port from 1 to 65535")},
+        ),
+        (
+            "-k --key F ...",
+            "a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
+        ),
+        ("-K --ok-if-no-key", "go on without any key"),
+        ("-A --askpass", "ask once for a password, tried on every host"),
+        ("-F --ssh-config F", "another ssh config than ~/.ssh/config; none: no config"),
+        (
+            "--host-keys P",
+            "accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
+            "unknown hosts), no (check nothing)",
+            {"choices": ("accept-new", "yes", "no")},
+        ),
+        ("--forward-agent", "let hosts use your agent, as ssh's option -A does"),
+    ),
+    "how many, how long": (
+        (
+            "-w --window N",
+            "at most N hosts at once (default 0: no limit)",
+            {"type": _window, "default": 0},
+        ),
+        (
+            "--max-failures N",
+            "start no further host once more than N have failed (default: no limit)",
+            {"type": _number(int, 0, "a number of hosts, 0 or more")},
+        ),
+        (
+            "-c --connect-timeout S",
+            "seconds to be logged in, all hops included (default 30)",
+            {"type": _seconds},
+        ),
+        (
+            "-u --command-timeout S",
+            "seconds for the command, or the copy, on one host (default: no limit)",
+            {"type": _seconds},
+        ),
+        (
+            "--retries N",
+            "try unreachable hosts N times more (default 0)",
+            {"type": _number(int, 0, "a number, 0 or more"), "default": 0},
+        ),
+        (
+            "--no-guard",
+            "for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
+        ),
+    ),
+    "messages": (
+        (
+            "-q --quiet",
+            "no progress and no summary: nothing but a line on stderr for each host that failed",
+        ),
+        ("-v --verbose", "say what happens to connections and commands"),
+        ("-D --debug", "the ssh library's own log too, on stderr"),
+        (
+            "--color {auto,always,never}",
+            "colour of messages (default auto; NO_COLOR is obeyed)",
+            {"choices": ("auto", "always", "never"), "default": "auto"},
+        ),
+        ("--no-last", "leave the groups @last-... as they are"),
+        (
+            "-V --version",
+            "show the version and stop",
+            {"action": "version", "version": f"apssh {__version__}"},
+        ),
+        ("-h --help", "show this text and stop", {"action": "help"}),
+    ),
+    "scenarios": (
+        (
+            "--scenario F",
+            "run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
+            "command",
+        ),
+        ("--set K=V ...", "with --scenario: a variable of its Jinja2 template"),
+        ("--record F", "with --scenario: what ran, when and how it ended, as JSON"),
+        ("--timeline F", "with --scenario: the record as a picture, F.svg"),
+    ),
+}
 
 
 def build_parser() -> _Parser:
@@ -8760,132 +8798,16 @@ def build_parser() -> _Parser:
         "appush -t @web nginx.conf @:/etc/nginx/",
         "appull -t @web @:/var/log/nginx/error.log 'logs/{host}'",
         "apssh --demo 3 'echo hello; id -un'",
-    )
-    add = parser.groups["what runs"].add_argument
-    add(
-        "-s",
-        "--script",
-        action="store_true",
-        help="the first word is a local script; or the text of one, if there is no such file and "
-        "it holds a blank",
-    )
-    add(
-        "-i",
-        "--includes",
-        action="append",
-        default=[],
-        metavar="F",
-        help='with -s: a local file that lands beside the script, as $(dirname "$0")/F',
-    )
-    add(
-        "-I",
-        "--stdin",
-        action="store_true",
-        help="give standard input to every host (without it they get end of file)",
-    )
-    add(
-        "--sudo",
-        type=_sudo_user,
-        default=False,
-        metavar="[=USER]",
-        help="run by sudo as root, or as that user; a password is asked once, when a host asks",
-    )
-    add(
-        "--pty",
-        action="store_true",
-        help="give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
-        "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
-    )
-    add(
-        "--env",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="a variable for the command, whatever the server accepts",
-    )
-    add("-X", "--x11", action="store_true", help="forward the DISPLAY")
-    add = parser.groups["scenarios"].add_argument
-    add(
-        "--scenario",
-        metavar="F",
-        help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
-        "command",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="with --scenario: a variable of its Jinja2 template",
-    )
-    add("--record", metavar="F", help="with --scenario: what ran, when and how it ended, as JSON")
-    add("--timeline", metavar="F", help="with --scenario: the record as a picture, F.svg")
-    group = parser.groups["output"]
-    add = group.add_mutually_exclusive_group().add_argument
-    add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
-    add(
-        "-tc",
-        "--time-colon-format",
-        action="store_true",
-        help="each line after the time and the host",
-    )
-    add(
-        "-f",
-        "--format",
-        type=_format,
-        metavar="FMT",
-        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and "
-        "strftime's %%H:%%M...",
-    )
-    add(
-        "-o",
-        "--out-dir",
-        type=_folder,
-        metavar="D",
-        help="files D/<host> and D/<host>.err; prints D",
-    )
-    add(
-        "-d",
-        "--date-time",
-        action="store_true",
-        help="files as of -o, in a folder named after date and time; prints its name",
-    )
-    add(
-        "-b",
-        "--gather",
-        action="store_true",
-        help="hosts with the same output once, under folded names",
-    )
-    add("-j", "--json", action="store_true", help="one JSON object a host, a line each")
-    add = group.add_argument
-    add(
-        "--diff",
-        action="store_true",
-        help="with -b: smaller groups as differences from the largest",
-    )
-    add(
-        "-m",
-        "--mark",
-        action="store_true",
-        help="with -o or -d: files 0ok/<host> or 1failed/<host> holding the status",
+        without=("copying",),
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
 def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
-    parser = _Parser(usage, description, *examples)
-    absent = ("command", "stdin", "pty", "mark", "diff", *filter(None, _OUTPUTS))
-    parser.set_defaults(**dict.fromkeys(absent))
-    add = parser.groups["copying"].add_argument
-    add("-r", "--recurse", action="store_true", help="copy folders too")
-    add("--preserve", action="store_true", help="keep times, and modes of existing files too")
-    add("--follow", action="store_true", help="copy what links in a tree lead to")
-    add(
-        "--inplace",
-        action="store_true",
-        help="write onto existing files themselves, where a rename cannot be",
-    )
+    without = ("what runs", "output", "scenarios")
+    parser = _Parser(usage, description, *examples, without=without)
+    parser.set_defaults(command=None)
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -8946,7 +8868,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     """What -t and -x name; a word on stderr of what they may not have been meant to name."""
 
     def typed() -> str:
-        if getattr(options, "stdin", False):
+        if options.stdin:
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
         with _ctrl_c_raises():
             return sys.stdin.read()
