@@ -8281,8 +8281,6 @@ def _is_dialogue(options: argparse.Namespace) -> bool:
 
 def _output(options: argparse.Namespace) -> _Shown:
     """What the options ask to show."""
-    if options.diff and not options.gather:
-        raise UsageError("--diff goes with -b")
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
@@ -8528,10 +8526,45 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def unknown(self, word: str) -> UsageError:
-        """What to say of an option that does not exist."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        return _unknown_option(word, known, f" (see {self.prog} --help)")
+    def options(self, words: Sequence[str]) -> argparse.Namespace:
+        """What a command line says, checked; raises UsageError."""
+        # the way that takes options between paths loses the --
+        plain = self.prog == "apssh" or "--" in words
+        parse = self.parse_known_args if plain else self.parse_known_intermixed_args
+        # --sudo takes a user after = alone: argparse would give it the next word, the command's
+        options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
+        if options.command:
+            options.command = list(words[-len(options.command) :])
+            if options.command[0] == "--":
+                options.command.pop(0)
+            elif options.command[0].startswith("-"):
+                rest.append(options.command[0])
+        if rest:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise _unknown_option(rest[0], known, f" (see {self.prog} --help)")
+        self._check(options)
+        return options
+
+    def _check(self, options: argparse.Namespace) -> None:
+        """Raise UsageError for options that mean nothing together."""
+        given: list[str] = []
+        for action in self._actions:
+            if vars(options).get(action.dest, action.default) not in (action.default, []):
+                given += action.option_strings[-1:] or ["the command"]
+        for option, needed in _GOES_WITH.items():
+            if option in given and not set(needed.split(" or ")).intersection(given):
+                raise UsageError(f"{option} goes with {needed}")
+        brought = (
+            ("--demo", "its own hosts", [name for name in given if name in _NOT_WITH_DEMO]),
+            (
+                "--scenario",
+                "its own hosts and commands",
+                [name for name in given if name not in _WITH_SCENARIO],
+            ),
+        )
+        for option, what, others in brought:
+            if option in given and others:
+                raise UsageError(f"{option} brings {what}: leave out {' '.join(others)}")
 
 
 def _value_of_option(words: Sequence[str]) -> dict[str, Any]:
@@ -8618,7 +8651,8 @@ _seconds = _number(float, 0.001, "seconds, more than 0")
 # An option is a row, in its group and its place of --help: how it is written, what it does, and
 # what else argparse is to know of it (a ``type`` refuses what cannot be). "-x --exclude T ..." has
 # a value, which --help calls T, and may be given again; what has no value is a flag. A program has
-# a group as a whole, or not at all; of the output formats (_OUTPUTS) one may be given.
+# a group as a whole, or not at all; of the output formats (_OUTPUTS) one may be given. What else
+# goes together, or does not, is said below the table.
 _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]] = {
     "targets": (
         (
@@ -8784,6 +8818,24 @@ _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]]
 }
 
 
+_GOES_WITH = {
+    "--diff": "--gather",
+    "--mark": "--out-dir or --date-time",
+    "--includes": "--script",
+    "--set": "--scenario",
+    "--record": "--scenario",
+    "--timeline": "--scenario",
+}
+_NOT_WITH_DEMO = (
+    *("--target", "--exclude", "--shard", "--login", "--gateway", "--port"),
+    *("--key", "--askpass", "--forward-agent", "--pty"),
+)
+_WITH_SCENARIO = (
+    *("--scenario", "--set", "--record", "--timeline", "--demo", "--list-targets", "--dry-run"),
+    *("--host-keys", "--quiet", "--verbose", "--debug", "--color", "--no-last"),
+)
+
+
 def build_parser() -> _Parser:
     """The command line of apssh."""
     parser = _Parser(
@@ -8804,10 +8856,12 @@ def build_parser() -> _Parser:
     return parser
 
 
-def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
+def _build_copy_parser(
+    kind: type[Push | Pull], usage: str, description: str, *examples: str
+) -> _Parser:
     without = ("what runs", "output", "scenarios")
     parser = _Parser(usage, description, *examples, without=without)
-    parser.set_defaults(command=None)
+    parser.set_defaults(kind=kind, usage=usage, command=None)
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -8815,6 +8869,7 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
 def build_push_parser() -> _Parser:
     """The command line of appush."""
     return _build_copy_parser(
+        Push,
         "appush [options] local ... @:remote",
         "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
         "appush -t node[1-3] -l root hosts @:/etc/hosts",
@@ -8827,6 +8882,7 @@ def build_push_parser() -> _Parser:
 def build_pull_parser() -> _Parser:
     """The command line of appull."""
     return _build_copy_parser(
+        Pull,
         "appull [options] @:remote ... local",
         "Copy files from many hosts; {host} in the local path keeps them apart.",
         "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'",
@@ -8835,37 +8891,12 @@ def build_pull_parser() -> _Parser:
     )
 
 
-def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked against one another; raises UsageError."""
-    words = sys.argv[1:] if argv is None else argv
-    # the way that takes options between paths loses the --
-    plain = parser.prog == "apssh" or "--" in words
-    parse = parser.parse_known_args if plain else parser.parse_known_intermixed_args
-    # --sudo takes a user after = alone: argparse would give it the next word, the command's
-    options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
-    if rest:
-        raise parser.unknown(rest[0])
-    if options.command:
-        options.command = list(words[-len(options.command) :])
-    if options.command and options.command[0] == "--":
-        options.command.pop(0)
-    elif options.command and options.command[0].startswith("-"):
-        raise parser.unknown(options.command[0])
-    given = [name for name in _NOT_WITH_DEMO if getattr(options, name)]
-    if options.demo and given:
-        named = " --".join(given).replace("_", "-")
-        raise UsageError(f"--demo brings its own hosts: leave out --{named}")
-    return options
-
-
-_NOT_WITH_DEMO = (
-    *("target", "exclude", "shard", "login", "gateway", "port"),
-    *("key", "askpass", "forward_agent", "pty"),
-)
-
-
 def _targets(options: argparse.Namespace) -> list[Target]:
-    """What -t and -x name; a word on stderr of what they may not have been meant to name."""
+    """What -t and -x name, or the hosts of a demo; a word on stderr of what may not have been
+    meant.
+    """
+    if options.demo:
+        return [_parse_target(name) for name in _expand_ranges(f"demo[1-{options.demo}]")]
 
     def typed() -> str:
         if options.stdin:
@@ -8908,7 +8939,7 @@ def _program(
         _answer_completion(parser)
         _own_process()
     try:
-        options = _parse(parser, argv)
+        options = parser.options(sys.argv[1:] if argv is None else argv)
         _screen.colour = options.color
         _log(options.debug)
         with asyncio.Runner(loop_factory=_Loop) as runner:
@@ -8995,7 +9026,7 @@ async def _work(
         nodes = await _nodes_of_run(options, formatter, stack)
         plan.check(nodes)
         if options.dry_run:
-            return _show_plan(plan, nodes)
+            return _list(f"{node}: {plan.step(node).dry_run_text()}" for node in nodes)
         for view in views:
             view.begin([node.shown_name for node in nodes])
         await plan.prepare()
@@ -9014,11 +9045,7 @@ async def _nodes_of_run(
     options: argparse.Namespace, formatter: Formatter, stack: contextlib.AsyncExitStack
 ) -> Sequence[SshNode]:
     """The nodes that the options name, or those of a demo, which lives as long as ``stack``."""
-    if options.demo and options.dry_run:
-        names = [f"demo{number}" for number in range(1, options.demo + 1)]
-        user = getpass.getuser()
-        return [SshNode(name, username=user, formatter=formatter) for name in names]
-    if options.demo:
+    if options.demo and not options.dry_run:
         return await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
     targets = _targets(options)
     _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
@@ -9030,7 +9057,7 @@ async def _nodes_of_run(
         _build_nodes,
         targets,
         formatter=formatter,
-        config=options.ssh_config,
+        config="none" if options.demo else options.ssh_config,
         connect_timeout=options.connect_timeout,
         keys=keys,
         password=password,
@@ -9049,11 +9076,9 @@ async def _nodes_of_run(
     return nodes
 
 
-def _show_plan(plan: _Plan, nodes: Sequence[SshNode]) -> int:
-    """-n: what would be done on each host."""
-    for node in nodes:
-        line = f"{_way(node)}: {escape(plan.step(node).dry_run_text())}\n"
-        _screen.write(line.encode("utf-8", "surrogateescape"))
+def _list(lines: Iterable[object]) -> int:
+    """-L and -n: these lines, and no more than that."""
+    _screen.write("".join(f"{escape(str(line))}\n" for line in lines).encode())
     return 0
 
 
@@ -9107,26 +9132,6 @@ def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) ->
         _screen.say(f"recorded the {keys} of {hosts} never seen: {escape(fold_names(names))}")
 
 
-def _way(node: _Node) -> str:
-    """A node in the syntax of targets."""
-    hops = node._hops() if isinstance(node, SshNode) else [node]
-    return "->".join(
-        _endpoint_text(hop.hostname, hop.username, None if hop.port == 22 else hop.port)
-        for hop in hops
-    )
-
-
-def _show_targets(options: argparse.Namespace) -> int:
-    """-L: the targets, one a line."""
-    targets = (
-        [f"demo{number}" for number in range(1, options.demo + 1)]
-        if options.demo
-        else _targets(options)
-    )
-    _screen.write("".join(f"{target}\n" for target in targets).encode("utf-8", "surrogateescape"))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program apssh; the exit code: 0 all succeeded, 1 otherwise, 2 misuse, 130 interrupted."""
     return _program(build_parser(), argv, _run_program)
@@ -9135,11 +9140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run_program(options: argparse.Namespace) -> int:
     if options.scenario:
         return await _run_scenario(options)
-    for name in ("set", "record", "timeline"):
-        if getattr(options, name):
-            raise UsageError(f"--{name} goes with --scenario")
     if options.list_targets:
-        return _show_targets(options)
+        return _list(_targets(options))
     formatter, views = _output(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
@@ -9162,23 +9164,13 @@ def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
 
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command."""
-    others = []
-    for name, value in vars(build_parser().parse_args([])).items():
-        if getattr(options, name) != value and name not in _WITH_SCENARIO:
-            others.append("the command" if name == "command" else f"--{name.replace('_', '-')}")
-    if others:
-        raise UsageError(
-            f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
-        )
     env = _assignments("--set", options.set)
     if options.scenario.endswith(".j2"):
         env |= {"": ""}  # a template even so
     scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
     if options.list_targets or options.dry_run:
         nodes, _, _ = scenario.load()
-        lines = _dry_run(scenario) if options.dry_run else map(_way, nodes.values())
-        _screen.write("".join(f"{escape(line)}\n" for line in lines).encode())
-        return 0
+        return _list(_dry_run(scenario) if options.dry_run else nodes.values())
     async with contextlib.AsyncExitStack() as stack:
         fleet: list[SshNode] = []
         if options.demo:
@@ -9219,23 +9211,6 @@ def _scenario_overrides(
     return found
 
 
-_WITH_SCENARIO = (
-    "scenario",
-    "set",
-    "record",
-    "timeline",
-    "demo",
-    "list_targets",
-    "dry_run",
-    "host_keys",
-    "quiet",
-    "verbose",
-    "debug",
-    "color",
-    "no_last",
-)
-
-
 def _dry_run(scenario: _Scenario) -> Iterator[str]:
     """Every step, where it would run, and who captures what has no value yet."""
     captured = {}
@@ -9247,7 +9222,7 @@ def _dry_run(scenario: _Scenario) -> Iterator[str]:
         notes = [f"after {each}" for each in scenario.jobs if scenario.jobs[each] in job.required]
         if job in scenario.teardown:
             notes.append("teardown")
-        yield f"{name}: {_way(job.node)} ({', '.join(notes)})".removesuffix(" ()")
+        yield f"{name}: {job.node} ({', '.join(notes)})".removesuffix(" ()")
         for command in job.commands:
             text = command.dry_run_text()
             if command.label:
@@ -9316,8 +9291,6 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
     words = options.command
     if not words or not any(word.strip() for word in words):
         raise UsageError("no command: apssh [options] command ...")
-    if options.includes and not options.script:
-        raise UsageError("-i goes with -s")
     if options.pty and options.stdin:
         raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
     if options.x11 and not os.environ.get("DISPLAY"):
@@ -9342,18 +9315,18 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
 
 def main_push(argv: Sequence[str] | None = None) -> int:
     """The program appush; exit codes as main."""
-    return _program(build_push_parser(), argv, functools.partial(_copy_program, True))
+    return _program(build_push_parser(), argv, _copy_program)
 
 
 def main_pull(argv: Sequence[str] | None = None) -> int:
     """The program appull; exit codes as main."""
-    return _program(build_pull_parser(), argv, functools.partial(_copy_program, False))
+    return _program(build_pull_parser(), argv, _copy_program)
 
 
-async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
+async def _copy_program(options: argparse.Namespace) -> int:
     if options.list_targets:
-        return _show_targets(options)
-    *sources, destination = _copy_paths(pushing, options.paths)
+        return _list(_targets(options))
+    *sources, destination = _copy_paths(options)
     copying = {
         "recurse": options.recurse,
         "preserve": options.preserve,
@@ -9361,21 +9334,19 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         "inplace": options.inplace,
         "timeout": options.command_timeout,
     }
-    plan = _CopyPlan(Push if pushing else Pull, sources, destination, copying, dry=options.dry_run)
+    plan = _CopyPlan(options.kind, sources, destination, copying, dry=options.dry_run)
     return await _work(options, plan, *_output(options))
 
 
-def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
+def _copy_paths(options: argparse.Namespace) -> list[str]:
     """The sources, then the destination, ``@:`` taken off the remote ones; which must all be on
     their side.
     """
-    usage = (
-        "appush [options] local ... @:remote" if pushing else "appull [options] @:remote ... local"
-    )
+    paths, usage = options.paths, options.usage
     if len(paths) < 2:
         raise UsageError(f"from what to what? {usage}")
-    for index, path in enumerate(paths):
-        remote = (index == len(paths) - 1) == pushing
+    for number, path in enumerate(paths, 1):
+        remote = (number == len(paths)) == (options.kind is Push)
         if path.startswith("@:") != remote:
             rule = "remote path is written @:path" if remote else "local path has no @: in front"
             raise UsageError(f"{escape(path)}: a {rule}: {usage}")
