@@ -13137,9 +13137,9 @@ def test_demo_size(count: int) -> None:
         (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
         (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"),
         (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
-        (["-t", "h", "-i", "x", "ls"], "-i goes with -s"),
-        (["-t", "h", "-m", "ls"], "-m goes with -o or -d"),
-        (["-t", "h", "--diff", "ls"], "--diff goes with -b"),
+        (["-t", "h", "-i", "x", "ls"], "--includes goes with --script"),
+        (["-t", "h", "-m", "ls"], "--mark goes with --out-dir or --date-time"),
+        (["-t", "h", "--diff", "ls"], "--diff goes with --gather"),
         (
             ["-t", "h", "-w", "-1", "x"],
             "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)",
@@ -14427,7 +14427,7 @@ def test_jobs_of_a_dry_run_come_in_the_order_of_the_file(home: Path, capfd: Any)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
     shown = [line for line in capfd.readouterr().out.splitlines() if line[0] != " "]
     assert [line.split(":")[0] for line in shown] == ["last", *(f"j{n}" for n in range(30))]
-    assert shown[0] == f"last: {ME}@LOCALNODE (after j3, after j9)"
+    assert shown[0] == "last: Local Node (after j3, after j9)"
 
 
 @pytest.mark.parametrize(
@@ -14513,19 +14513,19 @@ def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
     Path("s.yaml").write_text(SCENARIO)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
     assert capfd.readouterr() == (
-        f"""\
+        """\
 look: slice@gw.example.org->root@node1:2200
     [kernel]
     uname -r
-act: {ME}@LOCALNODE (after look)
+act: Local Node (after look)
     if true
-    then  echo {{{{ver}}}} {{{{nope}}}}; fi
-      {{{{ver}}}}: captured by look
-      {{{{nope}}}}: NO STEP CAPTURES IT
-    RunString: a {{{{ver}}}}
+    then  echo {{ver}} {{nope}}; fi
+      {{ver}}: captured by look
+      {{nope}}: NO STEP CAPTURES IT
+    RunString: a {{ver}}
     echo one
     echo two
-      {{{{ver}}}}: captured by look
+      {{ver}}: captured by look
     RunScript: later.sh (no such file yet) with lib.sh
     Push: x y z onto d/, recurse
 """,
@@ -14533,7 +14533,7 @@ act: {ME}@LOCALNODE (after look)
     )
     assert apssh.main(["--scenario", "s.yaml", "-L"]) == 0
     assert capfd.readouterr() == (
-        f"slice@gw.example.org\nslice@gw.example.org->root@node1:2200\n{ME}@LOCALNODE\n",
+        "slice@gw.example.org\nslice@gw.example.org->root@node1:2200\nLocal Node\n",
         "",
     )
 
@@ -14541,7 +14541,7 @@ act: {ME}@LOCALNODE (after look)
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["-o", "d", "-m", "-u", "1"], "--command-timeout --out-dir --mark"),
+        (["-o", "d", "-m", "-u", "1"], "--out-dir --mark --command-timeout"),
         (["-t", "h", "-x", "i"], "--target --exclude"),
         (["-l", "me"], "--login"),
         (["ls"], "the command"),
