@@ -8073,12 +8073,14 @@ pull = _plain_form(co_pull)
 class _Folder(_View):
     """-o and -d: files of output, which the formatter writes; here what comes of a host besides.
 
-    A host that was not reached leaves its reason in its ``.err``. What an earlier run has left of
-    hosts of this one goes first, so that nothing is taken for this run's that is not.
+    A host that was not reached leaves its reason in its ``.err``. With ``mark`` (-m) a file below
+    ``0ok`` or ``1failed`` has the status of each host; these folders can be targets of a next run.
+    What an earlier run has left of hosts of this one goes first, so that nothing is taken for this
+    run's that is not.
     """
 
-    def __init__(self, formatter: SubdirFormatter) -> None:
-        self._folder = formatter.run_name
+    def __init__(self, folder: Path, mark: bool) -> None:
+        self._folder, self._mark = folder, mark
 
     def begin(self, names: Collection[str]) -> None:
         """Make the folder, and clean it of these hosts. Raises UsageError where it cannot be."""
@@ -8101,21 +8103,11 @@ class _Folder(_View):
         if result.error and not result.reached:
             with open(self._folder / f"{result.name}.err", "a", encoding="utf-8") as file:
                 file.write(f"{result.name}: {result.kind}: {result.error}\n")
-
-
-class _Marks(_View):
-    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be
-    targets of a next run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def done(self, result: Result) -> None:
-        folder = self._folder / ("0ok" if result.ok else "1failed")
-        folder.mkdir(exist_ok=True)
-        status = result.signal if result.status is None else result.status
-        (folder / result.name).write_text(f"{status}\n")
+        if self._mark:
+            marks = self._folder / ("0ok" if result.ok else "1failed")
+            marks.mkdir(exist_ok=True)
+            status = result.signal if result.status is None else result.status
+            (marks / result.name).write_text(f"{status}\n")
 
 
 class _JsonLines(_View):
@@ -8198,28 +8190,23 @@ class _Failures(_View):
 
 
 class _Progress(_View):
-    """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no
-    terminal.
-    """
+    """One line at the bottom of the terminal while hosts are at work."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total = total
+    def begin(self, names: Collection[str]) -> None:
+        self._total = len(names)
         self._done: list[Result] = []
         self._running: dict[str, StepRecord] = {}
-        self._active = sys.stderr.isatty() and not quiet
-        self._handle: asyncio.TimerHandle | None = None
+        self._timer = asyncio.get_running_loop().call_later(1, self._tick)
 
     def started(self, result: Result, step: StepRecord) -> None:
         self._running[result.name] = step
-        if self._active and not self._handle:
-            self._handle = asyncio.get_running_loop().call_later(1, self._tick)
 
     def done(self, result: Result) -> None:
         self._done.append(result)
         self._running.pop(result.name, None)
 
     def _tick(self) -> None:
-        self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
+        self._timer = asyncio.get_running_loop().call_later(0.2, self._tick)
         failed = sum(not result.ok for result in self._done)
         moved = sum(result.bytes_transferred for result in self._done)
         moved += sum(step.bytes_transferred for step in self._running.values())
@@ -8234,42 +8221,35 @@ class _Progress(_View):
         _screen.show(text)
 
     def finish(self) -> None:
-        if self._handle:
-            self._handle.cancel()
+        self._timer.cancel()
         _screen.show("")
 
 
-class _Results(_View):
-    """Keeps the results for the end, but for the outputs, which the other views have seen."""
-
-    def __init__(self) -> None:
-        self.all: list[Result] = []
-
-    def done(self, result: Result) -> None:
-        result.stdout_bytes = result.stderr_bytes = b""
-        self.all.append(result)
+_Shown = tuple[Formatter, Sequence[_View]]  # where lines of hosts go, and where their results go
 
 
-_Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
-
-
-def _shown_in_folder(folder: str) -> _Shown:
+def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
     formatter = SubdirFormatter(folder)
-    return formatter, [_Folder(formatter)]
+    return formatter, [_Folder(formatter.run_name, options.mark), _Failures(options.verbose)]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
-# each result (views, in this order; failures are told besides, but for those that the output tells
-# itself). Without any of these options it is the last one.
+# each result (views, in this order). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options.out_dir),
-    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
-    "gather": lambda options: (_HoldingFormatter(), [_Gather(options.diff)]),
+    "out_dir": lambda options: _shown_in_folder(options, options.out_dir),
+    "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "gather": lambda options: (
+        _HoldingFormatter(),
+        [_Gather(options.diff), _Failures(options.verbose, told=("status", "signal"))],
+    ),
     "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
-    "format": lambda options: (TerminalFormatter(options.format), []),
-    "raw_format": lambda options: (RawFormatter(), []),
-    "time_colon_format": lambda options: (TimeHostFormatter(), []),
-    "": lambda options: (_LiveFormatter() if _is_dialogue(options) else HostFormatter(), []),
+    "format": lambda options: (TerminalFormatter(options.format), [_Failures(options.verbose)]),
+    "raw_format": lambda options: (RawFormatter(), [_Failures(options.verbose)]),
+    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures(options.verbose)]),
+    "": lambda options: (
+        _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
+        [_Failures(options.verbose)],
+    ),
 }
 
 
@@ -8284,13 +8264,6 @@ def _output(options: argparse.Namespace) -> _Shown:
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
-    if not options.json:
-        told = ("status", "signal") if options.gather else ()
-        views.append(_Failures(options.verbose, told))
-    if options.mark:
-        if not isinstance(formatter, SubdirFormatter):
-            raise UsageError("-m goes with -o or -d")
-        views.append(_Marks(formatter.run_name))
     return formatter, views
 
 
@@ -8299,16 +8272,15 @@ def _summary(results: Sequence[Result]) -> list[str]:
     or kind, with folded names.
     """
     counts = dict.fromkeys(("ok", "failed", "not reached", "interrupted", "not started"), 0)
+    names = collections.defaultdict(list)
     for result in results:
-        if result.outcome in counts:
-            counts[result.outcome] += 1
-        else:
-            counts["failed" if result.reached else "not reached"] += 1
+        names[result.outcome].append(result.name)
+        what = "failed" if result.reached else "not reached"
+        counts[result.outcome if result.outcome in counts else what] += 1
     parts = [f"{count} {what}" for what, count in counts.items() if count or what == "ok"]
     lines = [_screen.paint(", ".join(parts), "32" if counts["ok"] == len(results) else "31")]
-    for outcome in sorted({result.outcome for result in results} - {"ok"}):
-        names = [result.name for result in results if result.outcome == outcome]
-        lines.append(f"  {outcome}: {fold_names(names)} ({len(names)})")
+    for outcome in sorted(names.keys() - {"ok"}):
+        lines.append(f"  {outcome}: {fold_names(names[outcome])} ({len(names[outcome])})")
     left = [result.name for result in results if result.may_run]
     if left:
         lines.append(f"  the command may still be running on: {fold_names(left)}")
@@ -8517,7 +8489,11 @@ class _Parser(argparse.ArgumentParser):
                     continue
                 place = outputs if dest in _OUTPUTS else group
                 value = written.split()[len(names) :]
-                keywords = {"help": text, **_value_of_option(value)}
+                keywords: dict[str, Any] = {"help": text, "action": "store_true"}
+                if value:
+                    keywords |= {"action": "store", "metavar": value[0]}
+                if "..." in value:
+                    keywords |= {"action": "append", "default": []}
                 keywords.update(*more)
                 action = place.add_argument(*names, **keywords)
                 if "T" in value:
@@ -8554,26 +8530,14 @@ class _Parser(argparse.ArgumentParser):
         for option, needed in _GOES_WITH.items():
             if option in given and not set(needed.split(" or ")).intersection(given):
                 raise UsageError(f"{option} goes with {needed}")
-        brought = (
-            ("--demo", "its own hosts", [name for name in given if name in _NOT_WITH_DEMO]),
-            (
-                "--scenario",
-                "its own hosts and commands",
-                [name for name in given if name not in _WITH_SCENARIO],
-            ),
-        )
-        for option, what, others in brought:
-            if option in given and others:
-                raise UsageError(f"{option} brings {what}: leave out {' '.join(others)}")
-
-
-def _value_of_option(words: Sequence[str]) -> dict[str, Any]:
-    """What argparse calls the value that a row of _OPTIONS speaks of."""
-    if not words:
-        return {"action": "store_true"}
-    if "..." in words:
-        return {"metavar": words[0], "action": "append", "default": []}
-    return {"metavar": words[0]}
+        others = [name for name in given if name in _NOT_WITH_DEMO]
+        if options.demo and others:
+            raise UsageError(f"--demo brings its own hosts: leave out {' '.join(others)}")
+        others = [name for name in given if name not in _WITH_SCENARIO]
+        if options.scenario and others:
+            raise UsageError(
+                f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
+            )
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
@@ -9027,18 +8991,27 @@ async def _work(
         plan.check(nodes)
         if options.dry_run:
             return _list(f"{node}: {plan.step(node).dry_run_text()}" for node in nodes)
+        views = [*views, _Conclusion(options, formatter, nodes)]
+        quiet = options.quiet or (options.pty and len(nodes) == 1)
+        if sys.stderr.isatty() and not quiet:
+            views.insert(0, _Progress())
+        await plan.prepare()
         for view in views:
             view.begin([node.shown_name for node in nodes])
-        await plan.prepare()
-        results = _Results()
-        quiet = options.quiet or (options.pty and len(nodes) == 1)
-        progress = _Progress(len(nodes), quiet)
         try:
-            await _show_fan_out(options, plan, nodes, [progress, *views, results])
+            results = await _fan_out(
+                nodes,
+                plan,
+                window=options.window,
+                retries=options.retries,
+                max_failures=options.max_failures,
+                views=views,
+            )
         finally:
-            if not _screen.closed:
-                _conclude(options, formatter, nodes, results.all)
-        return 0 if all(result.ok for result in results.all) else 1
+            _screen.end_raw_mode()
+            for view in views if not _screen.closed else ():
+                view.finish()
+        return 0 if all(result.ok for result in results) else 1
 
 
 async def _nodes_of_run(
@@ -9082,42 +9055,32 @@ def _list(lines: Iterable[object]) -> int:
     return 0
 
 
-async def _show_fan_out(
-    options: argparse.Namespace, plan: _Plan, nodes: Sequence[SshNode], views: Sequence[_View]
-) -> None:
-    """The fan-out, followed by the views to its end, whatever the end."""
-    try:
-        await _fan_out(
-            nodes,
-            plan,
-            window=options.window,
-            retries=options.retries,
-            max_failures=options.max_failures,
-            views=views,
-        )
-    finally:
-        _screen.end_raw_mode()
-        for view in views if not _screen.closed else ():
-            view.finish()
-
-
-def _conclude(
-    options: argparse.Namespace,
-    formatter: Formatter,
-    nodes: Iterable[SshNode],
-    results: list[Result],
-) -> None:
+@dataclasses.dataclass
+class _Conclusion(_View):
     """What came of the run: a summary where there is something to sum up, the hosts met for the
-    first time, the groups of the last run, the folder.
+    first time, the groups of the last run, the folder. Results are kept until then, but for the
+    outputs, which the other views have seen.
     """
-    if not options.quiet and (len(results) > 1 or not all(result.ok for result in results)):
-        for line in _summary(results):
-            _screen.say(line)
-    _tell_first_contacts(options, nodes)
-    if not options.no_last and not options.demo:
-        _save_last(results)
-    if isinstance(formatter, SubdirFormatter) and not options.quiet:
-        _screen.write(os.fsencode(formatter.run_name) + b"\n")
+
+    options: argparse.Namespace
+    formatter: Formatter
+    nodes: Sequence[SshNode]
+    results: list[Result] = dataclasses.field(default_factory=list)
+
+    def done(self, result: Result) -> None:
+        result.stdout_bytes = result.stderr_bytes = b""
+        self.results.append(result)
+
+    def finish(self) -> None:
+        loud = not self.options.quiet
+        if loud and (len(self.results) > 1 or not all(result.ok for result in self.results)):
+            for line in _summary(self.results):
+                _screen.say(line)
+        _tell_first_contacts(self.options, self.nodes)
+        if not self.options.no_last and not self.options.demo:
+            _save_last(self.results)
+        if loud and isinstance(self.formatter, SubdirFormatter):
+            _screen.write(os.fsencode(self.formatter.run_name) + b"\n")
 
 
 def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) -> None:
