@@ -6563,15 +6563,15 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
         formatter.add_endpoint(endpoint, verbose=False)
-    marks = apssh._Marks(tmp_path / "run")
+    folder = apssh._Folder(tmp_path / "run", mark=True)
     names = [formatter.endpoint_name(endpoint) for endpoint in endpoints]
     for error in (None, "broken"):  # two runs
-        apssh._Folder(formatter).begin(names)
+        folder.begin(names)
         for endpoint, name in zip(endpoints, names, strict=True):
             formatter._write(endpoint, b"out\n", None)
             formatter._write(endpoint, b"err\n", 1)
             host = endpoint[1]
-            marks.done(apssh.Result(host, "root", 22, name, host, status=0, error=error))
+            folder.done(dataclasses.replace(result_of(name), host=host, error=error))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) == 6  # a mark of another run is gone
     assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
