@@ -8563,10 +8563,7 @@ def _format(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no format; use -w for the number of hosts at once"
         )
-    try:
-        Formatter(text)
-    except UsageError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
+    Formatter(text)  # refuses unknown fields
     return text
 
 
@@ -8581,6 +8578,13 @@ def _sudo_user(text: str) -> bool | str:
     if text and not re.fullmatch(_USER, text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a user name")
     return text or True
+
+
+def _assignment(text: str) -> Sequence[str]:
+    match = re.fullmatch(r"(?s)([A-Za-z_][A-Za-z0-9_]*)=(.*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=value")
+    return match.groups()
 
 
 def _folder(text: str) -> str:
@@ -8661,7 +8665,11 @@ _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]]
             "give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
             "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
         ),
-        ("--env K=V ...", "a variable for the command, whatever the server accepts"),
+        (
+            "--env K=V ...",
+            "a variable for the command, whatever the server accepts",
+            {"type": _assignment},
+        ),
         ("-X --x11", "forward the DISPLAY"),
     ),
     "copying": (
@@ -8775,7 +8783,11 @@ _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]]
             "run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
             "command",
         ),
-        ("--set K=V ...", "with --scenario: a variable of its Jinja2 template"),
+        (
+            "--set K=V ...",
+            "with --scenario: a variable of its Jinja2 template",
+            {"type": _assignment},
+        ),
         ("--record F", "with --scenario: what ran, when and how it ended, as JSON"),
         ("--timeline F", "with --scenario: the record as a picture, F.svg"),
     ),
@@ -8883,9 +8895,8 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         _screen.say(recalled)
     everything = len(parse()) if options.exclude else 0
     for text in options.exclude:  # a slip there would run where it must not
-        with contextlib.suppress(UsageError):
-            if len(parse(exclude=[text])) == everything:
-                _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
+        if len(parse(exclude=[text])) == everything:
+            _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
     if options.shard:
         part, parts = options.shard
         return targets[part - 1 :: parts]
@@ -8908,7 +8919,7 @@ def _program(
         _log(options.debug)
         with asyncio.Runner(loop_factory=_Loop) as runner:
             try:
-                return runner.run(_ending_in_order(body(options)) if own else body(options))
+                return runner.run(body(options))
             except KeyboardInterrupt:
                 # The main task has ended in order, and told what is known; or this is a second
                 # Ctrl-C, that waits for nothing. What is left are tasks of connections, which end
@@ -8950,10 +8961,23 @@ def _own_process() -> None:
     atexit.register(gc.freeze)
     # asyncio.Runner leaves Ctrl-C alone where it finds another handler
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _as_ctrl_c)
     # a stream that was closed when we were started is /dev/null, as for ssh
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _as_ctrl_c(number: int, frame: object) -> None:
+    """SIGTERM is answered as Ctrl-C is; SIGHUP too, unless it was ignored when we started (nohup).
+
+    While the work goes on that is asyncio.Runner's handler: the first time it cancels the main
+    task, wherever it waits; the second time it raises KeyboardInterrupt, which leaves a write that
+    nobody takes too. A handler of the event loop would wait for that write.
+    """
+    signal.raise_signal(signal.SIGINT)
 
 
 def _log(debug: bool) -> None:
@@ -8964,20 +8988,6 @@ def _log(debug: bool) -> None:
     if debug:
         logging.basicConfig(handlers=[_ScreenHandler()], format="%(name)s: %(message)s")
         logging.getLogger("asyncssh").setLevel(logging.DEBUG)
-
-
-async def _ending_in_order(work: Coroutine[Any, Any, int]) -> int:
-    """SIGTERM is answered as Ctrl-C is; SIGHUP too, unless it was ignored when we started (nohup).
-
-    The handler is asyncio.Runner's: the first time it cancels the main task, and so this coroutine,
-    wherever it waits; the second time it raises KeyboardInterrupt, which leaves a write that nobody
-    takes too. A handler of the event loop would wait for that write.
-    """
-    ctrl_c = signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, ctrl_c)
-    return await work
 
 
 async def _work(
@@ -9114,20 +9124,9 @@ async def _run_program(options: argparse.Namespace) -> int:
         return await _work(options, _CommandPlan(step, spool), formatter, views)
 
 
-def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """NAME=value, several times."""
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise UsageError(f"{option} {escape(text)}: write NAME=value")
-        found[name] = value
-    return found
-
-
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command."""
-    env = _assignments("--set", options.set)
+    env = dict(options.set)
     if options.scenario.endswith(".j2"):
         env |= {"": ""}  # a template even so
     scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
@@ -9140,14 +9139,13 @@ async def _run_scenario(options: argparse.Namespace) -> int:
             fleet += await stack.enter_async_context(demo_fleet(options.demo))
         _, jobs, scheduler = scenario.load(functools.partial(_scenario_overrides, options, fleet))
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
-        printed = sys.stderr if options.verbose else io.StringIO()
         try:
             # a critical job's failure is told below, that of a teardown too
             with contextlib.suppress(ApsshError):
                 async with experiment(
                     scheduler, options.record, options.timeline, scenario.teardown
                 ):
-                    with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
+                    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                         await scheduler.co_run()
         finally:
             _screen.out = None
@@ -9168,9 +9166,9 @@ def _scenario_overrides(
         if not fleet:
             raise UsageError(f"--demo {options.demo}: the scenario has more hosts")
         host = fleet.pop(0)
-        found |= {"port": host.port, "username": host.username, "keys": host.keys}
-        found |= {"address": "127.0.0.1", "known_hosts": host.known_hosts}
-        found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
+        found |= {name: getattr(host, name) for name in ("port", "username", "keys", "known_hosts")}
+        # the file's lead to the real hosts
+        found |= {"address": "127.0.0.1", "config": None, "proxy_command": None}
     return found
 
 
@@ -9207,7 +9205,7 @@ def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob])
         if error and job.critical:  # others tell it when it happens
             _screen.say(_screen.paint(f"{escape(name)}: {escape(error)}", "31"))
         # a job that runs for ever ends when the others have: it may fail only by itself
-        ok = ok and (state == "ok" or (job.forever and not error))
+        ok &= state == "ok" or (job.forever and not error)
     if not options.quiet:
         text = ", ".join(f"{count} {state}" for state, count in counts.items())
         _screen.say(_screen.paint(text, "32" if ok else "31"))
@@ -9252,7 +9250,7 @@ class _Keyboard(_Stdin):
 def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellCommand:
     """What the command line asks to run."""
     words = options.command
-    if not words or not any(word.strip() for word in words):
+    if not any(map(str.strip, words)):
         raise UsageError("no command: apssh [options] command ...")
     if options.pty and options.stdin:
         raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
@@ -9266,7 +9264,7 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
     step = kind(
         *words,
         timeout=options.command_timeout,
-        env=_assignments("--env", options.env),
+        env=dict(options.env),
         pty=options.pty,
         x11=options.x11,
         stdin=stdin,
