@@ -13168,7 +13168,10 @@ def test_demo_size(count: int) -> None:
         ),
         (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"),
         (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
-        (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"),
+        (
+            ["-t", "h", "--env", "A B=1", "x"],
+            "argument --env: 'A B=1': write NAME=value (see apssh --help)",
+        ),
         (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
         (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
         (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
