@@ -8083,11 +8083,8 @@ class _Folder(_View):
         self._folder, self._mark = folder, mark
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts. Raises UsageError where it cannot be."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{escape(str(self._folder))}: {_reason(exc)}") from None
+        """Make the folder, and clean it of these hosts."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
         for name in names:
             for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
@@ -8158,10 +8155,10 @@ class _Gather(_View):
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
         # each by itself: the screen lets no colour run on into the next line
-        lines = [_screen.paint(line, "1", err=err) for line in (rule, header, rule)]
-        ending = b"\n" if text else b""
-        shown = "".join(f"{line}\n" for line in lines)
-        _screen.write(shown.encode() + text.removesuffix(b"\n") + ending, err=err)
+        lines = [_screen.paint(line, "1", err=err).encode() for line in (rule, header, rule)]
+        if text:
+            lines.append(text.removesuffix(b"\n"))
+        _screen.write(b"\n".join([*lines, b""]), err=err)
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
@@ -8508,7 +8505,8 @@ class _Parser(argparse.ArgumentParser):
         plain = self.prog == "apssh" or "--" in words
         parse = self.parse_known_args if plain else self.parse_known_intermixed_args
         # --sudo takes a user after = alone: argparse would give it the next word, the command's
-        options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
+        root = {"--sudo": "--sudo=root"} if plain else {}
+        options, rest = parse([root.get(word, word) for word in words])
         if options.command:
             options.command = list(words[-len(options.command) :])
             if options.command[0] == "--":
@@ -8552,12 +8550,6 @@ def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[
     return parse
 
 
-def _window(text: str) -> int:
-    if re.search(r"[^\d-]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of hosts; use -t for targets")
-    return cast("int", _number(int, 0, "a number of hosts, 0 for no limit")(text))
-
-
 def _format(text: str) -> str:
     if text.isdigit():
         raise argparse.ArgumentTypeError(
@@ -8572,12 +8564,6 @@ def _shard(text: str) -> tuple[int, int]:
     if not match or int(match[1]) > int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
     return int(match[1]), int(match[2])
-
-
-def _sudo_user(text: str) -> bool | str:
-    if text and not re.fullmatch(_USER, text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a user name")
-    return text or True
 
 
 def _assignment(text: str) -> Sequence[str]:
@@ -8658,7 +8644,7 @@ _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]]
         (
             "--sudo [=USER]",
             "run by sudo as root, or as that user; a password is asked once, when a host asks",
-            {"type": _sudo_user, "default": False},
+            {"default": False},
         ),
         (
             "--pty",
@@ -8730,7 +8716,10 @@ _OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]]
         (
             "-w --window N",
             "at most N hosts at once (default 0: no limit)",
-            {"type": _window, "default": 0},
+            {
+                "type": _number(int, 0, "hosts at once, 0 for no limit; -t is for targets"),
+                "default": 0,
+            },
         ),
         (
             "--max-failures N",
@@ -8927,8 +8916,8 @@ def _program(
                 if own:
                     _die_of_sigint()
                 raise
-    except SystemExit as exc:  # argparse: --help and --version
-        return int(exc.code or 0)
+    except SystemExit:  # argparse: --help and --version
+        return 0
     except ApsshError as exc:
         _screen.say(f"{parser.prog}: {exc}")
         return 2 if isinstance(exc, UsageError) else 1
@@ -9308,11 +9297,9 @@ def _copy_paths(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"from what to what? {usage}")
     for number, path in enumerate(paths, 1):
         remote = (number == len(paths)) == (options.kind is Push)
-        if path.startswith("@:") != remote:
-            rule = "remote path is written @:path" if remote else "local path has no @: in front"
-            raise UsageError(f"{escape(path)}: a {rule}: {usage}")
-        if not path:
-            raise UsageError(f"an empty path: {usage}")
+        if not path or path.startswith("@:") != remote:
+            rule = "remote paths begin with @: and local ones do not"
+            raise UsageError(f"'{escape(path)}': {rule}: {usage}")
     return [path.removeprefix("@:") or "." for path in paths]
 
 
