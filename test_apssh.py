@@ -13142,7 +13142,8 @@ def test_demo_size(count: int) -> None:
         (["-t", "h", "--diff", "ls"], "--diff goes with --gather"),
         (
             ["-t", "h", "-w", "-1", "x"],
-            "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)",
+            "argument -w/--window: '-1': hosts at once, 0 for no limit; -t is for targets "
+            "(see apssh --help)",
         ),
         (
             ["-t", "h", "-c", "-1", "x"],
@@ -13154,8 +13155,8 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-w", "node[1-3]", "x"],
-            "argument -w/--window: 'node[1-3]' is no number of hosts; "
-            "use -t for targets (see apssh --help)",
+            "argument -w/--window: 'node[1-3]': hosts at once, 0 for no limit; -t is for targets "
+            "(see apssh --help)",
         ),
         (
             ["-t", "h", "-f", "20", "x"],
@@ -13174,7 +13175,6 @@ def test_demo_size(count: int) -> None:
         ),
         (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
         (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
-        (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
         (["-t", "gone/targets", "x"], "gone/targets: no such file"),
         (["-t", "@last-ok", "x"], "@last-ok: no such group; a group is a file in ~/.apssh"),
         (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
@@ -13195,7 +13195,7 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-t", "h", "--sudo=a b", "x"],
-            "argument --sudo: 'a b' is not a user name (see apssh --help)",
+            "Run: sudo is True (root) or the name of a user, not 'a b'",
         ),
         (
             ["-t", "h", "-o", "StrictHostKeyChecking=no", "x"],
@@ -13218,24 +13218,33 @@ def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> 
         (
             "push",
             ["-t", "h", "f", "g"],
-            "g: a remote path is written @:path: appush [options] local ... @:remote",
+            "'g': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
         ),
         (
             "push",
             ["-t", "h", "@:f", "@:g"],
-            "@:f: a local path has no @: in front: appush [options] local ... @:remote",
+            "'@:f': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
         ),
         ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"),
-        ("push", ["-t", "h", "", "@:g"], "an empty path: appush [options] local ... @:remote"),
+        (
+            "push",
+            ["-t", "h", "", "@:g"],
+            "'': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
+        ),
         (
             "pull",
             ["-t", "h", "f", "g"],
-            "f: a remote path is written @:path: appull [options] @:remote ... local",
+            "'f': remote paths begin with @: and local ones do not: "
+            "appull [options] @:remote ... local",
         ),
         (
             "pull",
             ["-t", "h", "@:f", "@:g"],
-            "@:g: a local path has no @: in front: appull [options] @:remote ... local",
+            "'@:g': remote paths begin with @: and local ones do not: "
+            "appull [options] @:remote ... local",
         ),
         (
             "pull",
@@ -13279,7 +13288,10 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
         (["-t", "n[1-5]", "--shard", "1/2", "-L"], "n1\nn3\nn5\n"),
         (["-t", "n[1-5]", "--shard", "2/2", "-L"], "n2\nn4\n"),
         (["-F", "none", "-t", "a", "--shard", "2/2", "-n", "ls"], ""),
-        (["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"], f"{ME}@a: sudo: ls --sudo\n"),
+        (
+            ["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"],
+            f"{ME}@a: sudo -u root: ls --sudo\n",
+        ),
         (["-F", "none", "-t", "a", "-n", "--sudo=bob", "ls"], f"{ME}@a: sudo -u bob: ls\n"),
     ],
 )
@@ -13374,11 +13386,13 @@ def test_folder_keeps_nothing_of_an_earlier_run(home: Path) -> None:
     }
 
 
-def test_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
+def test_folder_or_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
     (home / "out").mkdir()
     (home / "out" / "0ok").touch()
     assert apssh.main(["--demo", "1", "-q", "-o", "out", "-m", "true"]) == 1
     assert capfd.readouterr().err == "apssh: out/0ok/demo1: not a directory\n"
+    assert apssh.main(["--demo", "1", "-q", "-o", "/proc/x", "true"]) == 1
+    assert capfd.readouterr().err == "apssh: /proc/x: no such file or directory\n"
 
 
 def test_misuse_leaves_no_folder(home: Path) -> None:
