@@ -8560,10 +8560,11 @@ def _format(text: str) -> str:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
-    if not match or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
-    return int(match[1]), int(match[2])
+    with contextlib.suppress(ValueError):
+        part, parts = map(int, text.split("/"))
+        if 0 < part <= parts:
+            return part, parts
+    raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
 
 
 def _assignment(text: str) -> Sequence[str]:
@@ -8940,7 +8941,7 @@ def _die_of_sigint() -> None:
     """
     _screen.end_raw_mode()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _own_process() -> None:
@@ -8954,9 +8955,9 @@ def _own_process() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _as_ctrl_c)
     # a stream that was closed when we were started is /dev/null, as for ssh
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
 
 
 def _as_ctrl_c(number: int, frame: object) -> None:
@@ -9241,10 +9242,6 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
     words = options.command
     if not any(map(str.strip, words)):
         raise UsageError("no command: apssh [options] command ...")
-    if options.pty and options.stdin:
-        raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
-    if options.x11 and not os.environ.get("DISPLAY"):
-        raise UsageError("-X: no DISPLAY here to forward to")
     kind: Callable[..., _ShellCommand] = Run
     if options.script:
         a_file = os.path.isfile(words[0]) or not re.search(r"\s", words[0])
