@@ -8162,9 +8162,9 @@ class _Gather(_View):
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
-        before, after = (os.fsdecode(text.removesuffix(b"\n")).split("\n") for text in (old, new))
-        lines = difflib.unified_diff(before, after, lineterm="")
-        return os.fsencode("\n".join(itertools.islice(lines, 2, None)))
+        before, after = (text.removesuffix(b"\n").split(b"\n") for text in (old, new))
+        lines = difflib.diff_bytes(difflib.unified_diff, before, after, lineterm=b"")
+        return b"\n".join(itertools.islice(lines, 2, None))
 
 
 class _Failures(_View):
@@ -8190,26 +8190,25 @@ class _Progress(_View):
     """One line at the bottom of the terminal while hosts are at work."""
 
     def begin(self, names: Collection[str]) -> None:
-        self._total = len(names)
-        self._done: list[Result] = []
-        self._running: dict[str, StepRecord] = {}
+        self._total, self._failed = len(names), 0
+        self._steps: list[StepRecord] = []
+        self._running: set[str] = set()
         self._timer = asyncio.get_running_loop().call_later(1, self._tick)
 
     def started(self, result: Result, step: StepRecord) -> None:
-        self._running[result.name] = step
+        self._steps.append(step)
+        self._running.add(result.name)
 
     def done(self, result: Result) -> None:
-        self._done.append(result)
-        self._running.pop(result.name, None)
+        self._failed += not result.ok
+        self._running.discard(result.name)
 
     def _tick(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(0.2, self._tick)
-        failed = sum(not result.ok for result in self._done)
-        moved = sum(result.bytes_transferred for result in self._done)
-        moved += sum(step.bytes_transferred for step in self._running.values())
-        text = f"{len(self._done)}/{self._total} done"
-        if failed:
-            text += f", {failed} failed"
+        moved = sum(step.bytes_transferred for step in self._steps)
+        text = f"{len(self._steps) - len(self._running)}/{self._total} done"
+        if self._failed:
+            text += f", {self._failed} failed"
         text += f", {len(self._running)} running"
         if moved:
             text += f", {moved / 1e6:.1f} MB"
@@ -8271,13 +8270,16 @@ def _summary(results: Sequence[Result]) -> list[str]:
     counts = dict.fromkeys(("ok", "failed", "not reached", "interrupted", "not started"), 0)
     names = collections.defaultdict(list)
     for result in results:
-        names[result.outcome].append(result.name)
-        what = "failed" if result.reached else "not reached"
-        counts[result.outcome if result.outcome in counts else what] += 1
+        what = result.outcome
+        names[what].append(result.name)
+        if what not in counts:
+            what = "failed" if result.reached else "not reached"
+        counts[what] += 1
     parts = [f"{count} {what}" for what, count in counts.items() if count or what == "ok"]
     lines = [_screen.paint(", ".join(parts), "32" if counts["ok"] == len(results) else "31")]
-    for outcome in sorted(names.keys() - {"ok"}):
-        lines.append(f"  {outcome}: {fold_names(names[outcome])} ({len(names[outcome])})")
+    names.pop("ok", None)
+    for what, hosts in sorted(names.items()):
+        lines.append(f"  {what}: {fold_names(hosts)} ({len(hosts)})")
     left = [result.name for result in results if result.may_run]
     if left:
         lines.append(f"  the command may still be running on: {fold_names(left)}")
