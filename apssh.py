@@ -8251,8 +8251,7 @@ _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
 
 def _is_dialogue(options: argparse.Namespace) -> bool:
     """Whether somebody at a terminal may talk to the command of a single host."""
-    main = threading.current_thread() is threading.main_thread()  # signals tell of a new size
-    return bool(options.pty) and main and sys.stdin.isatty() and sys.stdout.isatty()
+    return bool(options.pty) and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _output(options: argparse.Namespace) -> _Shown:
@@ -8901,7 +8900,7 @@ def _program(
     body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
 ) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
-    own = argv is None and threading.current_thread() is threading.main_thread()
+    own = argv is None  # the process is there for this program alone
     if own:
         _answer_completion(parser)
         _own_process()
