@@ -8036,19 +8036,18 @@ pull = _plain_form(co_pull)
 class _Folder(_View):
     """-o and -d: files of output, which the formatter writes; here what comes of a host besides.
 
-    A host that was not reached leaves its reason in its ``.err``. What an earlier run has left of
-    hosts of this one goes first, so that nothing is taken for this run's that is not.
+    A host that was not reached leaves its reason in its ``.err``. With ``mark`` (-m) a file below
+    ``0ok`` or ``1failed`` has the status of each host; these folders can be targets of a next run.
+    What an earlier run has left of hosts of this one goes first, so that nothing is taken for this
+    run's that is not.
     """
 
-    def __init__(self, formatter: SubdirFormatter) -> None:
-        self._folder = formatter.run_name
+    def __init__(self, folder: Path, mark: bool) -> None:
+        self._folder, self._mark = folder, mark
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts. Raises UsageError where it cannot be."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise UsageError(f"{escape(str(self._folder))}: {_reason(exc)}") from None
+        """Make the folder, and clean it of these hosts."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
         for name in names:
             for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
@@ -8064,21 +8063,11 @@ class _Folder(_View):
         if result.error and not result.reached:
             with open(self._folder / f"{result.name}.err", "a", encoding="utf-8") as file:
                 file.write(f"{result.name}: {result.kind}: {result.error}\n")
-
-
-class _Marks(_View):
-    """-m: the status of each host in a file below ``0ok`` or ``1failed``; the folders can be
-    targets of a next run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def done(self, result: Result) -> None:
-        folder = self._folder / ("0ok" if result.ok else "1failed")
-        folder.mkdir(exist_ok=True)
-        status = result.signal if result.status is None else result.status
-        (folder / result.name).write_text(f"{status}\n")
+        if self._mark:
+            marks = self._folder / ("0ok" if result.ok else "1failed")
+            marks.mkdir(exist_ok=True)
+            status = result.signal if result.status is None else result.status
+            (marks / result.name).write_text(f"{status}\n")
 
 
 class _JsonLines(_View):
@@ -8129,16 +8118,16 @@ class _Gather(_View):
     def _show(header: str, text: bytes, *, err: bool) -> None:
         rule = "-" * min(len(header), 79)
         # each by itself: the screen lets no colour run on into the next line
-        lines = [_screen.paint(line, "1", err=err) for line in (rule, header, rule)]
-        ending = b"\n" if text else b""
-        shown = "".join(f"{line}\n" for line in lines)
-        _screen.write(shown.encode() + text.removesuffix(b"\n") + ending, err=err)
+        lines = [_screen.paint(line, "1", err=err).encode() for line in (rule, header, rule)]
+        if text:
+            lines.append(text.removesuffix(b"\n"))
+        _screen.write(b"\n".join([*lines, b""]), err=err)
 
     @staticmethod
     def _difference(old: bytes, new: bytes) -> bytes:
-        before, after = (os.fsdecode(text.removesuffix(b"\n")).split("\n") for text in (old, new))
-        lines = difflib.unified_diff(before, after, lineterm="")
-        return os.fsencode("\n".join(itertools.islice(lines, 2, None)))
+        before, after = (text.removesuffix(b"\n").split(b"\n") for text in (old, new))
+        lines = difflib.diff_bytes(difflib.unified_diff, before, after, lineterm=b"")
+        return b"\n".join(itertools.islice(lines, 2, None))
 
 
 class _Failures(_View):
@@ -8161,34 +8150,28 @@ class _Failures(_View):
 
 
 class _Progress(_View):
-    """One line at the bottom of the terminal while hosts are at work; nothing when stderr is no
-    terminal.
-    """
+    """One line at the bottom of the terminal while hosts are at work."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total = total
-        self._done: list[Result] = []
-        self._running: dict[str, StepRecord] = {}
-        self._active = sys.stderr.isatty() and not quiet
-        self._handle: asyncio.TimerHandle | None = None
+    def begin(self, names: Collection[str]) -> None:
+        self._total, self._failed = len(names), 0
+        self._steps: list[StepRecord] = []
+        self._running: set[str] = set()
+        self._timer = asyncio.get_running_loop().call_later(1, self._tick)
 
     def started(self, result: Result, step: StepRecord) -> None:
-        self._running[result.name] = step
-        if self._active and not self._handle:
-            self._handle = asyncio.get_running_loop().call_later(1, self._tick)
+        self._steps.append(step)
+        self._running.add(result.name)
 
     def done(self, result: Result) -> None:
-        self._done.append(result)
-        self._running.pop(result.name, None)
+        self._failed += not result.ok
+        self._running.discard(result.name)
 
     def _tick(self) -> None:
-        self._handle = asyncio.get_running_loop().call_later(0.2, self._tick)
-        failed = sum(not result.ok for result in self._done)
-        moved = sum(result.bytes_transferred for result in self._done)
-        moved += sum(step.bytes_transferred for step in self._running.values())
-        text = f"{len(self._done)}/{self._total} done"
-        if failed:
-            text += f", {failed} failed"
+        self._timer = asyncio.get_running_loop().call_later(0.2, self._tick)
+        moved = sum(step.bytes_transferred for step in self._steps)
+        text = f"{len(self._steps) - len(self._running)}/{self._total} done"
+        if self._failed:
+            text += f", {self._failed} failed"
         text += f", {len(self._running)} running"
         if moved:
             text += f", {moved / 1e6:.1f} MB"
@@ -8197,65 +8180,48 @@ class _Progress(_View):
         _screen.show(text)
 
     def finish(self) -> None:
-        if self._handle:
-            self._handle.cancel()
+        self._timer.cancel()
         _screen.show("")
 
 
-class _Results(_View):
-    """Keeps the results for the end, but for the outputs, which the other views have seen."""
-
-    def __init__(self) -> None:
-        self.all: list[Result] = []
-
-    def done(self, result: Result) -> None:
-        result.stdout_bytes = result.stderr_bytes = b""
-        self.all.append(result)
+_Shown = tuple[Formatter, Sequence[_View]]  # where lines of hosts go, and where their results go
 
 
-_Shown = tuple[Formatter, list[_View]]  # where the lines of hosts go, and where their results go
-
-
-def _shown_in_folder(folder: str) -> _Shown:
+def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
     formatter = SubdirFormatter(folder)
-    return formatter, [_Folder(formatter)]
+    return formatter, [_Folder(formatter.run_name, options.mark), _Failures(options.verbose)]
 
 
 # An output format is a row here: the option, and what it makes of each line (a formatter) and of
-# each result (views, in this order; failures are told besides, but for those that the output tells
-# itself). Without any of these options it is the last one.
+# each result (views, in this order). Without any of these options it is the last one.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
-    "out_dir": lambda options: _shown_in_folder(options.out_dir),
-    "date_time": lambda options: _shown_in_folder(time.strftime("%Y-%m-%d@%H:%M:%S")),
-    "gather": lambda options: (_HoldingFormatter(), [_Gather(options.diff)]),
+    "out_dir": lambda options: _shown_in_folder(options, options.out_dir),
+    "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
+    "gather": lambda options: (
+        _HoldingFormatter(),
+        [_Gather(options.diff), _Failures(options.verbose, told=("status", "signal"))],
+    ),
     "json": lambda options: (_HoldingFormatter(), [_JsonLines()]),
-    "format": lambda options: (TerminalFormatter(options.format), []),
-    "raw_format": lambda options: (RawFormatter(), []),
-    "time_colon_format": lambda options: (TimeHostFormatter(), []),
-    "": lambda options: (_LiveFormatter() if _is_dialogue(options) else HostFormatter(), []),
+    "format": lambda options: (TerminalFormatter(options.format), [_Failures(options.verbose)]),
+    "raw_format": lambda options: (RawFormatter(), [_Failures(options.verbose)]),
+    "time_colon_format": lambda options: (TimeHostFormatter(), [_Failures(options.verbose)]),
+    "": lambda options: (
+        _LiveFormatter() if _is_dialogue(options) else HostFormatter(),
+        [_Failures(options.verbose)],
+    ),
 }
 
 
 def _is_dialogue(options: argparse.Namespace) -> bool:
     """Whether somebody at a terminal may talk to the command of a single host."""
-    main = threading.current_thread() is threading.main_thread()  # signals tell of a new size
-    return bool(options.pty) and main and sys.stdin.isatty() and sys.stdout.isatty()
+    return bool(options.pty) and sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _output(options: argparse.Namespace) -> _Shown:
     """What the options ask to show."""
-    if options.diff and not options.gather:
-        raise UsageError("--diff goes with -b")
     asked = [name for name in _OUTPUTS if name and getattr(options, name) not in (None, False)]
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
-    if not options.json:
-        told = ("status", "signal") if options.gather else ()
-        views.append(_Failures(options.verbose, told))
-    if options.mark:
-        if not isinstance(formatter, SubdirFormatter):
-            raise UsageError("-m goes with -o or -d")
-        views.append(_Marks(formatter.run_name))
     return formatter, views
 
 
@@ -8264,16 +8230,18 @@ def _summary(results: Sequence[Result]) -> list[str]:
     or kind, with folded names.
     """
     counts = dict.fromkeys(("ok", "failed", "not reached", "interrupted", "not started"), 0)
+    names = collections.defaultdict(list)
     for result in results:
-        if result.outcome in counts:
-            counts[result.outcome] += 1
-        else:
-            counts["failed" if result.reached else "not reached"] += 1
+        what = result.outcome
+        names[what].append(result.name)
+        if what not in counts:
+            what = "failed" if result.reached else "not reached"
+        counts[what] += 1
     parts = [f"{count} {what}" for what, count in counts.items() if count or what == "ok"]
     lines = [_screen.paint(", ".join(parts), "32" if counts["ok"] == len(results) else "31")]
-    for outcome in sorted({result.outcome for result in results} - {"ok"}):
-        names = [result.name for result in results if result.outcome == outcome]
-        lines.append(f"  {outcome}: {fold_names(names)} ({len(names)})")
+    names.pop("ok", None)
+    for what, hosts in sorted(names.items()):
+        lines.append(f"  {what}: {fold_names(hosts)} ({len(hosts)})")
     left = [result.name for result in results if result.may_run]
     if left:
         lines.append(f"  the command may still be running on: {fold_names(left)}")
@@ -8448,18 +8416,20 @@ class _ScreenHandler(logging.Handler):
         _screen.say(escape(self.format(record)))
 
 
-_HELP_GROUPS = (
-    *("targets", "what runs", "copying", "output", "login"),
-    *("how many, how long", "messages", "scenarios"),
-)
 _EXIT_CODES = """exit code:
   0 all succeeded; 1 some did not; 2 misuse, nothing was done; 130 interrupted"""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with what the three programs share, and hints in place of guesses."""
+    """argparse, with the options of a table, and hints in place of guesses.
 
-    def __init__(self, usage: str, description: str, *examples: str) -> None:
+    ``without``: the groups of _OPTIONS that this program does not have; to whoever asks, none of
+    their options was given.
+    """
+
+    def __init__(
+        self, usage: str, description: str, *examples: str, without: Collection[str]
+    ) -> None:
         super().__init__(
             usage.split()[0],
             usage=usage,
@@ -8469,17 +8439,67 @@ class _Parser(argparse.ArgumentParser):
             epilog="\n  ".join(["examples:", *examples]) + f"\n\n{_EXIT_CODES}",
             add_help=False,  # -h stands among the others
         )
-        # shown in this order, as far as a program has options of the group
-        self.groups = {title: self.add_argument_group(title) for title in _HELP_GROUPS}
-        _add_shared_options(self)
+        self.groups = {title: self.add_argument_group(title) for title in _OPTIONS}
+        for title, group in self.groups.items():
+            outputs = group.add_mutually_exclusive_group()
+            for written, text, *more in _OPTIONS[title]:
+                names = [word for word in written.split() if word.startswith("-")]
+                dest = names[-1].strip("-").replace("-", "_")
+                if title in without:
+                    self.set_defaults(**{dest: None})
+                    continue
+                place = outputs if dest in _OUTPUTS else group
+                value = written.split()[len(names) :]
+                keywords: dict[str, Any] = {"help": text, "action": "store_true"}
+                if value:
+                    keywords |= {"action": "store", "metavar": value[0]}
+                if "..." in value:
+                    keywords |= {"action": "append", "default": []}
+                keywords.update(*more)
+                action = place.add_argument(*names, **keywords)
+                if "T" in value:
+                    vars(action)["completer"] = _complete_target
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def unknown(self, word: str) -> UsageError:
-        """What to say of an option that does not exist."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        return _unknown_option(word, known, f" (see {self.prog} --help)")
+    def options(self, words: Sequence[str]) -> argparse.Namespace:
+        """What a command line says, checked; raises UsageError."""
+        # the way that takes options between paths loses the --
+        plain = self.prog == "apssh" or "--" in words
+        parse = self.parse_known_args if plain else self.parse_known_intermixed_args
+        # --sudo takes a user after = alone: argparse would give it the next word, the command's
+        root = {"--sudo": "--sudo=root"} if plain else {}
+        options, rest = parse([root.get(word, word) for word in words])
+        if options.command:
+            options.command = list(words[-len(options.command) :])
+            if options.command[0] == "--":
+                options.command.pop(0)
+            elif options.command[0].startswith("-"):
+                rest.append(options.command[0])
+        if rest:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            raise _unknown_option(rest[0], known, f" (see {self.prog} --help)")
+        self._check(options)
+        return options
+
+    def _check(self, options: argparse.Namespace) -> None:
+        """Raise UsageError for options that mean nothing together."""
+        given: list[str] = []
+        for action in self._actions:
+            if vars(options).get(action.dest, action.default) not in (action.default, []):
+                given += action.option_strings[-1:] or ["the command"]
+        for option, needed in _GOES_WITH.items():
+            if option in given and not set(needed.split(" or ")).intersection(given):
+                raise UsageError(f"{option} goes with {needed}")
+        others = [name for name in given if name in _NOT_WITH_DEMO]
+        if options.demo and others:
+            raise UsageError(f"--demo brings its own hosts: leave out {' '.join(others)}")
+        others = [name for name in given if name not in _WITH_SCENARIO]
+        if options.scenario and others:
+            raise UsageError(
+                f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
+            )
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:
@@ -8494,35 +8514,28 @@ def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[
     return parse
 
 
-def _window(text: str) -> int:
-    if re.search(r"[^\d-]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of hosts; use -t for targets")
-    return cast("int", _number(int, 0, "a number of hosts, 0 for no limit")(text))
-
-
 def _format(text: str) -> str:
     if text.isdigit():
         raise argparse.ArgumentTypeError(
             f"{text!r} is no format; use -w for the number of hosts at once"
         )
-    try:
-        Formatter(text)
-    except UsageError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
+    Formatter(text)  # refuses unknown fields
     return text
 
 
 def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})", text)
-    if not match or int(match[1]) > int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
-    return int(match[1]), int(match[2])
+    with contextlib.suppress(ValueError):
+        part, parts = map(int, text.split("/"))
+        if 0 < part <= parts:
+            return part, parts
+    raise argparse.ArgumentTypeError(f"{text!r}: I/N, as in 1/4, 2/4, 3/4 and 4/4")
 
 
-def _sudo_user(text: str) -> bool | str:
-    if text and not re.fullmatch(_USER, text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a user name")
-    return text or True
+def _assignment(text: str) -> Sequence[str]:
+    match = re.fullmatch(r"(?s)([A-Za-z_][A-Za-z0-9_]*)=(.*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: write NAME=value")
+    return match.groups()
 
 
 def _folder(text: str) -> str:
@@ -8552,161 +8565,205 @@ def _answer_completion(parser: _Parser) -> None:
             importlib.import_module("argcomplete").autocomplete(parser)
 
 
-def _add_shared_options(parser: _Parser) -> None:
-    """What the three programs share: targets, login, limits, messages."""
-    seconds = _number(float, 0.001, "seconds, more than 0")
-    add = parser.groups["targets"].add_argument
-    target = add(
-        "-t",
-        "--target",
-        action="append",
-        default=[],
-        metavar="T",
-        help="a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops 'gw->host'; "
-        "blanks and commas separate; an existing file holds targets, a folder's file names are "
-        "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last run",
-    )
-    exclude = add(
-        "-x",
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="T",
-        help="leave these out; same syntax, matching on the parts it names",
-    )
-    vars(target)["completer"] = vars(exclude)["completer"] = _complete_target
-    add("-L", "--list-targets", action="store_true", help="show the targets and stop")
-    add(
-        "-n",
-        "--dry-run",
-        action="store_true",
-        help="show what would be done, connect to nothing, and stop",
-    )
-    add(
-        "--shard",
-        type=_shard,
-        metavar="I/N",
-        help="only the I-th of N equal parts of the targets, the same parts on every machine",
-    )
-    add(
-        "--demo",
-        type=_number(int, 1, "a number of hosts"),
-        metavar="N",
-        help="N throw-away hosts inside this process, in place of targets (or of a scenario's)",
-    )
-    add = parser.groups["login"].add_argument
-    add(
-        "-l",
-        "--login",
-        metavar="USER",
-        help="user for hops that do not say (default: the ssh config's, else yours)",
-    )
-    add(
-        "-g",
-        "--gateway",
-        metavar="T",
-        help="go through this host, or chain of hosts; 'None->host' goes direct in spite of it",
-    )
-    add(
-        "-p",
-        "--port",
-        type=_number(int, 1, "a port from 1 to 65535"),
-        metavar="N",
-        help="port of final hosts that do not say (default: the ssh config's, else 22)",
-    )
-    add(
-        "-k",
-        "--key",
-        action="append",
-        default=[],
-        metavar="F",
-        help="a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
-    )
-    add("-K", "--ok-if-no-key", action="store_true", help="go on without any key")
-    add("-A", "--askpass", action="store_true", help="ask once for a password, tried on every host")
-    add(
-        "-F",
-        "--ssh-config",
-        metavar="F",
-        help="another ssh config than ~/.ssh/config; none: no config",
-    )
-    add(
-        "--host-keys",
-        choices=("accept-new", "yes", "no"),
-        metavar="P",
-        help="accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
-        "unknown hosts), no (check nothing)",
-    )
-    add(
-        "--forward-agent",
-        action="store_true",
-        help="let hosts use your agent, as ssh's option -A does",
-    )
-    add = parser.groups["how many, how long"].add_argument
-    add(
-        "-w",
-        "--window",
-        type=_window,
-        default=0,
-        metavar="N",
-        help="at most N hosts at once (default 0: no limit)",
-    )
-    add(
-        "--max-failures",
-        type=_number(int, 0, "a number of hosts, 0 or more"),
-        metavar="N",
-        help="start no further host once more than N have failed (default: no limit)",
-    )
-    add(
-        "-c",
-        "--connect-timeout",
-        type=seconds,
-        metavar="S",
-        help="seconds to be logged in, all hops included (default 30)",
-    )
-    add(
-        "-u",
-        "--command-timeout",
-        type=seconds,
-        metavar="S",
-        help="seconds for the command, or the copy, on one host (default: no limit)",
-    )
-    add(
-        "--retries",
-        type=_number(int, 0, "a number, 0 or more"),
-        default=0,
-        metavar="N",
-        help="try unreachable hosts N times more (default 0)",
-    )
-    add(
-        "--no-guard",
-        action="store_true",
-        help="for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
-    )
-    add = parser.groups["messages"].add_argument
-    add(
-        "-q",
-        "--quiet",
-        action="store_true",
-        help="no progress and no summary: nothing but a line on stderr for each host that failed",
-    )
-    add("-v", "--verbose", action="store_true", help="say what happens to connections and commands")
-    add("-D", "--debug", action="store_true", help="the ssh library's own log too, on stderr")
-    add(
-        "--color",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="colour of messages (default auto; NO_COLOR is obeyed)",
-    )
-    add("--no-last", action="store_true", help="leave the groups @last-... as they are")
-    add(
-        "-V",
-        "--version",
-        action="version",
-        version=f"apssh {__version__}",
-        help="show the version and stop",
-    )
-    add("-h", "--help", action="help", help="show this text and stop")
+_seconds = _number(float, 0.001, "seconds, more than 0")
+
+# An option is a row, in its group and its place of --help: how it is written, what it does, and
+# what else argparse is to know of it (a ``type`` refuses what cannot be). "-x --exclude T ..." has
+# a value, which --help calls T, and may be given again; what has no value is a flag. A program has
+# a group as a whole, or not at all; of the output formats (_OUTPUTS) one may be given. What else
+# goes together, or does not, is said below the table.
+_OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]] = {
+    "targets": (
+        (
+            "-t --target T ...",
+            "a host, user@host, host:port, [v6]:port, ranges node[01-20,25], hops 'gw->host'; "
+            "blanks and commas separate; an existing file holds targets, a folder's file names are "
+            "targets; - is standard input; @web is the file ~/.apssh/web, @last-failed of the last "
+            "run",
+        ),
+        ("-x --exclude T ...", "leave these out; same syntax, matching on the parts it names"),
+        ("-L --list-targets", "show the targets and stop"),
+        ("-n --dry-run", "show what would be done, connect to nothing, and stop"),
+        (
+            "--shard I/N",
+            "only the I-th of N equal parts of the targets, the same parts on every machine",
+            {"type": _shard},
+        ),
+        (
+            "--demo N",
+            "N throw-away hosts inside this process, in place of targets (or of a scenario's)",
+            {"type": _number(int, 1, "a number of hosts")},
+        ),
+    ),
+    "what runs": (
+        (
+            "-s --script",
+            "the first word is a local script; or the text of one, if there is no such file and it "
+            "holds a blank",
+        ),
+        (
+            "-i --includes F ...",
+            'with -s: a local file that lands beside the script, as $(dirname "$0")/F',
+        ),
+        ("-I --stdin", "give standard input to every host (without it they get end of file)"),
+        (
+            "--sudo [=USER]",
+            "run by sudo as root, or as that user; a password is asked once, when a host asks",
+            {"default": False},
+        ),
+        (
+            "--pty",
+            "give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
+            "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
+        ),
+        (
+            "--env K=V ...",
+            "a variable for the command, whatever the server accepts",
+            {"type": _assignment},
+        ),
+        ("-X --x11", "forward the DISPLAY"),
+    ),
+    "copying": (
+        ("-r --recurse", "copy folders too"),
+        ("--preserve", "keep times, and modes of existing files too"),
+        ("--follow", "copy what links in a tree lead to"),
+        ("--inplace", "write onto existing files themselves, where a rename cannot be"),
+    ),
+    "output": (
+        ("-r --raw-format", "what hosts print, and nothing else"),
+        ("-tc --time-colon-format", "each line after the time and the host"),
+        (
+            "-f --format FMT",
+            "each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and "
+            "strftime's %%H:%%M...",
+            {"type": _format},
+        ),
+        ("-o --out-dir D", "files D/<host> and D/<host>.err; prints D", {"type": _folder}),
+        (
+            "-d --date-time",
+            "files as of -o, in a folder named after date and time; prints its name",
+        ),
+        ("-b --gather", "hosts with the same output once, under folded names"),
+        ("-j --json", "one JSON object a host, a line each"),
+        ("--diff", "with -b: smaller groups as differences from the largest"),
+        ("-m --mark", "with -o or -d: files 0ok/<host> or 1failed/<host> holding the status"),
+    ),
+    "login": (
+        (
+            "-l --login USER",
+            "user for hops that do not say (default: the ssh config's, else yours)",
+        ),
+        (
+            "-g --gateway T",
+            "go through this host, or chain of hosts; 'None->host' goes direct in spite of it",
+        ),
+        (
+            "-p --port N",
+            "port of final hosts that do not say (default: the ssh config's, else 22)",
+            {"type": _number(int, 1, "a port from 1 to 65535")},
+        ),
+        (
+            "-k --key F ...",
+            "a private key; only these are used (default: the agent's, else ~/.ssh/id_*)",
+        ),
+        ("-K --ok-if-no-key", "go on without any key"),
+        ("-A --askpass", "ask once for a password, tried on every host"),
+        ("-F --ssh-config F", "another ssh config than ~/.ssh/config; none: no config"),
+        (
+            "--host-keys P",
+            "accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
+            "unknown hosts), no (check nothing)",
+            {"choices": ("accept-new", "yes", "no")},
+        ),
+        ("--forward-agent", "let hosts use your agent, as ssh's option -A does"),
+    ),
+    "how many, how long": (
+        (
+            "-w --window N",
+            "at most N hosts at once (default 0: no limit)",
+            {
+                "type": _number(int, 0, "hosts at once, 0 for no limit; -t is for targets"),
+                "default": 0,
+            },
+        ),
+        (
+            "--max-failures N",
+            "start no further host once more than N have failed (default: no limit)",
+            {"type": _number(int, 0, "a number of hosts, 0 or more")},
+        ),
+        (
+            "-c --connect-timeout S",
+            "seconds to be logged in, all hops included (default 30)",
+            {"type": _seconds},
+        ),
+        (
+            "-u --command-timeout S",
+            "seconds for the command, or the copy, on one host (default: no limit)",
+            {"type": _seconds},
+        ),
+        (
+            "--retries N",
+            "try unreachable hosts N times more (default 0)",
+            {"type": _number(int, 0, "a number, 0 or more"), "default": 0},
+        ),
+        (
+            "--no-guard",
+            "for hosts without a POSIX shell: commands may outlive timeouts and interruptions",
+        ),
+    ),
+    "messages": (
+        (
+            "-q --quiet",
+            "no progress and no summary: nothing but a line on stderr for each host that failed",
+        ),
+        ("-v --verbose", "say what happens to connections and commands"),
+        ("-D --debug", "the ssh library's own log too, on stderr"),
+        (
+            "--color {auto,always,never}",
+            "colour of messages (default auto; NO_COLOR is obeyed)",
+            {"choices": ("auto", "always", "never"), "default": "auto"},
+        ),
+        ("--no-last", "leave the groups @last-... as they are"),
+        (
+            "-V --version",
+            "show the version and stop",
+            {"action": "version", "version": f"apssh {__version__}"},
+        ),
+        ("-h --help", "show this text and stop", {"action": "help"}),
+    ),
+    "scenarios": (
+        (
+            "--scenario F",
+            "run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
+            "command",
+        ),
+        (
+            "--set K=V ...",
+            "with --scenario: a variable of its Jinja2 template",
+            {"type": _assignment},
+        ),
+        ("--record F", "with --scenario: what ran, when and how it ended, as JSON"),
+        ("--timeline F", "with --scenario: the record as a picture, F.svg"),
+    ),
+}
+
+
+_GOES_WITH = {
+    "--diff": "--gather",
+    "--mark": "--out-dir or --date-time",
+    "--includes": "--script",
+    "--set": "--scenario",
+    "--record": "--scenario",
+    "--timeline": "--scenario",
+}
+_NOT_WITH_DEMO = (
+    *("--target", "--exclude", "--shard", "--login", "--gateway", "--port"),
+    *("--key", "--askpass", "--forward-agent", "--pty"),
+)
+_WITH_SCENARIO = (
+    *("--scenario", "--set", "--record", "--timeline", "--demo", "--list-targets", "--dry-run"),
+    *("--host-keys", "--quiet", "--verbose", "--debug", "--color", "--no-last"),
+)
 
 
 def build_parser() -> _Parser:
@@ -8723,132 +8780,18 @@ def build_parser() -> _Parser:
         "appush -t @web nginx.conf @:/etc/nginx/",
         "appull -t @web @:/var/log/nginx/error.log 'logs/{host}'",
         "apssh --demo 3 'echo hello; id -un'",
-    )
-    add = parser.groups["what runs"].add_argument
-    add(
-        "-s",
-        "--script",
-        action="store_true",
-        help="the first word is a local script; or the text of one, if there is no such file and "
-        "it holds a blank",
-    )
-    add(
-        "-i",
-        "--includes",
-        action="append",
-        default=[],
-        metavar="F",
-        help='with -s: a local file that lands beside the script, as $(dirname "$0")/F',
-    )
-    add(
-        "-I",
-        "--stdin",
-        action="store_true",
-        help="give standard input to every host (without it they get end of file)",
-    )
-    add(
-        "--sudo",
-        type=_sudo_user,
-        default=False,
-        metavar="[=USER]",
-        help="run by sudo as root, or as that user; a password is asked once, when a host asks",
-    )
-    add(
-        "--pty",
-        action="store_true",
-        help="give the command a terminal, as ssh -t does: yours, when it runs on one host and no "
-        "output option is given (Enter ~ . interrupts it); else nothing can be typed there",
-    )
-    add(
-        "--env",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="a variable for the command, whatever the server accepts",
-    )
-    add("-X", "--x11", action="store_true", help="forward the DISPLAY")
-    add = parser.groups["scenarios"].add_argument
-    add(
-        "--scenario",
-        metavar="F",
-        help="run a YAML scenario (x.yaml, or x.yaml.j2 with --set), in place of targets and "
-        "command",
-    )
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="K=V",
-        help="with --scenario: a variable of its Jinja2 template",
-    )
-    add("--record", metavar="F", help="with --scenario: what ran, when and how it ended, as JSON")
-    add("--timeline", metavar="F", help="with --scenario: the record as a picture, F.svg")
-    group = parser.groups["output"]
-    add = group.add_mutually_exclusive_group().add_argument
-    add("-r", "--raw-format", action="store_true", help="what hosts print, and nothing else")
-    add(
-        "-tc",
-        "--time-colon-format",
-        action="store_true",
-        help="each line after the time and the host",
-    )
-    add(
-        "-f",
-        "--format",
-        type=_format,
-        metavar="FMT",
-        help="each line in this format: {time} {host} {fqdn} {user} {line} {linenl} {nl}, and "
-        "strftime's %%H:%%M...",
-    )
-    add(
-        "-o",
-        "--out-dir",
-        type=_folder,
-        metavar="D",
-        help="files D/<host> and D/<host>.err; prints D",
-    )
-    add(
-        "-d",
-        "--date-time",
-        action="store_true",
-        help="files as of -o, in a folder named after date and time; prints its name",
-    )
-    add(
-        "-b",
-        "--gather",
-        action="store_true",
-        help="hosts with the same output once, under folded names",
-    )
-    add("-j", "--json", action="store_true", help="one JSON object a host, a line each")
-    add = group.add_argument
-    add(
-        "--diff",
-        action="store_true",
-        help="with -b: smaller groups as differences from the largest",
-    )
-    add(
-        "-m",
-        "--mark",
-        action="store_true",
-        help="with -o or -d: files 0ok/<host> or 1failed/<host> holding the status",
+        without=("copying",),
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 
 
-def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
-    parser = _Parser(usage, description, *examples)
-    absent = ("command", "stdin", "pty", "mark", "diff", *filter(None, _OUTPUTS))
-    parser.set_defaults(**dict.fromkeys(absent))
-    add = parser.groups["copying"].add_argument
-    add("-r", "--recurse", action="store_true", help="copy folders too")
-    add("--preserve", action="store_true", help="keep times, and modes of existing files too")
-    add("--follow", action="store_true", help="copy what links in a tree lead to")
-    add(
-        "--inplace",
-        action="store_true",
-        help="write onto existing files themselves, where a rename cannot be",
-    )
+def _build_copy_parser(
+    kind: type[Push | Pull], usage: str, description: str, *examples: str
+) -> _Parser:
+    without = ("what runs", "output", "scenarios")
+    parser = _Parser(usage, description, *examples, without=without)
+    parser.set_defaults(kind=kind, usage=usage, command=None)
     parser.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
     return parser
 
@@ -8856,6 +8799,7 @@ def _build_copy_parser(usage: str, description: str, *examples: str) -> _Parser:
 def build_push_parser() -> _Parser:
     """The command line of appush."""
     return _build_copy_parser(
+        Push,
         "appush [options] local ... @:remote",
         "Copy local files to many hosts. {host}, {fqdn} and {user} may stand in any path.",
         "appush -t node[1-3] -l root hosts @:/etc/hosts",
@@ -8868,6 +8812,7 @@ def build_push_parser() -> _Parser:
 def build_pull_parser() -> _Parser:
     """The command line of appull."""
     return _build_copy_parser(
+        Pull,
         "appull [options] @:remote ... local",
         "Copy files from many hosts; {host} in the local path keeps them apart.",
         "appull -t node[1-3] @:/var/log/syslog 'logs/{host}'",
@@ -8876,40 +8821,15 @@ def build_pull_parser() -> _Parser:
     )
 
 
-def _parse(parser: _Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options, checked against one another; raises UsageError."""
-    words = sys.argv[1:] if argv is None else argv
-    # the way that takes options between paths loses the --
-    plain = parser.prog == "apssh" or "--" in words
-    parse = parser.parse_known_args if plain else parser.parse_known_intermixed_args
-    # --sudo takes a user after = alone: argparse would give it the next word, the command's
-    options, rest = parse(["--sudo=" if word == "--sudo" and plain else word for word in words])
-    if rest:
-        raise parser.unknown(rest[0])
-    if options.command:
-        options.command = list(words[-len(options.command) :])
-    if options.command and options.command[0] == "--":
-        options.command.pop(0)
-    elif options.command and options.command[0].startswith("-"):
-        raise parser.unknown(options.command[0])
-    given = [name for name in _NOT_WITH_DEMO if getattr(options, name)]
-    if options.demo and given:
-        named = " --".join(given).replace("_", "-")
-        raise UsageError(f"--demo brings its own hosts: leave out --{named}")
-    return options
-
-
-_NOT_WITH_DEMO = (
-    *("target", "exclude", "shard", "login", "gateway", "port"),
-    *("key", "askpass", "forward_agent", "pty"),
-)
-
-
 def _targets(options: argparse.Namespace) -> list[Target]:
-    """What -t and -x name; a word on stderr of what they may not have been meant to name."""
+    """What -t and -x name, or the hosts of a demo; a word on stderr of what may not have been
+    meant.
+    """
+    if options.demo:
+        return [_parse_target(name) for name in _expand_ranges(f"demo[1-{options.demo}]")]
 
     def typed() -> str:
-        if getattr(options, "stdin", False):
+        if options.stdin:
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
         with _ctrl_c_raises():
             return sys.stdin.read()
@@ -8929,9 +8849,8 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         _screen.say(recalled)
     everything = len(parse()) if options.exclude else 0
     for text in options.exclude:  # a slip there would run where it must not
-        with contextlib.suppress(UsageError):
-            if len(parse(exclude=[text])) == everything:
-                _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
+        if len(parse(exclude=[text])) == everything:
+            _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
     if options.shard:
         part, parts = options.shard
         return targets[part - 1 :: parts]
@@ -8944,17 +8863,17 @@ def _program(
     body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
 ) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
-    own = argv is None and threading.current_thread() is threading.main_thread()
+    own = argv is None  # the process is there for this program alone
     if own:
         _answer_completion(parser)
         _own_process()
     try:
-        options = _parse(parser, argv)
+        options = parser.options(sys.argv[1:] if argv is None else argv)
         _screen.colour = options.color
         _log(options.debug)
         with asyncio.Runner(loop_factory=_Loop) as runner:
             try:
-                return runner.run(_ending_in_order(body(options)) if own else body(options))
+                return runner.run(body(options))
             except KeyboardInterrupt:
                 # The main task has ended in order, and told what is known; or this is a second
                 # Ctrl-C, that waits for nothing. What is left are tasks of connections, which end
@@ -8962,8 +8881,8 @@ def _program(
                 if own:
                     _die_of_sigint()
                 raise
-    except SystemExit as exc:  # argparse: --help and --version
-        return int(exc.code or 0)
+    except SystemExit:  # argparse: --help and --version
+        return 0
     except ApsshError as exc:
         _screen.say(f"{parser.prog}: {exc}")
         return 2 if isinstance(exc, UsageError) else 1
@@ -8986,7 +8905,7 @@ def _die_of_sigint() -> None:
     """
     _screen.end_raw_mode()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
 
 
 def _own_process() -> None:
@@ -8996,10 +8915,23 @@ def _own_process() -> None:
     atexit.register(gc.freeze)
     # asyncio.Runner leaves Ctrl-C alone where it finds another handler
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _as_ctrl_c)
     # a stream that was closed when we were started is /dev/null, as for ssh
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+
+
+def _as_ctrl_c(number: int, frame: object) -> None:
+    """SIGTERM is answered as Ctrl-C is; SIGHUP too, unless it was ignored when we started (nohup).
+
+    While the work goes on that is asyncio.Runner's handler: the first time it cancels the main
+    task, wherever it waits; the second time it raises KeyboardInterrupt, which leaves a write that
+    nobody takes too. A handler of the event loop would wait for that write.
+    """
+    signal.raise_signal(signal.SIGINT)
 
 
 def _log(debug: bool) -> None:
@@ -9012,20 +8944,6 @@ def _log(debug: bool) -> None:
         logging.getLogger("asyncssh").setLevel(logging.DEBUG)
 
 
-async def _ending_in_order(work: Coroutine[Any, Any, int]) -> int:
-    """SIGTERM is answered as Ctrl-C is; SIGHUP too, unless it was ignored when we started (nohup).
-
-    The handler is asyncio.Runner's: the first time it cancels the main task, and so this coroutine,
-    wherever it waits; the second time it raises KeyboardInterrupt, which leaves a write that nobody
-    takes too. A handler of the event loop would wait for that write.
-    """
-    ctrl_c = signal.getsignal(signal.SIGINT)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, ctrl_c)
-    return await work
-
-
 async def _work(
     options: argparse.Namespace, plan: _Plan, formatter: Formatter, views: Sequence[_View]
 ) -> int:
@@ -9036,30 +8954,35 @@ async def _work(
         nodes = await _nodes_of_run(options, formatter, stack)
         plan.check(nodes)
         if options.dry_run:
-            return _show_plan(plan, nodes)
+            return _list(f"{node}: {plan.step(node).dry_run_text()}" for node in nodes)
+        views = [*views, _Conclusion(options, formatter, nodes)]
+        quiet = options.quiet or (options.pty and len(nodes) == 1)
+        if sys.stderr.isatty() and not quiet:
+            views.insert(0, _Progress())
+        await plan.prepare()
         for view in views:
             view.begin([node.shown_name for node in nodes])
-        await plan.prepare()
-        results = _Results()
-        quiet = options.quiet or (options.pty and len(nodes) == 1)
-        progress = _Progress(len(nodes), quiet)
         try:
-            await _show_fan_out(options, plan, nodes, [progress, *views, results])
+            results = await _fan_out(
+                nodes,
+                plan,
+                window=options.window,
+                retries=options.retries,
+                max_failures=options.max_failures,
+                views=views,
+            )
         finally:
-            if not _screen.closed:
-                _conclude(options, formatter, nodes, results.all)
-        return 0 if all(result.ok for result in results.all) else 1
+            _screen.end_raw_mode()
+            for view in views if not _screen.closed else ():
+                view.finish()
+        return 0 if all(result.ok for result in results) else 1
 
 
 async def _nodes_of_run(
     options: argparse.Namespace, formatter: Formatter, stack: contextlib.AsyncExitStack
 ) -> Sequence[SshNode]:
     """The nodes that the options name, or those of a demo, which lives as long as ``stack``."""
-    if options.demo and options.dry_run:
-        names = [f"demo{number}" for number in range(1, options.demo + 1)]
-        user = getpass.getuser()
-        return [SshNode(name, username=user, formatter=formatter) for name in names]
-    if options.demo:
+    if options.demo and not options.dry_run:
         return await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
     targets = _targets(options)
     _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
@@ -9071,7 +8994,7 @@ async def _nodes_of_run(
         _build_nodes,
         targets,
         formatter=formatter,
-        config=options.ssh_config,
+        config="none" if options.demo else options.ssh_config,
         connect_timeout=options.connect_timeout,
         keys=keys,
         password=password,
@@ -9090,50 +9013,38 @@ async def _nodes_of_run(
     return nodes
 
 
-def _show_plan(plan: _Plan, nodes: Sequence[SshNode]) -> int:
-    """-n: what would be done on each host."""
-    for node in nodes:
-        line = f"{_way(node)}: {escape(plan.step(node).dry_run_text())}\n"
-        _screen.write(line.encode("utf-8", "surrogateescape"))
+def _list(lines: Iterable[object]) -> int:
+    """-L and -n: these lines, and no more than that."""
+    _screen.write("".join(f"{escape(str(line))}\n" for line in lines).encode())
     return 0
 
 
-async def _show_fan_out(
-    options: argparse.Namespace, plan: _Plan, nodes: Sequence[SshNode], views: Sequence[_View]
-) -> None:
-    """The fan-out, followed by the views to its end, whatever the end."""
-    try:
-        await _fan_out(
-            nodes,
-            plan,
-            window=options.window,
-            retries=options.retries,
-            max_failures=options.max_failures,
-            views=views,
-        )
-    finally:
-        _screen.end_raw_mode()
-        for view in views if not _screen.closed else ():
-            view.finish()
-
-
-def _conclude(
-    options: argparse.Namespace,
-    formatter: Formatter,
-    nodes: Iterable[SshNode],
-    results: list[Result],
-) -> None:
+@dataclasses.dataclass
+class _Conclusion(_View):
     """What came of the run: a summary where there is something to sum up, the hosts met for the
-    first time, the groups of the last run, the folder.
+    first time, the groups of the last run, the folder. Results are kept until then, but for the
+    outputs, which the other views have seen.
     """
-    if not options.quiet and (len(results) > 1 or not all(result.ok for result in results)):
-        for line in _summary(results):
-            _screen.say(line)
-    _tell_first_contacts(options, nodes)
-    if not options.no_last and not options.demo:
-        _save_last(results)
-    if isinstance(formatter, SubdirFormatter) and not options.quiet:
-        _screen.write(os.fsencode(formatter.run_name) + b"\n")
+
+    options: argparse.Namespace
+    formatter: Formatter
+    nodes: Sequence[SshNode]
+    results: list[Result] = dataclasses.field(default_factory=list)
+
+    def done(self, result: Result) -> None:
+        result.stdout_bytes = result.stderr_bytes = b""
+        self.results.append(result)
+
+    def finish(self) -> None:
+        loud = not self.options.quiet
+        if loud and (len(self.results) > 1 or not all(result.ok for result in self.results)):
+            for line in _summary(self.results):
+                _screen.say(line)
+        _tell_first_contacts(self.options, self.nodes)
+        if not self.options.no_last and not self.options.demo:
+            _save_last(self.results)
+        if loud and isinstance(self.formatter, SubdirFormatter):
+            _screen.write(os.fsencode(self.formatter.run_name) + b"\n")
 
 
 def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) -> None:
@@ -9148,26 +9059,6 @@ def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) ->
         _screen.say(f"recorded the {keys} of {hosts} never seen: {escape(fold_names(names))}")
 
 
-def _way(node: _Node) -> str:
-    """A node in the syntax of targets."""
-    hops = node._hops() if isinstance(node, SshNode) else [node]
-    return "->".join(
-        _endpoint_text(hop.hostname, hop.username, None if hop.port == 22 else hop.port)
-        for hop in hops
-    )
-
-
-def _show_targets(options: argparse.Namespace) -> int:
-    """-L: the targets, one a line."""
-    targets = (
-        [f"demo{number}" for number in range(1, options.demo + 1)]
-        if options.demo
-        else _targets(options)
-    )
-    _screen.write("".join(f"{target}\n" for target in targets).encode("utf-8", "surrogateescape"))
-    return 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The program apssh; the exit code: 0 all succeeded, 1 otherwise, 2 misuse, 130 interrupted."""
     return _program(build_parser(), argv, _run_program)
@@ -9176,11 +9067,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run_program(options: argparse.Namespace) -> int:
     if options.scenario:
         return await _run_scenario(options)
-    for name in ("set", "record", "timeline"):
-        if getattr(options, name):
-            raise UsageError(f"--{name} goes with --scenario")
     if options.list_targets:
-        return _show_targets(options)
+        return _list(_targets(options))
     formatter, views = _output(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
@@ -9190,50 +9078,28 @@ async def _run_program(options: argparse.Namespace) -> int:
         return await _work(options, _CommandPlan(step, spool), formatter, views)
 
 
-def _assignments(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """NAME=value, several times."""
-    found = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise UsageError(f"{option} {escape(text)}: write NAME=value")
-        found[name] = value
-    return found
-
-
 async def _run_scenario(options: argparse.Namespace) -> int:
     """--scenario: a YAML file in place of targets and command."""
-    others = []
-    for name, value in vars(build_parser().parse_args([])).items():
-        if getattr(options, name) != value and name not in _WITH_SCENARIO:
-            others.append("the command" if name == "command" else f"--{name.replace('_', '-')}")
-    if others:
-        raise UsageError(
-            f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
-        )
-    env = _assignments("--set", options.set)
+    env = dict(options.set)
     if options.scenario.endswith(".j2"):
         env |= {"": ""}  # a template even so
     scenario = _Scenario(*_scenario_text(options.scenario, env, None), Variables())
     if options.list_targets or options.dry_run:
         scenario.load()
-        lines = _dry_run(scenario) if options.dry_run else map(_way, scenario.nodes.values())
-        _screen.write("".join(f"{escape(line)}\n" for line in lines).encode())
-        return 0
+        return _list(_dry_run(scenario) if options.dry_run else scenario.nodes.values())
     async with contextlib.AsyncExitStack() as stack:
         fleet: list[SshNode] = []
         if options.demo:
             fleet += await stack.enter_async_context(demo_fleet(options.demo))
         scheduler = scenario.load(functools.partial(_scenario_overrides, options, fleet))
         _screen.out = sys.stdout  # what asynciojobs prints is no output of hosts
-        printed = sys.stderr if options.verbose else io.StringIO()
         try:
             # a critical job's failure is told below, that of a teardown too
             with contextlib.suppress(ApsshError):
                 async with experiment(
                     scheduler, options.record, options.timeline, scenario.teardown
                 ):
-                    with contextlib.suppress(Exception), contextlib.redirect_stdout(printed):
+                    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
                         await scheduler.co_run()
         finally:
             _screen.out = None
@@ -9254,27 +9120,10 @@ def _scenario_overrides(
         if not fleet:
             raise UsageError(f"--demo {options.demo}: the scenario has more hosts")
         host = fleet.pop(0)
-        found |= {"port": host.port, "username": host.username, "keys": host.keys}
-        found |= {"address": "127.0.0.1", "known_hosts": host.known_hosts}
-        found |= {"config": None, "proxy_command": None}  # these lead to the real hosts
+        found |= {name: getattr(host, name) for name in ("port", "username", "keys", "known_hosts")}
+        # the file's lead to the real hosts
+        found |= {"address": "127.0.0.1", "config": None, "proxy_command": None}
     return found
-
-
-_WITH_SCENARIO = (
-    "scenario",
-    "set",
-    "record",
-    "timeline",
-    "demo",
-    "list_targets",
-    "dry_run",
-    "host_keys",
-    "quiet",
-    "verbose",
-    "debug",
-    "color",
-    "no_last",
-)
 
 
 def _dry_run(scenario: _Scenario) -> Iterator[str]:
@@ -9288,7 +9137,7 @@ def _dry_run(scenario: _Scenario) -> Iterator[str]:
         notes = [f"after {each}" for each in scenario.jobs if scenario.jobs[each] in job.required]
         if job in scenario.teardown:
             notes.append("teardown")
-        yield f"{name}: {_way(job.node)} ({', '.join(notes)})".removesuffix(" ()")
+        yield f"{name}: {job.node} ({', '.join(notes)})".removesuffix(" ()")
         for command in job.commands:
             text = command.dry_run_text()
             if command.label:
@@ -9310,7 +9159,7 @@ def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob])
         if error and job.critical:  # others tell it when it happens
             _screen.say(_screen.paint(f"{escape(name)}: {escape(error)}", "31"))
         # a job that runs for ever ends when the others have: it may fail only by itself
-        ok = ok and (state == "ok" or (job.forever and not error))
+        ok &= state == "ok" or (job.forever and not error)
     if not options.quiet:
         text = ", ".join(f"{count} {state}" for state, count in counts.items())
         _screen.say(_screen.paint(text, "32" if ok else "31"))
@@ -9355,14 +9204,8 @@ class _Keyboard(_Stdin):
 def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellCommand:
     """What the command line asks to run."""
     words = options.command
-    if not words or not any(word.strip() for word in words):
+    if not any(map(str.strip, words)):
         raise UsageError("no command: apssh [options] command ...")
-    if options.includes and not options.script:
-        raise UsageError("-i goes with -s")
-    if options.pty and options.stdin:
-        raise UsageError("--pty and -I: a terminal has no end of file: leave one out")
-    if options.x11 and not os.environ.get("DISPLAY"):
-        raise UsageError("-X: no DISPLAY here to forward to")
     kind: Callable[..., _ShellCommand] = Run
     if options.script:
         a_file = os.path.isfile(words[0]) or not re.search(r"\s", words[0])
@@ -9371,7 +9214,7 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
     step = kind(
         *words,
         timeout=options.command_timeout,
-        env=_assignments("--env", options.env),
+        env=dict(options.env),
         pty=options.pty,
         x11=options.x11,
         stdin=stdin,
@@ -9383,18 +9226,18 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
 
 def main_push(argv: Sequence[str] | None = None) -> int:
     """The program appush; exit codes as main."""
-    return _program(build_push_parser(), argv, functools.partial(_copy_program, True))
+    return _program(build_push_parser(), argv, _copy_program)
 
 
 def main_pull(argv: Sequence[str] | None = None) -> int:
     """The program appull; exit codes as main."""
-    return _program(build_pull_parser(), argv, functools.partial(_copy_program, False))
+    return _program(build_pull_parser(), argv, _copy_program)
 
 
-async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
+async def _copy_program(options: argparse.Namespace) -> int:
     if options.list_targets:
-        return _show_targets(options)
-    *sources, destination = _copy_paths(pushing, options.paths)
+        return _list(_targets(options))
+    *sources, destination = _copy_paths(options)
     copying = {
         "recurse": options.recurse,
         "preserve": options.preserve,
@@ -9402,26 +9245,22 @@ async def _copy_program(pushing: bool, options: argparse.Namespace) -> int:
         "inplace": options.inplace,
         "timeout": options.command_timeout,
     }
-    plan = _CopyPlan(Push if pushing else Pull, sources, destination, copying, dry=options.dry_run)
+    plan = _CopyPlan(options.kind, sources, destination, copying, dry=options.dry_run)
     return await _work(options, plan, *_output(options))
 
 
-def _copy_paths(pushing: bool, paths: list[str]) -> list[str]:
+def _copy_paths(options: argparse.Namespace) -> list[str]:
     """The sources, then the destination, ``@:`` taken off the remote ones; which must all be on
     their side.
     """
-    usage = (
-        "appush [options] local ... @:remote" if pushing else "appull [options] @:remote ... local"
-    )
+    paths, usage = options.paths, options.usage
     if len(paths) < 2:
         raise UsageError(f"from what to what? {usage}")
-    for index, path in enumerate(paths):
-        remote = (index == len(paths) - 1) == pushing
-        if path.startswith("@:") != remote:
-            rule = "remote path is written @:path" if remote else "local path has no @: in front"
-            raise UsageError(f"{escape(path)}: a {rule}: {usage}")
-        if not path:
-            raise UsageError(f"an empty path: {usage}")
+    for number, path in enumerate(paths, 1):
+        remote = (number == len(paths)) == (options.kind is Push)
+        if not path or path.startswith("@:") != remote:
+            rule = "remote paths begin with @: and local ones do not"
+            raise UsageError(f"'{escape(path)}': {rule}: {usage}")
     return [path.removeprefix("@:") or "." for path in paths]
 
 

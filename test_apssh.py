@@ -6563,15 +6563,15 @@ def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
         formatter.add_endpoint(endpoint, verbose=False)
-    marks = apssh._Marks(tmp_path / "run")
+    folder = apssh._Folder(tmp_path / "run", mark=True)
     names = [formatter.endpoint_name(endpoint) for endpoint in endpoints]
     for error in (None, "broken"):  # two runs
-        apssh._Folder(formatter).begin(names)
+        folder.begin(names)
         for endpoint, name in zip(endpoints, names, strict=True):
             formatter._write(endpoint, b"out\n", None)
             formatter._write(endpoint, b"err\n", 1)
             host = endpoint[1]
-            marks.done(apssh.Result(host, "root", 22, name, host, status=0, error=error))
+            folder.done(dataclasses.replace(result_of(name), host=host, error=error))
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) == 6  # a mark of another run is gone
     assert all(len(path.read_bytes().splitlines()) == 1 for path in files)
@@ -13134,12 +13134,13 @@ def test_demo_size(count: int) -> None:
         (["-t", " ", "-t", "/dev/null", "x"], "no target in /dev/null"),
         (["-t", "h", "-s", "gone.sh"], "script gone.sh: no such file"),
         (["-t", "h", "-s", "-i", "gone", "echo a"], "include gone: no such file"),
-        (["-t", "h", "-i", "x", "ls"], "-i goes with -s"),
-        (["-t", "h", "-m", "ls"], "-m goes with -o or -d"),
-        (["-t", "h", "--diff", "ls"], "--diff goes with -b"),
+        (["-t", "h", "-i", "x", "ls"], "--includes goes with --script"),
+        (["-t", "h", "-m", "ls"], "--mark goes with --out-dir or --date-time"),
+        (["-t", "h", "--diff", "ls"], "--diff goes with --gather"),
         (
             ["-t", "h", "-w", "-1", "x"],
-            "argument -w/--window: '-1': a number of hosts, 0 for no limit (see apssh --help)",
+            "argument -w/--window: '-1': hosts at once, 0 for no limit; -t is for targets "
+            "(see apssh --help)",
         ),
         (
             ["-t", "h", "-c", "-1", "x"],
@@ -13151,8 +13152,8 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-w", "node[1-3]", "x"],
-            "argument -w/--window: 'node[1-3]' is no number of hosts; "
-            "use -t for targets (see apssh --help)",
+            "argument -w/--window: 'node[1-3]': hosts at once, 0 for no limit; -t is for targets "
+            "(see apssh --help)",
         ),
         (
             ["-t", "h", "-f", "20", "x"],
@@ -13165,10 +13166,12 @@ def test_demo_size(count: int) -> None:
         ),
         (["-t", "h", "-k", "gone", "x"], "key gone: no such file or directory"),
         (["-t", "h", "-k", "/", "x"], "key /: is a directory"),
-        (["-t", "h", "--env", "A B=1", "x"], "--env A B=1: write NAME=value"),
+        (
+            ["-t", "h", "--env", "A B=1", "x"],
+            "argument --env: 'A B=1': write NAME=value (see apssh --help)",
+        ),
         (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
         (["-t", "h", "-F", "gone", "x"], "ssh config gone: no such file"),
-        (["-t", "h", "-o", "/proc/x", "x"], "/proc/x: no such file or directory"),
         (["-t", "gone/targets", "x"], "gone/targets: no such file"),
         (["-t", "@last-ok", "x"], "@last-ok: no such group; a group is a file in ~/.apssh"),
         (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
@@ -13189,7 +13192,7 @@ def test_demo_size(count: int) -> None:
         ),
         (
             ["-t", "h", "--sudo=a b", "x"],
-            "argument --sudo: 'a b' is not a user name (see apssh --help)",
+            "Run: sudo is True (root) or the name of a user, not 'a b'",
         ),
         (
             ["-t", "h", "-o", "StrictHostKeyChecking=no", "x"],
@@ -13212,24 +13215,33 @@ def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> 
         (
             "push",
             ["-t", "h", "f", "g"],
-            "g: a remote path is written @:path: appush [options] local ... @:remote",
+            "'g': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
         ),
         (
             "push",
             ["-t", "h", "@:f", "@:g"],
-            "@:f: a local path has no @: in front: appush [options] local ... @:remote",
+            "'@:f': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
         ),
         ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"),
-        ("push", ["-t", "h", "", "@:g"], "an empty path: appush [options] local ... @:remote"),
+        (
+            "push",
+            ["-t", "h", "", "@:g"],
+            "'': remote paths begin with @: and local ones do not: "
+            "appush [options] local ... @:remote",
+        ),
         (
             "pull",
             ["-t", "h", "f", "g"],
-            "f: a remote path is written @:path: appull [options] @:remote ... local",
+            "'f': remote paths begin with @: and local ones do not: "
+            "appull [options] @:remote ... local",
         ),
         (
             "pull",
             ["-t", "h", "@:f", "@:g"],
-            "@:g: a local path has no @: in front: appull [options] @:remote ... local",
+            "'@:g': remote paths begin with @: and local ones do not: "
+            "appull [options] @:remote ... local",
         ),
         (
             "pull",
@@ -13273,7 +13285,10 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
         (["-t", "n[1-5]", "--shard", "1/2", "-L"], "n1\nn3\nn5\n"),
         (["-t", "n[1-5]", "--shard", "2/2", "-L"], "n2\nn4\n"),
         (["-F", "none", "-t", "a", "--shard", "2/2", "-n", "ls"], ""),
-        (["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"], f"{ME}@a: sudo: ls --sudo\n"),
+        (
+            ["-F", "none", "-t", "a", "-n", "--sudo", "ls", "--sudo"],
+            f"{ME}@a: sudo -u root: ls --sudo\n",
+        ),
         (["-F", "none", "-t", "a", "-n", "--sudo=bob", "ls"], f"{ME}@a: sudo -u bob: ls\n"),
     ],
 )
@@ -13368,11 +13383,13 @@ def test_folder_keeps_nothing_of_an_earlier_run(home: Path) -> None:
     }
 
 
-def test_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
+def test_folder_or_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
     (home / "out").mkdir()
     (home / "out" / "0ok").touch()
     assert apssh.main(["--demo", "1", "-q", "-o", "out", "-m", "true"]) == 1
     assert capfd.readouterr().err == "apssh: out/0ok/demo1: not a directory\n"
+    assert apssh.main(["--demo", "1", "-q", "-o", "/proc/x", "true"]) == 1
+    assert capfd.readouterr().err == "apssh: /proc/x: no such file or directory\n"
 
 
 def test_misuse_leaves_no_folder(home: Path) -> None:
@@ -14424,7 +14441,7 @@ def test_jobs_of_a_dry_run_come_in_the_order_of_the_file(home: Path, capfd: Any)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
     shown = [line for line in capfd.readouterr().out.splitlines() if line[0] != " "]
     assert [line.split(":")[0] for line in shown] == ["last", *(f"j{n}" for n in range(30))]
-    assert shown[0] == f"last: {ME}@LOCALNODE (after j3, after j9)"
+    assert shown[0] == "last: Local Node (after j3, after j9)"
 
 
 @pytest.mark.parametrize(
@@ -14510,19 +14527,19 @@ def test_scenario_is_shown_as_it_would_run(home: Path, capfd: Any) -> None:
     Path("s.yaml").write_text(SCENARIO)
     assert apssh.main(["--scenario", "s.yaml", "-n"]) == 0
     assert capfd.readouterr() == (
-        f"""\
+        """\
 look: slice@gw.example.org->root@node1:2200
     [kernel]
     uname -r
-act: {ME}@LOCALNODE (after look)
+act: Local Node (after look)
     if true
-    then  echo {{{{ver}}}} {{{{nope}}}}; fi
-      {{{{ver}}}}: captured by look
-      {{{{nope}}}}: NO STEP CAPTURES IT
-    RunString: a {{{{ver}}}}
+    then  echo {{ver}} {{nope}}; fi
+      {{ver}}: captured by look
+      {{nope}}: NO STEP CAPTURES IT
+    RunString: a {{ver}}
     echo one
     echo two
-      {{{{ver}}}}: captured by look
+      {{ver}}: captured by look
     RunScript: later.sh (no such file yet) with lib.sh
     Push: x y z onto d/, recurse
 """,
@@ -14530,7 +14547,7 @@ act: {ME}@LOCALNODE (after look)
     )
     assert apssh.main(["--scenario", "s.yaml", "-L"]) == 0
     assert capfd.readouterr() == (
-        f"slice@gw.example.org\nslice@gw.example.org->root@node1:2200\n{ME}@LOCALNODE\n",
+        "slice@gw.example.org\nslice@gw.example.org->root@node1:2200\nLocal Node\n",
         "",
     )
 
@@ -14538,7 +14555,7 @@ act: {ME}@LOCALNODE (after look)
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["-o", "d", "-m", "-u", "1"], "--command-timeout --out-dir --mark"),
+        (["-o", "d", "-m", "-u", "1"], "--out-dir --mark --command-timeout"),
         (["-t", "h", "-x", "i"], "--target --exclude"),
         (["-l", "me"], "--login"),
         (["ls"], "the command"),
