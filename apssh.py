@@ -2987,7 +2987,7 @@ class _Copy:
             path, asyncssh.FXF_READ, _Attrs(), encoding=None, block_size=0
         )
         async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
-            await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
+            await self._stream(file, copied, attrs.size or 0)
 
     # one file
 
@@ -3112,40 +3112,44 @@ class _Copy:
         return False
 
     async def _stream(self, file: _File, copied: _File, size: int) -> None:
-        """The announced size in parallel, as many requests under way as fill the window, then on to
-        the real end, unless asking for one byte more than announced has shown it. The requests are
-        ours, for asyncssh's own would outlive a loss or a cancellation.
+        """Block after block to the real end, by as many workers as fill the window for the size
+        that was announced; it may be any. A worker that meets the end, or fails, lets the others
+        finish the blocks that they have. One that gets all that was announced, where it asked for
+        more, needs no further request to know the end. The requests are ours, for asyncssh's own
+        would outlive a loss or a cancellation.
         """
         most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
         block = max(min(most, CHUNK // 4), 1)
-        end, ended = 0, False
+        starts = itertools.count(0, block)
+        ended = False
 
-        async def fetch(position: int, wanted: int) -> None:
-            nonlocal end, ended
-            while wanted > 0 and not ended:
-                data = cast("bytes", await file.read(wanted, position))
-                if data:
-                    await copied.write(data, position)
-                position += len(data)
-                wanted -= len(data)
-                end = max(end, position)
-                self.step.bytes_transferred += len(data)
-                if not data or (position == size and wanted == 1):
-                    ended = True
+        async def work() -> None:
+            nonlocal ended
+            try:
+                while not ended:
+                    position = next(starts)
+                    wanted = block
+                    while wanted:
+                        data = cast("bytes", await file.read(wanted, position))
+                        if data:
+                            await copied.write(data, position)
+                        position += len(data)
+                        wanted -= len(data)
+                        self.step.bytes_transferred += len(data)
+                        if not data or (wanted and position == size):
+                            return
+                    if position > size + SURPLUS_LIMIT:
+                        raise self._wrong(self._source, "goes on far beyond its size: given up")
+            finally:
+                ended = True
 
-        async with _UnderWay(2 * CHUNK // block) as under_way:
-            for position in range(0, size, block):
-                if ended:  # the size that a server announces may be any
-                    break
-                wanted = min(block, size + 1 - position)
-                if size < block:  # most files: a task would cost as much as the copy
-                    await fetch(position, wanted)
-                else:
-                    await under_way.start(fetch, position, wanted)
-        while not ended:
-            await fetch(end, block)
-            if end > size + SURPLUS_LIMIT:
-                raise self._wrong(self._source, "goes on far beyond its size: given up")
+        workers = min(size, 2 * CHUNK) // block
+        if workers < 2:  # most files: a task would cost as much as the copy
+            await work()
+            return
+        async with _UnderWay(workers) as under_way:
+            for _ in range(workers):
+                await under_way.start(work)
 
 
 # --------------------------------------------------------------------------------------------------

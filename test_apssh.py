@@ -6475,6 +6475,31 @@ def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> 
     assert listing(tmp_path / "far") == {"f": "new", "t/": "", "t/l": "-> ../f"}
 
 
+def test_server_that_answers_in_parts_and_not_in_turn(keys: Path, tmp_path: Path) -> None:
+    """The end of a file may be met while what is before it is still under way."""
+    content = os.urandom(1_500_000)
+
+    class Slow(HostileServer):
+        root = Node(content)
+
+        async def read(self, file_obj: Any, offset: int, size: int) -> Any:
+            data = content[offset : offset + size]
+            if offset + size < len(content):
+                await asyncio.sleep(0.01)
+                data = data[:50_000]
+            return data
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Slow) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return await outcome(node, Pull("tree", str(tmp_path / "f")))
+
+    assert run(main()) == ""
+    assert (tmp_path / "f").read_bytes() == content
+
+
 def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
     class Leaves(asyncssh.SFTPServer):
         def stat(self, path: bytes) -> Any:
