@@ -2420,7 +2420,6 @@ _LOST = (
 )
 _MISSING = (FileNotFoundError, asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath)
 _DENIED = (PermissionError, asyncssh.SFTPPermissionDenied)
-_NO_FOLDER = (*_MISSING, NotADirectoryError, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure)
 _INPLACE = "inplace, or --inplace, writes onto the file itself"
 
 _REGULAR = asyncssh.FILEXFER_TYPE_REGULAR
@@ -2431,9 +2430,12 @@ _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
 _CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
 
-# the two ways to write a file: a new one never takes what is there
-_TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-_TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
+# the ways to open a file, as asyncssh names them; a new one never takes what is there
+_HOW = {
+    "rb": os.O_RDONLY,
+    "xb": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "wb": os.O_WRONLY | os.O_TRUNC,
+}
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 # a backslash before what has a meaning in a pattern; elsewhere it is itself
@@ -2444,8 +2446,7 @@ _NO_NAME = re.compile(r"\.{,2}\Z|.*[/\0]|.{256}", re.DOTALL)
 
 def _paths(paths: Any) -> list[Any]:
     """One path or several, as a list; a list of one means that path."""
-    many = isinstance(paths, Iterable) and not isinstance(paths, str)
-    each = list(paths) if many else [paths]
+    each = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else list(paths)
     if not each or not all(
         isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
     ):
@@ -2574,19 +2575,12 @@ class _LocalFiles:
     async def rmtree(self, path: str, *, ignore_errors: bool) -> None:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
-    async def open(
-        self, path: str, flags: int, attrs: _Attrs, encoding: None, block_size: int
-    ) -> _LocalFile:
+    async def open(self, path: str, mode: str, attrs: _Attrs, *, block_size: int) -> _LocalFile:
         """Never through a link, and a regular file whatever was put there since it was looked at:
         a FIFO would hold us for ever.
         """
-        how = os.O_RDONLY
-        if flags == _TO_MAKE:
-            how = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        elif flags == _TO_OVERWRITE:
-            how = os.O_WRONLY | os.O_TRUNC
         folder, name = self._at(path)
-        how |= os.O_NOFOLLOW | os.O_NONBLOCK
+        how = _HOW[mode] | os.O_NOFOLLOW | os.O_NONBLOCK
         fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
@@ -2704,6 +2698,21 @@ class _CopyItem(NamedTuple):
     inside: str = ""  # the real path of its folder, when links are followed
 
 
+# How a file replaces another, in push, pull and on this machine alike. ``_copy_file`` opens the
+# source; ``_existing`` says where the file goes (a link that the user named is resolved) and what
+# is there; ``_arriving`` makes the new file and ends with its attributes; ``_stream`` copies.
+#
+# The new file is made beside the target by ``_replacing``, under a name that nobody guesses, never
+# taking what is there, and with mode 600. When it is whole it gets the mode of its source, or,
+# where a file was, the mode and the owner of that one; what is not permitted then is left: the file
+# could be written, and that was the wish. It is then renamed over the target, by
+# posix-rename@openssh.com. A server without that renames to free names only: the target is removed
+# first, and where the rename fails after that the new file is all that is left: it stays, and the
+# error names it. Any other failure, and a cancellation, removes the new file and leaves the old one
+# as it was. Where nothing can be made or renamed (a folder that is not writable, a busy file) the
+# error names inplace: with that, a file that is there is written itself, and none of this happens.
+
+
 @dataclasses.dataclass(eq=False)
 class _Copy:
     """One Push or Pull with one host: its options, what it has moved (``step``), what failed while
@@ -2749,13 +2758,12 @@ class _Copy:
         ConnectionFailedError.
         """
         self._source, self._wary = sftp, not isinstance(sftp, _LocalFiles)
-        paths: list[str] = []
-        for source in sources:
-            with self._failing(source):
-                paths += await self._matches(_there(sftp, source))
         with self._failing(destination):
+            paths: list[str] = []
+            for source in sources:
+                paths += await self._matches(_there(sftp, source))
             place = destination or "."
-            await self._land(place, several=max(len(sources), len(paths)) > 1)
+            await self._land(place, several=len(paths) > 1)
             place = os.path.realpath(place) if os.path.islink(place) else place
             here = _LocalFiles(place if self._into else os.path.dirname(place))
             with contextlib.closing(here) as self._destination:
@@ -2766,8 +2774,8 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self.preserve = sftp, True, True
         with self._failing(path):
-            item, given = _CopyItem(path, _there(sftp, path)), _Attrs(permissions=mode)
-            async with self._arriving(item, given) as file:
+            item = _CopyItem(path, _there(sftp, path))
+            async with self._arriving(item, _Attrs(permissions=mode)) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
         self._tell()
@@ -2780,7 +2788,9 @@ class _Copy:
 
     @contextlib.contextmanager
     def _failing(self, path: str, what: str = "") -> Iterator[None]:
-        """A failure of this path is noted; only the loss of the connection stops the rest."""
+        """A failure of this path is kept for the end, in the words of its first note where it has
+        one; only the loss of the connection stops the rest.
+        """
         shown = _brief(path, 200)
         try:
             yield
@@ -2793,7 +2803,8 @@ class _Copy:
             self._kind = self._kind or getattr(exc, "kind", side)
             self._failed += 1
             if self._failed <= FAILURES_KEPT:
-                self._failures.append(f"{shown}: {what}{_reason(exc)}")
+                why = [*getattr(exc, "__notes__", []), _reason(exc)]
+                self._failures.append(f"{shown}: {what}{why[0]}")
 
     def _tell(self) -> None:
         """All that failed, the first few of it in the message."""
@@ -2805,16 +2816,6 @@ class _Copy:
                 host=self.host,
                 kind=self._kind,
                 failures=self._failures,
-            )
-
-    def _counted(self, path: str) -> None:
-        """Every name that a folder is said to have counts, whatever becomes of it."""
-        self._names += 1
-        if self._names > TREE_LIMIT:
-            raise ApsshError(
-                f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
-                host=self.host,
-                kind=_side(self._source),
             )
 
     # the walk
@@ -2846,22 +2847,28 @@ class _Copy:
         wanted = re.sub(_QUOTED, r"[\1]", last)
         found: list[str] = []
         for folder in await self._matches(head) if head else [slash]:
-            names: list[str] = []
-            with contextlib.suppress(*_NO_FOLDER):
-                async for name, _ in self._entries(folder):
-                    hidden = name.startswith(".") and not last.startswith(".")
-                    if not hidden and fnmatch.fnmatchcase(name, wanted):
-                        names.append(name)
-            found += [posixpath.join(folder, name) for name in sorted(names)]
+            with contextlib.suppress(OSError, asyncssh.SFTPError):
+                names = [name async for name, _ in self._entries(folder)]
+                for name in sorted(fnmatch.filter(names, wanted)):
+                    if last.startswith(".") or not name.startswith("."):
+                        found.append(posixpath.join(folder, name))
         return found or [literal]
 
     async def _entries(self, folder: str) -> AsyncIterator[tuple[str, _Attrs]]:
-        """What a folder holds. A name that cannot be used is a failure."""
+        """What a folder is said to hold. A name that cannot be used is a failure; each counts,
+        whatever becomes of it.
+        """
         taken = set[str]()
         async for found in self._source.scandir(folder or "."):
             name = str(found.filename)
             path = posixpath.join(folder, name)
-            self._counted(path)
+            self._names += 1
+            if self._names > TREE_LIMIT:
+                raise ApsshError(
+                    f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
+                    host=self.host,
+                    kind=_side(self._source),
+                )
             if name not in (".", ".."):
                 with self._failing(path):
                     self._take(name, taken)
@@ -2875,24 +2882,19 @@ class _Copy:
                 with self._failing(path):
                     target = place
                     if self._into:
-                        name = await self._own_name(path)
+                        name = posixpath.basename(path.rstrip("/"))
+                        if name in ("", ".", ".."):
+                            name = posixpath.basename(str(await self._source.realpath(path)))
                         self._take(name, taken)
                         target = posixpath.join(place, name)
                     attrs = await self._source.stat(path)
-                    self._counted(path)
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
             for link in self._links:
-                await self._under_way.start(self._guarded, self._copy_link, link)
+                await self._under_way.start(self._copy_link, link)
         for target, attrs in reversed(self._late):
             with self._failing(target, "mode and times not set: "):
                 await self._destination.setstat(target, attrs)
-
-    async def _own_name(self, path: str) -> str:
-        name = posixpath.basename(path.rstrip("/"))
-        if name in ("", ".", ".."):
-            name = posixpath.basename(str(await self._source.realpath(path)))
-        return name
 
     def _take(self, name: str, taken: set[str]) -> None:
         """A name for one entry of a folder, that none has before: it cannot lead elsewhere, and no
@@ -2908,7 +2910,7 @@ class _Copy:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
-        inside = f"{os.path.realpath(target)}/".startswith(f"{os.path.realpath(path)}/")
+        inside = Path(target).resolve().is_relative_to(Path(path).resolve())
         if inside and (self.inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
@@ -2918,18 +2920,11 @@ class _Copy:
         if item.level and attrs.type in unsure:
             attrs = await self._source.stat(item.path, follow_symlinks=self.follow_symlinks)
         if attrs.type == _REGULAR:
-            await self._under_way.start(self._guarded, self._copy_file, item, attrs)
+            await self._under_way.start(self._copy_file, item, attrs)
         elif attrs.type == _LINK and item.level and not self.follow_symlinks:
             self._links.append(item)
         else:
             await self._copy_folder(item, attrs)
-
-    async def _guarded(
-        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
-    ) -> None:
-        """What runs beside others."""
-        with self._failing(item.path):
-            await work(item, *args)
 
     async def _copy_folder(self, item: _CopyItem, attrs: _Attrs) -> None:
         """Make the folder, if need be, and enter what it holds."""
@@ -2946,7 +2941,7 @@ class _Copy:
         if not existing:
             await self._destination.mkdir(target, _Attrs(permissions=0o700))
         if self.preserve or not existing:
-            self._late.append((target, self._given(attrs)))
+            self._late.append((target, self._given(attrs, None)))
         async for name, attrs in self._entries(item.path):
             child = _CopyItem(
                 posixpath.join(item.path, name),
@@ -2962,34 +2957,34 @@ class _Copy:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
         only in front and no further than the destination.
         """
-        link = str(await self._source.readlink(item.path))
-        steps = [step for step in link.split("/") if step not in ("", ".")]
-        ups = steps.count("..")
-        if self._wary and (
-            not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
-            or ups > item.level - (not self._into)
-            or ".." in steps[ups:]
-        ):
-            raise self._wrong(
-                self._source,
-                f"refused a link that leads out, to {_brief(link) or repr('')} "
-                "(follow_symlinks, --follow, copies what it leads to)",
-            )
-        await self._existing(item, _LINK)
-        async with self._replacing(item.target) as temporary:
-            await self._destination.symlink(link, temporary)
-
-    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
-        path = item.path
-        if not self._wary and (self.follow_symlinks or not item.level):
-            path = str(await self._source.realpath(path))
-        opened = await self._source.open(
-            path, asyncssh.FXF_READ, _Attrs(), encoding=None, block_size=0
-        )
-        async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
-            await self._stream(file, copied, attrs.size or 0)
+        with self._failing(item.path):
+            link = str(await self._source.readlink(item.path))
+            steps = [step for step in link.split("/") if step not in ("", ".")]
+            ups = steps.count("..")
+            if self._wary and (
+                not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
+                or ups > item.level - (not self._into)
+                or ".." in steps[ups:]
+            ):
+                raise self._wrong(
+                    self._source,
+                    f"refused a link that leads out, to {_brief(link) or repr('')} "
+                    "(follow_symlinks, --follow, copies what it leads to)",
+                )
+            await self._existing(item, _LINK)
+            async with self._replacing(item.target) as temporary:
+                await self._destination.symlink(link, temporary)
 
     # one file
+
+    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
+        with self._failing(item.path):
+            path = item.path
+            if not self._wary and (self.follow_symlinks or not item.level):
+                path = str(await self._source.realpath(path))
+            source = await self._source.open(path, "rb", _Attrs(), block_size=0)
+            async with _closing(source) as file, self._arriving(item, attrs) as copied:
+                await self._stream(file, copied, attrs.size or 0)
 
     async def _existing(self, item: _CopyItem, wanted: int) -> tuple[str, _Attrs | None]:
         """Where this entry goes, and what of the wanted kind is there. A link that the user named
@@ -3008,108 +3003,83 @@ class _Copy:
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")
 
-    def _given(self, attrs: _Attrs) -> _Attrs:
-        """What a copy gets of its source: the mode bits, with preserve the times too."""
-        mode = self._mode(attrs)
+    def _given(self, source: _Attrs, existing: _Attrs | None) -> _Attrs:
+        """What a copy gets: the mode bits of its source, with preserve the times too; else those
+        of what was there. Setuid and the like not from a server.
+        """
+        like = source
+        if existing and existing.permissions is not None and not self.preserve:
+            like = existing
+        whole = (existing or self.preserve) and not self._wary
+        given = _Attrs(permissions=(like.permissions or 0) & (0o7777 if whole else 0o777))
         if self.preserve:
-            return _Attrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
-        return _Attrs(permissions=mode & 0o777)
-
-    def _mode(self, attrs: _Attrs) -> int:
-        """The mode bits; setuid and the like not from a server."""
-        return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
+            given.atime, given.mtime = source.atime, source.mtime
+        if existing:
+            given.uid, given.gid = existing.uid, existing.gid
+        return given
 
     @contextlib.asynccontextmanager
-    async def _arriving(self, item: _CopyItem, given: _Attrs) -> AsyncIterator[_File]:
-        """A file to write, that becomes the target when it is whole. An existing one keeps its
-        owner, where that is permitted, and its mode, unless preserve asks for the source's.
-        """
+    async def _arriving(self, item: _CopyItem, attrs: _Attrs) -> AsyncIterator[_File]:
+        """A file to write, that becomes the target when it is whole."""
         target, existing = await self._existing(item, _REGULAR)
         overwriting = existing is not None and self.inplace
         place = contextlib.nullcontext(target) if overwriting else self._replacing(target)
-        async with place as path, _closing(await self._open(path, overwriting)) as file:
-            yield file
-            if existing is None:
-                await file.setstat(given)
-            elif self.preserve or not overwriting:
-                await self._keep(file, existing, given)
-
-    async def _keep(self, file: _File, existing: _Attrs, given: _Attrs) -> None:
-        """Owner and mode of the file that was there, unless preserve asks for the source's mode.
-        What is not permitted is left: the file could be written, and that was the wish.
-        """
-        if not self.preserve and existing.permissions is not None:
-            given = _Attrs(permissions=self._mode(existing))
-        given.uid, given.gid = existing.uid, existing.gid
-        with contextlib.suppress(OSError, asyncssh.SFTPError):
-            await file.setstat(given)
-            if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these bits
-                await file.setstat(_Attrs(permissions=given.permissions))
-
-    async def _open(self, path: str, overwriting: bool) -> _File:
-        folder = _brief(posixpath.dirname(path) or ".", 200)
-        try:
-            return await self._destination.open(
-                path,
-                _TO_OVERWRITE if overwriting else _TO_MAKE,
-                _Attrs(permissions=0o600),
-                encoding=None,
-                block_size=0,
-            )
-        except _MISSING:
-            raise self._wrong(self._destination, f"{folder}: no such folder") from None
-        except _DENIED as exc:
-            if overwriting:
+        async with place as path:
+            folder = _brief(posixpath.dirname(path) or ".", 200)
+            private = _Attrs(permissions=0o600)
+            how = "wb" if overwriting else "xb"
+            try:
+                made = await self._destination.open(path, how, private, block_size=0)
+            except _MISSING as exc:
+                exc.add_note(f"{folder}: no such folder")
                 raise
-            raise self._wrong(
-                self._destination, f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})"
-            ) from exc
+            except _DENIED as exc:
+                if not overwriting:
+                    exc.add_note(f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})")
+                raise
+            async with _closing(made) as file:
+                yield file
+                given = self._given(attrs, existing)
+                if existing is None:
+                    await file.setstat(given)
+                    return
+                with contextlib.suppress(OSError, asyncssh.SFTPError):
+                    await file.setstat(given)
+                    if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these
+                        await file.setstat(_Attrs(permissions=given.permissions))
 
     @contextlib.asynccontextmanager
     async def _replacing(self, target: str) -> AsyncIterator[str]:
-        """A name beside the target that nobody guesses; what is made there becomes the target, or
-        is removed.
-        """
+        """A name beside the target; what is made there becomes the target, or is removed."""
+        files, shown = self._destination, _brief(target, 200)
         folder = posixpath.dirname(target)
         temporary = posixpath.join(folder, f".new.apssh-{os.urandom(8).hex()}")
+        whole = removed = False
         try:
             yield temporary
-            await self._rename(temporary, target)
-        except BaseException as exc:
-            full = False
-            async with _in_short():
-                full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(folder)
-                await self._destination.remove(temporary)
-            if full:
-                raise self._wrong(self._destination, "no space left on the device") from exc
-            raise
-
-    async def _rename(self, temporary: str, target: str) -> None:
-        """Rename over the target (posix-rename@openssh.com); a server without that must remove it
-        first.
-        """
-        files = self._destination
-        try:
+            whole = True
             try:
                 await files.posix_rename(temporary, target)
             except asyncssh.SFTPOpUnsupported:
                 with contextlib.suppress(*_MISSING):
                     await files.remove(target)
+                    removed = True
                 await files.rename(temporary, target)
-        except _LOST:
+        except BaseException as exc:
+            if removed:
+                left = f"{shown} has been removed, and its new content is in {temporary}"
+                exc.add_note(f"{left}: {_reason(exc)}")
+                raise
+            if whole:
+                exc.add_note(f"{shown} cannot be replaced: {_reason(exc)} ({_INPLACE})")
+            if isinstance(exc, asyncssh.SFTPFailure) and isinstance(files, asyncssh.SFTPClient):
+                async with _in_short():  # OpenSSH says only "Failure" when a disk is full
+                    disk = await files.statvfs(folder or ".")
+                    if disk.bavail * disk.frsize < CHUNK:
+                        exc.add_note("no space left on the device")
+            async with _in_short():
+                await files.remove(temporary)
             raise
-        except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied, OSError) as exc:
-            raise self._wrong(
-                files, f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} ({_INPLACE})"
-            ) from exc
-
-    async def _disk_full(self, folder: str) -> bool:
-        """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
-        if isinstance(self._destination, asyncssh.SFTPClient):
-            with contextlib.suppress(asyncssh.Error, ValueError):
-                disk = await self._destination.statvfs(folder or ".")
-                return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
-        return False
 
     async def _stream(self, file: _File, copied: _File, size: int) -> None:
         """Block after block to the real end, by as many workers as fill the window for the size

@@ -6090,7 +6090,7 @@ ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
     "endless names": (
         Node(names=lambda: ((b"%d" % number, Node(mode=FIFO)) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/1999: more than 2,000 names: given up",
+        "tree/2000: more than 2,000 names: given up",
     ),
     "one name without end": (
         Node(names=lambda: ((b"a", Node(mode=FIFO)) for _ in itertools.count())),
@@ -6100,17 +6100,17 @@ ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
     "bad names without end": (
         Node(names=lambda: ((b"/%d" % number, EVIL) for number in itertools.count())),
         {"out/tree/": ""},
-        "/1999: more than 2,000 names: given up",
+        "/2000: more than 2,000 names: given up",
     ),
     "dots without end": (
         Node(names=lambda: ((b"." * (1 + number % 2), folder()) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/..: more than 2,000 names: given up",
+        "tree/.: more than 2,000 names: given up",
     ),
     "links without end": (
         Node(names=lambda: ((b"%d" % number, Node(target=b"/x")) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/1999: more than 2,000 names: given up",
+        "tree/2000: more than 2,000 names: given up",
     ),
     "huge size": (
         folder(
@@ -6473,6 +6473,41 @@ def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> 
 
     assert run(main()) == ""
     assert listing(tmp_path / "far") == {"f": "new", "t/": "", "t/l": "-> ../f"}
+
+
+def test_failing_rename_without_posix_rename_keeps_the_new_file(
+    keys: Path, home: Path, tmp_path: Path
+) -> None:
+    """The old one has made room by then: what has arrived is all that is left, and is named."""
+
+    class Plain(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("Operation not supported")
+
+        def rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPFailure("No more names")
+
+    build(tmp_path / "far", {"f": "old"})
+    build(home, {"f": "new"})
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Plain) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return " | ".join([await outcome(node, Push("f", name)) for name in ("f", "g")])
+
+    said = run(main())
+    [(name, text)] = listing(tmp_path / "far").items()
+    assert text == "new"
+    assert said == (
+        f"127.0.0.1: remote: f: f has been removed, and its new content is in {name}: "
+        "no more names | 127.0.0.1: remote: f: g cannot be replaced: no more names "
+        "(inplace, or --inplace, writes onto the file itself)"
+    )
 
 
 def test_server_that_answers_in_parts_and_not_in_turn(keys: Path, tmp_path: Path) -> None:
