@@ -2425,7 +2425,6 @@ _INPLACE = "inplace, or --inplace, writes onto the file itself"
 _REGULAR = asyncssh.FILEXFER_TYPE_REGULAR
 _FOLDER_TYPE = asyncssh.FILEXFER_TYPE_DIRECTORY
 _LINK = asyncssh.FILEXFER_TYPE_SYMLINK
-_SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
 _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
 _CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
@@ -2546,7 +2545,7 @@ class _LocalFiles:
         fd, name = self._at(path)
         info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
         return _Attrs(
-            type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
+            type=_TYPES.get(stat.S_IFMT(info.st_mode), asyncssh.FILEXFER_TYPE_SPECIAL),
             size=info.st_size,
             uid=info.st_uid,
             gid=info.st_gid,
@@ -2590,9 +2589,9 @@ class _LocalFiles:
     async def setstat(self, path: str, attrs: _Attrs) -> None:
         """Of a folder."""
         fd, name = self._at(path)
-        folder = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
-        async with _closing(_LocalFile(folder)) as file:
-            await file.setstat(attrs)
+        folder = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+        async with _closing(folder):
+            await folder.setstat(attrs)
 
     async def symlink(self, target: str, path: str) -> None:
         fd, name = self._at(path)
@@ -2667,24 +2666,23 @@ class _UnderWay:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        # retrieved, whether or not it is the first
-        failure = None if task.cancelled() else task.exception()
-        self._failure = self._failure or failure
+        if not task.cancelled():
+            failure = task.exception()  # retrieved, whether or not it is the first
+            self._failure = self._failure or failure
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
-            if kind is None and self._tasks and not self._failure:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-            if kind is None and self._failure:
-                raise self._failure
+            if kind is None:
+                if self._failure:
+                    raise self._failure
+                await asyncio.gather(*self._tasks)
         finally:
             for task in self._tasks:
                 task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             self._failure = None  # kept here, it would keep its frames
 
 
@@ -3007,11 +3005,11 @@ class _Copy:
         """What a copy gets: the mode bits of its source, with preserve the times too; else those
         of what was there. Setuid and the like not from a server.
         """
-        like = source
-        if existing and existing.permissions is not None and not self.preserve:
-            like = existing
-        whole = (existing or self.preserve) and not self._wary
-        given = _Attrs(permissions=(like.permissions or 0) & (0o7777 if whole else 0o777))
+        given = _Attrs()
+        like = source if self.preserve or existing is None else existing
+        if like.permissions is not None:
+            plain = self._wary or not (existing or self.preserve)
+            given.permissions = like.permissions & (0o777 if plain else 0o7777)
         if self.preserve:
             given.atime, given.mtime = source.atime, source.mtime
         if existing:
@@ -3029,7 +3027,7 @@ class _Copy:
             private = _Attrs(permissions=0o600)
             how = "wb" if overwriting else "xb"
             try:
-                made = await self._destination.open(path, how, private, block_size=0)
+                file = await self._destination.open(path, how, private, block_size=0)
             except _MISSING as exc:
                 exc.add_note(f"{folder}: no such folder")
                 raise
@@ -3037,7 +3035,7 @@ class _Copy:
                 if not overwriting:
                     exc.add_note(f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})")
                 raise
-            async with _closing(made) as file:
+            async with _closing(file):
                 yield file
                 given = self._given(attrs, existing)
                 if existing is None:
