@@ -709,7 +709,7 @@ def _keywords_shown(function: Callable[_P, _T]) -> Callable[_P, _T]:
         *shown, keywords = signature.parameters.values()
         hints = get_type_hints(get_args(keywords.annotation)[0], include_extras=True)
         for name, hint in hints.items():
-            meant, default = get_args(hint)
+            meant, default = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
             each = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, annotation=meant, default=default
             )
@@ -2198,8 +2198,8 @@ class Variables(dict[str, Any]):
     __setattr__ = dict.__setitem__
 
     def __delattr__(self, name: str) -> None:
-        if self.pop(name, self) is self:
-            raise AttributeError(f"no variable {name!r}")
+        self.__getattr__(name)
+        del self[name]
 
 
 class Capture:
@@ -2249,14 +2249,14 @@ class Deferred:
 
     def _render_jinja(self) -> str:
         jinja2 = _extra("jinja2")
-        made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        how = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
+        shown = escape(self.template)
         try:
-            return cast("str", made.from_string(self.template).render(self.variables))
+            return str(jinja2.Template(self.template, **how).render(self.variables))
         except jinja2.UndefinedError as exc:
-            problem = f"no value yet in {escape(self.template)}: {exc}"
-            raise UndefinedVariableError(problem) from None
+            raise UndefinedVariableError(f"no value yet in {shown}: {exc}") from None
         except Exception as exc:  # an expression may compute anything
-            raise UsageError(f"{escape(self.template)}: {exc}") from None
+            raise UsageError(f"{shown}: {exc}") from None
 
 
 _Path = StrPath | Deferred
@@ -2270,18 +2270,18 @@ def _text_of(value: object) -> str:
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
+@dataclasses.dataclass(eq=False)
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
-    def __init__(self, inner: object, make: Callable[[str], str]) -> None:
-        super().__init__(getattr(inner, "template", ""), getattr(inner, "variables", {}))
-        self._inner, self._make = inner, make
+    inner: object
+    make: Callable[[str], str]
 
     def __str__(self) -> str:
-        return shlex.quote(self._make(str(self._inner)))
+        return shlex.quote(self.make(str(self.inner)))
 
     def render(self) -> str:
-        return shlex.quote(self._make(_text_of(self._inner)))
+        return shlex.quote(self.make(_text_of(self.inner)))
 
 
 def _extra(module: str) -> Any:
@@ -2342,18 +2342,18 @@ _Word = Union[int, float, _Path, "Run"]
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
 _Exits = Collection[int | str] | None
 
-# Types with their defaults, as _keywords_shown reads them.
+# Keywords: types with their defaults, as _keywords_shown reads them; None is said of no default.
 _Flag = Annotated[bool, False]
-_TextOrNone = Annotated[str | None, None]
-_NumberOrNone = Annotated[int | None, None]
-_SecondsOrNone = Annotated[float | None, None]
+_TextOrNone = str | None
+_NumberOrNone = int | None
+_SecondsOrNone = float | None
 
 
 class _StepKeywords(TypedDict, total=False):
     """What every step takes."""
 
-    label: Annotated[str | bool | None, None]
-    allowed_exits: Annotated[_Exits, None]
+    label: str | bool | None
+    allowed_exits: _Exits
     verbose: Annotated[bool | None, False]
 
 
@@ -2365,14 +2365,14 @@ class _SetupKeywords(TypedDict, total=False):
     """What a command line is given, besides its words."""
 
     x11: _Flag
-    env: Annotated[Mapping[str, str] | None, None]
+    env: Mapping[str, str] | None
     pty: _Flag
-    stdin: Annotated[_StdinSource | None, None]
+    stdin: _StdinSource | None
     sudo: Annotated[bool | str, False]
 
 
 class _ShellKeywords(_SetupKeywords, _TimedKeywords, total=False):
-    capture: Annotated[Capture | None, None]
+    capture: Capture | None
 
 
 class _RunKeywords(_ShellKeywords, total=False):
@@ -5304,25 +5304,21 @@ class AbstractCommand:
             else:
                 async with self._in_time(node, step):
                     step.status = await getattr(self, method)(node) or 0
-            self._check_status(node, step)
+            if not self._is_success(step.status):
+                kind = "status" if isinstance(step.status, int) else "signal"
+                command = step.command or self.step_name()
+                raise CommandFailedError(
+                    f"ended with {kind} {step.status}: {escape(command)}",
+                    host=node.hostname,
+                    kind=kind,
+                    command=step.command,
+                    status=step.status,
+                )
         except CommandFailedError as exc:
             if self.label:
                 exc.message = f"{escape(self.listing_line())}: {exc.message}"
             raise
         return step.status
-
-    def _check_status(self, node: _AnyNode, step: StepRecord) -> None:
-        """Raise CommandFailedError unless this status is a success."""
-        if not self._is_success(step.status):
-            kind = "status" if isinstance(step.status, int) else "signal"
-            command = step.command or self.step_name()
-            raise CommandFailedError(
-                f"ended with {kind} {step.status}: {escape(command)}",
-                host=node.hostname,
-                kind=kind,
-                command=step.command,
-                status=step.status,
-            )
 
     def _is_success(self, status: int | str | None) -> bool:
         return status == 0 or status in self.allowed_exits
@@ -5405,7 +5401,7 @@ class _Stdin:
             self._check_unused()
             return self._read_once(source)
         if isinstance(source, str | Deferred):
-            source = _text_of(source).encode("utf-8", "surrogateescape")
+            source = os.fsencode(_text_of(source))
         return self._read(io.BytesIO(source) if isinstance(source, bytes) else source)
 
     def _check_unused(self) -> None:
@@ -5424,7 +5420,7 @@ class _Stdin:
     async def _read(self, source: os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
         with contextlib.ExitStack() as stack:
             if isinstance(source, os.PathLike):
-                source = stack.enter_context(open(Path(source).expanduser(), "rb"))
+                source = stack.enter_context(open(_check_file("stdin", source), "rb"))
             place = 0
             while True:
                 source.seek(place)
@@ -5435,19 +5431,20 @@ class _Stdin:
                 yield data
 
 
-def _check_file(what: str, path: StrPath) -> None:
-    """Raise UsageError, naming it, unless this is a file that is there."""
-    if not os.path.isfile(os.path.expanduser(path)):
-        problem = "not a file" if os.path.exists(os.path.expanduser(path)) else "no such file"
+def _check_file(what: str, path: StrPath) -> str:
+    """The path of this file of this machine. Raises UsageError, naming it, unless it is there."""
+    place = os.path.expanduser(path)
+    if not os.path.isfile(place):
+        problem = "not a file" if os.path.exists(place) else "no such file"
         raise UsageError(f"{what} {escape(str(path))}: {problem}")
+    return place
 
 
 def _read_file(what: str, path: StrPath) -> tuple[bytes, int]:
     """Content and mode of a file of this machine. Raises UsageError, naming it."""
-    _check_file(what, path)
+    place = Path(_check_file(what, path))
     try:
-        with open(os.path.expanduser(path), "rb") as file:
-            return file.read(), os.fstat(file.fileno()).st_mode
+        return place.read_bytes(), place.stat().st_mode
     except OSError as exc:
         raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
@@ -5466,6 +5463,8 @@ class _ShellCommand(AbstractCommand):
     """What Run, RunScript and RunString share: words read by the remote shell, what the command is
     given, and where its output goes.
     """
+
+    ignore_outputs = False
 
     @_keywords_checked
     def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ShellKeywords]) -> None:
@@ -5519,7 +5518,6 @@ class _ShellCommand(AbstractCommand):
         *,
         sink: _HeldSink | None = None,
         timeout: float | None = None,
-        quiet: bool = False,
         folder: str = "",
     ) -> int | str:
         """Have the node run a command line with all that this step gives it; the status."""
@@ -5529,7 +5527,7 @@ class _ShellCommand(AbstractCommand):
             stdin=self.stdin.reader() if self.stdin else None,
             env={name: _text_of(value) for name, value in self.env.items()},
             sudo=self.sudo,
-            quiet=quiet,
+            quiet=self.ignore_outputs,
             folder=folder,
             opened=self.stdin.opened if self.stdin else None,
         )
@@ -5560,17 +5558,14 @@ class Run(_ShellCommand):
     def __init__(self, *argv: _Word, **keywords: Unpack[_RunKeywords]) -> None:
         super().__init__(argv, **_part(keywords, _ShellKeywords))
         self.ignore_outputs = keywords["ignore_outputs"]
-        if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
+        if all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
 
     def _text(self) -> str:
         return self._words(str)
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        line = self._words()
-        return await self._by_shell(
-            node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
-        )
+        return await self._by_shell(node, self._words(), step, timeout=self.timeout)
 
 
 class Wait(_ShellCommand):
@@ -5641,17 +5636,20 @@ class _Script(_ShellCommand):
     """
 
     @_keywords_checked
-    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ScriptKeywords]) -> None:
+    def __init__(
+        self,
+        source: _Path,
+        words: tuple[_Word, ...],
+        **keywords: Unpack[_ScriptKeywords],
+    ) -> None:
         super().__init__(words, **_part(keywords, _ShellKeywords))
+        self.source = source
+        if not str(source).strip():
+            raise UsageError(f"{type(self).__name__}: an empty script")
         includes = keywords["includes"]
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         self._name = os.urandom(8).hex()
         self._uses: collections.Counter[Endpoint] = collections.Counter()
-
-    def _folder_name(self, node: _AnyNode) -> str:
-        endpoint = node.username, node.hostname, node.port
-        self._uses[endpoint] += 1
-        return f"{self._name}{self._uses[endpoint]:02}"
 
     def _script(self) -> _ScriptFiles:
         """The script alone: its name, with its content and mode."""
@@ -5665,18 +5663,28 @@ class _Script(_ShellCommand):
                 raise UsageError(f"two different files for one folder are called {escape(name)}")
         return files
 
+    def check_files(self) -> None:
+        super().check_files()
+        # what is deferred is not known yet, or may be the name of a file that is not there yet
+        self._with_includes({} if isinstance(self.source, Deferred) else self._script())
+
+    def _titled(self, what: str) -> str:
+        return f"{type(self).__name__}: {what} {self._words(str)}".rstrip()
+
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        script = self._script()
-        [(name, (body, _))] = script.items()
-        files = self._with_includes(script)
-        step.script_sha256 = hashlib.sha256(body).hexdigest()
+        files = self._with_includes(self._script())
+        name = next(iter(files))
+        step.script_sha256 = hashlib.sha256(files[name][0]).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()
+        endpoint = node.username, node.hostname, node.port
+        self._uses[endpoint] += 1
+        folder_name = f"{self._name}{self._uses[endpoint]:02}"
         for_others = self.sudo not in (False, True, "root")
-        folder = node._script_folder(files, self._folder_name(node), for_others=for_others)
+        folder = node._script_folder(files, folder_name, for_others=for_others)
         async with self._in_time(node, step), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
@@ -5707,27 +5715,19 @@ class RunScript(_Script):
     def __init__(
         self, local_script: _Path, *args: _Word, **keywords: Unpack[_ScriptKeywords]
     ) -> None:
-        super().__init__(args, **keywords)
-        self.local_script = local_script
-        if not str(local_script):
-            raise UsageError("RunScript: an empty script name")
-
-    def check_files(self) -> None:
-        super().check_files()
-        self._with_includes({} if isinstance(self.local_script, Deferred) else self._script())
+        super().__init__(local_script, args, **keywords)
 
     def _script(self) -> _ScriptFiles:
-        path = _text_of(self.local_script)
+        path = _text_of(self.source)
         return {os.path.basename(path): (_read_file("script", path)[0], 0o700)}
 
     def _text(self) -> str:
-        return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
+        return self._titled(os.path.basename(str(self.source)))
 
     def dry_run_text(self) -> str:
-        text = f"{self._as_whom()}RunScript: {self.local_script} {self._words(str)}".rstrip()
-        if not os.path.isfile(os.path.expanduser(str(self.local_script))):
-            text += " (no such file yet)"
-        return text + self._beside()
+        there = os.path.isfile(os.path.expanduser(str(self.source)))
+        note = "" if there else " (no such file yet)"
+        return self._as_whom() + self._titled(str(self.source)) + note + self._beside()
 
 
 class RunString(_Script):
@@ -5760,65 +5760,55 @@ class RunString(_Script):
         remote_name: str | None = None,
         **keywords: Unpack[_ScriptKeywords],
     ) -> None:
-        super().__init__(args, **keywords)
-        self.script_body = script_body
+        super().__init__(script_body, args, **keywords)
         self.remote_name = os.path.basename(remote_name or "script")
-        if not str(script_body).strip():
-            raise UsageError("RunString: an empty script")
         if self.remote_name in ("", ".", ".."):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
-    def check_files(self) -> None:
-        super().check_files()
-        self._with_includes({self.remote_name: (self._body(str(self.script_body)), 0o700)})
-
     def _script(self) -> _ScriptFiles:
-        return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
-
-    def _body(self, text: str) -> bytes:
-        return os.fsencode(text.removesuffix("\n") + "\n")
+        body = _text_of(self.source).removesuffix("\n") + "\n"
+        return {self.remote_name: (os.fsencode(body), 0o700)}
 
     def _text(self) -> str:
-        lines = (line.strip() for line in str(self.script_body).splitlines())
+        lines = (line.strip() for line in str(self.source).splitlines())
         first = next((line for line in lines if line and not line.startswith("#")), "")
-        return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
+        return self._titled(f"{first[:15]}...")
 
     def dry_run_text(self) -> str:
-        text = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
-        return f"{text}{self._beside()}\n{self.script_body}"
+        title = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
+        return f"{title}{self._beside()}\n{self.source}"
 
 
 class _CopyCommand(AbstractCommand):
     """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
 
     pushing: ClassVar[bool]
-    preposition: ClassVar[str]
 
     def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
-        self.sources, self.destination = sources, destination
+        self.sources, self.destination = _paths(sources), destination
         self.options = _part(keywords, _TransferKeywords)
-        self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
 
     def _line(self, sources: str) -> str:
-        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}"
+        way = "onto" if self.pushing else "into"
+        return f"{type(self).__name__}: {sources} {way} {self.destination}"
 
     def _text(self) -> str:
-        more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
-        return self._line(f"{self._sources[0]}{more}")
+        many = len(self.sources)
+        return self._line(f"{self.sources[0]} ... ({many} total)" if many > 1 else self.sources[0])
 
     def dry_run_text(self) -> str:
         options = [name for name, value in self.options.items() if value]
-        return ", ".join([self._line(" ".join(map(str, self._sources))), *options])
+        return ", ".join([self._line(" ".join(map(str, self.sources))), *options])
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        sources = [_text_of(path) for path in self._sources]
+        sources = [_text_of(path) for path in self.sources]
         destination = _text_of(self.destination)
-        step.command = step.command or self._text()
+        step.command = self._text()
         sftp = await node.sftp_connect_lazy()
         async with self._in_time(node, step):
             copying = _Copy(node.hostname, step, **self.options)
@@ -5844,7 +5834,7 @@ class Push(_CopyCommand):
     for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
-    pushing, preposition = True, "onto"
+    pushing = True
 
     @_keywords_checked
     def __init__(
@@ -5871,7 +5861,7 @@ class Pull(_CopyCommand):
     for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
-    pushing, preposition = False, "into"
+    pushing = False
 
     @_keywords_checked
     def __init__(
@@ -5881,7 +5871,7 @@ class Pull(_CopyCommand):
 
     def check_files(self) -> None:
         if not isinstance(self.destination, Deferred):
-            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
+            _check_landing(os.fspath(self.destination), several=len(self.sources) > 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7872,7 +7862,7 @@ class _LimitKeywords(TypedDict, total=False):
 
 class _NodeKeywords(TypedDict, total=False):
     connect_timeout: _SecondsOrNone
-    keys: Annotated[Collection[StrPath | Key] | None, None]
+    keys: Collection[StrPath | Key] | None
     password: _TextOrNone
     forward_agent: _Flag
     host_keys: _TextOrNone
@@ -7884,9 +7874,9 @@ class _NodeKeywords(TypedDict, total=False):
 class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False):
     """What co_run, co_push and co_pull share."""
 
-    config: Annotated[str | bool | None, None]
-    formatter: Annotated[Formatter | None, None]
-    done: Annotated[Callable[[Result], object] | None, None]
+    config: str | bool | None
+    formatter: Formatter | None
+    done: Callable[[Result], object] | None
 
 
 class _RunManyKeywords(_SetupKeywords, _ManyKeywords, total=False):

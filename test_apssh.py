@@ -11779,7 +11779,7 @@ def test_a_whole_scenario() -> None:
     ]
     script, _, string, push, push_one, pull = send.commands
     assert (script.includes, script.allowed_exits, script.timeout) == (("inc.sh",), {"TERM", 4}, 5)
-    assert (string.script_body, string.remote_name, string.words) == (
+    assert (string.source, string.remote_name, string.words) == (
         "#!/bin/bash\necho $1",
         "it.sh",
         ("x y",),
@@ -12020,9 +12020,9 @@ def test_deferred_values_and_captures() -> None:
     )
     found = [
         echo.words[1],
-        script.local_script,
+        script.source,
         script.words[0],
-        string.script_body,
+        string.source,
         string.words[0],
         push.sources[0],
         push.destination,
