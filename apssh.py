@@ -2574,13 +2574,15 @@ class _LocalFiles:
     async def rmtree(self, path: str, *, ignore_errors: bool) -> None:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
-    async def open(self, path: str, mode: str, attrs: _Attrs, *, block_size: int) -> _LocalFile:
+    async def open(
+        self, path: str, mode: str, attrs: object = None, *, block_size: int
+    ) -> _LocalFile:
         """Never through a link, and a regular file whatever was put there since it was looked at:
-        a FIFO would hold us for ever.
+        a FIFO would hold us for ever. A new one is private.
         """
         folder, name = self._at(path)
         how = _HOW[mode] | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
+        fd = os.open(name, how, 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise TransferError("not a regular file")
@@ -2846,15 +2848,15 @@ class _Copy:
         found: list[str] = []
         for folder in await self._matches(head) if head else [slash]:
             with contextlib.suppress(OSError, asyncssh.SFTPError):
-                names = [name async for name, _ in self._entries(folder)]
-                for name in sorted(fnmatch.filter(names, wanted)):
-                    if last.startswith(".") or not name.startswith("."):
-                        found.append(posixpath.join(folder, name))
-        return found or [literal]
+                async for path, name, _ in self._entries(folder):
+                    hidden = name.startswith(".") and not last.startswith(".")
+                    if fnmatch.fnmatchcase(name, wanted) and not hidden:
+                        found.append(path)
+        return sorted(found) or [literal]
 
-    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, _Attrs]]:
-        """What a folder is said to hold. A name that cannot be used is a failure; each counts,
-        whatever becomes of it.
+    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, str, _Attrs]]:
+        """What a folder is said to hold: path, name, attributes. A name that cannot be used is a
+        failure; each counts, whatever becomes of it.
         """
         taken = set[str]()
         async for found in self._source.scandir(folder or "."):
@@ -2870,7 +2872,7 @@ class _Copy:
             if name not in (".", ".."):
                 with self._failing(path):
                     self._take(name, taken)
-                    yield name, found.attrs
+                    yield path, name, found.attrs
 
     async def _walk(self, paths: Iterable[str], place: str) -> None:
         """Copy what was named, each to its own name in the folder or the only one to this name."""
@@ -2940,15 +2942,10 @@ class _Copy:
             await self._destination.mkdir(target, _Attrs(permissions=0o700))
         if self.preserve or not existing:
             self._late.append((target, self._given(attrs, None)))
-        async for name, attrs in self._entries(item.path):
-            child = _CopyItem(
-                posixpath.join(item.path, name),
-                posixpath.join(target, name),
-                level=item.level + 1,
-                fresh=not existing,
-                inside=real,
-            )
-            with self._failing(child.path):
+        level, fresh = item.level + 1, existing is None
+        async for path, name, attrs in self._entries(item.path):
+            child = _CopyItem(path, posixpath.join(target, name), level, fresh, real)
+            with self._failing(path):
                 await self._enter(child, attrs)
 
     async def _copy_link(self, item: _CopyItem) -> None:
@@ -2980,7 +2977,7 @@ class _Copy:
             path = item.path
             if not self._wary and (self.follow_symlinks or not item.level):
                 path = str(await self._source.realpath(path))
-            source = await self._source.open(path, "rb", _Attrs(), block_size=0)
+            source = await self._source.open(path, "rb", block_size=0)
             async with _closing(source) as file, self._arriving(item, attrs) as copied:
                 await self._stream(file, copied, attrs.size or 0)
 
@@ -3052,24 +3049,23 @@ class _Copy:
         files, shown = self._destination, _brief(target, 200)
         folder = posixpath.dirname(target)
         temporary = posixpath.join(folder, f".new.apssh-{os.urandom(8).hex()}")
-        whole = removed = False
+        problem, removed = "", False
         try:
             yield temporary
-            whole = True
+            problem = f"{shown} cannot be replaced"
             try:
                 await files.posix_rename(temporary, target)
             except asyncssh.SFTPOpUnsupported:
                 with contextlib.suppress(*_MISSING):
                     await files.remove(target)
                     removed = True
+                    problem = f"{shown} has been removed, and its new content is in {temporary}"
                 await files.rename(temporary, target)
         except BaseException as exc:
+            if problem:
+                exc.add_note(f"{problem}: {_reason(exc)} ({_INPLACE})")
             if removed:
-                left = f"{shown} has been removed, and its new content is in {temporary}"
-                exc.add_note(f"{left}: {_reason(exc)}")
                 raise
-            if whole:
-                exc.add_note(f"{shown} cannot be replaced: {_reason(exc)} ({_INPLACE})")
             if isinstance(exc, asyncssh.SFTPFailure) and isinstance(files, asyncssh.SFTPClient):
                 async with _in_short():  # OpenSSH says only "Failure" when a disk is full
                     disk = await files.statvfs(folder or ".")

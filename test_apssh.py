@@ -6502,11 +6502,11 @@ def test_failing_rename_without_posix_rename_keeps_the_new_file(
 
     said = run(main())
     [(name, text)] = listing(tmp_path / "far").items()
+    hint = "(inplace, or --inplace, writes onto the file itself)"
     assert text == "new"
     assert said == (
         f"127.0.0.1: remote: f: f has been removed, and its new content is in {name}: "
-        "no more names | 127.0.0.1: remote: f: g cannot be replaced: no more names "
-        "(inplace, or --inplace, writes onto the file itself)"
+        f"no more names {hint} | 127.0.0.1: remote: f: g cannot be replaced: no more names {hint}"
     )
 
 
