@@ -5358,7 +5358,7 @@ class AbstractCommand:
 
 
 class _Stdin:
-    """What a step gives to its command as standard input.
+    """What a step gives to its command as standard input; None: its end at once.
 
     Each host reads it at its own pace, from its beginning: a file is read a piece at a time at the
     place where this host is, whoever else reads it. Only what an asynchronous iterator gives cannot
@@ -5369,10 +5369,10 @@ class _Stdin:
     # what is told of the channel of a command that reads it
     opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
 
-    def __init__(self, source: _StdinSource) -> None:
+    def __init__(self, source: _StdinSource | None) -> None:
         self._source = source
         self._used = False
-        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator):
+        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator | None):
             return
         if not hasattr(source, "read") or hasattr(source, "encoding"):
             raise UsageError(
@@ -5393,6 +5393,8 @@ class _Stdin:
     def reader(self) -> AsyncIterator[bytes] | None:
         """All of it, for one host. Raises UsageError when it has been used up."""
         source = self._source
+        if source is None:
+            return None
         if isinstance(source, AsyncIterator):
             self._check_unused()
             return self._read_once(source)
@@ -5468,7 +5470,7 @@ class _ShellCommand(AbstractCommand):
         self.words, self.capture, stdin = words, keywords["capture"], keywords["stdin"]
         self.x11, self.pty, self.sudo = keywords["x11"], keywords["pty"], keywords["sudo"]
         self.env = dict(keywords["env"] or {})
-        self.stdin = None if stdin is None else _Stdin(stdin)
+        self.stdin = _Stdin(stdin)
         kind = type(self).__name__
         if not isinstance(self.capture, Capture | None):
             raise UsageError(f"{kind}: capture is a Capture(name, variables), not {self.capture!r}")
@@ -5503,8 +5505,7 @@ class _ShellCommand(AbstractCommand):
         return "sudo: " if self.sudo is True else f"sudo -u {self.sudo}: "
 
     def check_files(self) -> None:
-        if self.stdin:
-            self.stdin.check()
+        self.stdin.check()
 
     async def _by_shell(
         self,
@@ -5520,12 +5521,12 @@ class _ShellCommand(AbstractCommand):
         how = _How(
             x11=self.x11,
             pty=self.pty,
-            stdin=self.stdin.reader() if self.stdin else None,
+            stdin=self.stdin.reader(),
             env={name: _text_of(value) for name, value in self.env.items()},
             sudo=self.sudo,
             quiet=self.ignore_outputs,
             folder=folder,
-            opened=self.stdin.opened if self.stdin else None,
+            opened=self.stdin.opened,
         )
         return await node._execute(
             line, step, how, sink=sink, capture=self.capture, timeout=timeout
@@ -5758,7 +5759,7 @@ class RunString(_Script):
     ) -> None:
         super().__init__(script_body, args, **keywords)
         self.remote_name = os.path.basename(remote_name or "script")
-        if self.remote_name in ("", ".", ".."):
+        if _NO_NAME.match(self.remote_name):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
     def _script(self) -> _ScriptFiles:
