@@ -2240,17 +2240,14 @@ class Deferred:
         """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
         expression that cannot be.
         """
-        if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
-            return self._render_jinja()
-        names = re.findall(self._PLAIN, self.template)
-        if missing := ", ".join(name for name in names if name not in self.variables):
-            raise UndefinedVariableError(f"no value yet for {missing} in {escape(self.template)}")
-        return str(self)
-
-    def _render_jinja(self) -> str:
+        shown = escape(self.template)
+        if not re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
+            names = re.findall(self._PLAIN, self.template)
+            if missing := ", ".join(name for name in names if name not in self.variables):
+                raise UndefinedVariableError(f"no value yet for {missing} in {shown}")
+            return str(self)
         jinja2 = _extra("jinja2")
         how = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
-        shown = escape(self.template)
         try:
             return str(jinja2.Template(self.template, **how).render(self.variables))
         except jinja2.UndefinedError as exc:
@@ -2460,8 +2457,7 @@ def _is_pattern(path: str) -> bool:
 
 def _check_landing(destination: str, *, several: bool) -> None:
     """The local folder that a Pull writes into is there. Raises UsageError."""
-    into = several or destination.endswith("/")
-    folder = destination if into else os.path.dirname(destination)
+    folder = destination if several or destination.endswith("/") else os.path.dirname(destination)
     if folder and not os.path.isdir(folder):
         what = "not a folder" if os.path.exists(folder.rstrip("/")) else "no such folder"
         raise UsageError(f"{escape(folder)}: {what}")
@@ -2564,9 +2560,10 @@ class _LocalFiles:
         for name in os.listdir(path):
             yield asyncssh.SFTPName(name)
 
-    async def mkdir(self, path: str, attrs: _Attrs) -> None:
+    async def mkdir(self, path: str, attrs: object) -> None:
+        """A private one."""
         fd, name = self._at(path)
-        os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
+        os.mkdir(name, 0o700, dir_fd=fd)
 
     async def makedirs(self, path: str, *, exist_ok: bool) -> None:
         os.makedirs(path, exist_ok=exist_ok)
@@ -5365,7 +5362,6 @@ class _Stdin:
     be had again. Raises UsageError for what cannot be read so.
     """
 
-    PIECE = 128 * 1024  # bytes
     # what is told of the channel of a command that reads it
     opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
 
@@ -5422,7 +5418,7 @@ class _Stdin:
             place = 0
             while True:
                 source.seek(place)
-                data = source.read(self.PIECE)
+                data = source.read(SESSION_WINDOW)
                 if not data:
                     return
                 place += len(data)
