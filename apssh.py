@@ -3091,7 +3091,9 @@ class _Copy:
                     position = next(starts)
                     wanted = block
                     while wanted:
-                        data = cast("bytes", await file.read(wanted, position))
+                        # no more than there may be: space for a block costs as much as a file
+                        ask = min(wanted, size + 1 - position) if position <= size else wanted
+                        data = cast("bytes", await file.read(ask, position))
                         if data:
                             await copied.write(data, position)
                         position += len(data)
