@@ -3056,7 +3056,8 @@ class _Copy:
                 with contextlib.suppress(*_MISSING):
                     await files.remove(target)
                     removed = True
-                    problem = f"{shown} has been removed, and its new content is in {temporary}"
+                    new = escape(temporary)
+                    problem = f"{shown} has been removed, and its new content is in {new}"
                 await files.rename(temporary, target)
         except BaseException as exc:
             if problem:

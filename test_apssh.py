@@ -6490,7 +6490,7 @@ def test_failing_rename_without_posix_rename_keeps_the_new_file(
         def rename(self, oldpath: bytes, newpath: bytes) -> None:
             raise asyncssh.SFTPFailure("No more names")
 
-    build(tmp_path / "far", {"f": "old"})
+    build(tmp_path / "far/d\x1b[2J", {"f": "old"})
     build(home, {"f": "new"})
 
     async def main() -> str:
@@ -6498,15 +6498,17 @@ def test_failing_rename_without_posix_rename_keeps_the_new_file(
             ssh_server(keys, sftp=Plain) as port,
             SshNode("127.0.0.1", port=port, username=ME) as node,
         ):
-            return " | ".join([await outcome(node, Push("f", name)) for name in ("f", "g")])
+            steps = Push("f", "d\x1b[2J/f"), Push("f", "d\x1b[2J/g")
+            return " | ".join([await outcome(node, step) for step in steps])
 
     said = run(main())
-    [(name, text)] = listing(tmp_path / "far").items()
-    hint = "(inplace, or --inplace, writes onto the file itself)"
+    [(name, text)] = listing(tmp_path / "far/d\x1b[2J").items()
+    shown, hint = r"d\x1b[2J", "(inplace, or --inplace, writes onto the file itself)"
     assert text == "new"
     assert said == (
-        f"127.0.0.1: remote: f: f has been removed, and its new content is in {name}: "
-        f"no more names {hint} | 127.0.0.1: remote: f: g cannot be replaced: no more names {hint}"
+        f"127.0.0.1: remote: f: {shown}/f has been removed, and its new content is in "
+        f"{shown}/{name}: no more names {hint} | "
+        f"127.0.0.1: remote: f: {shown}/g cannot be replaced: no more names {hint}"
     )
 
 
