@@ -711,7 +711,7 @@ def _keywords_shown(function: Callable[_P, _T]) -> Callable[_P, _T]:
         *shown, keywords = signature.parameters.values()
         hints = get_type_hints(get_args(keywords.annotation)[0], include_extras=True)
         for name, hint in hints.items():
-            meant, default = get_args(hint)
+            meant, default = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
             each = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, annotation=meant, default=default
             )
@@ -2190,8 +2190,8 @@ class Variables(dict[str, Any]):
     __setattr__ = dict.__setitem__
 
     def __delattr__(self, name: str) -> None:
-        if self.pop(name, self) is self:
-            raise AttributeError(f"no variable {name!r}")
+        self.__getattr__(name)
+        del self[name]
 
 
 class Capture:
@@ -2232,23 +2232,20 @@ class Deferred:
         """The text. Raises UndefinedVariableError naming what has no value, UsageError for an
         expression that cannot be.
         """
-        if re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
-            return self._render_jinja()
-        names = re.findall(self._PLAIN, self.template)
-        if missing := ", ".join(name for name in names if name not in self.variables):
-            raise UndefinedVariableError(f"no value yet for {missing} in {escape(self.template)}")
-        return str(self)
-
-    def _render_jinja(self) -> str:
+        shown = escape(self.template)
+        if not re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
+            names = re.findall(self._PLAIN, self.template)
+            if missing := ", ".join(name for name in names if name not in self.variables):
+                raise UndefinedVariableError(f"no value yet for {missing} in {shown}")
+            return str(self)
         jinja2 = _extra("jinja2")
-        made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        how = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
         try:
-            return cast("str", made.from_string(self.template).render(self.variables))
+            return str(jinja2.Template(self.template, **how).render(self.variables))
         except jinja2.UndefinedError as exc:
-            problem = f"no value yet in {escape(self.template)}: {exc}"
-            raise UndefinedVariableError(problem) from None
+            raise UndefinedVariableError(f"no value yet in {shown}: {exc}") from None
         except Exception as exc:  # an expression may compute anything
-            raise UsageError(f"{escape(self.template)}: {exc}") from None
+            raise UsageError(f"{shown}: {exc}") from None
 
 
 _Path = StrPath | Deferred
@@ -2262,18 +2259,18 @@ def _text_of(value: object) -> str:
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
 
 
+@dataclasses.dataclass(eq=False)
 class _Quoted(Deferred):
     """What is made of another text, as one word of the remote shell."""
 
-    def __init__(self, inner: object, make: Callable[[str], str]) -> None:
-        super().__init__(getattr(inner, "template", ""), getattr(inner, "variables", {}))
-        self._inner, self._make = inner, make
+    inner: object
+    make: Callable[[str], str]
 
     def __str__(self) -> str:
-        return shlex.quote(self._make(str(self._inner)))
+        return shlex.quote(self.make(str(self.inner)))
 
     def render(self) -> str:
-        return shlex.quote(self._make(_text_of(self._inner)))
+        return shlex.quote(self.make(_text_of(self.inner)))
 
 
 def _extra(module: str) -> Any:
@@ -2334,18 +2331,18 @@ _Word = Union[int, float, _Path, "Run"]
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
 _Exits = Collection[int | str] | None
 
-# Types with their defaults, as _keywords_shown reads them.
+# Keywords: types with their defaults, as _keywords_shown reads them; None is said of no default.
 _Flag = Annotated[bool, False]
-_TextOrNone = Annotated[str | None, None]
-_NumberOrNone = Annotated[int | None, None]
-_SecondsOrNone = Annotated[float | None, None]
+_TextOrNone = str | None
+_NumberOrNone = int | None
+_SecondsOrNone = float | None
 
 
 class _StepKeywords(TypedDict, total=False):
     """What every step takes."""
 
-    label: Annotated[str | bool | None, None]
-    allowed_exits: Annotated[_Exits, None]
+    label: str | bool | None
+    allowed_exits: _Exits
     verbose: Annotated[bool | None, False]
 
 
@@ -2357,14 +2354,14 @@ class _SetupKeywords(TypedDict, total=False):
     """What a command line is given, besides its words."""
 
     x11: _Flag
-    env: Annotated[Mapping[str, str] | None, None]
+    env: Mapping[str, str] | None
     pty: _Flag
-    stdin: Annotated[_StdinSource | None, None]
+    stdin: _StdinSource | None
     sudo: Annotated[bool | str, False]
 
 
 class _ShellKeywords(_SetupKeywords, _TimedKeywords, total=False):
-    capture: Annotated[Capture | None, None]
+    capture: Capture | None
 
 
 class _RunKeywords(_ShellKeywords, total=False):
@@ -2412,20 +2409,21 @@ _LOST = (
 )
 _MISSING = (FileNotFoundError, asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath)
 _DENIED = (PermissionError, asyncssh.SFTPPermissionDenied)
-_NO_FOLDER = (*_MISSING, NotADirectoryError, asyncssh.SFTPNotADirectory, asyncssh.SFTPFailure)
 _INPLACE = "inplace, or --inplace, writes onto the file itself"
 
 _REGULAR = asyncssh.FILEXFER_TYPE_REGULAR
 _FOLDER_TYPE = asyncssh.FILEXFER_TYPE_DIRECTORY
 _LINK = asyncssh.FILEXFER_TYPE_SYMLINK
-_SPECIAL = asyncssh.FILEXFER_TYPE_SPECIAL
 _UNKNOWN = asyncssh.FILEXFER_TYPE_UNKNOWN  # some servers list names only
 _TYPES = {stat.S_IFREG: _REGULAR, stat.S_IFDIR: _FOLDER_TYPE, stat.S_IFLNK: _LINK}
 _CALLED = {_REGULAR: "a file", _FOLDER_TYPE: "a folder", _LINK: "a link"}
 
-# the two ways to write a file: a new one never takes what is there
-_TO_MAKE = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | asyncssh.FXF_EXCL
-_TO_OVERWRITE = asyncssh.FXF_WRITE | asyncssh.FXF_TRUNC
+# the ways to open a file, as asyncssh names them; a new one never takes what is there
+_HOW = {
+    "rb": os.O_RDONLY,
+    "xb": os.O_WRONLY | os.O_CREAT | os.O_EXCL,
+    "wb": os.O_WRONLY | os.O_TRUNC,
+}
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 
 # a backslash before what has a meaning in a pattern; elsewhere it is itself
@@ -2436,8 +2434,7 @@ _NO_NAME = re.compile(r"\.{,2}\Z|.*[/\0]|.{256}", re.DOTALL)
 
 def _paths(paths: Any) -> list[Any]:
     """One path or several, as a list; a list of one means that path."""
-    many = isinstance(paths, Iterable) and not isinstance(paths, str)
-    each = list(paths) if many else [paths]
+    each = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else list(paths)
     if not each or not all(
         isinstance(path, str | os.PathLike | Deferred) and str(path) for path in each
     ):
@@ -2452,8 +2449,7 @@ def _is_pattern(path: str) -> bool:
 
 def _check_landing(destination: str, *, several: bool) -> None:
     """The local folder that a Pull writes into is there. Raises UsageError."""
-    into = several or destination.endswith("/")
-    folder = destination if into else os.path.dirname(destination)
+    folder = destination if several or destination.endswith("/") else os.path.dirname(destination)
     if folder and not os.path.isdir(folder):
         what = "not a folder" if os.path.exists(folder.rstrip("/")) else "no such folder"
         raise UsageError(f"{escape(folder)}: {what}")
@@ -2537,7 +2533,7 @@ class _LocalFiles:
         fd, name = self._at(path)
         info = os.stat(name, dir_fd=fd, follow_symlinks=follow_symlinks)
         return _Attrs(
-            type=_TYPES.get(stat.S_IFMT(info.st_mode), _SPECIAL),
+            type=_TYPES.get(stat.S_IFMT(info.st_mode), asyncssh.FILEXFER_TYPE_SPECIAL),
             size=info.st_size,
             uid=info.st_uid,
             gid=info.st_gid,
@@ -2556,9 +2552,10 @@ class _LocalFiles:
         for name in os.listdir(path):
             yield asyncssh.SFTPName(name)
 
-    async def mkdir(self, path: str, attrs: _Attrs) -> None:
+    async def mkdir(self, path: str, attrs: object) -> None:
+        """A private one."""
         fd, name = self._at(path)
-        os.mkdir(name, attrs.permissions or 0o700, dir_fd=fd)
+        os.mkdir(name, 0o700, dir_fd=fd)
 
     async def makedirs(self, path: str, *, exist_ok: bool) -> None:
         os.makedirs(path, exist_ok=exist_ok)
@@ -2567,19 +2564,14 @@ class _LocalFiles:
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
     async def open(
-        self, path: str, flags: int, attrs: _Attrs, encoding: None, block_size: int
+        self, path: str, mode: str, attrs: object = None, *, block_size: int
     ) -> _LocalFile:
         """Never through a link, and a regular file whatever was put there since it was looked at:
-        a FIFO would hold us for ever.
+        a FIFO would hold us for ever. A new one is private.
         """
-        how = os.O_RDONLY
-        if flags == _TO_MAKE:
-            how = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        elif flags == _TO_OVERWRITE:
-            how = os.O_WRONLY | os.O_TRUNC
         folder, name = self._at(path)
-        how |= os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(name, how, attrs.permissions or 0o600, dir_fd=folder)
+        how = _HOW[mode] | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(name, how, 0o600, dir_fd=folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise TransferError("not a regular file")
@@ -2588,9 +2580,9 @@ class _LocalFiles:
     async def setstat(self, path: str, attrs: _Attrs) -> None:
         """Of a folder."""
         fd, name = self._at(path)
-        folder = os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd)
-        async with _closing(_LocalFile(folder)) as file:
-            await file.setstat(attrs)
+        folder = _LocalFile(os.open(name, _OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=fd))
+        async with _closing(folder):
+            await folder.setstat(attrs)
 
     async def symlink(self, target: str, path: str) -> None:
         fd, name = self._at(path)
@@ -2665,24 +2657,23 @@ class _UnderWay:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._room.release()
-        # retrieved, whether or not it is the first
-        failure = None if task.cancelled() else task.exception()
-        self._failure = self._failure or failure
+        if not task.cancelled():
+            failure = task.exception()  # retrieved, whether or not it is the first
+            self._failure = self._failure or failure
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
-            if kind is None and self._tasks and not self._failure:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
-            if kind is None and self._failure:
-                raise self._failure
+            if kind is None:
+                if self._failure:
+                    raise self._failure
+                await asyncio.gather(*self._tasks)
         finally:
             for task in self._tasks:
                 task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             self._failure = None  # kept here, it would keep its frames
 
 
@@ -2694,6 +2685,21 @@ class _CopyItem(NamedTuple):
     level: int = 0  # how many folders lie between it and what was named
     fresh: bool = False  # its folder was made by this copy: nothing can be there
     inside: str = ""  # the real path of its folder, when links are followed
+
+
+# How a file replaces another, in push, pull and on this machine alike. ``_copy_file`` opens the
+# source; ``_existing`` says where the file goes (a link that the user named is resolved) and what
+# is there; ``_arriving`` makes the new file and ends with its attributes; ``_stream`` copies.
+#
+# The new file is made beside the target by ``_replacing``, under a name that nobody guesses, never
+# taking what is there, and with mode 600. When it is whole it gets the mode of its source, or,
+# where a file was, the mode and the owner of that one; what is not permitted then is left: the file
+# could be written, and that was the wish. It is then renamed over the target, by
+# posix-rename@openssh.com. A server without that renames to free names only: the target is removed
+# first, and where the rename fails after that the new file is all that is left: it stays, and the
+# error names it. Any other failure, and a cancellation, removes the new file and leaves the old one
+# as it was. Where nothing can be made or renamed (a folder that is not writable, a busy file) the
+# error names inplace: with that, a file that is there is written itself, and none of this happens.
 
 
 @dataclasses.dataclass(eq=False)
@@ -2741,13 +2747,12 @@ class _Copy:
         ConnectionFailedError.
         """
         self._source, self._wary = sftp, not isinstance(sftp, _LocalFiles)
-        paths: list[str] = []
-        for source in sources:
-            with self._failing(source):
-                paths += await self._matches(_there(sftp, source))
         with self._failing(destination):
+            paths: list[str] = []
+            for source in sources:
+                paths += await self._matches(_there(sftp, source))
             place = destination or "."
-            await self._land(place, several=max(len(sources), len(paths)) > 1)
+            await self._land(place, several=len(paths) > 1)
             place = os.path.realpath(place) if os.path.islink(place) else place
             here = _LocalFiles(place if self._into else os.path.dirname(place))
             with contextlib.closing(here) as self._destination:
@@ -2758,8 +2763,8 @@ class _Copy:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self.preserve = sftp, True, True
         with self._failing(path):
-            item, given = _CopyItem(path, _there(sftp, path)), _Attrs(permissions=mode)
-            async with self._arriving(item, given) as file:
+            item = _CopyItem(path, _there(sftp, path))
+            async with self._arriving(item, _Attrs(permissions=mode)) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
         self._tell()
@@ -2772,7 +2777,9 @@ class _Copy:
 
     @contextlib.contextmanager
     def _failing(self, path: str, what: str = "") -> Iterator[None]:
-        """A failure of this path is noted; only the loss of the connection stops the rest."""
+        """A failure of this path is kept for the end, in the words of its first note where it has
+        one; only the loss of the connection stops the rest.
+        """
         shown = _brief(path, 200)
         try:
             yield
@@ -2785,7 +2792,8 @@ class _Copy:
             self._kind = self._kind or getattr(exc, "kind", side)
             self._failed += 1
             if self._failed <= FAILURES_KEPT:
-                self._failures.append(f"{shown}: {what}{_reason(exc)}")
+                why = [*getattr(exc, "__notes__", []), _reason(exc)]
+                self._failures.append(f"{shown}: {what}{why[0]}")
 
     def _tell(self) -> None:
         """All that failed, the first few of it in the message."""
@@ -2797,16 +2805,6 @@ class _Copy:
                 host=self.host,
                 kind=self._kind,
                 failures=self._failures,
-            )
-
-    def _counted(self, path: str) -> None:
-        """Every name that a folder is said to have counts, whatever becomes of it."""
-        self._names += 1
-        if self._names > TREE_LIMIT:
-            raise ApsshError(
-                f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
-                host=self.host,
-                kind=_side(self._source),
             )
 
     # the walk
@@ -2838,26 +2836,32 @@ class _Copy:
         wanted = re.sub(_QUOTED, r"[\1]", last)
         found: list[str] = []
         for folder in await self._matches(head) if head else [slash]:
-            names: list[str] = []
-            with contextlib.suppress(*_NO_FOLDER):
-                async for name, _ in self._entries(folder):
+            with contextlib.suppress(OSError, asyncssh.SFTPError):
+                async for path, name, _ in self._entries(folder):
                     hidden = name.startswith(".") and not last.startswith(".")
-                    if not hidden and fnmatch.fnmatchcase(name, wanted):
-                        names.append(name)
-            found += [posixpath.join(folder, name) for name in sorted(names)]
-        return found or [literal]
+                    if fnmatch.fnmatchcase(name, wanted) and not hidden:
+                        found.append(path)
+        return sorted(found) or [literal]
 
-    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, _Attrs]]:
-        """What a folder holds. A name that cannot be used is a failure."""
+    async def _entries(self, folder: str) -> AsyncIterator[tuple[str, str, _Attrs]]:
+        """What a folder is said to hold: path, name, attributes. A name that cannot be used is a
+        failure; each counts, whatever becomes of it.
+        """
         taken = set[str]()
         async for found in self._source.scandir(folder or "."):
             name = str(found.filename)
             path = posixpath.join(folder, name)
-            self._counted(path)
+            self._names += 1
+            if self._names > TREE_LIMIT:
+                raise ApsshError(
+                    f"{_brief(path, 200)}: more than {TREE_LIMIT:,} names: given up",
+                    host=self.host,
+                    kind=_side(self._source),
+                )
             if name not in (".", ".."):
                 with self._failing(path):
                     self._take(name, taken)
-                    yield name, found.attrs
+                    yield path, name, found.attrs
 
     async def _walk(self, paths: Iterable[str], place: str) -> None:
         """Copy what was named, each to its own name in the folder or the only one to this name."""
@@ -2867,24 +2871,19 @@ class _Copy:
                 with self._failing(path):
                     target = place
                     if self._into:
-                        name = await self._own_name(path)
+                        name = posixpath.basename(path.rstrip("/"))
+                        if name in ("", ".", ".."):
+                            name = posixpath.basename(str(await self._source.realpath(path)))
                         self._take(name, taken)
                         target = posixpath.join(place, name)
                     attrs = await self._source.stat(path)
-                    self._counted(path)
                     self._check_apart(path, target, attrs)
                     await self._enter(_CopyItem(path, target), attrs)
             for link in self._links:
-                await self._under_way.start(self._guarded, self._copy_link, link)
+                await self._under_way.start(self._copy_link, link)
         for target, attrs in reversed(self._late):
             with self._failing(target, "mode and times not set: "):
                 await self._destination.setstat(target, attrs)
-
-    async def _own_name(self, path: str) -> str:
-        name = posixpath.basename(path.rstrip("/"))
-        if name in ("", ".", ".."):
-            name = posixpath.basename(str(await self._source.realpath(path)))
-        return name
 
     def _take(self, name: str, taken: set[str]) -> None:
         """A name for one entry of a folder, that none has before: it cannot lead elsewhere, and no
@@ -2900,7 +2899,7 @@ class _Copy:
         """On one machine: a tree in itself has no end, a file onto itself would be emptied."""
         if self._wary or not isinstance(self._destination, _LocalFiles):
             return
-        inside = f"{os.path.realpath(target)}/".startswith(f"{os.path.realpath(path)}/")
+        inside = Path(target).resolve().is_relative_to(Path(path).resolve())
         if inside and (self.inplace or attrs.type == _FOLDER_TYPE):
             raise TransferError("cannot be copied into itself")
 
@@ -2910,18 +2909,11 @@ class _Copy:
         if item.level and attrs.type in unsure:
             attrs = await self._source.stat(item.path, follow_symlinks=self.follow_symlinks)
         if attrs.type == _REGULAR:
-            await self._under_way.start(self._guarded, self._copy_file, item, attrs)
+            await self._under_way.start(self._copy_file, item, attrs)
         elif attrs.type == _LINK and item.level and not self.follow_symlinks:
             self._links.append(item)
         else:
             await self._copy_folder(item, attrs)
-
-    async def _guarded(
-        self, work: Callable[..., Coroutine[Any, Any, None]], item: _CopyItem, *args: Any
-    ) -> None:
-        """What runs beside others."""
-        with self._failing(item.path):
-            await work(item, *args)
 
     async def _copy_folder(self, item: _CopyItem, attrs: _Attrs) -> None:
         """Make the folder, if need be, and enter what it holds."""
@@ -2938,50 +2930,45 @@ class _Copy:
         if not existing:
             await self._destination.mkdir(target, _Attrs(permissions=0o700))
         if self.preserve or not existing:
-            self._late.append((target, self._given(attrs)))
-        async for name, attrs in self._entries(item.path):
-            child = _CopyItem(
-                posixpath.join(item.path, name),
-                posixpath.join(target, name),
-                level=item.level + 1,
-                fresh=not existing,
-                inside=real,
-            )
-            with self._failing(child.path):
+            self._late.append((target, self._given(attrs, None)))
+        level, fresh = item.level + 1, existing is None
+        async for path, name, attrs in self._entries(item.path):
+            child = _CopyItem(path, posixpath.join(target, name), level, fresh, real)
+            with self._failing(path):
                 await self._enter(child, attrs)
 
     async def _copy_link(self, item: _CopyItem) -> None:
         """A link of a tree, as it is; from a server only where it leads inside: relative, ``..``
         only in front and no further than the destination.
         """
-        link = str(await self._source.readlink(item.path))
-        steps = [step for step in link.split("/") if step not in ("", ".")]
-        ups = steps.count("..")
-        if self._wary and (
-            not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
-            or ups > item.level - (not self._into)
-            or ".." in steps[ups:]
-        ):
-            raise self._wrong(
-                self._source,
-                f"refused a link that leads out, to {_brief(link) or repr('')} "
-                "(follow_symlinks, --follow, copies what it leads to)",
-            )
-        await self._existing(item, _LINK)
-        async with self._replacing(item.target) as temporary:
-            await self._destination.symlink(link, temporary)
-
-    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
-        path = item.path
-        if not self._wary and (self.follow_symlinks or not item.level):
-            path = str(await self._source.realpath(path))
-        opened = await self._source.open(
-            path, asyncssh.FXF_READ, _Attrs(), encoding=None, block_size=0
-        )
-        async with _closing(opened) as file, self._arriving(item, self._given(attrs)) as copied:
-            await self._stream(file, copied, min(attrs.size or 0, 1 << 62))
+        with self._failing(item.path):
+            link = str(await self._source.readlink(item.path))
+            steps = [step for step in link.split("/") if step not in ("", ".")]
+            ups = steps.count("..")
+            if self._wary and (
+                not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
+                or ups > item.level - (not self._into)
+                or ".." in steps[ups:]
+            ):
+                raise self._wrong(
+                    self._source,
+                    f"refused a link that leads out, to {_brief(link) or repr('')} "
+                    "(follow_symlinks, --follow, copies what it leads to)",
+                )
+            await self._existing(item, _LINK)
+            async with self._replacing(item.target) as temporary:
+                await self._destination.symlink(link, temporary)
 
     # one file
+
+    async def _copy_file(self, item: _CopyItem, attrs: _Attrs) -> None:
+        with self._failing(item.path):
+            path = item.path
+            if not self._wary and (self.follow_symlinks or not item.level):
+                path = str(await self._source.realpath(path))
+            source = await self._source.open(path, "rb", block_size=0)
+            async with _closing(source) as file, self._arriving(item, attrs) as copied:
+                await self._stream(file, copied, attrs.size or 0)
 
     async def _existing(self, item: _CopyItem, wanted: int) -> tuple[str, _Attrs | None]:
         """Where this entry goes, and what of the wanted kind is there. A link that the user named
@@ -3000,144 +2987,125 @@ class _Copy:
         what = _CALLED.get(existing.type, "a special file")
         raise self._wrong(self._destination, f"{what} has that name")
 
-    def _given(self, attrs: _Attrs) -> _Attrs:
-        """What a copy gets of its source: the mode bits, with preserve the times too."""
-        mode = self._mode(attrs)
+    def _given(self, source: _Attrs, existing: _Attrs | None) -> _Attrs:
+        """What a copy gets: the mode bits of its source, with preserve the times too; else those
+        of what was there. Setuid and the like not from a server.
+        """
+        given = _Attrs()
+        like = source if self.preserve or existing is None else existing
+        if like.permissions is not None:
+            plain = self._wary or not (existing or self.preserve)
+            given.permissions = like.permissions & (0o777 if plain else 0o7777)
         if self.preserve:
-            return _Attrs(permissions=mode, atime=attrs.atime, mtime=attrs.mtime)
-        return _Attrs(permissions=mode & 0o777)
-
-    def _mode(self, attrs: _Attrs) -> int:
-        """The mode bits; setuid and the like not from a server."""
-        return (attrs.permissions or 0) & (0o777 if self._wary else 0o7777)
+            given.atime, given.mtime = source.atime, source.mtime
+        if existing:
+            given.uid, given.gid = existing.uid, existing.gid
+        return given
 
     @contextlib.asynccontextmanager
-    async def _arriving(self, item: _CopyItem, given: _Attrs) -> AsyncIterator[_File]:
-        """A file to write, that becomes the target when it is whole. An existing one keeps its
-        owner, where that is permitted, and its mode, unless preserve asks for the source's.
-        """
+    async def _arriving(self, item: _CopyItem, attrs: _Attrs) -> AsyncIterator[_File]:
+        """A file to write, that becomes the target when it is whole."""
         target, existing = await self._existing(item, _REGULAR)
         overwriting = existing is not None and self.inplace
         place = contextlib.nullcontext(target) if overwriting else self._replacing(target)
-        async with place as path, _closing(await self._open(path, overwriting)) as file:
-            yield file
-            if existing is None:
-                await file.setstat(given)
-            elif self.preserve or not overwriting:
-                await self._keep(file, existing, given)
-
-    async def _keep(self, file: _File, existing: _Attrs, given: _Attrs) -> None:
-        """Owner and mode of the file that was there, unless preserve asks for the source's mode.
-        What is not permitted is left: the file could be written, and that was the wish.
-        """
-        if not self.preserve and existing.permissions is not None:
-            given = _Attrs(permissions=self._mode(existing))
-        given.uid, given.gid = existing.uid, existing.gid
-        with contextlib.suppress(OSError, asyncssh.SFTPError):
-            await file.setstat(given)
-            if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these bits
-                await file.setstat(_Attrs(permissions=given.permissions))
-
-    async def _open(self, path: str, overwriting: bool) -> _File:
-        folder = _brief(posixpath.dirname(path) or ".", 200)
-        try:
-            return await self._destination.open(
-                path,
-                _TO_OVERWRITE if overwriting else _TO_MAKE,
-                _Attrs(permissions=0o600),
-                encoding=None,
-                block_size=0,
-            )
-        except _MISSING:
-            raise self._wrong(self._destination, f"{folder}: no such folder") from None
-        except _DENIED as exc:
-            if overwriting:
+        async with place as path:
+            folder = _brief(posixpath.dirname(path) or ".", 200)
+            private = _Attrs(permissions=0o600)
+            how = "wb" if overwriting else "xb"
+            try:
+                file = await self._destination.open(path, how, private, block_size=0)
+            except _MISSING as exc:
+                exc.add_note(f"{folder}: no such folder")
                 raise
-            raise self._wrong(
-                self._destination, f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})"
-            ) from exc
+            except _DENIED as exc:
+                if not overwriting:
+                    exc.add_note(f"{folder}: {_reason(exc)} for a temporary file ({_INPLACE})")
+                raise
+            async with _closing(file):
+                yield file
+                given = self._given(attrs, existing)
+                if existing is None:
+                    await file.setstat(given)
+                    return
+                with contextlib.suppress(OSError, asyncssh.SFTPError):
+                    await file.setstat(given)
+                    if (given.permissions or 0) & 0o7000:  # the change of owner has cleared these
+                        await file.setstat(_Attrs(permissions=given.permissions))
 
     @contextlib.asynccontextmanager
     async def _replacing(self, target: str) -> AsyncIterator[str]:
-        """A name beside the target that nobody guesses; what is made there becomes the target, or
-        is removed.
-        """
+        """A name beside the target; what is made there becomes the target, or is removed."""
+        files, shown = self._destination, _brief(target, 200)
         folder = posixpath.dirname(target)
         temporary = posixpath.join(folder, f".new.apssh-{os.urandom(8).hex()}")
+        problem, removed = "", False
         try:
             yield temporary
-            await self._rename(temporary, target)
-        except BaseException as exc:
-            full = False
-            async with _in_short():
-                full = isinstance(exc, asyncssh.SFTPFailure) and await self._disk_full(folder)
-                await self._destination.remove(temporary)
-            if full:
-                raise self._wrong(self._destination, "no space left on the device") from exc
-            raise
-
-    async def _rename(self, temporary: str, target: str) -> None:
-        """Rename over the target (posix-rename@openssh.com); a server without that must remove it
-        first.
-        """
-        files = self._destination
-        try:
+            problem = f"{shown} cannot be replaced"
             try:
                 await files.posix_rename(temporary, target)
             except asyncssh.SFTPOpUnsupported:
                 with contextlib.suppress(*_MISSING):
                     await files.remove(target)
+                    removed = True
+                    new = escape(temporary)
+                    problem = f"{shown} has been removed, and its new content is in {new}"
                 await files.rename(temporary, target)
-        except _LOST:
+        except BaseException as exc:
+            if problem:
+                exc.add_note(f"{problem}: {_reason(exc)} ({_INPLACE})")
+            if removed:
+                raise
+            if isinstance(exc, asyncssh.SFTPFailure) and isinstance(files, asyncssh.SFTPClient):
+                async with _in_short():  # OpenSSH says only "Failure" when a disk is full
+                    disk = await files.statvfs(folder or ".")
+                    if disk.bavail * disk.frsize < CHUNK:
+                        exc.add_note("no space left on the device")
+            async with _in_short():
+                await files.remove(temporary)
             raise
-        except (asyncssh.SFTPFailure, asyncssh.SFTPPermissionDenied, OSError) as exc:
-            raise self._wrong(
-                files, f"{_brief(target, 200)} cannot be replaced: {_reason(exc)} ({_INPLACE})"
-            ) from exc
-
-    async def _disk_full(self, folder: str) -> bool:
-        """OpenSSH says only "Failure" when a disk is full: ask how full it is."""
-        if isinstance(self._destination, asyncssh.SFTPClient):
-            with contextlib.suppress(asyncssh.Error, ValueError):
-                disk = await self._destination.statvfs(folder or ".")
-                return (disk.bavail or 0) * (disk.frsize or 0) < CHUNK
-        return False
 
     async def _stream(self, file: _File, copied: _File, size: int) -> None:
-        """The announced size in parallel, as many requests under way as fill the window, then on to
-        the real end, unless asking for one byte more than announced has shown it. The requests are
-        ours, for asyncssh's own would outlive a loss or a cancellation.
+        """Block after block to the real end, by as many workers as fill the window for the size
+        that was announced; it may be any. A worker that meets the end, or fails, lets the others
+        finish the blocks that they have. One that gets all that was announced, where it asked for
+        more, needs no further request to know the end. The requests are ours, for asyncssh's own
+        would outlive a loss or a cancellation.
         """
         most = min(self._source.limits.max_read_len, self._destination.limits.max_write_len)
         block = max(min(most, CHUNK // 4), 1)
-        end, ended = 0, False
+        starts = itertools.count(0, block)
+        ended = False
 
-        async def fetch(position: int, wanted: int) -> None:
-            nonlocal end, ended
-            while wanted > 0 and not ended:
-                data = cast("bytes", await file.read(wanted, position))
-                if data:
-                    await copied.write(data, position)
-                position += len(data)
-                wanted -= len(data)
-                end = max(end, position)
-                self.step.bytes_transferred += len(data)
-                if not data or (position == size and wanted == 1):
-                    ended = True
+        async def work() -> None:
+            nonlocal ended
+            try:
+                while not ended:
+                    position = next(starts)
+                    wanted = block
+                    while wanted:
+                        # no more than there may be: space for a block costs as much as a file
+                        ask = min(wanted, size + 1 - position) if position <= size else wanted
+                        data = cast("bytes", await file.read(ask, position))
+                        if data:
+                            await copied.write(data, position)
+                        position += len(data)
+                        wanted -= len(data)
+                        self.step.bytes_transferred += len(data)
+                        if not data or (wanted and position == size):
+                            return
+                    if position > size + SURPLUS_LIMIT:
+                        raise self._wrong(self._source, "goes on far beyond its size: given up")
+            finally:
+                ended = True
 
-        async with _UnderWay(2 * CHUNK // block) as under_way:
-            for position in range(0, size, block):
-                if ended:  # the size that a server announces may be any
-                    break
-                wanted = min(block, size + 1 - position)
-                if size < block:  # most files: a task would cost as much as the copy
-                    await fetch(position, wanted)
-                else:
-                    await under_way.start(fetch, position, wanted)
-        while not ended:
-            await fetch(end, block)
-            if end > size + SURPLUS_LIMIT:
-                raise self._wrong(self._source, "goes on far beyond its size: given up")
+        workers = min(size, 2 * CHUNK) // block
+        if workers < 2:  # most files: a task would cost as much as the copy
+            await work()
+            return
+        async with _UnderWay(workers) as under_way:
+            for _ in range(workers):
+                await under_way.start(work)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5324,25 +5292,21 @@ class AbstractCommand:
             else:
                 async with self._in_time(node, step):
                     step.status = await getattr(self, method)(node) or 0
-            self._check_status(node, step)
+            if not self._is_success(step.status):
+                kind = "status" if isinstance(step.status, int) else "signal"
+                command = step.command or self.step_name()
+                raise CommandFailedError(
+                    f"ended with {kind} {step.status}: {escape(command)}",
+                    host=node.hostname,
+                    kind=kind,
+                    command=step.command,
+                    status=step.status,
+                )
         except CommandFailedError as exc:
             if self.label:
                 exc.message = f"{escape(self.listing_line())}: {exc.message}"
             raise
         return step.status
-
-    def _check_status(self, node: _AnyNode, step: StepRecord) -> None:
-        """Raise CommandFailedError unless this status is a success."""
-        if not self._is_success(step.status):
-            kind = "status" if isinstance(step.status, int) else "signal"
-            command = step.command or self.step_name()
-            raise CommandFailedError(
-                f"ended with {kind} {step.status}: {escape(command)}",
-                host=node.hostname,
-                kind=kind,
-                command=step.command,
-                status=step.status,
-            )
 
     def _is_success(self, status: int | str | None) -> bool:
         return status == 0 or status in self.allowed_exits
@@ -5386,21 +5350,20 @@ class AbstractCommand:
 
 
 class _Stdin:
-    """What a step gives to its command as standard input.
+    """What a step gives to its command as standard input; None: its end at once.
 
     Each host reads it at its own pace, from its beginning: a file is read a piece at a time at the
     place where this host is, whoever else reads it. Only what an asynchronous iterator gives cannot
     be had again. Raises UsageError for what cannot be read so.
     """
 
-    PIECE = 128 * 1024  # bytes
     # what is told of the channel of a command that reads it
     opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
 
-    def __init__(self, source: _StdinSource) -> None:
+    def __init__(self, source: _StdinSource | None) -> None:
         self._source = source
         self._used = False
-        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator):
+        if isinstance(source, bytes | str | Deferred | os.PathLike | AsyncIterator | None):
             return
         if not hasattr(source, "read") or hasattr(source, "encoding"):
             raise UsageError(
@@ -5421,11 +5384,13 @@ class _Stdin:
     def reader(self) -> AsyncIterator[bytes] | None:
         """All of it, for one host. Raises UsageError when it has been used up."""
         source = self._source
+        if source is None:
+            return None
         if isinstance(source, AsyncIterator):
             self._check_unused()
             return self._read_once(source)
         if isinstance(source, str | Deferred):
-            source = _text_of(source).encode("utf-8", "surrogateescape")
+            source = os.fsencode(_text_of(source))
         return self._read(io.BytesIO(source) if isinstance(source, bytes) else source)
 
     def _check_unused(self) -> None:
@@ -5444,30 +5409,31 @@ class _Stdin:
     async def _read(self, source: os.PathLike[str] | BinaryIO) -> AsyncIterator[bytes]:
         with contextlib.ExitStack() as stack:
             if isinstance(source, os.PathLike):
-                source = stack.enter_context(open(Path(source).expanduser(), "rb"))
+                source = stack.enter_context(open(_check_file("stdin", source), "rb"))
             place = 0
             while True:
                 source.seek(place)
-                data = source.read(self.PIECE)
+                data = source.read(SESSION_WINDOW)
                 if not data:
                     return
                 place += len(data)
                 yield data
 
 
-def _check_file(what: str, path: StrPath) -> None:
-    """Raise UsageError, naming it, unless this is a file that is there."""
-    if not os.path.isfile(os.path.expanduser(path)):
-        problem = "not a file" if os.path.exists(os.path.expanduser(path)) else "no such file"
+def _check_file(what: str, path: StrPath) -> str:
+    """The path of this file of this machine. Raises UsageError, naming it, unless it is there."""
+    place = os.path.expanduser(path)
+    if not os.path.isfile(place):
+        problem = "not a file" if os.path.exists(place) else "no such file"
         raise UsageError(f"{what} {escape(str(path))}: {problem}")
+    return place
 
 
 def _read_file(what: str, path: StrPath) -> tuple[bytes, int]:
     """Content and mode of a file of this machine. Raises UsageError, naming it."""
-    _check_file(what, path)
+    place = Path(_check_file(what, path))
     try:
-        with open(os.path.expanduser(path), "rb") as file:
-            return file.read(), os.fstat(file.fileno()).st_mode
+        return place.read_bytes(), place.stat().st_mode
     except OSError as exc:
         raise UsageError(f"{what} {escape(str(path))}: {_reason(exc)}") from None
 
@@ -5487,13 +5453,15 @@ class _ShellCommand(AbstractCommand):
     given, and where its output goes.
     """
 
+    ignore_outputs = False
+
     @_keywords_checked
     def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ShellKeywords]) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
         self.words, self.capture, stdin = words, keywords["capture"], keywords["stdin"]
         self.x11, self.pty, self.sudo = keywords["x11"], keywords["pty"], keywords["sudo"]
         self.env = dict(keywords["env"] or {})
-        self.stdin = None if stdin is None else _Stdin(stdin)
+        self.stdin = _Stdin(stdin)
         kind = type(self).__name__
         if not isinstance(self.capture, Capture | None):
             raise UsageError(f"{kind}: capture is a Capture(name, variables), not {self.capture!r}")
@@ -5528,8 +5496,7 @@ class _ShellCommand(AbstractCommand):
         return "sudo: " if self.sudo is True else f"sudo -u {self.sudo}: "
 
     def check_files(self) -> None:
-        if self.stdin:
-            self.stdin.check()
+        self.stdin.check()
 
     async def _by_shell(
         self,
@@ -5539,19 +5506,18 @@ class _ShellCommand(AbstractCommand):
         *,
         sink: _HeldSink | None = None,
         timeout: float | None = None,
-        quiet: bool = False,
         folder: str = "",
     ) -> int | str:
         """Have the node run a command line with all that this step gives it; the status."""
         how = _How(
             x11=self.x11,
             pty=self.pty,
-            stdin=self.stdin.reader() if self.stdin else None,
+            stdin=self.stdin.reader(),
             env={name: _text_of(value) for name, value in self.env.items()},
             sudo=self.sudo,
-            quiet=quiet,
+            quiet=self.ignore_outputs,
             folder=folder,
-            opened=self.stdin.opened if self.stdin else None,
+            opened=self.stdin.opened,
         )
         return await node._execute(
             line, step, how, sink=sink, capture=self.capture, timeout=timeout
@@ -5580,17 +5546,14 @@ class Run(_ShellCommand):
     def __init__(self, *argv: _Word, **keywords: Unpack[_RunKeywords]) -> None:
         super().__init__(argv, **_part(keywords, _ShellKeywords))
         self.ignore_outputs = keywords["ignore_outputs"]
-        if not argv or all(isinstance(word, str) and not word.strip() for word in argv):
+        if all(isinstance(word, str) and not word.strip() for word in argv):
             raise UsageError("Run: an empty command")
 
     def _text(self) -> str:
         return self._words(str)
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        line = self._words()
-        return await self._by_shell(
-            node, line, step, timeout=self.timeout, quiet=self.ignore_outputs
-        )
+        return await self._by_shell(node, self._words(), step, timeout=self.timeout)
 
 
 class Wait(_ShellCommand):
@@ -5661,17 +5624,20 @@ class _Script(_ShellCommand):
     """
 
     @_keywords_checked
-    def __init__(self, words: tuple[_Word, ...], **keywords: Unpack[_ScriptKeywords]) -> None:
+    def __init__(
+        self,
+        source: _Path,
+        words: tuple[_Word, ...],
+        **keywords: Unpack[_ScriptKeywords],
+    ) -> None:
         super().__init__(words, **_part(keywords, _ShellKeywords))
+        self.source = source
+        if not str(source).strip():
+            raise UsageError(f"{type(self).__name__}: an empty script")
         includes = keywords["includes"]
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         self._name = os.urandom(8).hex()
         self._uses: collections.Counter[Endpoint] = collections.Counter()
-
-    def _folder_name(self, node: _AnyNode) -> str:
-        endpoint = node.username, node.hostname, node.port
-        self._uses[endpoint] += 1
-        return f"{self._name}{self._uses[endpoint]:02}"
 
     def _script(self) -> _ScriptFiles:
         """The script alone: its name, with its content and mode."""
@@ -5685,18 +5651,28 @@ class _Script(_ShellCommand):
                 raise UsageError(f"two different files for one folder are called {escape(name)}")
         return files
 
+    def check_files(self) -> None:
+        super().check_files()
+        # what is deferred is not known yet, or may be the name of a file that is not there yet
+        self._with_includes({} if isinstance(self.source, Deferred) else self._script())
+
+    def _titled(self, what: str) -> str:
+        return f"{type(self).__name__}: {what} {self._words(str)}".rstrip()
+
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        script = self._script()
-        [(name, (body, _))] = script.items()
-        files = self._with_includes(script)
-        step.script_sha256 = hashlib.sha256(body).hexdigest()
+        files = self._with_includes(self._script())
+        name = next(iter(files))
+        step.script_sha256 = hashlib.sha256(files[name][0]).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()
+        endpoint = node.username, node.hostname, node.port
+        self._uses[endpoint] += 1
+        folder_name = f"{self._name}{self._uses[endpoint]:02}"
         for_others = self.sudo not in (False, True, "root")
-        folder = node._script_folder(files, self._folder_name(node), for_others=for_others)
+        folder = node._script_folder(files, folder_name, for_others=for_others)
         async with self._in_time(node, step), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
@@ -5727,27 +5703,19 @@ class RunScript(_Script):
     def __init__(
         self, local_script: _Path, *args: _Word, **keywords: Unpack[_ScriptKeywords]
     ) -> None:
-        super().__init__(args, **keywords)
-        self.local_script = local_script
-        if not str(local_script):
-            raise UsageError("RunScript: an empty script name")
-
-    def check_files(self) -> None:
-        super().check_files()
-        self._with_includes({} if isinstance(self.local_script, Deferred) else self._script())
+        super().__init__(local_script, args, **keywords)
 
     def _script(self) -> _ScriptFiles:
-        path = _text_of(self.local_script)
+        path = _text_of(self.source)
         return {os.path.basename(path): (_read_file("script", path)[0], 0o700)}
 
     def _text(self) -> str:
-        return f"RunScript: {os.path.basename(str(self.local_script))} {self._words(str)}".rstrip()
+        return self._titled(os.path.basename(str(self.source)))
 
     def dry_run_text(self) -> str:
-        text = f"{self._as_whom()}RunScript: {self.local_script} {self._words(str)}".rstrip()
-        if not os.path.isfile(os.path.expanduser(str(self.local_script))):
-            text += " (no such file yet)"
-        return text + self._beside()
+        there = os.path.isfile(os.path.expanduser(str(self.source)))
+        note = "" if there else " (no such file yet)"
+        return self._as_whom() + self._titled(str(self.source)) + note + self._beside()
 
 
 class RunString(_Script):
@@ -5780,65 +5748,55 @@ class RunString(_Script):
         remote_name: str | None = None,
         **keywords: Unpack[_ScriptKeywords],
     ) -> None:
-        super().__init__(args, **keywords)
-        self.script_body = script_body
+        super().__init__(script_body, args, **keywords)
         self.remote_name = os.path.basename(remote_name or "script")
-        if not str(script_body).strip():
-            raise UsageError("RunString: an empty script")
-        if self.remote_name in ("", ".", ".."):
+        if _NO_NAME.match(self.remote_name):
             raise UsageError(f"RunString: remote_name {remote_name!r} is not the name of a file")
 
-    def check_files(self) -> None:
-        super().check_files()
-        self._with_includes({self.remote_name: (self._body(str(self.script_body)), 0o700)})
-
     def _script(self) -> _ScriptFiles:
-        return {self.remote_name: (self._body(_text_of(self.script_body)), 0o700)}
-
-    def _body(self, text: str) -> bytes:
-        return os.fsencode(text.removesuffix("\n") + "\n")
+        body = _text_of(self.source).removesuffix("\n") + "\n"
+        return {self.remote_name: (os.fsencode(body), 0o700)}
 
     def _text(self) -> str:
-        lines = (line.strip() for line in str(self.script_body).splitlines())
+        lines = (line.strip() for line in str(self.source).splitlines())
         first = next((line for line in lines if line and not line.startswith("#")), "")
-        return f"RunString: {first[:15]}... {self._words(str)}".rstrip()
+        return self._titled(f"{first[:15]}...")
 
     def dry_run_text(self) -> str:
-        text = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
-        return f"{text}{self._beside()}\n{self.script_body}"
+        title = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
+        return f"{title}{self._beside()}\n{self.source}"
 
 
 class _CopyCommand(AbstractCommand):
     """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
 
     pushing: ClassVar[bool]
-    preposition: ClassVar[str]
 
     def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
-        self.sources, self.destination = sources, destination
+        self.sources, self.destination = _paths(sources), destination
         self.options = _part(keywords, _TransferKeywords)
-        self._sources = _paths(sources)
         if not isinstance(destination, str | os.PathLike | Deferred):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
 
     def _line(self, sources: str) -> str:
-        return f"{type(self).__name__}: {sources} {self.preposition} {self.destination}"
+        way = "onto" if self.pushing else "into"
+        return f"{type(self).__name__}: {sources} {way} {self.destination}"
 
     def _text(self) -> str:
-        more = f" ... ({len(self._sources)} total)" if len(self._sources) > 1 else ""
-        return self._line(f"{self._sources[0]}{more}")
+        many = len(self.sources)
+        return self._line(f"{self.sources[0]} ... ({many} total)" if many > 1 else self.sources[0])
 
     def dry_run_text(self) -> str:
         options = [name for name, value in self.options.items() if value]
-        return ", ".join([self._line(" ".join(map(str, self._sources))), *options])
+        return ", ".join([self._line(" ".join(map(str, self.sources))), *options])
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
-        sources = [_text_of(path) for path in self._sources]
+        sources = [_text_of(path) for path in self.sources]
         destination = _text_of(self.destination)
-        step.command = step.command or self._text()
+        step.command = self._text()
         sftp = await node.sftp_connect_lazy()
         async with self._in_time(node, step):
             copying = _Copy(node.hostname, step, **self.options)
@@ -5864,7 +5822,7 @@ class Push(_CopyCommand):
     for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
-    pushing, preposition = True, "onto"
+    pushing = True
 
     @_keywords_checked
     def __init__(
@@ -5891,7 +5849,7 @@ class Pull(_CopyCommand):
     for what cannot be paths, and TransferError, naming the path, when it runs.
     """
 
-    pushing, preposition = False, "into"
+    pushing = False
 
     @_keywords_checked
     def __init__(
@@ -5901,7 +5859,7 @@ class Pull(_CopyCommand):
 
     def check_files(self) -> None:
         if not isinstance(self.destination, Deferred):
-            _check_landing(os.fspath(self.destination), several=len(self._sources) > 1)
+            _check_landing(os.fspath(self.destination), several=len(self.sources) > 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7863,7 +7821,7 @@ class _LimitKeywords(TypedDict, total=False):
 
 class _NodeKeywords(TypedDict, total=False):
     connect_timeout: _SecondsOrNone
-    keys: Annotated[Collection[StrPath | Key] | None, None]
+    keys: Collection[StrPath | Key] | None
     password: _TextOrNone
     forward_agent: _Flag
     host_keys: _TextOrNone
@@ -7875,9 +7833,9 @@ class _NodeKeywords(TypedDict, total=False):
 class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False):
     """What co_run, co_push and co_pull share."""
 
-    config: Annotated[str | bool | None, None]
-    formatter: Annotated[Formatter | None, None]
-    done: Annotated[Callable[[Result], object] | None, None]
+    config: str | bool | None
+    formatter: Formatter | None
+    done: Callable[[Result], object] | None
 
 
 class _RunManyKeywords(_SetupKeywords, _ManyKeywords, total=False):

@@ -6090,7 +6090,7 @@ ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
     "endless names": (
         Node(names=lambda: ((b"%d" % number, Node(mode=FIFO)) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/1999: more than 2,000 names: given up",
+        "tree/2000: more than 2,000 names: given up",
     ),
     "one name without end": (
         Node(names=lambda: ((b"a", Node(mode=FIFO)) for _ in itertools.count())),
@@ -6100,17 +6100,17 @@ ATTACKS: dict[str, tuple[Node, dict[str, str], str]] = {
     "bad names without end": (
         Node(names=lambda: ((b"/%d" % number, EVIL) for number in itertools.count())),
         {"out/tree/": ""},
-        "/1999: more than 2,000 names: given up",
+        "/2000: more than 2,000 names: given up",
     ),
     "dots without end": (
         Node(names=lambda: ((b"." * (1 + number % 2), folder()) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/..: more than 2,000 names: given up",
+        "tree/.: more than 2,000 names: given up",
     ),
     "links without end": (
         Node(names=lambda: ((b"%d" % number, Node(target=b"/x")) for number in itertools.count())),
         {"out/tree/": ""},
-        "tree/1999: more than 2,000 names: given up",
+        "tree/2000: more than 2,000 names: given up",
     ),
     "huge size": (
         folder(
@@ -6473,6 +6473,68 @@ def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> 
 
     assert run(main()) == ""
     assert listing(tmp_path / "far") == {"f": "new", "t/": "", "t/l": "-> ../f"}
+
+
+def test_failing_rename_without_posix_rename_keeps_the_new_file(
+    keys: Path, home: Path, tmp_path: Path
+) -> None:
+    """The old one has made room by then: what has arrived is all that is left, and is named."""
+
+    class Plain(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("Operation not supported")
+
+        def rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPFailure("No more names")
+
+    build(tmp_path / "far/d\x1b[2J", {"f": "old"})
+    build(home, {"f": "new"})
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Plain) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            steps = Push("f", "d\x1b[2J/f"), Push("f", "d\x1b[2J/g")
+            return " | ".join([await outcome(node, step) for step in steps])
+
+    said = run(main())
+    [(name, text)] = listing(tmp_path / "far/d\x1b[2J").items()
+    shown, hint = r"d\x1b[2J", "(inplace, or --inplace, writes onto the file itself)"
+    assert text == "new"
+    assert said == (
+        f"127.0.0.1: remote: f: {shown}/f has been removed, and its new content is in "
+        f"{shown}/{name}: no more names {hint} | "
+        f"127.0.0.1: remote: f: {shown}/g cannot be replaced: no more names {hint}"
+    )
+
+
+def test_server_that_answers_in_parts_and_not_in_turn(keys: Path, tmp_path: Path) -> None:
+    """The end of a file may be met while what is before it is still under way."""
+    content = os.urandom(1_500_000)
+
+    class Slow(HostileServer):
+        root = Node(content)
+
+        async def read(self, file_obj: Any, offset: int, size: int) -> Any:
+            data = content[offset : offset + size]
+            if offset + size < len(content):
+                await asyncio.sleep(0.01)
+                data = data[:50_000]
+            return data
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Slow) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return await outcome(node, Pull("tree", str(tmp_path / "f")))
+
+    assert run(main()) == ""
+    assert (tmp_path / "f").read_bytes() == content
 
 
 def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
@@ -11716,7 +11778,7 @@ def test_a_whole_scenario() -> None:
     ]
     script, _, string, push, push_one, pull = send.commands
     assert (script.includes, script.allowed_exits, script.timeout) == (("inc.sh",), {"TERM", 4}, 5)
-    assert (string.script_body, string.remote_name, string.words) == (
+    assert (string.source, string.remote_name, string.words) == (
         "#!/bin/bash\necho $1",
         "it.sh",
         ("x y",),
@@ -11957,9 +12019,9 @@ def test_deferred_values_and_captures() -> None:
     )
     found = [
         echo.words[1],
-        script.local_script,
+        script.source,
         script.words[0],
-        string.script_body,
+        string.source,
         string.words[0],
         push.sources[0],
         push.destination,
