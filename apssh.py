@@ -5497,6 +5497,8 @@ class _ShellCommand(AbstractCommand):
 
     def check_files(self) -> None:
         self.stdin.check()
+        if self.x11 and not os.environ.get("DISPLAY"):
+            raise UsageError("x11: no DISPLAY here to forward to")
 
     async def _by_shell(
         self,

@@ -9351,6 +9351,9 @@ def test_x11_needs_a_display(sshd: Sshd) -> None:
         str(failure_of(Run("xterm", x11=True).co_run_remote(sshd.node())))
         == "127.0.0.1: local: x11: no DISPLAY here to forward to"
     )
+    # programs and jobs find it before they connect
+    done = cli("-F", "none", "-t", "h1", "-K", "-X", "xterm")
+    assert (done.returncode, done.stderr) == (2, b"apssh: x11: no DISPLAY here to forward to\n")
 
 
 def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path) -> None:
