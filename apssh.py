@@ -48,20 +48,23 @@ The rooms of this file, each of which uses only those above it:
 from __future__ import annotations
 
 import abc
+import gc
 import os
 import signal
 import sys
 
-# Ctrl-C while a program imports what it needs ends it without a traceback. A program is known by
-# its name: whoever else imports this module keeps the handler. (Python's own start, before this
-# line, is in nobody's hands.)
+# While a program imports what it needs, Ctrl-C ends it without a traceback, and nothing looks for
+# garbage, of which there is none yet: that is a tenth of the start. A program is known by its name:
+# for whoever else imports this module all stays as it is. (Python's own start, before this line, is
+# in nobody's hands.)
 if (
     __name__ == "__main__" or os.path.basename(sys.argv[0]) in ("apssh", "appush", "appull")
 ) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _silent_imports = True
+    gc.disable()
+    _starting = True
 else:
-    _silent_imports = False
+    _starting = False
 
 import argparse
 import asyncio
@@ -78,7 +81,6 @@ import errno
 import fcntl
 import fnmatch
 import functools
-import gc
 import getpass
 import glob
 import graphlib
@@ -148,9 +150,6 @@ from typing import (
 
 import asynciojobs
 import asyncssh
-
-if _silent_imports:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __version__ = "1.1.0"
 
@@ -8870,8 +8869,10 @@ def _die_of_sigint() -> None:
 
 def _own_process() -> None:
     """What a process needs that exists for this program alone."""
-    # to look for garbage in all that was imported, at the end too, takes as long as to start
+    # to look for garbage in all that was imported, at the end too, takes as long as to start; and
+    # what a connection makes lives as long as it
     gc.freeze()
+    gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     # asyncio.Runner leaves Ctrl-C alone where it finds another handler
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -9242,6 +9243,11 @@ if __name__ != "__main__":
         "yaml_loader",
     ):
         sys.modules[f"{__name__}.{_name}"] = globals()[_name] = sys.modules[__name__]
+
+if _starting:
+    gc.freeze()
+    gc.enable()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 if __name__ == "__main__":  # as the program that this file is called by
