@@ -398,7 +398,8 @@ _NOT_SHOWN = f"[{_CONTROLS}]"
 _NOT_SHOWN_OUTPUT = r"\r\n|\x1b(?!\[[0-9;:]*+m)|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f\udc80-\udc9f]"
 _COLOUR_LEFT_ON = r"(\x1b\[(?!0?m)[^\n\x1b]*)(?=\n|$)"
 _PLAIN_BYTES = bytes([*b"\t\n", *range(0x20, 0x7F), *range(0xA0, 0x100)])
-_NOT_IN_FILE_NAME = rf"^[-.]|[\t/~{_CONTROLS}]"
+# nor what -o and -m give to other things, HOST.err, 0ok and 1failed
+_NOT_IN_FILE_NAME = rf"^$|^[-.]|^(?=(?:0ok|1failed)$)|[\t/~{_CONTROLS}]|\.(?=err$)"
 
 
 def escape(text: str) -> str:
@@ -531,50 +532,43 @@ def _endpoint_text(host: str, user: str | None = None, port: int | None = None) 
 
 # What may be said of an endpoint besides its short name, the shortest first.
 _NAME_FORMS = (
-    *("", "domain", "user", "port"),
-    *("user domain", "domain port", "user port", "user domain port"),
+    "",
+    "domain",
+    "user",
+    "port",
+    "user domain",
+    "domain port",
+    "user port",
+    "user domain port",
 )
 
 
 def _file_name(endpoint: Endpoint, form: str) -> str:
-    """The name of an endpoint in this form, as one visible file name of at most 200 bytes; ``~`` is
-    kept for numbers, and the names that -o and -m give to other things for them.
-    """
+    """The name of an endpoint in this form, as one visible file name; ``~`` is kept for numbers."""
     user, host, port = endpoint
     text = _endpoint_text(
         host if "domain" in form else _short_name(host),
         user if "user" in form else None,
         port if "port" in form else None,
     )
-    name = re.sub(_NOT_IN_FILE_NAME, "_", text or "_").encode()[:200].decode("utf-8", "ignore")
-    return f"{name}_" if name in ("0ok", "1failed") or name.endswith(".err") else name
+    return re.sub(_NOT_IN_FILE_NAME, "_", text[:200])
 
 
-def _distinct_names(
-    endpoints: Collection[Endpoint], used: Mapping[Endpoint, str]
-) -> dict[Endpoint, str]:
-    """For each endpoint the shortest text that no other has, even where case is ignored, made safe
-    as a file's name; names in use stay. Hosts that differ by case alone are one.
+def _name_endpoints(names: dict[Endpoint, str]) -> None:
+    """Give each endpoint that has no name the shortest text that no other has, even where case is
+    ignored. Hosts that differ by case alone are no others.
     """
-    same: dict[Endpoint, Endpoint] = {}
-    for endpoint in (*used, *endpoints):
-        same.setdefault(_caseless(endpoint), endpoint)
-    names = dict(used)
     for form in _NAME_FORMS:
-        texts = {each: _file_name(each, form) for each in same.values() if each not in names}
-        counts = collections.Counter(map(str.casefold, [*names.values(), *texts.values()]))
+        texts = {each: name or _file_name(each, form) for each, name in names.items()}
+        owners = collections.defaultdict(set)
+        for (user, host, port), text in texts.items():
+            owners[text.lower()].add((user, host.lower(), port))
         for endpoint, text in texts.items():
-            if counts[text.casefold()] == 1:
+            if len(owners[text.lower()]) == 1:
                 names[endpoint] = text
     # those left differ by refused characters, or by the case of a user, only
-    for endpoint, text in texts.items():
-        names.setdefault(endpoint, f"{text}~{len(names) + 1}")
-    return {endpoint: names[same[_caseless(endpoint)]] for endpoint in endpoints}
-
-
-def _caseless(endpoint: Endpoint) -> Endpoint:
-    user, host, port = endpoint
-    return user, host.lower(), port
+    for number, (endpoint, text) in enumerate(texts.items(), 1):
+        names[endpoint] = names[endpoint] or f"{text}~{number}"
 
 
 def _write_whole(path: StrPath, text: str) -> None:
@@ -936,13 +930,25 @@ class _HeldSink:
         return bytes(self._err)
 
 
-_FILLED = 10_000  # templates that a formatter keeps
 _FIELD = r"\{\w+\}"
 _FIELDS = "{time} {host} {fqdn} {user} {line} {linenl} {nl}"
 
 # SGR codes of the host column, of stdout and stderr: cyan and magenta are readable on dark and on
 # light, differ for eyes that see no red or green, and leave red to failures
 _HOST_COLOURS = ("36", "35")
+
+
+@functools.lru_cache(10_000)
+def _fill(form: str, host: str, fqdn: str, user: str) -> list[bytes]:
+    """A format, cut where the line goes; its end is a newline, since lines of two hosts never share
+    one.
+    """
+    values = {"{host}": host, "{fqdn}": fqdn, "{user}": f"{user}@" if user else "", "{nl}": "\n"}
+    form = form.replace("{linenl}", "{line}{nl}")
+    if not form.endswith(("{nl}", "\n")):
+        form += "{nl}"
+    form = re.sub(_FIELD, lambda match: values.get(match[0], match[0]), form)
+    return os.fsencode(form).split(b"{line}")
 
 
 class Formatter:
@@ -963,30 +969,19 @@ class Formatter:
     # whether lines go to the screen, where host columns may be coloured
     _on_screen = True
     _name_width = _fqdn_width = 0
+    _verbose_hosts: frozenset[str] = frozenset()
 
     # state that a subclass has even when its constructor does not call this one's
 
     @functools.cached_property
-    def _endpoints(self) -> dict[Endpoint, None]:
-        return {}
-
-    @functools.cached_property
-    def _verbose_hosts(self) -> set[str]:
-        return set()
-
-    @functools.cached_property
     def _names(self) -> dict[Endpoint, str]:
+        """The endpoints that share this formatter, each with its name, once that is asked for."""
         return {}
 
     @functools.cached_property
     def _speakers(self) -> dict[str, Endpoint]:
         """Who is meant by a host, which is all that ``line`` is told: who spoke last."""
         return {}
-
-    @functools.cached_property
-    def _filled(self) -> Callable[[str, Endpoint, bool], list[bytes]]:
-        """What ``_fill`` made before."""
-        return functools.lru_cache(_FILLED)(self._fill)
 
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
         self.verbose = verbose
@@ -1054,20 +1049,18 @@ class Formatter:
         its events are shown; ``before``: what this node was until now.
         """
         if verbose:
-            self._verbose_hosts.add(endpoint[1])
+            self._verbose_hosts |= {endpoint[1]}
         if before and before != endpoint:
-            self._endpoints.pop(before, None)
             self._names.pop(before, None)
-        self._endpoints[endpoint] = None
+        self._names.setdefault(endpoint, "")
         self._speakers[endpoint[1]] = endpoint
-        self._filled = functools.lru_cache(_FILLED)(self._fill)  # columns may be wider now
 
     def endpoint_name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
-        if endpoint not in self._names:
-            self._names = _distinct_names(self._endpoints, self._names)
-            self._name_width = max(map(len, self._names.values()), default=0)
-            self._fqdn_width = max((len(host) for _, host, _ in self._endpoints), default=0)
+        if self._names.get(endpoint) == "":
+            _name_endpoints(self._names)
+            self._name_width = max(map(len, self._names.values()))
+            self._fqdn_width = max(len(host) for _, host, _ in self._names)
         return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
@@ -1108,30 +1101,18 @@ class Formatter:
         form = self.custom_format.replace("{time}", "%H-%M-%S")
         if "%" in form:
             form = time.strftime(form)
-        parts = self._filled(form, endpoint, datatype is not None)
+        name, (user, fqdn, _) = self.endpoint_name(endpoint), endpoint
+        columns = [name.ljust(self._name_width), fqdn.ljust(self._fqdn_width)]
+        if self._on_screen:
+            err = datatype is not None
+            columns = [_screen.paint(each, _HOST_COLOURS[err], err=err) for each in columns]
+        parts = _fill(form, *columns, user)
         if len(parts) != 2:
             return b"".join(line.rstrip(b"\n").join(parts) for line in io.BytesIO(lines))
         head, tail = parts
         if not head and tail == b"\n":
             return lines
         return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
-
-    def _fill(self, form: str, endpoint: Endpoint, err: bool) -> list[bytes]:
-        """The format, cut where the line goes; its end is a newline, since lines of two hosts never
-        share one.
-        """
-        user, fqdn, _ = endpoint
-        name = self.endpoint_name(endpoint)
-        columns = {"{host}": name.ljust(self._name_width), "{fqdn}": fqdn.ljust(self._fqdn_width)}
-        if self._on_screen:
-            paint = functools.partial(_screen.paint, code=_HOST_COLOURS[err], err=err)
-            columns = {field: paint(text) for field, text in columns.items()}
-        values = {**columns, "{user}": f"{user}@" if user else "", "{nl}": "\n"}
-        form = form.replace("{linenl}", "{line}{nl}")
-        if not form.endswith(("{nl}", "\n")):
-            form += "{nl}"
-        form = re.sub(_FIELD, lambda match: values.get(match[0], match[0]), form)
-        return os.fsencode(form).split(b"{line}")
 
 
 class TerminalFormatter(Formatter):
@@ -1168,7 +1149,7 @@ class _LiveFormatter(HostFormatter):
 
     @property
     def has_one_host(self) -> bool:
-        return len(self._endpoints) == 1
+        return len(self._names) == 1
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         return self if self.has_one_host else super().endpoint_sink(endpoint)
