@@ -842,9 +842,8 @@ class _Screen:
         if binary is None:  # a notebook, a StringIO
             stream.write(data.decode("utf-8", "replace"))
             return
-        written = binary.write(data)
-        while written < len(data):
-            written += binary.write(data[written:])
+        while data:
+            data = data[binary.write(data) :]
         binary.flush()
 
     def _erase(self) -> None:
@@ -902,18 +901,19 @@ class _LineSink:
 
 
 class _HeldSink:
-    """Holds what a command prints, up to CAPTURE_LIMIT; ``passed`` (if any) sees stderr in its
-    place.
+    """Holds what a command prints, up to CAPTURE_LIMIT. ``passed``, if there is one, sees stderr in
+    its place, or (``both``) all of it too.
     """
 
-    def __init__(self, passed: _Sink | None = None) -> None:
+    def __init__(self, passed: _Sink | None = None, *, both: bool = False) -> None:
         self._out, self._err = bytearray(), bytearray()
-        self._passed = passed
+        self._passed, self._both = passed, both
 
     def data(self, data: bytes, datatype: int | None) -> None:
-        if datatype and self._passed:
+        if self._passed and (datatype or self._both):
             self._passed.data(data, datatype)
-            return
+            if not self._both:
+                return
         held = self._err if datatype else self._out
         held += data
         if len(self._out) + len(self._err) > CAPTURE_LIMIT:
@@ -7426,21 +7426,6 @@ class Result:
         return self.kind or "ok"
 
 
-class _TwoSinks:
-    """Gives what comes to both of two sinks."""
-
-    def __init__(self, *sinks: _Sink) -> None:
-        self._sinks = sinks
-
-    def data(self, data: bytes, datatype: int | None) -> None:
-        for sink in self._sinks:
-            sink.data(data, datatype)
-
-    def end(self) -> None:
-        for sink in self._sinks:
-            sink.end()
-
-
 class _HoldingFormatter(Formatter):
     """Holds what each host prints until it is asked for. Another formatter, if there is one, shows
     it too, and hears of all that happens.
@@ -7457,8 +7442,8 @@ class _HoldingFormatter(Formatter):
             vars(self).update({name: getattr(shown, name) for name in heard})
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
-        held = self._held.setdefault(endpoint, _HeldSink())
-        return _TwoSinks(held, self._shown.endpoint_sink(endpoint)) if self._shown else held
+        shown = self._shown.endpoint_sink(endpoint) if self._shown else None
+        return self._held.setdefault(endpoint, _HeldSink(shown, both=True))
 
     def take(self, endpoint: Endpoint) -> tuple[bytes, bytes]:
         """Both streams of a host, which are then forgotten."""
@@ -7472,7 +7457,7 @@ class _View:
     def begin(self, names: Collection[str]) -> None:
         """All is known to be right, and these hosts are about to have their turns."""
 
-    def started(self, result: Result, step: StepRecord) -> None:
+    def started(self, name: str, step: StepRecord) -> None:
         """A host's turn has come; ``step`` tells how far it is."""
 
     def done(self, result: Result) -> None:
@@ -7518,28 +7503,17 @@ async def _fan_out(
     waiting = iter(nodes)
     failures = 0
 
-    def done(result: Result) -> None:
-        nonlocal failures
-        failures += not result.ok
-        for view in views:
-            view.done(result)
-
     def stopped() -> bool:
         return max_failures is not None and failures > max_failures
 
     async def worker() -> None:
+        nonlocal failures
         while not stopped() and (node := next(waiting, None)):
-            result = results[node] = _blank_result(node)
-            step = StepRecord()
-            for view in views:
-                view.started(result, step)
             try:
-                await _run_on(node, plan, result, step, retries)
+                results[node] = await _run_on(node, plan, views, retries)
+                failures += not results[node].ok
             finally:
-                try:
-                    done(result)
-                finally:
-                    await node.close()
+                await node.close()
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -7550,45 +7524,54 @@ async def _fan_out(
     finally:
         reason = "not started" if stopped() else "interrupted"
         for node in waiting:
-            results[node] = _blank_result(node, reason)
-            done(results[node])
+            results[node] = _node_result(node, StepRecord(), ApsshError(reason, kind=reason))
+            for view in views:
+                view.done(results[node])
         gateways = {hop for node in nodes for hop in node._hops()[:-1]}
         await asyncio.gather(*(gateway.close() for gateway in gateways))
     return [results[node] for node in nodes]
 
 
-def _blank_result(node: SshNode, reason: str | None = None) -> Result:
-    result = Result(node.hostname, node.username, node.port, node.shown_name, node._target)
-    result.error = result.kind = reason
-    return result
-
-
-async def _run_on(
-    node: SshNode, plan: _Plan, result: Result, step: StepRecord, retries: int
-) -> None:
-    """What is planned for one node, and what is known of it at the end, whatever the end."""
+async def _run_on(node: SshNode, plan: _Plan, views: Sequence[_View], retries: int) -> Result:
+    """Do what is planned on one node; what came of it, which the views hear of whatever the end."""
+    step, failure = StepRecord(), None
+    for view in views:
+        view.started(node.shown_name, step)
     begin = time.monotonic()
     try:
         await _attempts(node, plan, step, retries)
     except ApsshError as exc:
-        result.error, result.kind, step.status = exc.message, exc.kind, exc.status
-        if isinstance(exc, TransferError):
-            result.failures = list(exc.failures)
+        failure = exc
     except asyncssh.Error as exc:  # one that nothing above knew of: this host's alone
-        result.error, result.kind = escape(str(exc)), "lost"
+        failure = ConnectionFailedError(escape(str(exc)))
     except BaseException:
-        result.error = result.kind = "interrupted"
+        failure = ApsshError("interrupted", kind="interrupted")
         raise
     finally:
-        if isinstance(step.status, str):
-            result.signal = step.status
-        else:
-            result.status = step.status
+        result = _node_result(node, step, failure)
         result.seconds = round(time.monotonic() - begin, 3)
-        result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
-        result.reached = node.reached
-        if isinstance(node.formatter, _HoldingFormatter):
-            result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
+        for view in views:
+            view.done(result)
+    return result
+
+
+def _node_result(node: SshNode, step: StepRecord, failure: ApsshError | None) -> Result:
+    """What is known of a node when its turn has ended, or will never come."""
+    result = Result(node.hostname, node.username, node.port, node.shown_name, node._target)
+    result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
+    result.reached = node.reached
+    status = failure.status if failure else step.status
+    if isinstance(status, str):
+        result.signal = status
+    else:
+        result.status = status
+    if failure:
+        result.error, result.kind = failure.message, failure.kind
+    if isinstance(failure, TransferError):
+        result.failures = list(failure.failures)
+    if isinstance(node.formatter, _HoldingFormatter):
+        result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
+    return result
 
 
 async def _attempts(node: SshNode, plan: _Plan, step: StepRecord, retries: int) -> None:
@@ -7686,7 +7669,7 @@ class _CopyPlan(_Plan):
 
     def check(self, nodes: Sequence[SshNode]) -> None:
         if self.kind is Pull:
-            _check_places(self.destination, nodes, several=len(self.sources) > 1)
+            self._check_places(nodes)
             return
         for path in {_expand_path(path, node): None for node in nodes for path in self.sources}:
             if not os.path.lexists(path):
@@ -7694,17 +7677,27 @@ class _CopyPlan(_Plan):
             if os.path.isdir(path) and not self.options.get("recurse"):
                 raise UsageError(f"{escape(path)}: is a folder (recurse, -r, copies folders)")
 
+    def _check_places(self, nodes: Iterable[SshNode]) -> None:
+        """What each node's Pull writes into is there, and not where another's goes."""
+        places: dict[str, SshNode] = {}
+        for node in nodes:
+            place = _expand_path(self.destination, node)
+            if not _differs_by_host(self.destination):  # those that do are made
+                _check_landing(place, several=len(self.sources) > 1)
+            first = places.setdefault(os.path.realpath(place), node)
+            if first is not node:
+                raise UsageError(
+                    f"{first.hostname} and {node.hostname} would both write to "
+                    f"{self.destination}: put {{host}} in the path"
+                )
+
     def step(self, node: SshNode) -> AbstractCommand:
         paths = [_expand_path(path, node) for path in self.sources]
         place = _expand_path(self.destination, node)
         if self.kind is Pull and _differs_by_host(self.destination) and not self.dry:
             into = len(paths) > 1 or any(map(_is_pattern, paths))
-            folder = place if into else os.path.dirname(place) or "."
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as exc:  # this host's failure: the others go on
-                message = f"{escape(place)}: {_reason(exc)}"
-                raise TransferError(message, host=node.hostname) from None
+            with node._file_errors(place):  # this host's failure: the others go on
+                os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
         return self.kind(paths, place, **self.options)
 
 
@@ -7724,21 +7717,6 @@ def _expand_path(path: str, node: SshNode) -> str:
 
 def _differs_by_host(path: str) -> bool:
     return re.search(r"\{(host|fqdn|user)\}", re.sub(r"\{\{|\}\}", "", path)) is not None
-
-
-def _check_places(localpath: str, nodes: Sequence[SshNode], *, several: bool) -> None:
-    """What each node's Pull writes into is there, and not where another's goes."""
-    places: dict[str, SshNode] = {}
-    for node in nodes:
-        place = _expand_path(localpath, node)
-        if not _differs_by_host(localpath):  # those that do are made
-            _check_landing(place, several=several)
-        first = places.setdefault(os.path.realpath(place), node)
-        if first is not node:
-            raise UsageError(
-                f"{first.hostname} and {node.hostname} would both write to {localpath}: "
-                "put {host} in the path"
-            )
 
 
 # run, push and pull, and their coroutine forms. What they share is described once, here, and added
@@ -8098,9 +8076,9 @@ class _Progress(_View):
         self._running: set[str] = set()
         self._timer = asyncio.get_running_loop().call_later(1, self._tick)
 
-    def started(self, result: Result, step: StepRecord) -> None:
+    def started(self, name: str, step: StepRecord) -> None:
         self._steps.append(step)
-        self._running.add(result.name)
+        self._running.add(name)
 
     def done(self, result: Result) -> None:
         self._failed += not result.ok
