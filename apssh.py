@@ -428,6 +428,15 @@ def _visible(match: re.Match[str]) -> str:
     return ascii(match[0])[1:-1].replace(r"\udc", r"\x")  # bytes that were not UTF-8
 
 
+@contextlib.contextmanager
+def _about(text: str) -> Iterator[None]:
+    """Misuse inside is told with the text that it is about."""
+    try:
+        yield
+    except UsageError as exc:
+        raise UsageError(f"{text}: {exc.message}") from None
+
+
 def _brief(text: str, most: int = 80) -> str:
     """A text from outside as an error shows it: a server may send a hundred thousand bytes."""
     return escape(text if len(text) <= most else text[: most - 3] + "...")
@@ -438,28 +447,23 @@ def _expand_ranges(text: str) -> list[str]:
     zeros are kept, an IPv6 address in brackets stays.
     """
     fixed = re.sub(r"\[[^][]*+\]", "#", text)
+    if re.search(r"[][]", fixed):
+        raise UsageError("brackets must be closed and not nested, as in node[01-20,25]")
+    if len(fixed) > MAX_TARGET_TEXT:
+        raise UsageError("too long for a target")
     names = [""]
-    try:
-        if re.search(r"[][]", fixed):
-            raise UsageError("brackets must be closed and not nested, as in node[01-20,25]")
-        if len(fixed) > MAX_TARGET_TEXT:
-            raise UsageError("too long for a target")
-        for piece in re.split(r"(\[[^][:]*+\])", text):
-            parts = [piece]
-            if piece.startswith("[") and ":" not in piece:
-                parts = _expand_numbers(piece, most=MAX_TARGETS // len(names))
-            names = list(map("".join, itertools.product(names, parts)))
-    except UsageError as exc:
-        raise UsageError(f"{_brief(text)}: {exc}") from None
+    for index, piece in enumerate(re.split(r"\[([^][:]*+)\]", text)):
+        parts = _expand_numbers(piece, MAX_TARGETS // len(names)) if index % 2 else [piece]
+        names = list(map("".join, itertools.product(names, parts)))
     return names
 
 
 _NUMBERS = r"([0-9]{1,18})(?:-([0-9]{1,18})(?:/([1-9][0-9]{0,17}))?)?"
 
 
-def _expand_numbers(bracket: str, *, most: int) -> list[str]:
+def _expand_numbers(listed: str, most: int) -> list[str]:
     numbers: list[str] = []
-    for item in bracket[1:-1].split(","):
+    for item in listed.split(","):
         match = re.fullmatch(_NUMBERS, item)
         first, last, step = match.groups() if match else ("1", "0", "1")
         found = range(int(first), int(last or first) + 1, int(step or 1))
@@ -618,7 +622,7 @@ class Hop:
 _HOP = r"(?s)(?:(.*)@)?(\[.*\]|[^:]*|.*:.*:.*)(?::([^:]*))?"
 
 
-def _parse_hop(text: str, target: str, login: str | None, port: int | None = None) -> Hop:
+def _parse_hop(text: str, login: str | None = None, port: int | None = None) -> Hop:
     """One hop of a target; ``login`` and ``port`` are for what it does not say."""
     match = re.fullmatch(_HOP, text)
     assert match  # any text is, right or wrong
@@ -629,7 +633,7 @@ def _parse_hop(text: str, target: str, login: str | None, port: int | None = Non
         host = host[1:-1]
     hop = Hop(host, login if user is None else user, port)
     if problem := _problem(hop):
-        raise UsageError(f"{_brief(target)}: {problem}")
+        raise UsageError(problem)
     return hop
 
 
@@ -1979,7 +1983,7 @@ class _HostConfig:
         """The hops of a ProxyJump."""
         jumps = self.command("proxyjump")
         texts = [each.removeprefix("ssh://") for each in jumps.split(",")] if jumps else []
-        return tuple(_parse_hop(text.removesuffix("/"), text, None) for text in texts)
+        return tuple(_parse_hop(text.removesuffix("/")) for text in texts)
 
     @property
     def identity_agent(self) -> str | None:
@@ -7130,15 +7134,20 @@ def _parse_targets(
     texts = [texts] if isinstance(texts, str) else list(texts)
     way: tuple[Hop, ...] = ()
     if gateway and gateway != "None":
-        way = _parse_target(_plain_arrows(gateway), login).chain
+        with _about(_brief(gateway)):
+            way = _parse_target(_plain_arrows(gateway), login).chain
     parse = functools.partial(_parse_target, login=login, port=port, gateways=way)
-    found = dict.fromkeys(_bounded(sources.targets(texts, parse)))
+    found: dict[Target, None] = {}
+    for number, target in enumerate(sources.targets(texts, parse)):
+        if number == MAX_TARGETS:
+            raise UsageError(f"more than {MAX_TARGETS} targets")
+        found[target] = None
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
     refused = collections.defaultdict(list)
     excluded = [exclude] if isinstance(exclude, str) else exclude
-    for pattern in _bounded(sources.targets(excluded, _parse_target, hosts_too=True)):
+    for pattern in sources.targets(excluded, _parse_target, hosts_too=True):
         refused[pattern.chain[-1].host.lower()].append(pattern)
     kept = []
     for target in found:
@@ -7150,13 +7159,6 @@ def _parse_targets(
     return kept
 
 
-def _bounded(targets: Iterable[Target]) -> Iterator[Target]:
-    for number, target in enumerate(targets):
-        if number == MAX_TARGETS:
-            raise UsageError(f"more than {MAX_TARGETS} targets")
-        yield target
-
-
 def _parse_target(
     text: str, login: str | None = None, port: int | None = None, gateways: Sequence[Hop] = ()
 ) -> Target:
@@ -7164,14 +7166,10 @@ def _parse_target(
     hops = text.split("->")
     direct = len(hops) > 1 and hops[0] == "None"
     *way, host = hops[direct:]
-    before = [_parse_hop(hop, text, login) for hop in way]
+    before = [_parse_hop(hop, login) for hop in way]
     if not way and not direct:
         before = list(gateways)
-    chain = (*before, _parse_hop(host, text, login, port))
-    if len({(hop.host.lower(), hop.port or 22) for hop in chain}) < len(chain):
-        shown = Target(chain)
-        raise UsageError(f"{_brief(text)}: {shown} passes a host twice; None->HOST has no gateway")
-    return Target(chain, direct)
+    return Target((*before, _parse_hop(host, login, port)), direct)
 
 
 def _matches(pattern: Target, target: Target) -> bool:
@@ -7248,6 +7246,7 @@ class _Sources:
         """
         for text in texts:
             for word in [text] if _find(text) else _words(text):
+                yield from self._meant("", word, (), parse)
                 host = _is_host(word)
                 if host and hosts_too:
                     yield parse(word)
@@ -7256,19 +7255,16 @@ class _Sources:
                         f"{word} is a file or folder here: what it holds are the targets "
                         f"(./{word} says so; USER@{word} is the host)"
                     )
-                yield from self._meant("", word, (), parse)
 
     def _meant(
         self, place: str, word: str, within: Sequence[str], parse: _ParseTarget
     ) -> Iterator[Target]:
         """What a word means, ``within`` these files and groups; errors begin with its place."""
-        try:
+        with _about(place + _brief(word)):
             lines = self._lines(word) if word.startswith("@") or not within else None
             if lines is None:
                 yield from map(parse, _expand_ranges(word))
                 return
-        except UsageError as exc:
-            raise UsageError(place + exc.message) from None
         within = (*within, word)
         for number, line in enumerate(lines, 1):
             here = f"{_brief(word)}:{number}: "
@@ -7282,23 +7278,21 @@ class _Sources:
 
     def _read(self, word: str) -> list[str] | None:
         """The lines of what a word stands for; None: it stands for itself."""
-        if word == "-":
-            if self._stdin is None:
-                raise UsageError("-: cannot be read here")
+        if word == "-" and self._stdin:
             return self._stdin().split("\n")
+        path = _find(word)
         if word.startswith("@"):
             path = _group_path(word[1:])
             if not re.fullmatch(r"@[^./][^/]*", word) or not os.path.exists(path):
-                raise UsageError(f"{_brief(word)}: no such group; a group is a file in {_GROUPS}")
-            return _read_list(word, path)
-        if path := _find(word):
-            return _read_list(word, path)
+                raise UsageError(f"no such group; a group is a file in {_GROUPS}")
+        if path:
+            return _read_list(path)
         if "/" in re.sub(r"\[[^][]*\]", "", word):
-            raise UsageError(f"{_brief(word)}: no such file")
+            raise UsageError("no such file")
         return None
 
 
-def _read_list(word: str, path: str) -> list[str]:
+def _read_list(path: str) -> list[str]:
     """The lines of a file; or the names in a folder, but for the <host>.err that -o writes."""
     try:
         if os.path.isdir(path):
@@ -7307,9 +7301,9 @@ def _read_list(word: str, path: str) -> list[str]:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             text = file.read(MAX_TARGET_FILE + 1)
     except OSError as exc:
-        raise UsageError(f"{_brief(word)}: {_reason(exc)}") from None
+        raise UsageError(_reason(exc)) from None
     if len(text) > MAX_TARGET_FILE or "\0" in text or "\ufffd" in text:
-        raise UsageError(f"{_brief(word)}: not a text file of targets")
+        raise UsageError("not a text file of targets")
     return text.split("\n")
 
 
@@ -7329,11 +7323,10 @@ def _refuse_columns(place: str, line: str) -> None:
 
 def _recalled(texts: Iterable[str], targets: Collection[Target]) -> str:
     """For a person who names a group of the last run: which hosts that means; else nothing."""
-    named = [word for word in _words(" ".join(texts)) if word.startswith("@last-")]
-    if not named:
+    named = " ".join(texts)
+    if "@last-" not in named:
         return ""
-    hosts = _brief(fold_names(map(str, targets)), 1000)
-    return f"{' '.join(named)}: {hosts} ({len(targets)})"
+    return f"{_brief(named)}: {_brief(fold_names(map(str, targets)), 1000)} ({len(targets)})"
 
 
 def _save_last(results: Iterable[Result]) -> None:
