@@ -702,16 +702,13 @@ def _unknown_option(
 
 def _keywords_shown(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """The function, with each of its ``**keywords: Unpack[...]`` in its signature."""
-    shown = list(inspect.signature(function).parameters.values())
-    if shown[-1].kind is inspect.Parameter.VAR_KEYWORD:
+    if "keywords" in function.__annotations__:
         signature = inspect.signature(function, eval_str=True)
         *shown, keywords = signature.parameters.values()
-        hints = get_type_hints(get_args(keywords.annotation)[0], include_extras=True)
-        for name, hint in hints.items():
+        (kind,) = get_args(keywords.annotation)
+        for name, hint in get_type_hints(kind, include_extras=True).items():
             meant, default = get_args(hint) if get_origin(hint) is Annotated else (hint, None)
-            each = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, annotation=meant, default=default
-            )
+            each = inspect.Parameter(name, keywords.KEYWORD_ONLY, annotation=meant, default=default)
             shown.append(each)
         vars(function)["__signature__"] = signature.replace(parameters=shown)
     return function
@@ -724,16 +721,15 @@ def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
     Python's own answer names the constructor that found it, which is often that of a class of which
     the user has never heard.
     """
-    parameters = inspect.signature(_keywords_shown(function)).parameters.values()
-    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    known = [each.name for each in parameters if each.kind in named and each.name != "self"]
-    defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+    known = inspect.signature(_keywords_shown(function)).parameters
+    defaults = {
+        name: each.default for name, each in known.items() if each.kind is each.KEYWORD_ONLY
+    }
 
     @functools.wraps(function)
     def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
-        for name in keywords:
-            if name not in known:
-                raise _unknown_option(name, known, f": there is {', '.join(known)}")
+        for name in keywords.keys() - known.keys():
+            raise _unknown_option(name, known, f": there is {', '.join(defaults)}")
         return cast("Callable[..., _T]", function)(*args, **(defaults | keywords))
 
     return checked
