@@ -522,19 +522,8 @@ def _is_address(host: str) -> bool:
     return ":" in host or host.rpartition(".")[2].isdecimal()
 
 
-def _short_name(host: str) -> str:
-    """Up to the first dot; an IP address stays whole."""
-    return host if _is_address(host) else host.partition(".")[0] or host
-
-
-def _endpoint_text(host: str, user: str | None = None, port: int | None = None) -> str:
-    address = host
-    if port is not None:
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"{user}@{address}" if user else address
-
-
-# What may be said of an endpoint besides its short name, the shortest first.
+# What may be said of an endpoint besides its short name, the shortest first. An IP address has no
+# shorter one.
 _NAME_FORMS = (
     "",
     "domain",
@@ -550,12 +539,10 @@ _NAME_FORMS = (
 def _file_name(endpoint: Endpoint, form: str) -> str:
     """The name of an endpoint in this form, as one visible file name; ``~`` is kept for numbers."""
     user, host, port = endpoint
-    text = _endpoint_text(
-        host if "domain" in form else _short_name(host),
-        user if "user" in form else None,
-        port if "port" in form else None,
-    )
-    return re.sub(_NOT_IN_FILE_NAME, "_", text[:200])
+    if "domain" not in form and not _is_address(host):
+        host = host.partition(".")[0]
+    hop = Hop(host, user if "user" in form else None, port if "port" in form else None)
+    return re.sub(_NOT_IN_FILE_NAME, "_", str(hop)[:200])
 
 
 def _name_endpoints(names: dict[Endpoint, str]) -> None:
@@ -615,7 +602,11 @@ class Hop:
     port: int | None = None
 
     def __str__(self) -> str:
-        return _endpoint_text(self.host, self.user, self.port)
+        address = self.host
+        if self.port is not None:
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            address = f"{host}:{self.port}"
+        return f"{self.user}@{address}" if self.user else address
 
 
 # With more than one colon and no brackets it is an IPv6 address.
@@ -4332,7 +4323,7 @@ class SshNode(_Node):
         hops = []
         for hop in self._hops():
             port = None if hop.port == 22 else hop.port
-            hops.append(_endpoint_text(hop.hostname, hop.username, port))
+            hops.append(str(Hop(hop.hostname, hop.username, port)))
         return "->".join(hops)
 
     def _complete(self, config: _HostConfig) -> None:
