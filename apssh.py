@@ -7113,17 +7113,14 @@ def _parse_targets(
 ) -> list[Target]:
     """The targets that texts name (see the usage page), each once, in order, less the excluded
     ones. ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway``
-    for targets that name no way; ``sources`` reads what words stand for (by default no standard
-    input). UsageError names the text, its file and line.
+    (or several, or None->) stands before targets that name no way; ``sources`` reads what words
+    stand for (by default no standard input). UsageError names the text, its file and line.
     """
     if sources is None:
         sources = _Sources()
     texts = [texts] if isinstance(texts, str) else list(texts)
-    way: tuple[Hop, ...] = ()
-    if gateway and gateway != "None":
-        with _about(_brief(gateway)):
-            way = _parse_target(_plain_arrows(gateway), login).chain
-    parse = functools.partial(_parse_target, login=login, port=port, gateways=way)
+    way = _plain_arrows(f"{gateway}->") if gateway else ""
+    parse = functools.partial(_parse_target, login=login, port=port, way=way)
     found: dict[Target, None] = {}
     for number, target in enumerate(sources.targets(texts, parse)):
         if number == MAX_TARGETS:
@@ -7147,25 +7144,23 @@ def _parse_targets(
 
 
 def _parse_target(
-    text: str, login: str | None = None, port: int | None = None, gateways: Sequence[Hop] = ()
+    text: str, login: str | None = None, port: int | None = None, way: str = ""
 ) -> Target:
     """One target, its ranges expanded already; the arguments are for what it does not say."""
-    hops = text.split("->")
-    direct = len(hops) > 1 and hops[0] == "None"
-    *way, host = hops[direct:]
-    before = [_parse_hop(hop, login) for hop in way]
-    if not way and not direct:
-        before = list(gateways)
-    return Target((*before, _parse_hop(host, login, port)), direct)
+    if "->" not in text:
+        text = way + text
+    chain = text.removeprefix("None->")
+    *gateways, host = chain.split("->")
+    hops = [_parse_hop(hop, login) for hop in gateways]
+    return Target((*hops, _parse_hop(host, login, port)), direct=chain != text)
 
 
 def _matches(pattern: Target, target: Target) -> bool:
     """Whether an exclusion names this target, in all the parts that it says; the way there only if
     it says one.
     """
-    chain = target.chain
-    if len(pattern.chain) == 1 and not pattern.direct:
-        chain = chain[-1:]
+    has_way = pattern.direct or len(pattern.chain) > 1
+    chain = target.chain if has_way else target.chain[-1:]
     return len(chain) == len(pattern.chain) and all(map(_covers, pattern.chain, chain))
 
 
