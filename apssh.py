@@ -762,7 +762,7 @@ class _Screen:
             data = _escape_bytes(data)
             if self._settings:
                 data = data.replace(b"\n", b"\r\n")
-        self._erase()
+        self._draw("")
         try:
             self._write_all(stream, data)
         except BrokenPipeError:
@@ -789,12 +789,8 @@ class _Screen:
 
     def show(self, progress: str) -> None:
         """Put this line at the bottom of the terminal (empty: take it away)."""
-        self._erase()
         self._progress = progress
-        self._shown = bool(progress) and not (self._mid_line or self._asking)
-        if self._shown:
-            sys.stderr.write(progress[: shutil.get_terminal_size().columns - 1])
-            sys.stderr.flush()
+        self._draw("" if self._mid_line or self._asking else progress)
 
     def begin_raw_mode(self) -> None:
         """What is typed comes at once and as it is, Ctrl-C too, and nothing is added to what the
@@ -837,11 +833,12 @@ class _Screen:
             data = data[binary.write(data) :]
         binary.flush()
 
-    def _erase(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
+    def _draw(self, line: str) -> None:
+        """Replace the line of progress that is there, if one is."""
+        if line or self._shown:
+            sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
-            self._shown = False
+        self._shown = bool(line)
 
 
 _screen = _Screen()
@@ -7412,9 +7409,9 @@ class _HoldingFormatter(Formatter):
         self._shown = shown
         if shown:
             # all that is said to a formatter goes to that one, but for where outputs go
-            heard = [name for name in vars(Formatter) if not name.startswith("_")]
-            heard.remove("endpoint_sink")
-            vars(self).update({name: getattr(shown, name) for name in heard})
+            for name in vars(Formatter).keys() - {"endpoint_sink"}:
+                if not name.startswith("_"):
+                    vars(self)[name] = getattr(shown, name)
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
         shown = self._shown.endpoint_sink(endpoint) if self._shown else None
