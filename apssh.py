@@ -836,7 +836,8 @@ class _Screen:
     def _draw(self, line: str) -> None:
         """Replace the line of progress that is there, if one is."""
         if line or self._shown:
-            sys.stderr.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+            wiped = "\r\x1b[K" if self._shown else ""
+            sys.stderr.write(wiped + line[: shutil.get_terminal_size().columns - 1])
             sys.stderr.flush()
         self._shown = bool(line)
 
@@ -866,26 +867,18 @@ class _LineSink:
     def data(self, data: bytes, datatype: int | None) -> None:
         rest = self._rests[datatype]
         cut = data.rfind(b"\n") + 1
-        if cut:
-            lines = bytes(rest) + data[:cut]
-            rest[:] = data[cut:]
-            self._formatter.endpoint_lines(self._endpoint, lines, datatype)
+        if not cut and len(rest) < LINE_LIMIT:
+            rest += data
             return
-        rest += data
-        if len(rest) >= LINE_LIMIT:
-            self._end_line(datatype)
+        lines = bytes(rest) + data[:cut]
+        rest[:] = data[cut:]
+        self._formatter.endpoint_lines(self._endpoint, lines, datatype)
 
     def end(self) -> None:
-        for datatype in self._rests:
-            self._end_line(datatype)
-
-    def _end_line(self, datatype: int | None) -> None:
-        """What is left is made a line (raw: goes as it is)."""
-        rest = self._rests[datatype]
-        if rest:
-            line = bytes(rest) if self._formatter.raw else bytes(rest) + b"\n"
-            rest.clear()
-            self._formatter.endpoint_lines(self._endpoint, line, datatype)
+        for datatype, rest in self._rests.items():
+            if rest:
+                self._formatter.endpoint_lines(self._endpoint, bytes(rest), datatype)
+                rest.clear()
 
 
 class _HeldSink:
@@ -1059,7 +1052,11 @@ class Formatter:
         """A command is about to run there."""
 
     def endpoint_lines(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
-        """Whole lines of one stream; a subclass that redefines ``line`` gets them one by one."""
+        """Whole lines of one stream; a subclass that redefines ``line`` gets them one by one. What
+        has no end, the last one or a part of a long one, is given it.
+        """
+        if not (self.raw or lines.endswith(b"\n")):
+            lines += b"\n"
         if type(self).line is Formatter.line:
             self._show(endpoint, lines, datatype)
             return
@@ -1182,8 +1179,7 @@ class SubdirFormatter(Formatter):
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         self.endpoint_started(endpoint)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        fd = os.open(self._path(endpoint, datatype), flags, 0o666)
-        with open(fd, "ab") as file:
+        with open(os.open(self._path(endpoint, datatype), flags, 0o666), "ab") as file:
             file.write(data)
 
 
