@@ -7766,12 +7766,25 @@ class _ManyKeywords(_TargetKeywords, _LimitKeywords, _NodeKeywords, total=False)
     done: Callable[[Result], object] | None
 
 
-class _RunManyKeywords(_SetupKeywords, _ManyKeywords, total=False):
-    """What co_run takes further."""
+class _StepOptions(_SetupKeywords, total=False):
+    """What co_run hands on to its step."""
 
-
-class _CopyManyKeywords(_TransferKeywords, _ManyKeywords, total=False):
     timeout: _SecondsOrNone
+    allowed_exits: Annotated[_Exits, None]
+
+
+class _CopyOptions(_TransferKeywords, total=False):
+    """What co_push and co_pull hand on to theirs."""
+
+    timeout: _SecondsOrNone
+
+
+class _RunManyKeywords(_StepOptions, _ManyKeywords, total=False):
+    """What co_run takes besides what it names."""
+
+
+class _CopyManyKeywords(_CopyOptions, _ManyKeywords, total=False):
+    """What co_push and co_pull take besides what they name."""
 
 
 async def _quick(
@@ -7812,9 +7825,9 @@ async def _copy_many(
     destination: str,
     keywords: _CopyManyKeywords,
 ) -> list[Result]:
-    options = _part(keywords, _TransferKeywords) | {"timeout": keywords["timeout"]}
     paths = [str(path) for path in _paths(sources)]
-    return await _quick(targets, _CopyPlan(kind, paths, destination, options), keywords)
+    plan = _CopyPlan(kind, paths, destination, _part(keywords, _CopyOptions))
+    return await _quick(targets, plan, keywords)
 
 
 @_with_shared_keywords
@@ -7822,8 +7835,6 @@ async def co_run(
     targets: str | Iterable[str],
     command: str | AbstractCommand,
     *,
-    timeout: float | None = None,
-    allowed_exits: _Exits = None,
     sudo_password: str | None = None,
     hold: bool = False,
     **keywords: Unpack[_RunManyKeywords],
@@ -7844,8 +7855,7 @@ async def co_run(
     ``hold``: with a formatter, hold the output for the Result too (False; without a formatter it is
     always held).
     """
-    options: dict[str, Any] = {"timeout": timeout, "allowed_exits": allowed_exits}
-    options |= _part(keywords, _SetupKeywords)
+    options = _part(keywords, _StepOptions)
     if not isinstance(command, AbstractCommand):
         command = Run(command, **options)
     elif given := [name for name, value in options.items() if value not in (None, False)]:
