@@ -12874,7 +12874,7 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
         ),
         (
             lambda: apssh.run("h", Run("x"), timeout=1, env={}),
-            "timeout, env: give it to Run(...) itself",
+            "env, timeout: give it to Run(...) itself",
         ),
         (
             lambda: apssh.run("h", "x", connect_timeout=0),
