@@ -7115,25 +7115,23 @@ def _parse_targets(
     way = _plain_arrows(f"{gateway}->") if gateway else ""
     parse = functools.partial(_parse_target, login=login, port=port, way=way)
     found: dict[Target, None] = {}
+    by_host = collections.defaultdict(list)
     for number, target in enumerate(sources.targets(texts, parse)):
         if number == MAX_TARGETS:
             raise UsageError(f"more than {MAX_TARGETS} targets")
         found[target] = None
+        by_host[target.chain[-1].host.lower()].append(target)
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    refused = collections.defaultdict(list)
     excluded = [exclude] if isinstance(exclude, str) else exclude
     for pattern in sources.targets(excluded, _parse_target, hosts_too=True):
-        refused[pattern.chain[-1].host.lower()].append(pattern)
-    kept = []
-    for target in found:
-        patterns = refused[target.chain[-1].host.lower()]
-        if not any(_matches(pattern, target) for pattern in patterns):
-            kept.append(target)
-    if not kept:
+        for target in by_host[pattern.chain[-1].host.lower()]:
+            if _matches(pattern, target):
+                found.pop(target, None)
+    if not found:
         raise UsageError("no target: -x excludes them all")
-    return kept
+    return list(found)
 
 
 def _parse_target(
