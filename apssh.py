@@ -7306,7 +7306,7 @@ def _save_last(results: Iterable[Result]) -> None:
     """The groups @last-ok, @last-failed and @last-unreached (never reached, or not started) of this
     run: a target a line, what came of it as a comment. Private, each replaced at once.
     """
-    groups: dict[str, list[str]] = {"last-ok": [], "last-failed": [], "last-unreached": []}
+    groups = collections.defaultdict(list)
     for result in results:
         name = "last-unreached"
         if result.ok:
@@ -7317,8 +7317,8 @@ def _save_last(results: Iterable[Result]) -> None:
     folder = Path(_GROUPS).expanduser()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        for name, lines in groups.items():
-            _write_whole(folder / name, "".join(lines))
+        for name in ("last-ok", "last-failed", "last-unreached"):
+            _write_whole(folder / name, "".join(groups[name]))
     except OSError as exc:
         _notice(f"{folder}: {_reason(exc)}")
 
@@ -7546,10 +7546,9 @@ async def _attempts(node: SshNode, plan: _Plan, step: StepRecord, retries: int) 
         try:
             await plan.step(node).attempt(node, step)
             return
-        except ApsshError as exc:
-            # where no command began, and the host may think better of it
-            unreached = isinstance(exc, ConnectionFailedError) and not exc.command
-            if attempt >= retries or not unreached or exc.kind in ("hostkey", "auth"):
+        except ConnectionFailedError as exc:
+            # again where no command began, and the host may think better of it
+            if attempt >= retries or exc.command or exc.kind in ("hostkey", "auth"):
                 raise
         await asyncio.sleep(random.uniform(0.5, 1) * min(2**attempt, 30))
 
