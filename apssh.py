@@ -306,7 +306,8 @@ class ApsshError(Exception):
     Attributes: ``message`` (the cause, one line); ``host`` (empty when no host is concerned);
     ``kind``: dns, refused, timeout, hostkey, auth, lost, signal, status, interrupted, remote (a
     file or a limit over there) or local (on this machine); ``command``; ``label`` (of the step, if
-    it has one); ``status`` (exit status, or the signal's name; None when there is none).
+    it has one); ``status`` (exit status, or the signal's name; None when there is none);
+    ``failures`` (of a copy: each path with its reason, a line each, up to 1,000).
     """
 
     kind = "local"
@@ -320,6 +321,7 @@ class ApsshError(Exception):
         command: str = "",
         label: str = "",
         status: int | str | None = None,
+        failures: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -327,6 +329,7 @@ class ApsshError(Exception):
         self.command = command
         self.label = label
         self.status = status
+        self.failures = tuple(failures)
         if kind:
             self.kind = kind
 
@@ -368,15 +371,9 @@ class CommandFailedError(ApsshError):
 class TransferError(ApsshError):
     """Files could not be copied, or SFTP is not there; ``kind`` is the side: local, or remote.
 
-    The message names the first few paths, each with its reason, and counts the others.
-    ``failures``: all of them, a line each, up to 1,000.
+    The message names the first few paths, each with its reason, and counts the others;
+    ``failures`` has all of them.
     """
-
-    def __init__(
-        self, message: str, *, host: str = "", kind: str = "local", failures: Sequence[str] = ()
-    ) -> None:
-        super().__init__(message, host=host, kind=kind)
-        self.failures = tuple(failures)
 
 
 class UndefinedVariableError(ApsshError, NameError):
@@ -7533,7 +7530,6 @@ def _node_result(node: SshNode, step: StepRecord, failure: ApsshError | None) ->
         result.status = status
     if failure:
         result.error, result.kind = failure.message, failure.kind
-    if isinstance(failure, TransferError):
         result.failures = list(failure.failures)
     if isinstance(node.formatter, _HoldingFormatter):
         result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
