@@ -481,7 +481,7 @@ def fold_names(names: Iterable[str]) -> str:
     """
     rows = sorted(
         map(_cut_at_numbers, set(names)),
-        key=lambda row: (row[::2], [(int(digits), len(digits)) for digits in row[1::2]]),
+        key=lambda row: (row[::2], [(len(digits), digits) for digits in row[1::2]]),
     )
     # from the last number on, so that racks [1-2] of nodes [1-30] come out; a row without a number
     # at this place stays as it is
@@ -7811,18 +7811,6 @@ async def _quick(
     return await _fan_out(nodes, plan, views=views, **_part(keywords, _LimitKeywords))
 
 
-async def _copy_many(
-    kind: type[Push | Pull],
-    targets: str | Iterable[str],
-    sources: StrPath | Iterable[StrPath],
-    destination: str,
-    keywords: _CopyManyKeywords,
-) -> list[Result]:
-    paths = [str(path) for path in _paths(sources)]
-    plan = _CopyPlan(kind, paths, destination, _part(keywords, _CopyOptions))
-    return await _quick(targets, plan, keywords)
-
-
 @_with_shared_keywords
 async def co_run(
     targets: str | Iterable[str],
@@ -7875,7 +7863,9 @@ async def co_push(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy to one host (None: no limit).
     """
-    return await _copy_many(Push, targets, localpaths, remotepath, keywords)
+    sources = [str(path) for path in _paths(localpaths)]
+    plan = _CopyPlan(Push, sources, remotepath, _part(keywords, _CopyOptions))
+    return await _quick(targets, plan, keywords)
 
 
 @_with_shared_keywords
@@ -7896,7 +7886,9 @@ async def co_pull(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy from one host (None: no limit).
     """
-    return await _copy_many(Pull, targets, remotepaths, localpath, keywords)
+    sources = [str(path) for path in _paths(remotepaths)]
+    plan = _CopyPlan(Pull, sources, localpath, _part(keywords, _CopyOptions))
+    return await _quick(targets, plan, keywords)
 
 
 def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P, _T]:
