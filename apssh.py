@@ -425,15 +425,6 @@ def _visible(match: re.Match[str]) -> str:
     return ascii(match[0])[1:-1].replace(r"\udc", r"\x")  # bytes that were not UTF-8
 
 
-@contextlib.contextmanager
-def _about(text: str) -> Iterator[None]:
-    """Misuse inside is told with the text that it is about."""
-    try:
-        yield
-    except UsageError as exc:
-        raise UsageError(f"{text}: {exc.message}") from None
-
-
 def _brief(text: str, most: int = 80) -> str:
     """A text from outside as an error shows it: a server may send a hundred thousand bytes."""
     return escape(text if len(text) <= most else text[: most - 3] + "...")
@@ -7230,11 +7221,13 @@ class _Sources:
         self, place: str, word: str, within: Sequence[str], parse: _ParseTarget
     ) -> Iterator[Target]:
         """What a word means, ``within`` these files and groups; errors begin with its place."""
-        with _about(place + _brief(word)):
+        try:
             lines = self._lines(word) if word.startswith("@") or not within else None
             if lines is None:
                 yield from map(parse, _expand_ranges(word))
                 return
+        except UsageError as exc:
+            raise UsageError(f"{place}{_brief(word)}: {exc.message}") from None
         within = (*within, word)
         for number, line in enumerate(lines, 1):
             here = f"{_brief(word)}:{number}: "
