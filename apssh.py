@@ -931,7 +931,7 @@ class Formatter:
     """
 
     custom_format = "{linenl}"
-    # bytes as they are: nothing escaped on a terminal, no newline added, long lines not cut
+    # bytes as they are: no format, nothing escaped on a terminal, no newline added
     raw = False
 
     verbose = False
@@ -1067,14 +1067,17 @@ class Formatter:
 
     # The format is filled once for each stream of a host (each second, where it tells the time),
     # and the lines of a chunk are put in by one ``replace``: a call a line would cost ten times
-    # more. It is cut where the line goes before anything is filled in, and strftime sees nothing
-    # but the format: no text of a host is ever read as one.
+    # more. strftime sees nothing but the format, and fields are filled in before the lines are: no
+    # text of a host is ever read as one. Columns are as wide as the endpoints of the moment want.
     def _render(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> bytes:
         """Each line put in the format."""
+        if self.raw:
+            return lines
         form = self.custom_format.replace("{time}", "%H-%M-%S")
         if "%" in form:
             form = time.strftime(form)
-        name, (user, fqdn, _) = self.endpoint_name(endpoint), endpoint
+        user, fqdn, _ = endpoint
+        name = self.endpoint_name(endpoint)
         columns = [name.ljust(self._name_width), fqdn.ljust(self._fqdn_width)]
         if self._on_screen:
             err = datatype is not None
@@ -1083,8 +1086,6 @@ class Formatter:
         if len(parts) != 2:
             return b"".join(line.rstrip(b"\n").join(parts) for line in io.BytesIO(lines))
         head, tail = parts
-        if not head and tail == b"\n":
-            return lines
         return head + lines.removesuffix(b"\n").replace(b"\n", tail + head) + tail
 
 
