@@ -833,6 +833,12 @@ class _Screen:
 _screen = _Screen()
 
 
+# The way of a host's output: a node asks its formatter for a sink (endpoint_sink), which a session
+# gives what comes (data, end). The usual sink makes whole lines of it and hands them to the
+# formatter (endpoint_lines); they go one by one through ``line`` where a user has redefined that,
+# are put in the format (_render), and leave (_write): for the screen, a file, or a hold.
+
+
 class _Sink(Protocol):
     """Where the two streams of one command go, in the order they arrive."""
 
@@ -7084,6 +7090,11 @@ class Target:
         return f"None->{chain}" if self.direct else chain
 
 
+# Texts are cut into words (_words). What a word stands for (_Sources) is the lines of a file, a
+# folder or a group, whose words are looked at in turn, or itself: then its ranges are expanded
+# (_expand_ranges), and each name is parsed hop by hop (_parse_target, _parse_hop).
+
+
 def _parse_targets(
     texts: str | Iterable[str],
     *,
@@ -7406,6 +7417,12 @@ class _HoldingFormatter(Formatter):
         """Both streams of a host, which are then forgotten."""
         held = self._held.pop(endpoint, _HeldSink())
         return held.stdout(), held.stderr()
+
+
+# _fan_out has workers take nodes one after the other. The turn of each is _run_on: what the plan
+# says is done (_attempts, again where a host was not reached), and whatever comes of it is made a
+# Result, which all views hear of. A plan says what is done on a node; a view is whoever wants to
+# know.
 
 
 class _View:
