@@ -1096,10 +1096,7 @@ class Formatter:
 
 
 class TerminalFormatter(Formatter):
-    """Stdout to stdout, stderr to stderr, in the format given (required here)."""
-
-    def __init__(self, custom_format: str, verbose: bool = False) -> None:
-        super().__init__(custom_format, verbose)
+    """Stdout to stdout, stderr to stderr, in the format given (None: the lines alone)."""
 
 
 class RawFormatter(Formatter):
