@@ -7396,8 +7396,8 @@ class _HoldingFormatter(Formatter):
     it too, and hears of all that happens.
     """
 
-    def __init__(self, verbose: bool = False, shown: Formatter | None = None) -> None:
-        super().__init__(None, verbose)
+    def __init__(self, shown: Formatter | None = None) -> None:
+        super().__init__()
         self._held: dict[Endpoint, _HeldSink] = {}
         self._shown = shown
         if shown:
@@ -7805,7 +7805,7 @@ async def _quick(
     if not isinstance(config, str):
         config = None if config else "none"
     if formatter is None or hold:
-        formatter = _HoldingFormatter(shown=formatter)
+        formatter = _HoldingFormatter(formatter)
     nodes = await asyncio.to_thread(
         _build_nodes,
         _parse_targets(targets, **_part(keywords, _TargetKeywords)),
