@@ -1009,7 +1009,8 @@ class Formatter:
         with another text.
         """
         endpoint = self._speakers.get(hostname, ("", hostname, 22))
-        self._show(endpoint, line.encode("utf-8", "surrogateescape"), datatype)
+        data = line.encode("utf-8", "surrogateescape")
+        self._write(endpoint, self._render(endpoint, data, datatype), datatype)
 
     def stderr_line(self, line: str, hostname: str) -> None:
         """One line of apssh's own about a host."""
@@ -1052,7 +1053,7 @@ class Formatter:
         if not (self.raw or lines.endswith(b"\n")):
             lines += b"\n"
         if type(self).line is Formatter.line:
-            self._show(endpoint, lines, datatype)
+            self._write(endpoint, self._render(endpoint, lines, datatype), datatype)
             return
         self._speakers[endpoint[1]] = endpoint
         for line in io.BytesIO(lines):
@@ -1063,9 +1064,6 @@ class Formatter:
     def _event(self, hostname: str, text: str) -> None:
         if self.verbose or hostname in self._verbose_hosts:
             _screen.say(f"{escape(hostname)}: {escape(text)}")
-
-    def _show(self, endpoint: Endpoint, lines: bytes, datatype: int | None) -> None:
-        self._write(endpoint, self._render(endpoint, lines, datatype), datatype)
 
     def _write(self, endpoint: Endpoint, data: bytes, datatype: int | None) -> None:
         """Rendered lines on their way out."""
@@ -7283,10 +7281,12 @@ def _read_list(path: str) -> list[str]:
 # hosts, a command would run twice on the one, or where nobody meant it. So a name after an address,
 # and a bare word after a full name, are refused unless a comma stands between.
 def _refuse_columns(place: str, line: str) -> None:
-    for before, after in re.findall(r"(?<![^\s,])([^\s,]++)(?=[ \t]+([\w.-]+)(?![^\s,]))", line):
+    for before, after in re.findall(
+        r"(?<![^\s,])([^\s,@][^\s,]*+)(?=[ \t]+([\w.-]+)(?![^\s,]))", line
+    ):
         host = re.sub(r".*(->|→|@)|:[0-9]+$", "", before)
         columns = _is_address(host) or ("." in host and "." not in after)
-        if columns and not _is_address(after) and not before.startswith("@"):
+        if columns and not _is_address(after):
             raise UsageError(
                 f"{place}{_brief(f'{before} {after}')}: one host, or two? "
                 f"write {_brief(f'{after}@{before}')}, or a comma between hosts"
