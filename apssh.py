@@ -3246,13 +3246,27 @@ _WATCHDOG = (
     'unset TMOUT; trap "" HUP INT TERM; lives() {{ kill -0 $1 || [ -d /proc/$1 ]; }}; {wait}; '
     "if lives $1; then kill -s TERM 0; kill -s CONT 0; sleep 2; {cleanup}kill -s KILL 0; fi"
 )
-_WAIT_FOR_STDIN = "while read -r x; do :; done"
-_WAIT_FOR_SSHD = "while [ $2 -gt 1 ] && lives $2 && lives $1; do sleep 1; done"
+# What the watchdog waits for, by what must end the command; and what goes before and after it, for
+# the end of stdin: the command's own is /dev/null.
+_WATCHED = {
+    "stdin": {
+        "wait": "while read -r x; do :; done",
+        "before": "exec 3<&0 </dev/null; ",
+        "stdin": "<&3",
+        "after": "exec 3<&-; ",
+    },
+    "connection": {
+        "wait": "while [ $2 -gt 1 ] && lives $2 && lives $1; do sleep 1; done",
+        "before": "",
+        "stdin": "</dev/null",
+        "after": "",
+    },
+}
 _LEAVE_WATCHDOG = (
-    "( ( exec 4<&- 5<&- 6>&2 2>/dev/null; "
+    "{before}( ( exec 4<&- 5<&- 6>&2 2>/dev/null; "
     "command exec 4</proc/self/fd/1; command exec 5</proc/self/fd/6; exec 6>&- >/dev/null; "
     "apssh_guard={watchdog} exec /bin/sh -c 'eval \"$apssh_guard\"' apssh-guard $$ {sshd} ) "
-    "{stdin} 3<&- & ); "
+    "{stdin} 3<&- & ); {after}"
 )
 # sshd gives the login shell its short name, which $0 and its messages show
 _LOGIN_SHELL = (
@@ -3271,19 +3285,9 @@ def _inert(text: str) -> str:
     )
 
 
-def _decoded(script: str, *words: str) -> str:
-    """The command line that has sh run this script, with these further words as $2 and on."""
-    return " ".join(
-        [
-            "exec",
-            "/bin/sh",
-            "-c",
-            '\'eval "$(printf %b "$1")"\'',
-            "apssh",
-            f"'{_inert(script)}'",
-            *words,
-        ]
-    )
+def _decoded(script: str) -> str:
+    """The command line that has sh run this script."""
+    return f"""/bin/sh -c 'eval "$(printf %b "$1")"' apssh '{_inert(script)}'"""
 
 
 def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None) -> str:
@@ -3296,16 +3300,10 @@ def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None)
     steps = []
     if watch:
         cleanup = f"rm -rf {shlex.quote(how.folder)}; " if how.folder else ""
-        by_stdin = watch == "stdin"
-        watchdog = _WATCHDOG.format(
-            wait=_WAIT_FOR_STDIN if by_stdin else _WAIT_FOR_SSHD, cleanup=cleanup
-        )
-        leave = _LEAVE_WATCHDOG.format(
-            watchdog=shlex.quote(watchdog),
-            stdin="<&3" if by_stdin else "</dev/null",
-            sshd="$2" if talk else "$PPID",
-        )
-        steps.append(f"exec 3<&0 </dev/null; {leave}exec 3<&-; " if by_stdin else leave)
+        watched = _WATCHED[watch]
+        watchdog = shlex.quote(_WATCHDOG.format(cleanup=cleanup, **watched))
+        sshd = "$2" if talk else "$PPID"
+        steps.append(_LEAVE_WATCHDOG.format(watchdog=watchdog, sshd=sshd, **watched))
     steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
     if talk:
         # in halves: a sudo that refuses the command prints all of it
@@ -3313,15 +3311,12 @@ def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None)
         steps.append(f"printf %s {halves} >&2; cd . 2>/dev/null || cd /; ")
     if how.quiet:
         steps.append("exec >/dev/null 2>&1; ")
-    line = _decoded(
-        "".join([*steps, _LOGIN_SHELL, shlex.quote(command)]), *(["$PPID"] * bool(talk))
-    )
-    if not talk:
-        return line
-    user = "root" if how.sudo is True else how.sudo
-    return _decoded(
-        f"exec sudo -S -p {talk.prompt} -u {shlex.quote(str(user))} -- {line.removeprefix('exec ')}"
-    )
+    line = _decoded("".join([*steps, _LOGIN_SHELL, shlex.quote(command)]))
+    if talk:
+        user = "root" if how.sudo is True else str(how.sudo)
+        sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(user)}"
+        line = _decoded(f"exec {sudo} -- {line} $PPID")
+    return f"exec {line}"
 
 
 class _SudoTalk:
