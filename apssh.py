@@ -127,6 +127,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import (
+    IO,
     Annotated,
     Any,
     BinaryIO,
@@ -3370,18 +3371,6 @@ class _SudoTalk:
             why += " (--pty, pty=True, gives one)"
         return CommandFailedError(f"sudo: {why.removeprefix('sudo: ')}", kind="auth")
 
-    async def answer(self, session: _Session, secret: Callable[[], Awaitable[str]]) -> None:
-        """Give the password when sudo asks for it."""
-        await self.asked.wait()
-        try:
-            password = await secret()
-        except Exception as exc:
-            known = isinstance(exc, ApsshError)
-            session.fail(exc if known else ApsshError(f"sudo password: {_reason(exc)}"))
-            return
-        if session.chan and not session.ended.done():
-            session.chan.write(password.encode() + b"\n")
-
 
 class _ProxyCommand:
     """A proxy command of ssh_config(5): a process whose standard input and output lead to the
@@ -3812,30 +3801,60 @@ class _Link:
 
 
 class _Session(asyncssh.SSHClientSession[bytes]):
-    """One command's channel: bytes to the sink as they come, and how it ended. A local command's
-    outputs go through it too.
+    """One command line at work: what is asked of the host, its outputs on their way to the sink,
+    and how it ended. Only the outputs and a failure on this side concern a local one.
+
+    An SshNode takes a link with room, starts the command on it with what ``request`` says, and
+    leaves the rest to ``run``: input meanwhile (``_feed``, ``_answer``), the end, waited for or
+    made (``_end``), and the status, or the error that tells why there is none (``_outcome``).
     """
 
-    def __init__(self, sink: _Sink, step: StepRecord) -> None:
-        self._sink, self._step = sink, step
-        self.chan: asyncssh.SSHClientChannel[bytes] | None = None
+    link: _Link
+    chan: asyncssh.SSHClientChannel[bytes] | None = None
+    status: int | str | None = None
+    error: Exception | None = None  # of this side
+    whole = False  # all of the output has come
+
+    def __init__(self, command: str, step: StepRecord, sink: _Sink, how: _How, guard: bool) -> None:
+        self.command, self.step, self.how, self.guard = command, step, how, guard
+        self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
+        self._sink = self.talk or sink
+        # what tells the guard to end it (see _guarded)
+        self.watch = "connection" if how.stdin else "stdin"
+        if how.pty or not guard:
+            self.watch = ""
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.failed: asyncio.Future[None] = loop.create_future()  # on this side
-        self.status: int | str | None = None
-        self.error: Exception | None = None
-        self.whole = False  # all of the output has come
         self._writable = asyncio.Event()
         self._writable.set()
+
+    def request(self) -> dict[str, Any]:
+        """What asyncssh's create_session is told of it."""
+        how, command = self.how, self.command
+        if self.guard:
+            command = _guarded(command, how, self.watch, self.talk)
+        elif how.quiet:
+            command = f"{{ {command}\n}} >/dev/null 2>&1"
+        return {
+            "command": command,
+            "env": {} if self.guard else how.env,
+            "encoding": None,
+            "window": SESSION_WINDOW,
+            "x11_forwarding": how.x11,
+            "request_pty": "force" if how.pty else False,
+            "term_type": os.environ.get("TERM", "dumb"),
+            "term_size": tuple(shutil.get_terminal_size()),
+        }
 
     def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
         self.chan = chan
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
         if datatype:
-            self._step.bytes_err += len(data)
+            self.step.bytes_err += len(data)
         else:
-            self._step.bytes_out += len(data)
+            self.step.bytes_out += len(data)
         try:
             if not self.error:
                 with _writing_output():
@@ -3866,10 +3885,26 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    async def run(self, *helpers: Coroutine[Any, Any, None]) -> None:
-        """Wait for the end, of the command or of this side, with these at work meanwhile.
-        Cancelling it ends nothing over there.
+    def fail(self, exc: Exception) -> None:
+        """Let who waits for the end give up."""
+        if not (self.failed.done() or self.ended.done()):
+            self.error = exc
+            self.failed.set_result(None)
+
+    async def run(self, secret: Callable[[], Awaitable[str]]) -> int | str:
+        """Its status, once it has ended; ``secret`` gives the password that sudo may ask for.
+        Cancelling it ends the command, as a failure on this side does.
         """
+        assert self.chan
+        helpers = []
+        if self.how.opened:
+            self.how.opened(self.chan)
+        if self.how.stdin:
+            helpers.append(self._helped("standard input", self._feed(self.how.stdin)))
+        elif not self.watch and not self.how.pty:
+            self.chan.write_eof()
+        if self.talk:
+            helpers.append(self._helped("sudo password", self._answer(self.talk, secret)))
         tasks = [asyncio.create_task(helper) for helper in helpers]
         try:
             # not awaited themselves: that would cancel them with us
@@ -3877,28 +3912,94 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         finally:
             for task in tasks:
                 task.cancel()
+            if not self.ended.done():
+                await self._end()
+        return self._outcome()
 
-    async def feed(self, stdin: AsyncIterator[bytes], talk: _SudoTalk | None) -> None:
+    async def _helped(self, what: str, work: Coroutine[Any, Any, None]) -> None:
+        """Have the command fail with this work."""
+        try:
+            await work
+        except Exception as exc:  # the iterator may be a user's
+            known = isinstance(exc, ApsshError)
+            self.fail(exc if known else ApsshError(f"{what}: {_reason(exc)}"))
+
+    async def _feed(self, stdin: AsyncIterator[bytes]) -> None:
         """Give standard input at the pace of the command, once it has begun, then its end."""
         assert self.chan
-        try:
-            if talk:
-                await talk.begun.wait()
-            async for data in stdin:
-                await self._writable.wait()
-                if self.ended.done() or self.chan.is_closing():
-                    return
-                self.chan.write(data)
-            self.chan.write_eof()
-        except Exception as exc:  # the iterator may be a user's
-            if not self.ended.done():
-                self.fail(ApsshError(f"standard input: {_reason(exc)}"))
+        if self.talk:
+            await self.talk.begun.wait()
+        async for data in stdin:
+            await self._writable.wait()
+            if self.chan.is_closing():
+                return
+            self.chan.write(data)
+        self.chan.write_eof()
 
-    def fail(self, exc: Exception) -> None:
-        """Let who waits for the end give up."""
-        if not self.failed.done():
-            self.error = exc
-            self.failed.set_result(None)
+    async def _answer(self, talk: _SudoTalk, secret: Callable[[], Awaitable[str]]) -> None:
+        """Give the password when sudo asks for it."""
+        assert self.chan
+        await talk.asked.wait()
+        self.chan.write((await secret()).encode() + b"\n")
+
+    async def _end(self) -> None:
+        """End the command, and tell its step whether it may still be running.
+
+        What the guard watches ends; the slot is free when the server says so. A shell that has
+        ended by itself has left what holds its outputs, as under ssh: that stays. A second
+        cancellation only waits no longer.
+        """
+        assert self.chan
+        self.step.may_run = True
+        left_behind = self.status is not None
+        within = CLOSE_TIMEOUT / 2
+        try:
+            if self.watch == "stdin" and not left_behind:
+                self.chan.write_eof()
+                within = GUARD_TIMEOUT  # TERM, and KILL 2 s later
+            else:
+                self.chan.abort()
+            if self.watch == "connection":
+                # the guard waits for the end of the connection: does the server hear us?
+                self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
+            await asyncio.wait([self.ended], timeout=within)
+            heard = self.link.alive if self.watch == "connection" else self.ended.done()
+            self.step.may_run = left_behind or not heard or not self.guard
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Close its channel, and the connection where the guard waits for the end of that."""
+        if self.chan:
+            self.chan.abort()
+        if self.watch == "connection":
+            self.link.drop()
+
+    def _outcome(self) -> int | str:
+        """The status of a command that has ended, or raises why there is none."""
+        if self.error:
+            raise self.error
+        if self.link.alive:
+            if self.talk and not self.talk.begun.is_set():
+                raise self.talk.failure()
+            if self.status is None and self.guard:
+                raise CommandFailedError(
+                    f"ended without an exit status: {escape(self.step.command)} "
+                    "(--no-guard, guard=False, takes that for a success)",
+                    kind="remote",
+                    command=self.command,
+                )
+            return self.status or 0  # some network devices tell none
+        if self.status is None or not self.whole:
+            raise self.lost()
+        return self.status
+
+    def lost(self) -> ConnectionFailedError:
+        """The loss of its connection, whose host may run it all the same."""
+        self.step.may_run = True
+        why = f": {escape(str(self.link.client.why))}" if self.link.client.why else ""
+        text = f"connection lost during {escape(self.step.command)}{why}"
+        return ConnectionFailedError(text, command=self.command)
 
 
 @contextlib.contextmanager
@@ -3922,8 +4023,7 @@ def _tell(host: str, text: str) -> None:
 @dataclasses.dataclass(frozen=True)
 class _How:
     """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
-    /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel;
-    ``ours``: no formatter hears of it.
+    /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel.
     """
 
     x11: bool = False
@@ -3934,21 +4034,8 @@ class _How:
     quiet: bool = False
     folder: str = ""
     opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
-    ours: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What is asked of a server to run a command: the line and the options of the channel; what
-    tells the guard to end it (see ``_guarded``); who talks to sudo.
-    """
-
-    command: str
-    how: _How
-    text: str
-    options: Mapping[str, Any]
-    watch: str
-    talk: _SudoTalk | None
+    timeout: float | None = None
+    capture: Capture | None = None
 
 
 class _Node(abc.ABC):
@@ -3977,15 +4064,8 @@ class _Node(abc.ABC):
         """Open what gives access to the files there, unless it is open."""
 
     @abc.abstractmethod
-    async def _session(
-        self,
-        command: str,
-        step: StepRecord,
-        sink: _Sink,
-        how: _How,
-        timeout: float | None,
-    ) -> int | str:
-        """Run one command line to its end, in a channel or a process of its own."""
+    async def _run_session(self, session: _Session) -> int | str:
+        """Run one command line to its end, in a channel or a process of its own; its status."""
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -4132,19 +4212,10 @@ class _Node(abc.ABC):
         raise failure
 
     async def _execute(
-        self,
-        command: str,
-        step: StepRecord,
-        how: _How,
-        *,
-        sink: _Sink | None = None,
-        capture: Capture | None = None,
-        timeout: float | None = None,
+        self, command: str, step: StepRecord, how: _How, *, sink: _Sink | None = None
     ) -> int | str:
-        """Run a command line within a time; every way to run something comes through here.
-
-        ``sink``: where the outputs go (default: the formatter); ``capture``: stores stdout of a
-        command that ended.
+        """Run a command line; every way to run something comes through here. ``sink``: where the
+        outputs go (default: the formatter).
         """
         if not command.strip():
             raise UsageError(
@@ -4152,20 +4223,22 @@ class _Node(abc.ABC):
             )
         await self._apply_config()  # it may tell the user and the port, by which outputs are named
         sink = sink or self.formatter.endpoint_sink(self._endpoint)
-        held = _HeldSink(sink) if capture else None
+        if how.capture:
+            sink = held = _HeldSink(sink)
         step.command = step.command or command
+        session = _Session(command, step, sink, how, self.guard)
         try:
             try:
-                status = await self._session(command, step, held or sink, how, timeout)
+                status = await self._run_session(session)
             finally:
                 with _writing_output():
-                    (held or sink).end()
+                    sink.end()
         except ApsshError as exc:
-            if not isinstance(exc, UsageError):  # a sink, or standard input, knows no host
+            if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
             raise
         except TimeoutError:
-            raise _timed_out(timeout, self, command, step) from None
+            raise _timed_out(how.timeout, self, command, step) from None
         except BrokenPipeError:
             raise
         except OSError as exc:
@@ -4175,8 +4248,8 @@ class _Node(abc.ABC):
                 f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
                 "give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
             )
-        if held and capture:  # of a command that ended: half of an output, or none, is no value
-            capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        if how.capture:  # of a command that ended: half of an output, or none, is no value
+            how.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
 
     async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
@@ -4372,7 +4445,8 @@ class SshNode(_Node):
         """
         live = self._here()
         if not self.is_sftp_connected():
-            await _Shared.once(live.opening, "sftp", functools.partial(self._open_sftp, live))
+            open_sftp = functools.partial(self._open_sftp, live)
+            await _Shared.once(live.opening, "sftp", lambda: self._on_link(open_sftp))
         assert live.sftp
         return live.sftp.client
 
@@ -4664,95 +4738,52 @@ class SshNode(_Node):
 
     # sessions
 
-    async def _session(
-        self,
-        command: str,
-        step: StepRecord,
-        sink: _Sink,
-        how: _How,
-        timeout: float | None,
-    ) -> int | str:
-        """One channel; its time begins when it opens. Cancelling it ends the command."""
-        call = self._call(command, sink, how)
-        for attempt in itertools.count():
-            async with (
-                self._slot(alone=call.watch == "connection") as link,
-                asyncio.timeout(timeout),
-            ):
-                session = _Session(call.talk or sink, step)
-                if await self._opens(link, session, call, step, attempt):
-                    status = await self._converse(link, session, call, step)
-                    break
+    async def _run_session(self, session: _Session) -> int | str:
+        """In one channel; its time begins when it opens. Cancelling it ends the command."""
+        if session.how.x11 and not os.environ.get("DISPLAY"):
+            raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
+        if session.how.sudo and not self.guard:
+            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
+        converse = functools.partial(self._converse, session)
+        status = await self._on_link(converse, alone=session.watch == "connection")
         if status == 0:
             self._guard_works = True
         elif self.guard and self._guard_works is None:
             await self._doubt_guard(status)
         return status
 
-    def _call(self, command: str, sink: _Sink, how: _How) -> _Call:
-        """What to ask of the server so that this command runs. Raises UsageError."""
-        if how.x11 and not os.environ.get("DISPLAY"):
-            raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        if how.sudo and not self.guard:
-            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
-        talk = _SudoTalk(sink, how.pty) if how.sudo else None
-        watch = "connection" if how.stdin else "stdin"
-        if how.pty or not self.guard:
-            watch = ""
-        options: dict[str, Any] = {"x11_forwarding": how.x11}
-        if self.guard:
-            text = _guarded(command, how, watch, talk)
-        else:
-            text = f"{{ {command}\n}} >/dev/null 2>&1" if how.quiet else command
-            options["env"] = how.env
-        if how.pty:
-            options["request_pty"] = "force"
-            options["term_type"] = os.environ.get("TERM", "dumb")
-            options["term_size"] = tuple(shutil.get_terminal_size())
-        return _Call(command, how, text, options, watch, talk)
+    async def _on_link(self, work: Callable[[_Link], Awaitable[_T]], alone: bool = False) -> _T:
+        """What this work gives, which opens a channel on a link with room for it; ``alone``: with
+        nothing else on it.
 
-    async def _opens(
-        self, link: _Link, session: _Session, call: _Call, step: StepRecord, attempt: int
-    ) -> bool:
-        """Open the channel and start its command; False when it is worth to try once more."""
-        create: Callable[..., Awaitable[Any]] = link.conn.create_session
-        opening = create(
-            lambda: session, call.text, encoding=None, window=SESSION_WINDOW, **call.options
-        )
-        try:
-            await self._open(opening, lambda opened: opened[0].abort())
-            return True
-        except (asyncssh.Error, ConnectionError) as exc:
-            if await self._refused(link, exc, attempt):
-                return False
-            # the request may have arrived
-            step.may_run = not link.alive or isinstance(exc, ConnectionError)
-            if link.alive:
-                raise self._failure(exc) from None
-            raise self._lost(link, step.command or call.command) from None
+        A server that refuses the channel takes fewer at once than others (MaxSessions), or has not
+        yet noticed that one ended: it is asked again, and from now on for no more than it has.
+        """
+        refusals, most = 0, SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+        while True:
+            async with self._slot(alone) as link:
+                try:
+                    return await work(link)
+                except asyncssh.ChannelOpenError as exc:
+                    refusals += 1
+                    if not _is_refusal(exc) or refusals > most:
+                        raise self._failure(exc) from None
+                link.limit = max(link.sessions - 1, 1)
+                await asyncio.sleep(0.05)
 
-    async def _converse(
-        self, link: _Link, session: _Session, call: _Call, step: StepRecord
-    ) -> int | str:
-        """Wait for the end of a command, with input for it, and sudo's password; the status."""
-        helpers = []
-        if call.how.opened and session.chan:
-            call.how.opened(session.chan)
-        if call.how.stdin:
-            helpers.append(session.feed(call.how.stdin, call.talk))
-        elif not call.watch and not call.how.pty and session.chan:
-            session.chan.write_eof()
-        if call.talk:
-            helpers.append(call.talk.answer(session, self._sudo_secret))
-        try:
-            with contextlib.nullcontext() if call.how.ours else self._shown(call.command):
-                await session.run(*helpers)
-        finally:
-            if not session.ended.done():
-                await self._end(link, session, call.watch, step)
-        if call.talk and not call.talk.begun.is_set() and link.alive and not session.error:
-            raise call.talk.failure()
-        return self._outcome(link, session, step, call.command)
+    async def _converse(self, session: _Session, link: _Link) -> int | str:
+        """Start a command on this link, and wait for its end; the status."""
+        session.link = link
+        async with asyncio.timeout(session.how.timeout):
+            create: Callable[..., Awaitable[Any]] = link.conn.create_session
+            try:
+                await self._open(create(lambda: session, **session.request()), session.abort)
+            except (asyncssh.Error, ConnectionError) as exc:
+                if link.alive and isinstance(exc, asyncssh.ChannelOpenError):
+                    raise
+                raise session.lost() from None  # the request may have arrived
+            with self._shown(session.command):
+                return await session.run(self._sudo_secret)
 
     async def _doubt_guard(self, status: int | str) -> None:
         """After the first command on a host, if it failed: would any command fail so? A shell that
@@ -4760,13 +4791,13 @@ class SshNode(_Node):
         the guard be, and what the host says then speaks of no guard.
         """
         self._guard_works = True  # it is asked once
-        probe, how = "sleep 1" if status == "TERM" else ":", _How(ours=True)
+        probe = "sleep 1" if status == "TERM" else ":"
+        step, how = StepRecord(command=probe), _How(timeout=CLOSE_TIMEOUT * 5)
         try:
-            if await self._session(probe, StepRecord(), _HeldSink(), how, CLOSE_TIMEOUT * 5) == 0:
+            if await self._run_session(_Session(probe, step, _HeldSink(), how, guard=True)) == 0:
                 return
         except (ConnectionFailedError, TimeoutError):
-            self._guard_works = None  # the host is slow, or has gone: who knows
-            return
+            return  # the host is slow, or has gone: who knows
         except ApsshError:
             pass  # it ended without a status
         self._say(
@@ -4786,199 +4817,116 @@ class SshNode(_Node):
             )
         return limits.sudo_password
 
-    async def _end(self, link: _Link, session: _Session, watch: str, step: StepRecord) -> None:
-        """End a command whose channel is open, and tell ``step`` whether it may still be running.
-
-        What the guard watches ends; the slot is free when the server says so. A shell that has
-        ended by itself has left what holds its outputs, as under ssh: that stays. A second
-        cancellation only waits no longer.
-        """
-        assert session.chan
-        step.may_run = True
-        left_behind = session.status is not None
-        try:
-            if watch == "stdin" and not left_behind:
-                session.chan.write_eof()
-                # TERM, and KILL 2 s later
-                await asyncio.wait([session.ended], timeout=GUARD_TIMEOUT)
-                step.may_run = not session.ended.done()
-                return
-            session.chan.abort()
-            if watch == "connection":
-                # the guard waits for the end of the connection: does the server hear us?
-                link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
-            await asyncio.wait([session.ended], timeout=CLOSE_TIMEOUT / 2)
-            heard = link.alive if watch == "connection" else session.ended.done()
-            step.may_run = left_behind or not heard or not self.guard
-        finally:
-            if not session.ended.done():
-                session.chan.abort()
-            if watch == "connection" and not left_behind:
-                link.drop()
-
-    def _outcome(self, link: _Link, session: _Session, step: StepRecord, command: str) -> int | str:
-        """The status of a session that has ended, or raises why there is none."""
-        if session.error:
-            raise session.error
-        if session.status is None and link.alive:
-            if not self.guard:  # some network devices tell no status
-                return 0
-            raise CommandFailedError(
-                f"ended without an exit status: {escape(step.command or command)} "
-                "(--no-guard, guard=False, takes that for a success)",
-                host=self.hostname,
-                kind="remote",
-                command=command,
-            )
-        if session.status is None or not (session.whole or link.alive):
-            step.may_run = True
-            raise self._lost(link, step.command or command)
-        return session.status
-
     @staticmethod
-    async def _refused(link: _Link, exc: Exception, attempt: int) -> bool:
-        """Whether a session was refused because there are too many (this server's MaxSessions is
-        lower, or it has not yet noticed that one ended), and it is worth to ask again.
-        """
-        most = 20 if link.sessions <= 1 else SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
-        refused = isinstance(exc, asyncssh.ChannelOpenError)
-        if not link.alive or link.conn.is_closed() or not refused or attempt >= most:
-            return False
-        if cast("asyncssh.ChannelOpenError", exc).code != asyncssh.OPEN_CONNECT_FAILED:
-            return False
-        link.limit = max(link.sessions - 1, 1)  # from now on: the server's own is not asked for
-        await asyncio.sleep(0.05)
-        return True
-
-    def _lost(self, link: _Link, command: str) -> ConnectionFailedError:
-        why = f": {escape(str(link.client.why))}" if link.client.why else ""
-        return ConnectionFailedError(
-            f"connection lost during {escape(command)}{why}",
-            host=self.hostname,
-            kind="lost",
-            command=command,
-        )
-
-    @staticmethod
-    async def _open(work: Awaitable[_T], close: Callable[[_T], None]) -> _T:
+    async def _open(work: Awaitable[object], abort: Callable[[], None]) -> None:
         """Open a channel; cancelled meanwhile, the channel is closed as soon as it is there, so
         that its slot is not lost.
         """
         opening = asyncio.ensure_future(work)
         try:
-            return await asyncio.shield(opening)
+            await asyncio.shield(opening)
         except asyncio.CancelledError:
-
-            def close_it(task: asyncio.Future[_T]) -> None:
-                if not task.cancelled() and not task.exception():
-                    close(task.result())
-
-            opening.add_done_callback(close_it)
+            abort()
+            opening.add_done_callback(lambda _: abort())
             await asyncio.wait([opening], timeout=CLOSE_TIMEOUT)
             raise
         except AttributeError as exc:
             # asyncssh's, when the connection goes while the channel opens
             raise asyncssh.ConnectionLost(str(exc)) from None
 
-    async def _open_sftp(self, live: _Live) -> None:
+    async def _open_sftp(self, live: _Live, link: _Link) -> None:
         """An SFTP session takes one of the connection's sessions, for as long as it lives."""
-        for attempt in itertools.count():
-            async with self._slot() as link:
-                opener = _SftpOpener(link.conn)
-                try:
-                    async with asyncio.timeout(self.timeout):
-                        client = await self._open(opener.start(), asyncssh.SFTPClient.exit)
-                except BaseException as exc:
-                    said = await opener.give_up()
-                    if not isinstance(exc, asyncssh.Error | OSError):
-                        raise
-                    if await self._refused(link, exc, attempt):
-                        continue
-                    if not link.alive or link.conn.is_closed():
-                        raise self._failure(exc) from None
-                    why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
-                    raise TransferError(
-                        f"no SFTP over there: {said or why}", host=self.hostname, kind="remote"
-                    ) from None
-                live.sftp = _Sftp(client, link, opener.channel)
-                link.sessions += 1
-                self.formatter.sftp_start(self.hostname)
-                return
+        sftp = _Sftp(link)
+        try:
+            async with asyncio.timeout(self.timeout):
+                await self._open(sftp.start(), sftp.abort)
+        except (asyncssh.Error, OSError) as exc:
+            if not link.alive:
+                raise self._failure(exc) from None
+            if _is_refusal(exc):
+                raise
+            why = await sftp.last_words()
+            if not why:
+                why = "no answer" if isinstance(exc, TimeoutError) else _reason(exc)
+            raise TransferError(
+                f"no SFTP over there: {why}", host=self.hostname, kind="remote"
+            ) from None
+        live.sftp = sftp
+        link.sessions += 1
+        self.formatter.sftp_start(self.hostname)
 
 
-class _SftpOpener:
-    """A connection as asyncssh's start_sftp_client sees it.
+def _is_refusal(exc: Exception) -> bool:
+    """Whether the server takes no further session on this connection, for now."""
+    code = exc.code if isinstance(exc, asyncssh.ChannelOpenError) else None
+    return code == asyncssh.OPEN_CONNECT_FAILED
 
-    It keeps the channel, which asyncssh would leave open when no SFTP server answers on it (a
-    start-up file that prints), and which tells what the server said instead, and when it has ended
-    SFTP but not the connection.
+
+class _Sftp:
+    """An SFTP session, and where it runs.
+
+    It is the connection that asyncssh's start_sftp_client sees, so as to keep the channel, which
+    asyncssh would leave open when no SFTP server answers on it (a start-up file that prints), and
+    which tells when the server has ended SFTP but not the connection.
     """
 
-    def __init__(self, conn: asyncssh.SSHClientConnection) -> None:
-        self._conn = conn
-        self.channel: asyncssh.SSHClientChannel[bytes] | None = None
-        self._stderr: asyncssh.SSHReader[bytes] | None = None
+    client: asyncssh.SFTPClient
+    channel: asyncssh.SSHClientChannel[bytes] | None = None
+
+    def __init__(self, link: _Link) -> None:
+        self.link = link
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._conn, name)
+        return getattr(self.link.conn, name)
 
-    def start(self) -> Awaitable[asyncssh.SFTPClient]:
+    async def start(self) -> None:
         """Open the session; names are text with surrogateescape."""
         connection = cast("Any", self)  # it has all that the method asks of a connection
-        return asyncssh.SSHClientConnection.start_sftp_client(
+        self.client = await asyncssh.SSHClientConnection.start_sftp_client(
             connection, path_errors="surrogateescape"
         )
 
     async def open_session(self, **options: Any) -> Any:
         """Open the channel, as the connection's method of this name."""
-        opened: Any = await self._conn.open_session(**options)
-        self.channel, self._stderr = opened[0].channel, opened[2]
+        opened: Any = await self.link.conn.open_session(**options)
+        self.channel = opened[0].channel
         return opened
-
-    async def give_up(self) -> str:
-        """Close the channel, whose session is then free; what the server said before it ended.
-
-        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
-        password) says so to any command.
-        """
-        if not self.channel or not self._stderr:
-            return ""
-        said = b""
-        with contextlib.suppress(asyncssh.Error, OSError):
-            async with asyncio.timeout(CLOSE_TIMEOUT / 4):
-                said = await self._stderr.read(2000)
-                await self.channel.wait_closed()
-        status = self.channel.get_exit_status()
-        self.channel.abort()
-        if status and not said:
-            async with _in_short():
-                said = await self._refusal()
-        text = " ".join(said.decode("utf-8", "replace").split())
-        return _brief(text, 200) or (f"its server ended with status {status}" if status else "")
-
-    async def _refusal(self) -> bytes:
-        """What a command hears that does nothing."""
-        process = await self._conn.create_process(
-            "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
-        )
-        try:
-            return cast("bytes", await process.stderr.read(2000))
-        finally:
-            process.close()
-
-
-@dataclasses.dataclass
-class _Sftp:
-    """An SFTP session, and where it runs."""
-
-    client: asyncssh.SFTPClient
-    link: _Link
-    channel: asyncssh.SSHClientChannel[bytes] | None
 
     @property
     def alive(self) -> bool:
         """Whether neither its connection nor its server has ended."""
         return self.link.alive and not (self.channel and self.channel.is_closing())
+
+    def abort(self) -> None:
+        """Close the channel, whose session is then free."""
+        if self.channel:
+            self.channel.abort()
+
+    async def last_words(self) -> str:
+        """Close the channel; what the server said in place of SFTP, if it ended.
+
+        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
+        password) says so to any command.
+        """
+        if not self.channel:
+            return ""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT / 4):
+                await self.channel.wait_closed()
+        status = self.channel.get_exit_status()
+        self.abort()
+        if not status:
+            return ""
+        said = b""
+        async with (
+            _in_short(),
+            self.link.conn.create_process(
+                "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+            ) as process,
+        ):
+            said = await process.stderr.read(2000)
+        text = " ".join(said.decode("utf-8", "replace").split())
+        return _brief(text, 200) or f"its server ended with status {status}"
 
 
 # one for all nodes behind it
@@ -5037,24 +4985,6 @@ class _Live:
                 link.drop()
 
 
-def _identity(value: _T) -> _T:
-    return value
-
-
-class _LocalOutput(asyncio.Protocol):
-    """An output of a command of this machine, on its way to the command's session."""
-
-    def __init__(self, session: _Session, datatype: int | None) -> None:
-        self._session, self._datatype = session, datatype
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def data_received(self, data: bytes) -> None:
-        self._session.data_received(data, self._datatype)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.ended.set_result(None)
-
-
 class LocalNode(_Node):
     """This machine, with the same commands: through /bin/sh, in the program's current folder; Push
     and Pull are plain copies.
@@ -5095,86 +5025,74 @@ class LocalNode(_Node):
         """No hop: 0."""
         return 0
 
-    async def _session(
-        self,
-        command: str,
-        step: StepRecord,
-        sink: _Sink,
-        how: _How,
-        timeout: float | None,
-    ) -> int | str:
+    async def _run_session(self, session: _Session) -> int | str:
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
+        how, command = session.how, session.command
         if how.pty or how.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
-        if how.stdin:
-            async with self._spooled(how.stdin) as place:
+        with tempfile.TemporaryFile() if how.stdin else contextlib.nullcontext() as spool:
+            if how.stdin and spool:
+                await self._spool(how.stdin, spool)
                 # the process' own standard input is the guard's, which waits for its end
-                command, how = f"exec <{place}\n{command}", dataclasses.replace(how, stdin=None)
-                return await self._session(command, step, sink, how, timeout)
-        session = _Session(sink, step)
-        line = _guarded(command, how, "stdin")
-        process = subprocess.Popen(
-            ["/bin/sh", "-c", line],
-            env=os.environ | {"SHELL": "/bin/sh"},
-            start_new_session=True,
-            close_fds=False,  # Python's own are closed anyway; that of standard input is not
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+                command = f"exec </dev/fd/{spool.fileno()}\n{command}"
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", _guarded(command, how, "stdin")],
+                env=os.environ | {"SHELL": "/bin/sh"},
+                start_new_session=True,
+                pass_fds=[spool.fileno()] if spool else [],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         assert process.stdin and process.stdout and process.stderr
         # not asyncio's: its process waits for ever when cancelled too early
-        ends: list[asyncio.Future[Any]] = [_in_daemon(process.wait)]
-        transports: list[asyncio.BaseTransport] = []
+        whole: asyncio.Future[Any] = asyncio.gather(
+            _in_daemon(process.wait),
+            self._pass_on(process.stdout, session, None),
+            self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR),
+        )
         try:
-            loop = asyncio.get_running_loop()
-            outputs = (process.stdout, None), (process.stderr, EXTENDED_DATA_STDERR)
-            for pipe, datatype in outputs:
-                output = _LocalOutput(session, datatype)
-                factory = functools.partial(_identity, output)
-                transports.append((await loop.connect_read_pipe(factory, pipe))[0])
-                ends.append(output.ended)
-            with self._shown(command):
-                async with asyncio.timeout(timeout):
-                    all_ends: asyncio.Future[Any] = asyncio.gather(*ends)
-                    await asyncio.wait(
-                        [all_ends, session.failed], return_when=asyncio.FIRST_COMPLETED
-                    )
+            with self._shown(session.command):
+                async with asyncio.timeout(how.timeout):
+                    await asyncio.wait([whole, session.failed], return_when=asyncio.FIRST_COMPLETED)
         finally:
             left_behind = process.returncode is not None
             process.stdin.close()  # for the guard, the end of the command
             try:
-                left = [each for each in ends if not each.done()]
-                if left and not left_behind:
-                    await asyncio.wait(left, timeout=2 * GUARD_TIMEOUT)
-                step.may_run = not all(each.done() for each in ends)
+                if not (left_behind or whole.done()):
+                    await asyncio.wait([whole], timeout=2 * GUARD_TIMEOUT)
+                session.step.may_run = not whole.done()
             finally:  # cancelled again; or its shell has ended, who holds its outputs has not
-                for each in transports:
-                    each.close()
-                for pipe, _ in outputs:
-                    pipe.close()
+                whole.cancel()
         if session.error:
             raise session.error
         status = process.returncode or 0
         return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
 
     @staticmethod
-    @contextlib.asynccontextmanager
-    async def _spooled(stdin: AsyncIterator[bytes]) -> AsyncIterator[str]:
-        """The path of a nameless file that holds all of this, for a process that is started
-        meanwhile.
-        """
-        with tempfile.TemporaryFile() as spool:
-            try:
-                async for data in stdin:
-                    spool.write(data)
-            except Exception as exc:  # the iterator may be a user's
-                raise ApsshError(f"standard input: {_reason(exc)}") from None
-            spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
-            os.set_inheritable(spool.fileno(), True)
-            yield f"/dev/fd/{spool.fileno()}"
+    async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
+        """Have all of this in a file, at whose beginning it is."""
+        try:
+            async for data in stdin:
+                spool.write(data)
+        except Exception as exc:  # the iterator may be a user's
+            raise ApsshError(f"standard input: {_reason(exc)}") from None
+        spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
+
+    @staticmethod
+    async def _pass_on(pipe: IO[bytes], session: _Session, datatype: int | None) -> None:
+        """Hand an output of a process to its session, until its end."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), pipe
+        )
+        try:
+            while data := await reader.read(SESSION_WINDOW):
+                session.data_received(data, datatype)
+        finally:
+            transport.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5469,10 +5387,10 @@ class _ShellCommand(AbstractCommand):
             quiet=self.ignore_outputs,
             folder=folder,
             opened=self.stdin.opened,
+            timeout=timeout,
+            capture=self.capture,
         )
-        return await node._execute(
-            line, step, how, sink=sink, capture=self.capture, timeout=timeout
-        )
+        return await node._execute(line, step, how, sink=sink)
 
 
 class Run(_ShellCommand):
