@@ -3291,25 +3291,23 @@ def _decoded(script: str) -> str:
     return f"""/bin/sh -c 'eval "$(printf %b "$1")"' apssh '{_inert(script)}'"""
 
 
-def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None) -> str:
+def _guarded(command: str, how: _How, talk: _SudoTalk | None = None) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
 
-    ``watch``: what tells the guard that it must end the command: the end of "stdin", the end of
-    the "connection", or "" for no guard (a terminal hangs up). Under sudo the guard is root's, so
-    that it may end the command, and says with a mark that the command begins.
+    Under sudo the guard is root's, so that it may end the command, and says with a mark that the
+    command begins.
     """
     steps = []
-    if watch:
+    if how.watch:
         cleanup = f"rm -rf {shlex.quote(how.folder)}; " if how.folder else ""
-        watched = _WATCHED[watch]
+        watched = _WATCHED[how.watch]
         watchdog = shlex.quote(_WATCHDOG.format(cleanup=cleanup, **watched))
         sshd = "$2" if talk else "$PPID"
         steps.append(_LEAVE_WATCHDOG.format(watchdog=watchdog, sshd=sshd, **watched))
     steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
     if talk:
-        # in halves: a sudo that refuses the command prints all of it
-        halves = f"{talk.start[:12]} {talk.start[12:]}"
-        steps.append(f"printf %s {halves} >&2; cd . 2>/dev/null || cd /; ")
+        mark = " ".join(talk.halves)
+        steps.append(f"printf %s {mark} >&2; cd . 2>/dev/null || cd /; ")
     if how.quiet:
         steps.append("exec >/dev/null 2>&1; ")
     line = _decoded("".join([*steps, _LOGIN_SHELL, shlex.quote(command)]))
@@ -3321,55 +3319,51 @@ def _guarded(command: str, how: _How, watch: str, talk: _SudoTalk | None = None)
 
 
 class _SudoTalk:
-    """What sudo says before its command begins: a sink, until a mark made for this run shows that
-    the command has begun. The prompt is another such mark, so that nothing else gets a password.
+    """What sudo says before its command begins, held until a mark made for this run shows that it
+    has begun. The prompt is another such mark, so that nothing else gets a password.
     """
 
     def __init__(self, sink: _Sink, pty: bool) -> None:
         self._sink, self._pty = sink, pty
-        self.prompt, self.start = os.urandom(12).hex(), os.urandom(12).hex()
-        self.asked, self.begun = asyncio.Event(), asyncio.Event()
+        self.prompt = os.urandom(12).hex()
+        # printed as one; a sudo that refuses the command prints all of it
+        self.halves = os.urandom(6).hex(), os.urandom(6).hex()
+        self.heard, self.begun = asyncio.Event(), asyncio.Event()  # heard: it asks, or has begun
         self._said = b""
 
     def data(self, data: bytes, datatype: int | None) -> None:
-        """Pass what the command prints, and hold what sudo says. Raises ApsshError when sudo asks
-        again: the password was refused.
+        """Pass what the command prints, and hold what sudo says. Raises CommandFailedError when
+        sudo asks again: the password was refused.
         """
         # sudo talks on stderr; the command's stdout may overtake the mark
         if self.begun.is_set() or not (datatype or self._pty):
             self._sink.data(data, datatype)
             return
-        self._said += data
-        _, begun, after = self._said.partition(self.start.encode())
+        # lectures and warnings are none of the command's output
+        mark = "".join(self.halves).encode()
+        said, begun, output = (self._said + data).partition(mark)
         if begun:
             self.begun.set()
-            # lectures and warnings are none of the command's output
-            if after:
-                self._sink.data(after, datatype)
+            self.heard.set()
+            self._sink.data(output, datatype)
             return
-        before, asks, after = self._said.partition(self.prompt.encode())
+        before, asks, after = said.partition(self.prompt.encode())
         self._said = (before + after)[-SUDO_SAYS:]
-        if asks and self.asked.is_set():
+        if asks and self.heard.is_set():
             _Limits.here().sudo_password = None  # it may have been mistyped
-            raise self.failure("the password was refused")
+            raise CommandFailedError("sudo: the password was refused", kind="auth")
         if asks:
-            self.asked.set()
+            self.heard.set()
 
-    def end(self) -> None:
-        """Nothing more will come."""
-        self._sink.end()
-
-    def failure(self, why: str = "") -> ApsshError:
-        """Why sudo did not run the command: its last words, as a rule."""
-        said = re.sub(
-            "execute '.*' as", "execute /bin/sh as", self._said.decode("utf-8", "replace")
-        )
+    def failure(self) -> ApsshError:
+        """Why sudo did not run the command: its last words."""
+        said = self._said.decode("utf-8", "replace").strip()
+        said = re.sub("execute '.*' as", "execute /bin/sh as", said)
         # the last line but that of a plugin, which fails with the rest
-        lines = [line for line in said.strip().splitlines() if "audit plugin" not in line]
-        why = why or (_brief(lines[-1], 200) if lines else "it said nothing")
-        if "must have a tty" in why or "a terminal is required" in why:
-            why += " (--pty, pty=True, gives one)"
-        return CommandFailedError(f"sudo: {why.removeprefix('sudo: ')}", kind="auth")
+        lines = [line for line in said.splitlines() if "audit plugin" not in line]
+        why = _brief(lines[-1].removeprefix("sudo: "), 200) if lines else "it said nothing"
+        hint = " (--pty, pty=True, gives one)" if "must have a tty" in why else ""
+        return CommandFailedError(f"sudo: {why}{hint}", kind="auth")
 
 
 class _ProxyCommand:
@@ -3432,17 +3426,13 @@ async def _ask_secret_meanwhile(prompt: str) -> str:
     """Ask on the terminal while the loop runs on. Cancelling it gives the terminal back as it was:
     who types may never type, and the thread that waits is left behind.
     """
-    settings = None
-    with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
-        settings = termios.tcgetattr(terminal)
-    try:
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, termios.error):  # no terminal: who asks says so
+            terminal = stack.enter_context(open("/dev/tty", "rb", 0))
+            settings = termios.tcgetattr(terminal)
+            stack.callback(termios.tcsetattr, terminal, termios.TCSANOW, settings)
         with _screen.asking():
             return await _in_daemon(_ask_secret, prompt)
-    except asyncio.CancelledError:
-        with contextlib.suppress(OSError, termios.error), open("/dev/tty", "rb", 0) as terminal:
-            if settings:
-                termios.tcsetattr(terminal, termios.TCSANOW, settings)
-        raise
 
 
 class _Client(asyncssh.SSHClient):
@@ -3805,7 +3795,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     and how it ended. Only the outputs and a failure on this side concern a local one.
 
     An SshNode takes a link with room, starts the command on it with what ``request`` says, and
-    leaves the rest to ``run``: input meanwhile (``_feed``, ``_answer``), the end, waited for or
+    leaves the rest to ``run``: input meanwhile (``_give``), the end, waited for or
     made (``_end``), and the status, or the error that tells why there is none (``_outcome``).
     """
 
@@ -3815,14 +3805,10 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     error: Exception | None = None  # of this side
     whole = False  # all of the output has come
 
-    def __init__(self, command: str, step: StepRecord, sink: _Sink, how: _How, guard: bool) -> None:
-        self.command, self.step, self.how, self.guard = command, step, how, guard
+    def __init__(self, command: str, step: StepRecord, sink: _Sink, how: _How) -> None:
+        self.command, self.step, self.how = command, step, how
         self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
-        self._sink = self.talk or sink
-        # what tells the guard to end it (see _guarded)
-        self.watch = "connection" if how.stdin else "stdin"
-        if how.pty or not guard:
-            self.watch = ""
+        self._pass = self.talk.data if self.talk else sink.data
         loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.failed: asyncio.Future[None] = loop.create_future()  # on this side
@@ -3832,19 +3818,19 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     def request(self) -> dict[str, Any]:
         """What asyncssh's create_session is told of it."""
         how, command = self.how, self.command
-        if self.guard:
-            command = _guarded(command, how, self.watch, self.talk)
+        if how.guard:
+            command = _guarded(command, how, self.talk)
         elif how.quiet:
             command = f"{{ {command}\n}} >/dev/null 2>&1"
         return {
             "command": command,
-            "env": {} if self.guard else how.env,
+            "env": {} if how.guard else how.env,
             "encoding": None,
             "window": SESSION_WINDOW,
             "x11_forwarding": how.x11,
             "request_pty": "force" if how.pty else False,
             "term_type": os.environ.get("TERM", "dumb"),
-            "term_size": tuple(shutil.get_terminal_size()),
+            "term_size": shutil.get_terminal_size(),
         }
 
     def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
@@ -3857,8 +3843,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.step.bytes_out += len(data)
         try:
             if not self.error:
-                with _writing_output():
-                    self._sink.data(data, datatype)
+                self._pass(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3887,84 +3872,79 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 
     def fail(self, exc: Exception) -> None:
         """Let who waits for the end give up."""
-        if not (self.failed.done() or self.ended.done()):
+        if not (self.error or self.ended.done()):
             self.error = exc
-            self.failed.set_result(None)
+            _settle(self.failed)
 
     async def run(self, secret: Callable[[], Awaitable[str]]) -> int | str:
         """Its status, once it has ended; ``secret`` gives the password that sudo may ask for.
         Cancelling it ends the command, as a failure on this side does.
         """
         assert self.chan
-        helpers = []
         if self.how.opened:
             self.how.opened(self.chan)
-        if self.how.stdin:
-            helpers.append(self._helped("standard input", self._feed(self.how.stdin)))
-        elif not self.watch and not self.how.pty:
+        giving = None
+        if self.talk or self.how.stdin:
+            giving = asyncio.create_task(self._give(self.chan, secret))
+        elif not self.how.watch and not self.how.pty:
             self.chan.write_eof()
-        if self.talk:
-            helpers.append(self._helped("sudo password", self._answer(self.talk, secret)))
-        tasks = [asyncio.create_task(helper) for helper in helpers]
         try:
             # not awaited themselves: that would cancel them with us
             await asyncio.wait([self.ended, self.failed], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
+            if giving:
+                giving.cancel()
             if not self.ended.done():
-                await self._end()
+                await self._end(self.chan)
         return self._outcome()
 
-    async def _helped(self, what: str, work: Coroutine[Any, Any, None]) -> None:
-        """Have the command fail with this work."""
+    async def _give(
+        self, chan: asyncssh.SSHClientChannel[bytes], secret: Callable[[], Awaitable[str]]
+    ) -> None:
+        """Give sudo the password, if it asks, and then the command its standard input, at its pace,
+        and the end of it.
+        """
+        what = "sudo password"
         try:
-            await work
+            if self.talk:
+                await self.talk.heard.wait()
+                if not self.talk.begun.is_set():
+                    chan.write((await secret()).encode() + b"\n")
+                await self.talk.begun.wait()
+            if self.how.stdin:
+                what = "standard input"
+                async for data in self.how.stdin:
+                    await self._writable.wait()
+                    if chan.is_closing():
+                        return
+                    chan.write(data)
+                chan.write_eof()
         except Exception as exc:  # the iterator may be a user's
             known = isinstance(exc, ApsshError)
             self.fail(exc if known else ApsshError(f"{what}: {_reason(exc)}"))
 
-    async def _feed(self, stdin: AsyncIterator[bytes]) -> None:
-        """Give standard input at the pace of the command, once it has begun, then its end."""
-        assert self.chan
-        if self.talk:
-            await self.talk.begun.wait()
-        async for data in stdin:
-            await self._writable.wait()
-            if self.chan.is_closing():
-                return
-            self.chan.write(data)
-        self.chan.write_eof()
-
-    async def _answer(self, talk: _SudoTalk, secret: Callable[[], Awaitable[str]]) -> None:
-        """Give the password when sudo asks for it."""
-        assert self.chan
-        await talk.asked.wait()
-        self.chan.write((await secret()).encode() + b"\n")
-
-    async def _end(self) -> None:
+    async def _end(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
         """End the command, and tell its step whether it may still be running.
 
         What the guard watches ends; the slot is free when the server says so. A shell that has
         ended by itself has left what holds its outputs, as under ssh: that stays. A second
         cancellation only waits no longer.
         """
-        assert self.chan
         self.step.may_run = True
         left_behind = self.status is not None
         within = CLOSE_TIMEOUT / 2
         try:
-            if self.watch == "stdin" and not left_behind:
-                self.chan.write_eof()
+            if self.how.watch == "stdin" and not left_behind:
+                chan.write_eof()
                 within = GUARD_TIMEOUT  # TERM, and KILL 2 s later
             else:
-                self.chan.abort()
-            if self.watch == "connection":
+                chan.abort()
+            if self.how.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
             await asyncio.wait([self.ended], timeout=within)
-            heard = self.link.alive if self.watch == "connection" else self.ended.done()
-            self.step.may_run = left_behind or not heard or not self.guard
+            heard = self.link.alive if self.how.watch == "connection" else self.ended.done()
+            self.step.may_run = left_behind or not heard or not self.how.guard
         finally:
             self.abort()
 
@@ -3972,7 +3952,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         """Close its channel, and the connection where the guard waits for the end of that."""
         if self.chan:
             self.chan.abort()
-        if self.watch == "connection":
+        if self.how.watch == "connection":
             self.link.drop()
 
     def _outcome(self) -> int | str:
@@ -3982,7 +3962,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         if self.link.alive:
             if self.talk and not self.talk.begun.is_set():
                 raise self.talk.failure()
-            if self.status is None and self.guard:
+            if self.status is None and self.how.guard:
                 raise CommandFailedError(
                     f"ended without an exit status: {escape(self.step.command)} "
                     "(--no-guard, guard=False, takes that for a success)",
@@ -4000,19 +3980,6 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         why = f": {escape(str(self.link.client.why))}" if self.link.client.why else ""
         text = f"connection lost during {escape(self.step.command)}{why}"
         return ConnectionFailedError(text, command=self.command)
-
-
-@contextlib.contextmanager
-def _writing_output() -> Iterator[None]:
-    """What goes wrong while a command's output is written here, as an error of ours; a closed pipe
-    is not the command's failure.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        raise ApsshError(f"its output could not be written: {_reason(exc)}") from exc
 
 
 def _tell(host: str, text: str) -> None:
@@ -4036,6 +4003,16 @@ class _How:
     opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
     timeout: float | None = None
     capture: Capture | None = None
+    guard: bool = True
+
+    @property
+    def watch(self) -> str:
+        """What tells the guard that it must end the command: the end of "stdin", the end of the
+        "connection", or "" for no guard (a terminal hangs up).
+        """
+        if self.pty or not self.guard:
+            return ""
+        return "connection" if self.stdin else "stdin"
 
 
 class _Node(abc.ABC):
@@ -4172,7 +4149,8 @@ class _Node(abc.ABC):
         """
         sftp = await self.sftp_connect_lazy()
         with self._file_errors(f"~/{REMOTE_FOLDER}"):
-            hall = f"{await sftp.realpath(_there(sftp, '~'))}/{REMOTE_FOLDER}"
+            home = await sftp.realpath(_there(sftp, "~"))
+        hall = f"{home}/{REMOTE_FOLDER}"
         if for_others:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
         with self._file_errors(hall):
@@ -4198,18 +4176,15 @@ class _Node(abc.ABC):
         when the hall is there, and another one where it is taken.
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
-        failure: Exception = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), hall)
-        for last in (name, name, os.urandom(8).hex()):
-            try:
-                await sftp.mkdir(f"{hall}/{last}", private)
-                return f"{hall}/{last}"
-            except (asyncssh.SFTPNoSuchFile, FileNotFoundError):
-                # another job may make it at this moment
-                with contextlib.suppress(asyncssh.SFTPFailure, FileExistsError):
-                    await sftp.mkdir(hall, private)
-            except (asyncssh.SFTPFailure, FileExistsError) as exc:
-                failure = exc
-        raise failure
+        for folder in (f"{hall}/{name}", f"{hall}/{name}"):
+            with contextlib.suppress(asyncssh.SFTPError, OSError):
+                await sftp.mkdir(folder, private)
+                return folder
+            with contextlib.suppress(asyncssh.SFTPError, OSError):  # it is there, as a rule
+                await sftp.mkdir(hall, private)
+        folder = f"{hall}/{os.urandom(8).hex()}"
+        await sftp.mkdir(folder, private)
+        return folder
 
     async def _execute(
         self, command: str, step: StepRecord, how: _How, *, sink: _Sink | None = None
@@ -4226,23 +4201,23 @@ class _Node(abc.ABC):
         if how.capture:
             sink = held = _HeldSink(sink)
         step.command = step.command or command
-        session = _Session(command, step, sink, how, self.guard)
+        session = _Session(command, step, sink, how)
         try:
             try:
                 status = await self._run_session(session)
             finally:
-                with _writing_output():
-                    sink.end()
+                sink.end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
             raise
         except TimeoutError:
             raise _timed_out(how.timeout, self, command, step) from None
-        except BrokenPipeError:
+        except BrokenPipeError:  # not the command's failure
             raise
         except OSError as exc:
-            raise ApsshError(_reason(exc), host=self.hostname, command=command) from exc
+            message = f"on this machine: {_reason(exc)}"
+            raise ApsshError(message, host=self.hostname, command=command) from exc
         if status == 126 and how.folder:
             self._say(
                 f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
@@ -4258,8 +4233,7 @@ class _Node(abc.ABC):
     @contextlib.contextmanager
     def _shown(self, command: str) -> Iterator[None]:
         """What the formatter hears of a session that is open."""
-        with _writing_output():
-            self.formatter.endpoint_started(self._endpoint)
+        self.formatter.endpoint_started(self._endpoint)
         self.formatter.session_start(self.hostname, command)
         try:
             yield
@@ -4745,7 +4719,7 @@ class SshNode(_Node):
         if session.how.sudo and not self.guard:
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         converse = functools.partial(self._converse, session)
-        status = await self._on_link(converse, alone=session.watch == "connection")
+        status = await self._on_link(converse, alone=session.how.watch == "connection")
         if status == 0:
             self._guard_works = True
         elif self.guard and self._guard_works is None:
@@ -4794,7 +4768,7 @@ class SshNode(_Node):
         probe = "sleep 1" if status == "TERM" else ":"
         step, how = StepRecord(command=probe), _How(timeout=CLOSE_TIMEOUT * 5)
         try:
-            if await self._run_session(_Session(probe, step, _HeldSink(), how, guard=True)) == 0:
+            if await self._run_session(_Session(probe, step, _HeldSink(), how)) == 0:
                 return
         except (ConnectionFailedError, TimeoutError):
             return  # the host is slow, or has gone: who knows
@@ -4908,25 +4882,21 @@ class _Sftp:
         OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
         password) says so to any command.
         """
-        if not self.channel:
-            return ""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT / 4):
+        status, said = None, b""
+        async with _in_short():
+            if self.channel:
                 await self.channel.wait_closed()
-        status = self.channel.get_exit_status()
+                status = self.channel.get_exit_status()
+            if status:
+                async with self.link.conn.create_process(
+                    "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+                ) as process:
+                    said = await process.stderr.read(2000)
         self.abort()
-        if not status:
-            return ""
-        said = b""
-        async with (
-            _in_short(),
-            self.link.conn.create_process(
-                "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
-            ) as process,
-        ):
-            said = await process.stderr.read(2000)
         text = " ".join(said.decode("utf-8", "replace").split())
-        return _brief(text, 200) or f"its server ended with status {status}"
+        if status and not text:
+            return f"its server ended with status {status}"
+        return _brief(text, 200)
 
 
 # one for all nodes behind it
@@ -5032,16 +5002,20 @@ class LocalNode(_Node):
         how, command = session.how, session.command
         if how.pty or how.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
-        with tempfile.TemporaryFile() if how.stdin else contextlib.nullcontext() as spool:
-            if how.stdin and spool:
+        with contextlib.ExitStack() as stack:
+            given = []
+            if how.stdin:
+                spool = stack.enter_context(tempfile.TemporaryFile())
                 await self._spool(how.stdin, spool)
                 # the process' own standard input is the guard's, which waits for its end
-                command = f"exec </dev/fd/{spool.fileno()}\n{command}"
+                given = [spool.fileno()]
+                command = f"exec </dev/fd/{given[0]}\n{command}"
+            line = _guarded(command, dataclasses.replace(how, stdin=None))
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _guarded(command, how, "stdin")],
+                ["/bin/sh", "-c", line],
                 env=os.environ | {"SHELL": "/bin/sh"},
                 start_new_session=True,
-                pass_fds=[spool.fileno()] if spool else [],
+                pass_fds=given,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -5389,6 +5363,7 @@ class _ShellCommand(AbstractCommand):
             opened=self.stdin.opened,
             timeout=timeout,
             capture=self.capture,
+            guard=node.guard,
         )
         return await node._execute(line, step, how, sink=sink)
 
