@@ -4176,7 +4176,8 @@ class _Node(abc.ABC):
         when the hall is there, and another one where it is taken.
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
-        for folder in (f"{hall}/{name}", f"{hall}/{name}"):
+        folder = f"{hall}/{name}"
+        for _ in range(2):
             with contextlib.suppress(asyncssh.SFTPError, OSError):
                 await sftp.mkdir(folder, private)
                 return folder
@@ -4832,8 +4833,9 @@ class SshNode(_Node):
 
 def _is_refusal(exc: Exception) -> bool:
     """Whether the server takes no further session on this connection, for now."""
-    code = exc.code if isinstance(exc, asyncssh.ChannelOpenError) else None
-    return code == asyncssh.OPEN_CONNECT_FAILED
+    if isinstance(exc, asyncssh.ChannelOpenError):
+        return exc.code == asyncssh.OPEN_CONNECT_FAILED
+    return False
 
 
 class _Sftp:
