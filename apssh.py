@@ -4721,10 +4721,10 @@ class SshNode(_Node):
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         converse = functools.partial(self._converse, session)
         status = await self._on_link(converse, alone=session.how.watch == "connection")
-        if status == 0:
-            self._guard_works = True
-        elif self.guard and self._guard_works is None:
-            await self._doubt_guard(status)
+        if self._guard_works is None:
+            self._guard_works = True  # it is asked once
+            if self.guard and status != 0:
+                await self._doubt_guard(status)
         return status
 
     async def _on_link(self, work: Callable[[_Link], Awaitable[_T]], alone: bool = False) -> _T:
@@ -4765,7 +4765,6 @@ class SshNode(_Node):
         is not POSIX, a key with a forced command or a start-up file that takes stdin does not let
         the guard be, and what the host says then speaks of no guard.
         """
-        self._guard_works = True  # it is asked once
         probe = "sleep 1" if status == "TERM" else ":"
         step, how = StepRecord(command=probe), _How(timeout=CLOSE_TIMEOUT * 5)
         try:
@@ -5037,7 +5036,7 @@ class LocalNode(_Node):
             left_behind = process.returncode is not None
             process.stdin.close()  # for the guard, the end of the command
             try:
-                if not (left_behind or whole.done()):
+                if not left_behind:
                     await asyncio.wait([whole], timeout=2 * GUARD_TIMEOUT)
                 session.step.may_run = not whole.done()
             finally:  # cancelled again; or its shell has ended, who holds its outputs has not
