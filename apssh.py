@@ -3809,9 +3809,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.command, self.step, self.how = command, step, how
         self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
         self._pass = self.talk.data if self.talk else sink.data
-        loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self.failed: asyncio.Future[None] = loop.create_future()  # on this side
+        self.ended: asyncio.Future[None] = asyncio.Future()
+        self.failed: asyncio.Future[None] = asyncio.Future()  # on this side
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -4139,7 +4138,7 @@ class _Node(abc.ABC):
 
     @contextlib.asynccontextmanager
     async def _script_folder(
-        self, files: Mapping[str, tuple[bytes, int]], name: str, *, for_others: bool = False
+        self, files: _ScriptFiles, name: str, *, for_others: bool
     ) -> AsyncIterator[str]:
         """A private folder there that holds these files, removed afterwards: its path.
 
@@ -4244,14 +4243,10 @@ class _Node(abc.ABC):
 
 def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
     """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
-    if timeout is None:
-        return ApsshError(f"timed out: {escape(command)}", host=node.hostname, command=command)
+    text = "timed out" if timeout is None else f"no end within {timeout:g} s"
     left = " (it may still be running)" if step.may_run else ""
     return CommandFailedError(
-        f"no end within {timeout:g} s: {escape(command)}{left}",
-        host=node.hostname,
-        kind="timeout",
-        command=command,
+        f"{text}: {escape(command)}{left}", host=node.hostname, kind="timeout", command=command
     )
 
 
