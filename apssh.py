@@ -3794,9 +3794,10 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     """One command line at work: what is asked of the host, its outputs on their way to the sink,
     and how it ended. Only the outputs and a failure on this side concern a local one.
 
-    An SshNode takes a link with room, starts the command on it with what ``request`` says, and
-    leaves the rest to ``run``: input meanwhile (``_give``), the end, waited for or
-    made (``_end``), and the status, or the error that tells why there is none (``_outcome``).
+    An SshNode takes a link with room (``_on_link``) and opens a channel on it with what ``request``
+    says (``_converse``); then come ``run``, the wait for its end with input meanwhile, ``end``,
+    which ends what still runs, and ``outcome``, the status or the error that tells why there is
+    none.
     """
 
     link: _Link
@@ -3875,9 +3876,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.error = exc
             _settle(self.failed)
 
-    async def run(self, secret: Callable[[], Awaitable[str]]) -> int | str:
-        """Its status, once it has ended; ``secret`` gives the password that sudo may ask for.
-        Cancelling it ends the command, as a failure on this side does.
+    async def run(self, secret: Callable[[], Awaitable[str]]) -> None:
+        """Wait for its end, or a failure on this side, and give it meanwhile what it reads;
+        ``secret``: the password, for a sudo that asks. Cancelling it ends nothing over there.
         """
         assert self.chan
         if self.how.opened:
@@ -3893,9 +3894,6 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         finally:
             if giving:
                 giving.cancel()
-            if not self.ended.done():
-                await self._end(self.chan)
-        return self._outcome()
 
     async def _give(
         self, chan: asyncssh.SSHClientChannel[bytes], secret: Callable[[], Awaitable[str]]
@@ -3922,22 +3920,25 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             known = isinstance(exc, ApsshError)
             self.fail(exc if known else ApsshError(f"{what}: {_reason(exc)}"))
 
-    async def _end(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
-        """End the command, and tell its step whether it may still be running.
+    async def end(self) -> None:
+        """End the command unless it has ended, and tell its step whether it may still be running.
 
         What the guard watches ends; the slot is free when the server says so. A shell that has
         ended by itself has left what holds its outputs, as under ssh: that stays. A second
         cancellation only waits no longer.
         """
+        if self.ended.done():
+            return
+        assert self.chan
         self.step.may_run = True
         left_behind = self.status is not None
         within = CLOSE_TIMEOUT / 2
         try:
             if self.how.watch == "stdin" and not left_behind:
-                chan.write_eof()
+                self.chan.write_eof()
                 within = GUARD_TIMEOUT  # TERM, and KILL 2 s later
             else:
-                chan.abort()
+                self.chan.abort()
             if self.how.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
@@ -3954,7 +3955,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         if self.how.watch == "connection":
             self.link.drop()
 
-    def _outcome(self) -> int | str:
+    def outcome(self) -> int | str:
         """The status of a command that has ended, or raises why there is none."""
         if self.error:
             raise self.error
@@ -4752,8 +4753,12 @@ class SshNode(_Node):
                 if link.alive and isinstance(exc, asyncssh.ChannelOpenError):
                     raise
                 raise session.lost() from None  # the request may have arrived
-            with self._shown(session.command):
-                return await session.run(self._sudo_secret)
+            try:
+                with self._shown(session.command):
+                    await session.run(self._sudo_secret)
+            finally:
+                await session.end()
+        return session.outcome()
 
     async def _doubt_guard(self, status: int | str) -> None:
         """After the first command on a host, if it failed: would any command fail so? A shell that
