@@ -8010,6 +8010,22 @@ async def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
         assert str(caught.value) == "127.0.0.1: local: on this machine: no space left on device"
 
 
+async def test_formatter_that_fails_ends_the_command(sshd: Sshd) -> None:
+    """Which has begun when the formatter hears of it."""
+    token = f"89{os.getpid()}"
+
+    class Fails(apssh.Formatter):
+        def session_start(self, hostname: str, command: str) -> None:
+            eventually(lambda: processes(f"sleep {token}"))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with sshd.node(formatter=Fails()) as node:
+        with pytest.raises(ApsshError) as caught:
+            await node.run(f"sleep {token}")
+        assert str(caught.value) == "127.0.0.1: local: on this machine: no space left on device"
+        await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+
 def test_host_that_is_lost_while_a_folder_is_made(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
