@@ -3885,7 +3885,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.how.opened(self.chan)
         giving = None
         if self.talk or self.how.stdin:
-            giving = asyncio.create_task(self._give(self.chan, secret))
+            giving = asyncio.create_task(self._give(secret))
         elif not self.how.watch and not self.how.pty:
             self.chan.write_eof()
         try:
@@ -3895,27 +3895,26 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             if giving:
                 giving.cancel()
 
-    async def _give(
-        self, chan: asyncssh.SSHClientChannel[bytes], secret: Callable[[], Awaitable[str]]
-    ) -> None:
+    async def _give(self, secret: Callable[[], Awaitable[str]]) -> None:
         """Give sudo the password, if it asks, and then the command its standard input, at its pace,
         and the end of it.
         """
+        assert self.chan
         what = "sudo password"
         try:
             if self.talk:
                 await self.talk.heard.wait()
                 if not self.talk.begun.is_set():
-                    chan.write((await secret()).encode() + b"\n")
+                    self.chan.write((await secret()).encode() + b"\n")
                 await self.talk.begun.wait()
             if self.how.stdin:
                 what = "standard input"
                 async for data in self.how.stdin:
                     await self._writable.wait()
-                    if chan.is_closing():
+                    if self.chan.is_closing():
                         return
-                    chan.write(data)
-                chan.write_eof()
+                    self.chan.write(data)
+                self.chan.write_eof()
         except Exception as exc:  # the iterator may be a user's
             known = isinstance(exc, ApsshError)
             self.fail(exc if known else ApsshError(f"{what}: {_reason(exc)}"))
@@ -4856,7 +4855,7 @@ class _Sftp:
 
     async def start(self) -> None:
         """Open the session; names are text with surrogateescape."""
-        connection = cast("Any", self)  # it has all that the method asks of a connection
+        connection: Any = self  # it has all that the method asks of a connection
         self.client = await asyncssh.SSHClientConnection.start_sftp_client(
             connection, path_errors="surrogateescape"
         )
