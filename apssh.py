@@ -5011,6 +5011,7 @@ class LocalNode(_Node):
                 given = [spool.fileno()]
                 command = f"exec </dev/fd/{given[0]}\n{command}"
             line = _guarded(command, dataclasses.replace(how, stdin=None))
+            # not asyncio's: its process waits for ever when cancelled too early
             process = subprocess.Popen(
                 ["/bin/sh", "-c", line],
                 env=os.environ | {"SHELL": "/bin/sh"},
@@ -5020,13 +5021,8 @@ class LocalNode(_Node):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-        assert process.stdin and process.stdout and process.stderr
-        # not asyncio's: its process waits for ever when cancelled too early
-        whole: asyncio.Future[Any] = asyncio.gather(
-            _in_daemon(process.wait),
-            self._pass_on(process.stdout, session, None),
-            self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR),
-        )
+        assert process.stdin
+        whole = asyncio.create_task(self._follow(process, session))
         try:
             with self._shown(session.command):
                 async with asyncio.timeout(how.timeout):
@@ -5040,6 +5036,7 @@ class LocalNode(_Node):
                 session.step.may_run = not whole.done()
             finally:  # cancelled again; or its shell has ended, who holds its outputs has not
                 whole.cancel()
+                await asyncio.wait([whole])
         if session.error:
             raise session.error
         status = process.returncode or 0
@@ -5054,6 +5051,15 @@ class LocalNode(_Node):
         except Exception as exc:  # the iterator may be a user's
             raise ApsshError(f"standard input: {_reason(exc)}") from None
         spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
+
+    async def _follow(self, process: subprocess.Popen[bytes], session: _Session) -> None:
+        """Hand the outputs of a process to its session, until they and it have ended."""
+        assert process.stdout and process.stderr
+        await asyncio.gather(
+            _in_daemon(process.wait),
+            self._pass_on(process.stdout, session, None),
+            self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR),
+        )
 
     @staticmethod
     async def _pass_on(pipe: IO[bytes], session: _Session, datatype: int | None) -> None:
