@@ -3103,11 +3103,11 @@ class _Limits:
         self.lookups = asyncio.Semaphore(LOOKUPS)
         # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
         self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}
-        self.keys: dict[object, _Shared] = {}
-        self.asking: dict[str, _Shared] = {}
+        self.asking: dict[object, _Shared] = {}
+        # what was found of keys, by what was asked for, and where in vain
+        self.keys: dict[object, tuple[list[Key], list[str]]] = {}
         self.sudo_password: str | None = None  # as the terminal gave it
-        self._startups: weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]
-        self._startups = weakref.WeakValueDictionary()
+        self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
     @classmethod
     def here(cls) -> _Limits:
@@ -3171,50 +3171,38 @@ class _Clock:
 
 
 class _Shared:
-    """One task that several coroutines wait for; cancelled when the last of them has given up."""
+    """A task that several coroutines wait for."""
 
     def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
-        self._task = asyncio.ensure_future(work)
+        self.task = asyncio.ensure_future(work)
         # its exception is retrieved even if nobody waits
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self._waiters = 0
-        self.abandoned = False  # being cancelled: nobody may join any more
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nobody may join any more: it has ended, or is being cancelled."""
-        return self.abandoned or self._task.done()
-
-    async def wait(self) -> Any:
-        """The task's result or exception. Cancelling the last wait cancels the task, and waits for
-        its clean-up.
-        """
-        self._waiters += 1
-        try:
-            return await asyncio.shield(self._task)
-        finally:
-            self._waiters -= 1
-            if not self._waiters and not self._task.done():
-                self.abandoned = True
-                self._task.cancel()
-                await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.waiters = 0
 
     @classmethod
     async def once(
         cls,
-        tasks: dict[str, _Shared],
-        name: str,
+        under_way: dict[object, _Shared],
+        name: object,
         work: Callable[[], Coroutine[Any, Any, Any]],
     ) -> Any:
-        """The result of this work; who asks while it is under way waits for the same."""
-        if name not in tasks or tasks[name].abandoned:
-            tasks[name] = cls(work())
-        shared = tasks[name]
+        """The result of this work, or its exception; who asks while it is under way waits for the
+        same. Cancelling the last wait cancels the work, and waits for its clean-up.
+        """
+        if name not in under_way:
+            under_way[name] = cls(work())
+        shared = under_way[name]
+        shared.waiters += 1
         try:
-            return await shared.wait()
+            return await asyncio.shield(shared.task)
         finally:
-            if tasks.get(name) is shared and shared.is_over:
-                del tasks[name]
+            shared.waiters -= 1
+            if shared.task.done() or not shared.waiters:
+                # nobody may join any more
+                if under_way.get(name) is shared:
+                    del under_way[name]
+                if shared.task.cancel():
+                    await asyncio.wait([shared.task], timeout=CLOSE_TIMEOUT)
 
 
 # The guard: what ends a command over there when its channel closes before it.
@@ -4618,7 +4606,8 @@ class SshNode(_Node):
             client.begun and isinstance(exc, asyncssh.ProtocolError)
         ):
             kind, text = "auth", self._refused_login(client)
-            self._forget_keys()
+            # looked for anew at the next login: there may be others by then
+            _Limits.here().keys.pop(self._key_question(), None)
         else:
             return self._failure(exc)
         return ConnectionFailedError(text, host=self.hostname, kind=kind)
@@ -4641,35 +4630,25 @@ class SshNode(_Node):
             escape(text) or "connection lost", host=self.hostname, kind=kind
         )
 
-    def _names_of_keys(self) -> tuple[object, ...]:
+    def _key_question(self) -> tuple[object, ...]:
         """What the keys to offer depend on."""
         config = self._host_config
-        return (
-            *(key if isinstance(key, str) else id(key) for key in self.keys),
-            *config.paths("identityfile"),
-            *config.paths("certificatefile"),
-            config.one("identitiesonly"),
-            config.identity_agent,
-        )
+        said = map(config.paths, ("identityfile", "certificatefile", "identityagent"))
+        return (*self.keys, *itertools.chain(*said), *config.values("identitiesonly"))
 
     async def _login_keys(self) -> list[Key]:
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
         passphrase may be asked.
         """
-        loaded, named = _Limits.here().keys, self._names_of_keys()
-        if named not in loaded or loaded[named].abandoned:
-            loaded[named] = _Shared(asyncio.to_thread(_keys_to_offer, self.keys, self._host_config))
-        try:
-            keys, missed = cast("tuple[list[Key], list[str]]", await loaded[named].wait())
-            self._keys_missed = [] if keys else missed
-            return keys
-        except UsageError:
-            self._forget_keys()
-            raise
-
-    def _forget_keys(self) -> None:
-        """Keys and agent are looked at anew at the next login: there may be others by then."""
-        _Limits.here().keys.pop(self._names_of_keys(), None)
+        limits, question = _Limits.here(), self._key_question()
+        if question not in limits.keys:
+            find = functools.partial(_keys_to_offer, self.keys, self._host_config)
+            limits.keys[question] = await _Shared.once(
+                limits.asking, question, functools.partial(asyncio.to_thread, find)
+            )
+        keys, missed = limits.keys[question]
+        self._keys_missed = [] if keys else missed
+        return keys
 
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
@@ -4911,7 +4890,7 @@ class _Live:
         self.loop = loop
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
-        self.opening: dict[str, _Shared] = {}
+        self.opening: dict[object, _Shared] = {}
         self.sftp: _Sftp | None = None
         self.freed = asyncio.Event()
 

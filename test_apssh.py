@@ -7988,7 +7988,7 @@ async def test_work_that_is_shared_is_begun_once() -> None:
         await asyncio.sleep(0.3)
         return "done"
 
-    tasks: dict[str, apssh._Shared] = {}
+    tasks: dict[object, apssh._Shared] = {}
     ask = functools.partial(apssh._Shared.once, tasks, "it", work)
     first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
     await asyncio.sleep(0.1)
@@ -8224,7 +8224,7 @@ async def test_work_that_is_being_given_up_is_joined_by_nobody(
     monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
     first = asyncio.create_task(sshd.node().run("true"))
     await asyncio.sleep(0)
-    await eventually_async(lambda: apssh._Limits.here().keys)
+    await eventually_async(lambda: apssh._Limits.here().asking)
     first.cancel()
     second = sshd.node()
     task = asyncio.create_task(second.run("true"))
