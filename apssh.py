@@ -3738,16 +3738,6 @@ class _Link:
     def alive(self) -> bool:
         return not self.client.lost
 
-    @property
-    def has_room(self) -> bool:
-        """Whether one more session may open on it."""
-        return self.alive and not self.reserved and self.sessions < self.limit
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing depends on it, so that a session that opens on it may cut it."""
-        return self.has_room and not self.sessions and not self.forwards
-
     def drop(self) -> None:
         """Cut the connection at once, even when its event loop is gone."""
         self.client.lost = True
@@ -4385,7 +4375,7 @@ class SshNode(_Node):
 
     def is_connected(self) -> bool:
         """Whether a connection is up (it may have to be made anew if its event loop is gone)."""
-        return bool(self._live and any(link.alive for link in self._live.links))
+        return bool(self._live and self._live.up)
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
@@ -4421,7 +4411,7 @@ class SshNode(_Node):
         if live.sftp:
             live.sftp.client.exit()
             self.formatter.sftp_stop(self.hostname)
-        await asyncio.gather(*(link.close() for link in live.links if link.alive))
+        await asyncio.gather(*(link.close() for link in live.up))
 
     def _here(self) -> _Live:
         """What is open in this event loop; what another loop has left is dropped. Raises
@@ -4445,8 +4435,8 @@ class SshNode(_Node):
         """A link that is up, by preference the first."""
         live = self._here()
         while True:
-            for link in live.links:
-                if link.alive and not link.reserved:
+            for link in live.up:
+                if not link.reserved:
                     return link
             await self._add_link(live)
 
@@ -4457,7 +4447,7 @@ class SshNode(_Node):
         if self._live is not live:
             await link.close()
             raise ConnectionFailedError("closed while it connected", host=self.hostname)
-        live.links = [each for each in live.links if each.alive and each is not link] + [link]
+        live.links = list(dict.fromkeys([*live.up, link]))
         live.wake()
 
     @contextlib.asynccontextmanager
@@ -4465,27 +4455,20 @@ class SshNode(_Node):
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
 
         sshd refuses the eleventh session of a connection (MaxSessions), so there may be further
-        connections; a host that takes no more of them has its steps queue.
+        connections; a host that takes no more of them has its steps queue, if there is a session
+        that will end.
         """
         live = self._here()
-        live.forget_sftp()
         while not (link := live.room(alone)):
-            if live.may_add_link:
-                try:
+            try:
+                if len(live.up) < live.max_links or not live.is_busy:
                     await self._add_link(live)
-                except ConnectionFailedError:
-                    if not live.count_alive():
-                        raise
-                    live.max_links = live.count_alive()
-            elif live.sessions_will_end:
-                await live.freed.wait()
-            else:
-                raise ConnectionFailedError(
-                    "the host takes one session, and SFTP holds it",
-                    host=self.hostname,
-                    kind="refused",
-                )
-            live.forget_sftp()
+                else:
+                    await live.freed.wait()
+            except ConnectionFailedError:
+                if not live.is_busy:
+                    raise
+                live.max_links = len(live.up)
         link.sessions += 1
         link.reserved = alone
         try:
@@ -4894,33 +4877,28 @@ class _Live:
         self.sftp: _Sftp | None = None
         self.freed = asyncio.Event()
 
-    def count_alive(self) -> int:
-        """How many connections are up."""
-        return sum(link.alive for link in self.links)
+    @property
+    def up(self) -> list[_Link]:
+        """The connections that are up."""
+        return [link for link in self.links if link.alive]
 
     @property
-    def may_add_link(self) -> bool:
-        """Whether one more connection may be made, or is being made."""
-        return self.count_alive() < self.max_links or "link" in self.opening
-
-    @property
-    def sessions_will_end(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether there are sessions to wait for; SFTP's ends with the node only."""
-        running = sum(link.sessions for link in self.links if link.alive)
-        return running > bool(self.sftp)
+        return sum(link.sessions for link in self.up) > bool(self.sftp)
 
     def room(self, alone: bool) -> _Link | None:
-        """A link with room for one more session; ``alone``: with nothing else on it."""
-        for link in self.links:
-            if link.is_empty if alone else link.has_room:
-                return link
-        return None
-
-    def forget_sftp(self) -> None:
-        """Give back the session of an SFTP that has ended."""
+        """A link with room for one more session; ``alone``: on which nothing depends, so that the
+        session may cut it. An SFTP that has ended gives back its session.
+        """
         if self.sftp and not self.sftp.alive:
             self.sftp.link.sessions -= 1
             self.sftp = None
+        for link in self.up:
+            taken = link.reserved or link.sessions >= link.limit
+            if not (taken or (alone and (link.sessions or link.forwards))):
+                return link
+        return None
 
     def wake(self) -> None:
         """A session has ended or a connection has come: those who wait for it look again."""
@@ -4929,9 +4907,8 @@ class _Live:
 
     def drop(self) -> None:
         """Cut everything at once, even when the loop is gone."""
-        for link in self.links:
-            if link.alive:
-                link.drop()
+        for link in self.up:
+            link.drop()
 
 
 class LocalNode(_Node):

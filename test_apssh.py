@@ -8140,19 +8140,33 @@ def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
+async def refuse_to_connect(*args: object) -> None:
+    raise ConnectionFailedError("no further one", host="127.0.0.1", kind="refused")
+
+
+async def test_gateway_that_takes_no_further_connection(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command with standard input may not cut the connection that leads on."""
+    async with sshd.node() as gateway, sshd.node(gateway=gateway) as node:
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
+        with pytest.raises(ConnectionFailedError) as caught:
+            await gateway.run("cat", stdin=b"x")
+        assert str(caught.value) == "127.0.0.1: refused: no further one"
+        assert await node.run("true") == 0
+
+
 async def test_sftp_that_ended_gives_its_session_back(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a host takes one session on one connection, it is the command's then."""
-    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
     sshd = make_sshd(MaxSessions=1)
     async with sshd.node() as node:
         await node.sftp_connect_lazy()
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
         with pytest.raises(ConnectionFailedError) as caught:
             await node.run("true")
-        assert (
-            str(caught.value) == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
-        )
+        assert str(caught.value) == "127.0.0.1: refused: no further one"
         (server,) = [
             process
             for process in descendants(sshd._process.pid)
