@@ -3144,8 +3144,15 @@ class _Clock:
 
     def __init__(self, scope: asyncio.Timeout) -> None:
         self._scope = scope
-        self.progress = ""  # how far the connection came
+        self.stage = ""  # how far the last attempt came
         self.drops = 0  # how often the server cut it before login
+
+    @property
+    def progress(self) -> str:
+        """How far it came, for somebody who has waited in vain."""
+        if self.drops:
+            return f"dropped before login, {_count(self.drops, 'time')}"
+        return self.stage
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -3397,16 +3404,16 @@ class _ProxyCommand:
 
 
 class _Connected(asyncio.Protocol):
-    """Takes the socket of a transport as soon as it is connected, and ends the transport at once,
-    so that nothing is read: uvloop goes on to read where the reading was only paused here.
+    """Gives a link the socket of a transport as soon as it is connected, and ends the transport at
+    once, so that nothing is read: uvloop goes on to read where the reading was only paused here.
     """
 
-    def __init__(self) -> None:
-        self.socket: socket.socket | None = None
+    def __init__(self, link: _Link) -> None:
+        self._link = link
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        self.socket.setblocking(False)
+        connected = transport.get_extra_info("socket")
+        self._link.sock = socket.socket(fileno=os.dup(connected.fileno()))
         cast("asyncio.Transport", transport).abort()
 
 
@@ -3423,34 +3430,96 @@ async def _ask_secret_meanwhile(prompt: str) -> str:
             return await _in_daemon(_ask_secret, prompt)
 
 
-class _Client(asyncssh.SSHClient):
-    """One attempt to log in, and the connection that it gives: decides on host keys, offers keys
-    and password.
+class _Verdict(enum.Enum):
+    """What to do after an attempt to log in that failed."""
+
+    AGAIN = "after a pause, for the server dropped it before the login (sshd's MaxStartups)"
+    PLAIN_KEY = "with the plain host key: its certificate did not count, as ssh does"
+    NEXT_KEYS = "with the keys that were not offered: the server takes a few only (MaxAuthTries)"
+    FAIL = "not at all"
+
+
+class _Link(asyncssh.SSHClient):
+    """One ssh connection: the attempt to make it (``SshNode._try``), what asyncssh asks meanwhile
+    (host keys, keys and password to offer), the sessions that are open on it, its end.
+
+    It refers to no node, since asyncssh refers to it: a node that is forgotten is gone at once, and
+    its sockets with it.
     """
 
+    conn: asyncssh.SSHClientConnection  # once there is a way to the server
+    sock: socket.socket | None = None  # there is none behind a gateway
+    proxy: _ProxyCommand | None = None
+    stage = "no answer"  # how far it came
+    foreign = ""  # what the server said instead of an ssh banner
+    begun = False  # the server's key was accepted and the login has begun
+    alive = True
+    why: Exception | None = None  # it was lost
+    host_key_error: HostKeyError | None = None
+    sessions = 0
+    forwards = False  # leads to other nodes
+    reserved = False  # for one session that must be alone
+    _kbdint_begun = False
+
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
-        # no reference to the node: one that is forgotten is gone at once, and its sockets with it
-        self._host, self._username, self._direct = node.hostname, node.username, not node.gateway
+        self._host, self._username = node.hostname, node.username
         self._formatter, self._password = node.formatter, node._password
         self._talks = bool(node.verbose or node.formatter.verbose)
-        self._trust, self._pairs = trust, pairs
-        self.conn: asyncssh.SSHClientConnection | None = None
-        self.proxy: _ProxyCommand | None = None
+        self.trust, self._pairs = trust, pairs
         self.offered: list[asyncssh.SSHKeyPair] = []
-        self.begun = False  # the server's key was accepted and the login has begun
-        self.lost = False
-        self.why: Exception | None = None
-        self.host_key_error: HostKeyError | None = None
         self.password_tried: set[str] = set()
-        self._kbdint_begun = False
-        self._greeted = False
+        self.limit = SESSIONS_PER_CONNECTION
+
+    # the attempt
+
+    async def hear(self, sock: socket.socket) -> None:
+        """Wait for the first bytes of the server, and look at them; asyncssh will read them."""
+        sock.setblocking(False)
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        self.stage = "connected, but the server says nothing"
+        loop.add_reader(sock, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(sock)
+        greeting = sock.recv(100, socket.MSG_PEEK)
+        if not greeting:
+            raise asyncssh.ConnectionLost("Connection lost")
+        self.stage = "the key exchange does not end"
+        if b"SSH-" not in greeting:
+            line = greeting.strip().partition(b"\n")[0].strip()
+            self.foreign = f"not an ssh server: it says {_brief(line.decode('ascii', 'replace'))!r}"
+            self.stage = self.foreign
 
     @property
     def greeted(self) -> bool:
         """Whether the server has shown itself as one of ssh."""
-        if self.conn and self.conn.get_extra_info("server_version"):
-            self._greeted = True
-        return self._greeted
+        return hasattr(self, "conn") and bool(self.conn.get_extra_info("server_version"))
+
+    def was_dropped(self, exc: Exception) -> bool:
+        """Whether the server, or what leads to it, cut the connection before the login began."""
+        cut = isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError)
+        foreign = self.foreign and "MaxStartups" not in self.foreign
+        return cut and not (foreign or self.begun or self.proxy)
+
+    def verdict(self, exc: Exception, drops: int, rounds: int) -> _Verdict:
+        """What to do after this attempt, which ended so: the server has dropped that many of them,
+        and that many connections were spent on keys.
+        """
+        if self.host_key_error:
+            return _Verdict.FAIL
+        if self.was_dropped(exc):
+            # a server that has shown itself has begun the key exchange: MaxStartups comes earlier
+            most = 1 if self.greeted else RETRIES_BEFORE_LOGIN
+            return _Verdict.AGAIN if drops <= most else _Verdict.FAIL
+        if isinstance(exc, asyncssh.HostKeyNotVerifiable) and self.trust.certified:
+            return _Verdict.PLAIN_KEY
+        refused = isinstance(exc, asyncssh.PermissionDenied)
+        if self.offered and self._pairs and not refused and rounds < MAX_AUTH_ROUNDS:
+            return _Verdict.NEXT_KEYS
+        return _Verdict.FAIL
+
+    # what asyncssh asks
 
     def _check(self, check: Callable[[], bool | None]) -> bool:
         try:
@@ -3462,27 +3531,28 @@ class _Client(asyncssh.SSHClient):
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        return self._check(lambda: self._trust.check(key))
+        return self._check(lambda: self.trust.check(key))
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
-        return self._check(lambda: self._trust.check_authority(key))
+        return self._check(lambda: self.trust.check_authority(key))
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.conn = conn
-        if self._direct:
-            _acknowledge_at_once(conn)
-        self._formatter.connection_made(self._host, self._username, self._direct)
+        if self.sock and not self.proxy:
+            _acknowledge_at_once(conn, self.sock)
+        self._formatter.connection_made(self._host, self._username, self.sock is not None)
 
     def begin_auth(self, username: str) -> None:
-        if self._trust.certified:
-            key = self.conn.get_server_host_key() if self.conn else None
+        if self.trust.certified:
+            key = self.conn.get_server_host_key()
             assert key
-            if not self._check(lambda: self._trust.check_certified(key)):
+            if not self._check(lambda: self.trust.check_certified(key)):
                 raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
+        self.stage = "the login does not end"
         try:
-            if self._trust.record() and self._talks:
-                _tell(self._host, f"recorded its key {self._trust.shown}")
+            if self.trust.record() and self._talks:
+                _tell(self._host, f"recorded its key {self.trust.shown}")
         except ApsshError as exc:
             _tell(self._host, exc.message)
 
@@ -3502,7 +3572,7 @@ class _Client(asyncssh.SSHClient):
         """
         if method in self.password_tried or self._password is None:
             return None
-        if self._trust.changed:
+        if self.trust.changed:
             _tell(
                 self._host,
                 "no password for a host whose key has changed: "
@@ -3535,22 +3605,50 @@ class _Client(asyncssh.SSHClient):
         self._formatter.auth_completed(self._host, self._username)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost, self.why = True, exc
-        self._greeted = self.greeted
-        self.conn = None
+        self.alive, self.why = False, exc
         if self.proxy:
             self.proxy.end()
         if self.begun:
             self._formatter.connection_lost(self._host, exc, self._username)
 
+    # its end
 
-def _acknowledge_at_once(conn: asyncssh.SSHClientConnection) -> None:
+    def drop(self) -> None:
+        """Cut it at once, whatever there is of it, even when its event loop is gone."""
+        self.alive = False
+        if not hasattr(self, "conn"):
+            if self.sock:
+                self.sock.close()
+        else:
+            transport = vars(self.conn).get("_transport")
+            try:
+                self.conn.abort()
+            except RuntimeError:  # from a closed loop, which runs no callback
+                if self.sock and isinstance(transport, asyncio.Transport):
+                    # asyncio has no call to close such a transport, which would warn when collected
+                    self.sock.close()
+                    vars(transport)["_sock"] = None
+        if self.proxy:
+            self.proxy.end()
+
+    async def close(self) -> None:
+        """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
+        self.alive = False
+        try:
+            with contextlib.suppress(TimeoutError, OSError, asyncssh.Error):
+                self.conn.close()
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self.conn.wait_closed()
+        finally:
+            self.drop()
+
+
+def _acknowledge_at_once(conn: asyncssh.SSHClientConnection, sock: socket.socket) -> None:
     """Acknowledge what a connection receives without the usual delay, which the kernel falls back
     to by itself: the first command would else stall for 40 ms (the server's Nagle against our
     delayed acknowledgement).
     """
-    sock = conn.get_extra_info("socket")
-    if not hasattr(socket, "TCP_QUICKACK") or sock.family not in (socket.AF_INET, socket.AF_INET6):
+    if not hasattr(socket, "TCP_QUICKACK"):
         return
     receive = conn.data_received
 
@@ -3559,143 +3657,6 @@ def _acknowledge_at_once(conn: asyncssh.SSHClientConnection) -> None:
         receive(data, datatype)
 
     vars(conn)["data_received"] = data_received
-
-
-class _Attempt:
-    """One attempt to connect a node: its socket, its proxy command, and how far it came."""
-
-    def __init__(self, node: SshNode, clock: _Clock, client: _Client) -> None:
-        self._node, self._clock, self.client = node, clock, client
-        self.greeting = b""  # the first bytes of the server, which asyncssh will read
-        self._socket: socket.socket | None = None
-
-    async def log_in(
-        self, turns: contextlib.AsyncExitStack, arguments: Mapping[str, Any]
-    ) -> asyncssh.SSHClientConnection:
-        """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
-        shake hands; then take that turn and log in.
-        """
-        # the connection keeps the factory, which must not keep the node
-        node, client, way = self._node, self.client, dict[str, Any]()
-        if node.gateway:
-            node.gateway._leads = True
-            link = await node.gateway._connected()
-            link.forwards = True
-            way["tunnel"] = link.conn
-        else:
-            way["sock"] = self._socket = await self._open()
-            await self._hear(self._socket)
-        gate = _Limits.here().handshakes[node._leads]
-        await turns.enter_async_context(self._clock.turn(gate, HANDSHAKE_TURN))
-        return await asyncssh.connect(
-            node._address or node.hostname,
-            node.port,
-            client_factory=lambda: client,
-            **way,
-            **arguments,
-        )
-
-    async def _open(self) -> socket.socket:
-        """A connected socket. asyncio's transport for it has all of happy eyeballs (RFC 8305), and
-        is only there to connect.
-        """
-        node, loop = self._node, asyncio.get_running_loop()
-        if node._proxy_command:
-            proxy = self.client.proxy = _ProxyCommand(node._proxy_command)
-            proxy.socket.setblocking(False)
-            return proxy.socket
-        host = node._address or node.hostname
-        how = node._host_config.arguments(_SOCKET_ARGUMENTS)
-        numeric = ":" in host or host.replace(".", "").isdigit()
-        if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
-            how["happy_eyeballs_delay"] = 0.25
-        connected = _Connected()
-        async with self._clock.turn(_Limits.here().connects):
-            try:
-                await loop.create_connection(lambda: connected, host, node.port, **how)
-            finally:  # a cancellation may come between
-                self._socket = connected.socket
-        assert self._socket
-        return self._socket
-
-    async def _hear(self, sock: socket.socket) -> None:
-        """Wait for the first bytes of the server, and look at them."""
-        loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(sock, _settle, readable)
-        try:
-            await readable
-        finally:
-            loop.remove_reader(sock)
-        self.greeting = sock.recv(100, socket.MSG_PEEK)
-        if not self.greeting:
-            raise asyncssh.ConnectionLost("Connection lost")
-
-    def foreign(self) -> str:
-        """What the server said instead of an ssh banner; empty, as a rule."""
-        if not self.greeting or b"SSH-" in self.greeting:
-            return ""
-        lines = self.greeting.strip().splitlines() or [b""]
-        return f"not an ssh server: it says {_brief(lines[0].decode('ascii', 'replace'))!r}"
-
-    def progress(self) -> str:
-        """How far it came, for somebody who has waited in vain."""
-        if self._clock.drops:
-            return f"dropped before login, {_count(self._clock.drops, 'time')}"
-        if self.client.begun:
-            return "the login does not end"
-        if self.client.greeted or b"SSH-" in self.greeting:
-            return "the key exchange does not end"
-        if self._socket:
-            return self.foreign() or "connected, but the server says nothing"
-        gateway = self._node.gateway
-        if gateway and not gateway.is_connected():
-            return f"gateway {escape(gateway.hostname)} does not answer"
-        return "no answer"
-
-    def abandon(self) -> None:
-        """Leave nothing of an attempt that gave no connection."""
-        if self._socket:
-            self._socket.close()
-        if self.client.proxy:
-            self.client.proxy.end()
-
-
-class _Verdict(enum.Enum):
-    """What to do after an attempt to log in that failed."""
-
-    AGAIN = "after a pause, for the server dropped it before the login (sshd's MaxStartups)"
-    PLAIN_KEY = "with the plain host key: its certificate did not count, as ssh does"
-    NEXT_KEYS = "with the keys that were not offered: the server takes a few only (MaxAuthTries)"
-    FAIL = "not at all"
-
-
-def _verdict(
-    attempt: _Attempt, exc: Exception, *, certified: bool, keys_left: bool, rounds: int
-) -> _Verdict:
-    """What to do after an attempt that ended so: ``rounds`` connections were spent on keys."""
-    client, drops = attempt.client, attempt._clock.drops
-    if not client.begun:
-        if _is_drop(attempt, exc):
-            # a server that has shown itself has begun the key exchange: MaxStartups comes earlier
-            most = 1 if client.greeted else RETRIES_BEFORE_LOGIN
-            return _Verdict.AGAIN if drops <= most else _Verdict.FAIL
-        unverified = isinstance(exc, asyncssh.HostKeyNotVerifiable)
-        if unverified and certified and not client.host_key_error:
-            return _Verdict.PLAIN_KEY
-    refused = isinstance(exc, asyncssh.PermissionDenied)
-    if client.begun and client.offered and keys_left and not refused and rounds < MAX_AUTH_ROUNDS:
-        return _Verdict.NEXT_KEYS
-    return _Verdict.FAIL
-
-
-def _is_drop(attempt: _Attempt, exc: Exception) -> bool:
-    """Whether the server, or what leads to it, cut the connection before the login began."""
-    cut = isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError)
-    foreign = attempt.foreign()
-    said_so = not foreign or "MaxStartups" in foreign
-    client = attempt.client
-    return cut and said_so and not client.begun and not client.host_key_error and not client.proxy
 
 
 def _failure_of_host(exc: Exception, host: str, port: int) -> tuple[str, str]:
@@ -3721,51 +3682,6 @@ def _failure_of_host(exc: Exception, host: str, port: int) -> tuple[str, str]:
             return "lost", text
         return "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused", text
     return "lost", str(exc)
-
-
-class _Link:
-    """One ssh connection, and the sessions open on it."""
-
-    def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client) -> None:
-        self.conn, self.client = conn, client
-        self._loop = asyncio.get_running_loop()
-        self.sessions = 0
-        self.limit = SESSIONS_PER_CONNECTION
-        self.forwards = False  # leads to other nodes
-        self.reserved = False  # for one session that must be alone
-
-    @property
-    def alive(self) -> bool:
-        return not self.client.lost
-
-    def drop(self) -> None:
-        """Cut the connection at once, even when its event loop is gone."""
-        self.client.lost = True
-        transport = vars(self.conn).get("_transport")
-        with contextlib.suppress(RuntimeError):  # raised by a closed loop, which runs no callback
-            self.conn.abort()
-        sock = vars(transport).get("_sock") if isinstance(transport, asyncio.Transport) else None
-        if self._loop.is_closed() and sock:
-            # asyncio has no call to close a transport whose loop is gone, and it would warn when
-            # collected
-            sock.close()
-            vars(transport)["_sock"] = None
-        if self.client.proxy:
-            self.client.proxy.end()
-
-    async def close(self) -> None:
-        """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
-        self.client.lost = True
-        try:
-            self.conn.close()
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.conn.wait_closed()
-            if self.client.proxy:
-                self.client.proxy.end()
-        except BaseException as exc:
-            self.drop()
-            if not isinstance(exc, TimeoutError | OSError | asyncssh.Error):
-                raise
 
 
 class _Session(asyncssh.SSHClientSession[bytes]):
@@ -3954,7 +3870,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     def lost(self) -> ConnectionFailedError:
         """The loss of its connection, whose host may run it all the same."""
         self.step.may_run = True
-        why = f": {escape(str(self.link.client.why))}" if self.link.client.why else ""
+        why = f": {escape(str(self.link.why))}" if self.link.why else ""
         text = f"connection lost during {escape(self.step.command)}{why}"
         return ConnectionFailedError(text, command=self.command)
 
@@ -4489,66 +4405,99 @@ class SshNode(_Node):
             async with scope, _login_pairs(keys) as pairs:
                 return await self._log_in(clock, pairs)
         except TimeoutError:
-            colon = ": " if clock.progress else ""
             raise ConnectionFailedError(
-                f"no connection within {self.timeout:g} s{colon}{clock.progress}",
+                f"no connection within {self.timeout:g} s: {clock.progress}",
                 host=self.hostname,
                 kind="lost" if clock.drops else "timeout",
             ) from None
 
     async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair]) -> _Link:
-        """Attempts to log in, until one succeeds or no other would."""
+        """Attempts to log in, until one succeeds or no other would. Each takes from ``pairs`` the
+        keys that it offers.
+        """
         rounds, certified = 0, True
-        address = self._address or self.hostname
-        startups = _Limits.here().startups(address, self.port, id(self.gateway))
         while True:
             # anew: the attempt before may have recorded the host
             trust = _Trust(
                 self.hostname,
-                address,
+                self._address or self.hostname,
                 self.port,
                 known_hosts=self.known_hosts,
                 host_keys=self.host_keys,
                 config=self._host_config,
                 asking=certified,
             )
-            client = _Client(self, list(pairs), trust)
-            attempt, connected = _Attempt(self, clock, client), False
+            link = _Link(self, pairs, trust)
             try:
-                async with contextlib.AsyncExitStack() as turns:
-                    await turns.enter_async_context(clock.turn(startups))
-                    conn = await attempt.log_in(turns, self._login_arguments(trust))
-                connected = True
-                return _Link(conn, client)
+                await self._try(link, clock)
+                return link
             except ConnectionFailedError as exc:  # the gateway's: it keeps its class and kind
                 raise type(exc)(
                     f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind
                 ) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
-                clock.drops += _is_drop(attempt, exc)
-                offered = {pair.public_data for pair in client.offered}
-                left = [pair for pair in pairs if pair.public_data not in offered]
-                verdict = _verdict(
-                    attempt,
-                    exc,
-                    certified=trust.certified,
-                    keys_left=bool(left),
-                    rounds=rounds,
-                )
+                clock.drops += link.was_dropped(exc)
+                verdict = link.verdict(exc, clock.drops, rounds)
                 if verdict is _Verdict.FAIL:
-                    raise await self._login_failure(exc, attempt) from None
+                    raise await self._login_failure(exc, link, clock) from None
             finally:
                 self._host_key_shown = trust.shown or self._host_key_shown
                 self.host_key_recorded |= trust.recorded
-                clock.progress = attempt.progress()
-                if not connected:
-                    attempt.abandon()
+                clock.stage = link.stage
             if verdict is _Verdict.AGAIN:
                 await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2**clock.drops)
             elif verdict is _Verdict.PLAIN_KEY:
                 certified = False
             else:
-                rounds, pairs = rounds + 1, left
+                rounds += 1
+
+    async def _try(self, link: _Link, clock: _Clock) -> None:
+        """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
+        shake hands; then take that turn and log in.
+        """
+        limits, way = _Limits.here(), dict[str, Any]()
+        address = self._address or self.hostname
+        try:
+            async with clock.turn(limits.startups(address, self.port, id(self.gateway))):
+                if self.gateway:
+                    self.gateway._leads = True
+                    link.stage = f"gateway {escape(self.gateway.hostname)} does not answer"
+                    tunnel = await self.gateway._connected()
+                    tunnel.forwards = True
+                    link.stage = "no answer"
+                    way["tunnel"] = tunnel.conn
+                else:
+                    way["sock"] = await self._open_socket(link, clock)
+                    await link.hear(way["sock"])
+                async with clock.turn(limits.handshakes[self._leads], HANDSHAKE_TURN):
+                    await asyncssh.connect(
+                        address,
+                        self.port,
+                        client_factory=lambda: link,
+                        **way,
+                        **self._login_arguments(link.trust),
+                    )
+        except BaseException:
+            link.drop()
+            raise
+
+    async def _open_socket(self, link: _Link, clock: _Clock) -> socket.socket:
+        """A socket that leads to the server. asyncio's transport for it has all of happy eyeballs
+        (RFC 8305), and is only there to connect.
+        """
+        if self._proxy_command:
+            link.proxy = _ProxyCommand(self._proxy_command)
+            link.sock = link.proxy.socket
+            return link.sock
+        address, loop = self._address or self.hostname, asyncio.get_running_loop()
+        how = self._host_config.arguments(_SOCKET_ARGUMENTS)
+        # uvloop does not know it
+        if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(address):
+            how["happy_eyeballs_delay"] = 0.25
+        async with clock.turn(_Limits.here().connects):
+            await loop.create_connection(lambda: _Connected(link), address, self.port, **how)
+        assert link.sock
+        return link.sock
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
         """What asyncssh.connect is told besides the way."""
@@ -4571,36 +4520,37 @@ class SshNode(_Node):
             **self._host_config.arguments(_LOGIN_ARGUMENTS),
         }
 
-    async def _login_failure(self, exc: Exception, attempt: _Attempt) -> ConnectionFailedError:
+    async def _login_failure(
+        self, exc: Exception, link: _Link, clock: _Clock
+    ) -> ConnectionFailedError:
         """The one line that says why an attempt gave no connection."""
-        client, foreign = attempt.client, attempt.foreign()
-        if client.host_key_error:
-            return client.host_key_error
-        if client.proxy and not client.greeted:
-            kind, text = "refused", await client.proxy.epitaph()
-        elif _is_drop(attempt, exc):
-            kind, text = "lost", f"dropped before login, {attempt._clock.drops} times"
-            if client.greeted:
+        if link.host_key_error:
+            return link.host_key_error
+        if link.proxy and not link.greeted:
+            kind, text = "refused", await link.proxy.epitaph()
+        elif link.was_dropped(exc):
+            kind, text = "lost", clock.progress
+            if link.greeted:
                 text += ", in the key exchange (no algorithm in common?)"
-        elif foreign and not client.begun:
-            kind, text = "refused", foreign
+        elif link.foreign and not link.begun:
+            kind, text = "refused", link.foreign
         elif isinstance(exc, asyncssh.PermissionDenied) or (
             # sshd's "Too many authentication failures" has no code of its own
-            client.begun and isinstance(exc, asyncssh.ProtocolError)
+            link.begun and isinstance(exc, asyncssh.ProtocolError)
         ):
-            kind, text = "auth", self._refused_login(client)
+            kind, text = "auth", self._refused_login(link)
             # looked for anew at the next login: there may be others by then
             _Limits.here().keys.pop(self._key_question(), None)
         else:
             return self._failure(exc)
         return ConnectionFailedError(text, host=self.hostname, kind=kind)
 
-    def _refused_login(self, client: _Client) -> str:
+    def _refused_login(self, link: _Link) -> str:
         """What was tried in vain."""
         default = "" if self._username_given or self._config else " (SshNode's default)"
-        password = " and the password" if client.password_tried else ""
+        password = " and the password" if link.password_tried else ""
         looked = f" ({'; '.join(self._keys_missed)})" if self._keys_missed else ""
-        tried = f"{_count(len(client.offered), 'key')}{looked}{password}"
+        tried = f"{_count(len(link.offered), 'key')}{looked}{password}"
         return f"login as {self.username}{default} refused, after {tried}"
 
     def _failure(self, exc: Exception) -> ConnectionFailedError:

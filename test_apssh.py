@@ -4030,8 +4030,8 @@ async def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> Non
     )
     assert await node.run("true") == 0
     (link,) = node._live.links if node._live else ()
-    assert link.client.proxy
-    process = link.client.proxy._process
+    assert link.proxy
+    process = link.proxy._process
     slowest, begin = 0.0, time.monotonic()
     closing = asyncio.create_task(node.close())
     while not closing.done():
