@@ -619,7 +619,7 @@ def _parse_hop(text: str, login: str | None = None, port: int | None = None) -> 
 
 def _problem(hop: Hop) -> str:
     """Why this can be no hop, or nothing."""
-    if not hop.host:
+    if not isinstance(hop.host, str) or not hop.host:
         return "a host is missing"
     if re.fullmatch(r"\w[\w.-]*-", hop.host):
         return "no name ends in '-'; quote 'gw->host'"
@@ -629,7 +629,7 @@ def _problem(hop: Hop) -> str:
         return f"'{_brief(hop.host)}' is not a host name or an address"
     if hop.user is not None and not re.fullmatch(_USER, hop.user):
         return f"'{_brief(hop.user)}' is not a user name"
-    if hop.port is not None and not 0 < hop.port < 65536:
+    if hop.port is not None and hop.port not in range(1, 65536):
         return "a port is a number from 1 to 65535"
     return ""
 
@@ -3659,29 +3659,18 @@ def _acknowledge_at_once(conn: asyncssh.SSHClientConnection, sock: socket.socket
     vars(conn)["data_received"] = data_received
 
 
-def _failure_of_host(exc: Exception, host: str, port: int) -> tuple[str, str]:
-    """The kind of a failure to reach a host, and its cause, by class and code; behind a gateway
-    the words of its server are all there is.
-    """
-    words = str(exc) if isinstance(exc, asyncssh.ChannelOpenError) else ""
-    if isinstance(exc, socket.gaierror) or "not known" in words or "name resolution" in words:
-        return "dns", f"unknown host name {host}"
-    if isinstance(exc, ConnectionRefusedError) or "refused" in words:
-        return "refused", f"nothing listens on port {port}"
-    if isinstance(exc, TimeoutError) or "timed out" in words:
-        return "timeout", "no answer"
-    if isinstance(exc, asyncssh.ChannelOpenError):
-        return "refused", words
-    if isinstance(exc, asyncssh.Error):
-        return "lost", exc.reason
-    if isinstance(exc, ValueError):  # a config that leaves no algorithm
-        return "local", str(exc)
-    if isinstance(exc, OSError):
-        text = os.strerror(exc.errno).lower() if exc.errno else str(exc)
-        if isinstance(exc, ConnectionError):
-            return "lost", text
-        return "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused", text
-    return "lost", str(exc)
+# A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
+# all that there is; its kind; what we say.
+_FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
+    (socket.gaierror, "not known|name resolution", "dns", "unknown host name {host}"),
+    (ConnectionRefusedError, "refused", "refused", "nothing listens on port {port}"),
+    (TimeoutError, "timed out", "timeout", "no answer"),
+    (asyncssh.ChannelOpenError, "", "refused", "{where}: {words}"),
+    (ValueError, "", "local", "{words}"),  # a config that leaves no algorithm
+    (ConnectionError, "", "lost", "{words}"),
+    (OSError, "", "refused", "{words}"),
+    (Exception, "", "lost", "{words}"),
+)
 
 
 class _Session(asyncssh.SSHClientSession[bytes]):
@@ -3919,7 +3908,7 @@ class _Node(abc.ABC):
     verbose: bool | None
     guard = True
     debug = False
-    _host_key_shown: str | None = None
+    _host_key_shown: str | None = None  # the fingerprint that it presented last
 
     @abc.abstractmethod
     async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
@@ -4135,6 +4124,12 @@ class _Node(abc.ABC):
             self.formatter.session_stop(self.hostname, command)
 
 
+def _check_time(seconds: float | None) -> None:
+    """Raises UsageError for a limit that cannot be."""
+    if seconds is not None and seconds <= 0:
+        raise UsageError(f"timeout {seconds!r}: seconds, more than 0 (None: no limit)")
+
+
 def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
     """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
     text = "timed out" if timeout is None else f"no end within {timeout:g} s"
@@ -4170,6 +4165,14 @@ class SshNode(_Node):
     that cannot be.
     """
 
+    reached = False
+    host_key_recorded = False
+    _host_config = _UNCONFIGURED
+    _keys_missed: Sequence[str] = ()  # where keys were looked for, when there were none
+    _guard_works: bool | None = None  # not known yet
+    _live: _Live | None = None
+    _leads = False  # others go through it
+
     @_keywords_checked
     def __init__(
         self,
@@ -4194,16 +4197,10 @@ class SshNode(_Node):
         address: str | None = None,
         proxy_command: str | None = None,
     ) -> None:
-        if not isinstance(hostname, str) or not _is_host(hostname):
-            raise UsageError(f"{_brief(str(hostname))!r} is not a host name or an address")
-        self.hostname = hostname
-        self.username = username or "root"
-        if not isinstance(port, int) or not 0 < port < 65536:
-            raise UsageError(f"port {port!r} of {hostname}: a port is a number from 1 to 65535")
-        if timeout is not None and timeout <= 0:
-            raise UsageError(
-                f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)"
-            )
+        self._given = Hop(hostname, username or None, None if port == 22 else port)
+        if problem := _problem(Hop(hostname, port=port)):
+            raise UsageError(f"host {_brief(repr(hostname))}: {problem}")
+        _check_time(timeout)
         if gateway is not None and not isinstance(gateway, SshNode):
             raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
         if host_keys not in (None, *_POLICIES):
@@ -4211,26 +4208,26 @@ class SshNode(_Node):
         if sudo_password and "\n" in sudo_password:
             # the command would read what follows
             raise UsageError(f"sudo_password of {hostname}: there is a newline in it")
-        self.port, self.gateway = port, gateway
-        named = [keys] if isinstance(keys, str | os.PathLike) else keys or ()
-        self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key for key in named]
-        self.known_hosts, self.host_keys = known_hosts, host_keys
-        self.timeout, self.debug, self.guard = timeout, debug, guard
-        self.keepalive, self.forward_agent = keepalive, forward_agent
-        self._address, self._proxy_command = address, proxy_command
-        self._password, self._sudo_password = password, sudo_password
-        self._config, self._username_given = config, username is not None
-        self._host_config = _UNCONFIGURED
-        self.host_key_recorded = False  # the host was never seen before
-        self._keys_missed: list[str] = []  # where keys were looked for, when there were none
+        self.hostname = hostname
+        self.username = username or "root"
+        self.port = port
+        self.gateway = gateway
+        self.keys = [keys] if isinstance(keys, str | os.PathLike) else list(keys or ())
+        self.known_hosts = known_hosts
+        self.host_keys = host_keys
+        self.timeout = timeout
+        self.debug = debug
+        self.guard = guard
+        self.keepalive = keepalive
+        self.forward_agent = forward_agent
+        self._address = address
+        self._proxy_command = proxy_command
+        self._password = password
+        self._sudo_password = sudo_password
+        self._config = config
+        self._target = hostname  # as the command line named it
         if isinstance(config, _HostConfig):
             self._complete(config)
-        self._target = self.hostname  # as the command line named it
-        self._host_key_shown: str | None = None  # the fingerprint that it presented last
-        self._guard_works: bool | None = None  # not known yet
-        self._live: _Live | None = None
-        self._leads = False  # others go through it
-        self.reached = False
         self._adopt(formatter, verbose)
 
     def __str__(self) -> str:
@@ -4247,9 +4244,9 @@ class SshNode(_Node):
         """
         self._host_config = config
         self._address = self._address or config.hostname
-        if not self._username_given:
+        if not self._given.user:
             self.username = config.user
-        if self.port == 22:
+        if not self._given.port:
             self.port = config.port or 22
         if self.timeout == CONNECT_TIMEOUT:
             self.timeout = config.seconds("connecttimeout") or CONNECT_TIMEOUT
@@ -4259,14 +4256,12 @@ class SshNode(_Node):
             self._proxy_command = config.command("proxycommand")
 
     def __repr__(self) -> str:
-        via = f" through {self.gateway!r}" if self.gateway else ""
-        port = f":{self.port}" if self.port != 22 else ""
-        return f"<SshNode {self.username}@{self.hostname}{port}{via}>"
+        return f"<SshNode {self}>"
 
     def __del__(self) -> None:
         # a node that is forgotten once its loop has gone leaves no socket
-        if live := vars(self).get("_live"):
-            live.drop()
+        if self._live:
+            self._live.drop()
 
     # connection
 
@@ -4547,7 +4542,7 @@ class SshNode(_Node):
 
     def _refused_login(self, link: _Link) -> str:
         """What was tried in vain."""
-        default = "" if self._username_given or self._config else " (SshNode's default)"
+        default = "" if self._given.user or self._config else " (SshNode's default)"
         password = " and the password" if link.password_tried else ""
         looked = f" ({'; '.join(self._keys_missed)})" if self._keys_missed else ""
         tried = f"{_count(len(link.offered), 'key')}{looked}{password}"
@@ -4555,13 +4550,23 @@ class SshNode(_Node):
 
     def _failure(self, exc: Exception) -> ConnectionFailedError:
         """The one line that says why the host cannot be reached."""
-        kind, text = _failure_of_host(exc, self._address or self.hostname, self.port)
-        if isinstance(exc, asyncssh.ChannelOpenError) and text == str(exc):
-            where = f"gateway {self.gateway.hostname}" if self.gateway else "no session there"
-            text = f"{where}: {text}"
-        return ConnectionFailedError(
-            escape(text) or "connection lost", host=self.hostname, kind=kind
+        number = exc.errno if isinstance(exc, OSError) else None
+        words = os.strerror(number).lower() if number else str(exc)
+        told = isinstance(exc, asyncssh.ChannelOpenError)
+        kind, text = next(
+            (kind, text)
+            for known, said, kind, text in _FAILURES
+            if isinstance(exc, known) or (told and re.search(said, words))
         )
+        text = text.format(
+            host=self._address or self.hostname,
+            port=self.port,
+            where=f"gateway {self.gateway.hostname}" if self.gateway else "no session there",
+            words=words or "connection lost",
+        )
+        if number in (errno.EMFILE, errno.ENFILE):
+            kind = "local"
+        return ConnectionFailedError(escape(text), host=self.hostname, kind=kind)
 
     def _key_question(self) -> tuple[object, ...]:
         """What the keys to offer depend on."""
@@ -4587,14 +4592,9 @@ class SshNode(_Node):
         """Complete what was not given from an ssh_config, once."""
         if self._config and self._host_config is _UNCONFIGURED:
             config = _SshConfig(self._config if isinstance(self._config, str) else None)
-            given = Hop(
-                self.hostname,
-                self.username if self._username_given else None,
-                None if self.port == 22 else self.port,
-            )
-            answers = await asyncio.to_thread(config.lookup_all, [given])
+            answers = await asyncio.to_thread(config.lookup_all, [self._given])
             before = self._endpoint
-            self._complete(answers[given])
+            self._complete(answers[self._given])
             self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
             for index, hop in enumerate(
                 jumps := self._host_config.jumps if self.gateway is None else ()
@@ -5012,8 +5012,7 @@ class AbstractCommand:
     @_keywords_checked
     def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
         vars(self).update(keywords)
-        if self.timeout is not None and self.timeout <= 0:
-            raise UsageError(f"timeout {self.timeout!r}: seconds, more than 0 (None: no limit)")
+        _check_time(self.timeout)
         exits = keywords["allowed_exits"] or ()
         self.allowed_exits = {
             each.removeprefix("SIG") if isinstance(each, str) else each

@@ -7881,12 +7881,13 @@ def test_sudo_misuse() -> None:
 @pytest.mark.parametrize(
     ("hostname", "options", "message"),
     [
-        ("", {}, "'' is not a host name or an address"),
-        ("a b", {}, "'a b' is not a host name or an address"),
-        ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"),
-        ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
-        ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
-        ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"),
+        ("", {}, "host '': a host is missing"),
+        (None, {}, "host None: a host is missing"),
+        ("a b", {}, "host 'a b': 'a b' is not a host name or an address"),
+        ("-oX=y", {}, "host '-oX=y': '-oX=y' is not a host name or an address"),
+        ("h", {"port": 0}, "host 'h': a port is a number from 1 to 65535"),
+        ("h", {"port": "22"}, "host 'h': a port is a number from 1 to 65535"),
+        ("h", {"timeout": -1}, "timeout -1: seconds, more than 0 (None: no limit)"),
         ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
     ],
 )
@@ -7908,7 +7909,7 @@ def test_node_attributes() -> None:
     )
     assert type(node.formatter) is apssh.HostFormatter
     assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
-    assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
+    assert repr(node) == "<SshNode root@gw->me@box:2200>"
     assert not node.is_connected() and not node.is_sftp_connected()
 
 
@@ -11327,11 +11328,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "bad port": (
         NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
-        "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535",
+        "s.yaml:2: section nodes, id n1: host 'h1': a port is a number from 1 to 65535",
     ),
     "bad hostname": (
         NODE1 + "hostname: 'a b'\n" + JOB,
-        "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address",
+        "s.yaml:2: section nodes, id n1: host 'a b': 'a b' is not a host name or an address",
     ),
     "timeout text": (
         NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
@@ -12903,7 +12904,7 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
         ),
         (
             lambda: apssh.run("h", "x", connect_timeout=0),
-            "timeout 0 of h: seconds, more than 0 (None: no limit)",
+            "timeout 0: seconds, more than 0 (None: no limit)",
         ),
         (lambda: apssh.run("h", ""), "Run: an empty command"),
         (
