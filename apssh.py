@@ -122,6 +122,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -3102,10 +3103,12 @@ class _Limits:
         self.connects = asyncio.Semaphore(CONNECTS)
         self.lookups = asyncio.Semaphore(LOOKUPS)
         # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
-        self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}
+        self.handshakes = asyncio.Semaphore(HANDSHAKES), asyncio.Semaphore(HANDSHAKES)
         self.asking: dict[object, _Shared] = {}
         # what was found of keys, by what was asked for, and where in vain
         self.keys: dict[object, tuple[list[Key], list[str]]] = {}
+        # those of configs
+        self.gateways = weakref.WeakValueDictionary[object, SshNode]()
         self.sudo_password: str | None = None  # as the terminal gave it
         self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
@@ -3162,25 +3165,25 @@ class _Clock:
         longer.
         """
         loop = asyncio.get_running_loop()
-        when, queued = self._scope.when(), loop.time()
+        when = self._scope.when()
+        queued = loop.time()
         self._scope.reschedule(None)
         await gate.acquire()
         give_back = functools.cache(gate.release)  # once
-        timer = loop.call_later(at_most, give_back) if at_most else None
+        if at_most:
+            loop.call_later(at_most, give_back)
         try:
             if when is not None:
                 self._scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
-            if timer:
-                timer.cancel()
 
 
 class _Shared:
     """A task that several coroutines wait for."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+    def __init__(self, work: Awaitable[Any]) -> None:
         self.task = asyncio.ensure_future(work)
         # its exception is retrieved even if nobody waits
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -3191,7 +3194,7 @@ class _Shared:
         cls,
         under_way: dict[object, _Shared],
         name: object,
-        work: Callable[[], Coroutine[Any, Any, Any]],
+        work: Callable[[], Awaitable[Any]],
     ) -> Any:
         """The result of this work, or its exception; who asks while it is under way waits for the
         same. Cancelling the last wait cancels the work, and waits for its clean-up.
@@ -3521,9 +3524,9 @@ class _Link(asyncssh.SSHClient):
 
     # what asyncssh asks
 
-    def _check(self, check: Callable[[], bool | None]) -> bool:
+    def _passes(self, check: Callable[[asyncssh.SSHKey], object], key: asyncssh.SSHKey) -> bool:
         try:
-            return check() is not False
+            return check(key) is not False
         except HostKeyError as exc:
             self.host_key_error = exc
             return False
@@ -3531,10 +3534,10 @@ class _Link(asyncssh.SSHClient):
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        return self._check(lambda: self.trust.check(key))
+        return self._passes(self.trust.check, key)
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
-        return self._check(lambda: self.trust.check_authority(key))
+        return self._passes(self.trust.check_authority, key)
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.conn = conn
@@ -3546,7 +3549,7 @@ class _Link(asyncssh.SSHClient):
         if self.trust.certified:
             key = self.conn.get_server_host_key()
             assert key
-            if not self._check(lambda: self.trust.check_certified(key)):
+            if not self._passes(self.trust.check_certified, key):
                 raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
         self.stage = "the login does not end"
@@ -4314,33 +4317,32 @@ class SshNode(_Node):
         open.
         """
         live, self._live = self._live, None
-        if live is None:
-            return
-        if live.loop is not asyncio.get_running_loop():
+        if live and live.loop is asyncio.get_running_loop():
+            if live.sftp:
+                live.sftp.client.exit()
+                self.formatter.sftp_stop(self.hostname)
+            await asyncio.gather(*(link.close() for link in live.up))
+        elif live:
             live.drop()
-            return
-        if live.sftp:
-            live.sftp.client.exit()
-            self.formatter.sftp_stop(self.hostname)
-        await asyncio.gather(*(link.close() for link in live.up))
 
     def _here(self) -> _Live:
         """What is open in this event loop; what another loop has left is dropped. Raises
         UsageError while another loop, which runs, has something open.
         """
         loop = asyncio.get_running_loop()
-        if self._live and self._live.loop is not loop:
-            if self._live.loop.is_running() and self.is_connected():
+        live = self._live
+        if live and live.loop is not loop:
+            if live.loop.is_running() and live.up:
                 raise UsageError(
                     "it is connected in another event loop that runs: give each loop a node of "
                     "its own, or close() it there first",
                     host=self.hostname,
                 )
-            self._live.drop()
-            self._live = None
-        if self._live is None:
-            self._live = _Live(loop)
-        return self._live
+            live.drop()
+            live = None
+        if live is None:
+            self._live = live = _Live(loop)
+        return live
 
     async def _connected(self) -> _Link:
         """A link that is up, by preference the first."""
@@ -4590,33 +4592,28 @@ class SshNode(_Node):
 
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
-        if self._config and self._host_config is _UNCONFIGURED:
-            config = _SshConfig(self._config if isinstance(self._config, str) else None)
-            answers = await asyncio.to_thread(config.lookup_all, [self._given])
-            before = self._endpoint
-            self._complete(answers[self._given])
-            self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
-            for index, hop in enumerate(
-                jumps := self._host_config.jumps if self.gateway is None else ()
-            ):
-                way = (
-                    id(asyncio.get_running_loop()),
-                    jumps[: index + 1],
-                    str(self._config),
-                    *(key if isinstance(key, str) else id(key) for key in self.keys),
-                    self.host_keys,
-                )
-                self.gateway = _jump_nodes.get(way) or SshNode(
-                    hop.host,
-                    username=hop.user,
-                    port=hop.port or 22,
-                    gateway=self.gateway,
-                    config=self._config,
-                    keys=self.keys,
-                    host_keys=self.host_keys,
-                    formatter=_quiet,
-                )
-                _jump_nodes[way] = self.gateway
+        if not self._config or self._host_config is not _UNCONFIGURED:
+            return
+        config = _SshConfig(self._config if isinstance(self._config, str) else None)
+        answers = await asyncio.to_thread(config.lookup_all, [self._given])
+        if self.gateway is None:
+            # known_hosts is about this node, not about the way there
+            options: dict[str, Any] = {
+                "keys": self.keys,
+                "password": self._password,
+                "host_keys": self.host_keys,
+                "timeout": self.timeout,
+            }
+            self.gateway = _build_gateway(
+                (self._given,),
+                answers,
+                _Limits.here().gateways,
+                alike=f"{self._config} {options}",
+                **options,
+            )
+        before = self._endpoint
+        self._complete(answers[self._given])
+        self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
 
     # sessions
 
@@ -4811,9 +4808,41 @@ class _Sftp:
         return _brief(text, 200)
 
 
-# one for all nodes behind it
-_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()
 _quiet = Formatter()  # for gateways: they run nothing
+
+
+def _build_gateway(
+    chain: tuple[Hop, ...],
+    answers: Mapping[Hop, _HostConfig],
+    made: MutableMapping[object, SshNode],
+    *,
+    direct: bool = False,
+    alike: str = "",
+    **options: Any,
+) -> SshNode | None:
+    """What leads to the last hop of a chain: the hops before it, and before these, unless it is
+    ``direct``, those that the config of the first one jumps through.
+
+    ``answers``: what is configured for each hop. A gateway is one for all behind it that are
+    ``alike``, and stays in ``made``. ``options`` are SshNode's. Raises UsageError for a hop that is
+    behind itself.
+    """
+    while True:
+        for hop in chain:
+            if chain.count(hop) > 1:
+                raise UsageError(f"{hop.host}: it is its own gateway")
+        jumps = () if direct else answers[chain[0]].jumps
+        if not jumps:
+            break
+        chain = (*jumps, *chain)
+    gateway = None
+    for length, hop in enumerate(chain[:-1], 1):
+        place = alike, chain[:length]
+        gateway = made.get(place) or SshNode(
+            hop.host, gateway=gateway, formatter=_quiet, config=answers[hop], **options
+        )
+        made[place] = gateway
+    return gateway
 
 
 class _Live:
@@ -7372,30 +7401,24 @@ def _build_nodes(
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     gateways: dict[object, SshNode] = {}
-
-    def build(
-        chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
-    ) -> SshNode:
-        hop, before = chain[-1], chain[:-1]
-        if not before and not direct:
-            before = answers[hop].jumps
-        behind |= {hop}
-        for each in behind.intersection(before):
-            raise UsageError(f"{each.host}: it is its own gateway")
-        if before and (before, direct) not in gateways:
-            gateways[before, direct] = build(before, direct, _quiet, behind)
-        gateway = gateways.get((before, direct))
-        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answers[hop], **options)
-        if connect_timeout is not None:  # over the config's, though it be the default
-            node.timeout = connect_timeout
-        return node
-
     nodes: dict[object, SshNode] = {}
     for target in targets:
-        node = build(target.chain, target.direct, formatter)
+        hop = target.chain[-1]
+        node = SshNode(
+            hop.host,
+            gateway=_build_gateway(
+                target.chain, answers, gateways, direct=target.direct, **options
+            ),
+            formatter=formatter,
+            config=answers[hop],
+            **options,
+        )
         node._target = str(target)
+        hops = node._hops()
+        for each in hops if connect_timeout is not None else ():
+            each.timeout = connect_timeout  # over the config's, though it be the default
         # `a a:22 A` runs once
-        way = tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops())
+        way = tuple((each.hostname.lower(), each.username, each.port) for each in hops)
         nodes.setdefault(way, node)
     return list(nodes.values())
 

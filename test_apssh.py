@@ -4129,6 +4129,24 @@ def test_jump_host_is_verified(
     assert str(error).startswith("box: hostkey: gateway gw: HOST KEY CHANGED")
 
 
+async def test_jump_hosts_of_a_node(config: Config) -> None:
+    """They log in as the node does, within its time, and are shared."""
+    config("Host box*\n ProxyJump gw1,gw2\nHost gw2\n ConnectTimeout 20\n")
+
+    async def gateways_of(name: str, **options: Any) -> list[SshNode]:
+        node = SshNode(name, config=True, **options)
+        await node._apply_config()
+        return node._hops()[:-1]
+
+    gateways = await gateways_of("box1", password="secret", timeout=None)
+    assert [gateway.hostname for gateway in gateways] == ["gw1", "gw2"]
+    assert [(gateway.timeout, gateway._password) for gateway in gateways] == [(None, "secret")] * 2
+    assert await gateways_of("box2", password="secret", timeout=None) == gateways
+    others = await gateways_of("box2")
+    assert [gateway.timeout for gateway in others] == [30, 20]
+    assert not {*others} & {*gateways}
+
+
 def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
     config("Match user ann\n HostName one\nMatch all\n IdentityFile ~/%r-%p\n")
 
