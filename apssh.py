@@ -3145,8 +3145,8 @@ def _settle(future: asyncio.Future[None]) -> None:
 class _Clock:
     """The time one connection may take; it stands still while the connection queues for a turn."""
 
-    def __init__(self, scope: asyncio.Timeout) -> None:
-        self._scope = scope
+    def __init__(self, seconds: float | None) -> None:
+        self.scope = asyncio.timeout(seconds)
         self.stage = ""  # how far the last attempt came
         self.drops = 0  # how often the server cut it before login
 
@@ -3165,16 +3165,16 @@ class _Clock:
         longer.
         """
         loop = asyncio.get_running_loop()
-        when = self._scope.when()
+        when = self.scope.when()
         queued = loop.time()
-        self._scope.reschedule(None)
+        self.scope.reschedule(None)
         await gate.acquire()
         give_back = functools.cache(gate.release)  # once
         if at_most:
             loop.call_later(at_most, give_back)
         try:
             if when is not None:
-                self._scope.reschedule(when + loop.time() - queued)
+                self.scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
@@ -3467,7 +3467,7 @@ class _Link(asyncssh.SSHClient):
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
         self._host, self._username = node.hostname, node.username
         self._formatter, self._password = node.formatter, node._password
-        self._talks = bool(node.verbose or node.formatter.verbose)
+        self._talks = node.verbose or node.formatter.verbose
         self.trust, self._pairs = trust, pairs
         self.offered: list[asyncssh.SSHKeyPair] = []
         self.password_tried: set[str] = set()
@@ -3475,8 +3475,10 @@ class _Link(asyncssh.SSHClient):
 
     # the attempt
 
-    async def hear(self, sock: socket.socket) -> None:
+    async def hear(self) -> None:
         """Wait for the first bytes of the server, and look at them; asyncssh will read them."""
+        sock = self.sock
+        assert sock
         sock.setblocking(False)
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
         self.stage = "connected, but the server says nothing"
@@ -3597,9 +3599,9 @@ class _Link(asyncssh.SSHClient):
     ) -> list[str] | None:
         if not prompts:
             return []
-        # a question whose answer is echoed is no password's
-        hidden = len(prompts) == 1 and not prompts[0][1]
-        secret = self._password_once("kbdint") if hidden else None
+        if len(prompts) > 1 or prompts[0][1]:  # what is echoed is no password
+            return None
+        secret = self._password_once("kbdint")
         return None if secret is None else [secret]
 
     def auth_completed(self) -> None:
@@ -4204,8 +4206,8 @@ class SshNode(_Node):
         if problem := _problem(Hop(hostname, port=port)):
             raise UsageError(f"host {_brief(repr(hostname))}: {problem}")
         _check_time(timeout)
-        if gateway is not None and not isinstance(gateway, SshNode):
-            raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
+        if not isinstance(gateway, SshNode | None):
+            raise UsageError(f"gateway of {hostname}: an SshNode, not {gateway!r}")
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         if sudo_password and "\n" in sudo_password:
@@ -4223,7 +4225,7 @@ class SshNode(_Node):
         self.guard = guard
         self.keepalive = keepalive
         self.forward_agent = forward_agent
-        self._address = address
+        self._address = address or hostname
         self._proxy_command = proxy_command
         self._password = password
         self._sudo_password = sudo_password
@@ -4235,18 +4237,18 @@ class SshNode(_Node):
 
     def __str__(self) -> str:
         """The way to it: ``user@gw->root@host``; a port that is not 22 is shown, ``host:2222``."""
-        hops = []
-        for hop in self._hops():
-            port = None if hop.port == 22 else hop.port
-            hops.append(str(Hop(hop.hostname, hop.username, port)))
-        return "->".join(hops)
+        return "->".join(
+            str(Hop(hop.hostname, hop.username, None if hop.port == 22 else hop.port))
+            for hop in self._hops()
+        )
 
     def _complete(self, config: _HostConfig) -> None:
         """Take from a config what was not given, which is what has its default. The config holds
         the user and the port that a target named.
         """
         self._host_config = config
-        self._address = self._address or config.hostname
+        if self._address == self.hostname:
+            self._address = config.hostname or self.hostname
         if not self._given.user:
             self.username = config.user
         if not self._given.port:
@@ -4396,10 +4398,9 @@ class SshNode(_Node):
         await self._apply_config()
         self._hops()
         keys = await self._login_keys()
-        scope = asyncio.timeout(self.timeout)
-        clock = _Clock(scope)
+        clock = _Clock(self.timeout)
         try:
-            async with scope, _login_pairs(keys) as pairs:
+            async with clock.scope, _login_pairs(keys) as pairs:
                 return await self._log_in(clock, pairs)
         except TimeoutError:
             raise ConnectionFailedError(
@@ -4417,7 +4418,7 @@ class SshNode(_Node):
             # anew: the attempt before may have recorded the host
             trust = _Trust(
                 self.hostname,
-                self._address or self.hostname,
+                self._address,
                 self.port,
                 known_hosts=self.known_hosts,
                 host_keys=self.host_keys,
@@ -4452,49 +4453,48 @@ class SshNode(_Node):
         """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
         shake hands; then take that turn and log in.
         """
-        limits, way = _Limits.here(), dict[str, Any]()
-        address = self._address or self.hostname
+        limits = _Limits.here()
+        tunnel = None
         try:
-            async with clock.turn(limits.startups(address, self.port, id(self.gateway))):
+            async with clock.turn(limits.startups(self._address, self.port, id(self.gateway))):
                 if self.gateway:
                     self.gateway._leads = True
                     link.stage = f"gateway {escape(self.gateway.hostname)} does not answer"
-                    tunnel = await self.gateway._connected()
-                    tunnel.forwards = True
+                    gateway = await self.gateway._connected()
+                    gateway.forwards = True
                     link.stage = "no answer"
-                    way["tunnel"] = tunnel.conn
+                    tunnel = gateway.conn
                 else:
-                    way["sock"] = await self._open_socket(link, clock)
-                    await link.hear(way["sock"])
+                    await self._open_socket(link, clock)
+                    await link.hear()
                 async with clock.turn(limits.handshakes[self._leads], HANDSHAKE_TURN):
                     await asyncssh.connect(
-                        address,
+                        self._address,
                         self.port,
+                        tunnel=tunnel,
+                        sock=link.sock,
                         client_factory=lambda: link,
-                        **way,
                         **self._login_arguments(link.trust),
                     )
         except BaseException:
             link.drop()
             raise
 
-    async def _open_socket(self, link: _Link, clock: _Clock) -> socket.socket:
-        """A socket that leads to the server. asyncio's transport for it has all of happy eyeballs
-        (RFC 8305), and is only there to connect.
+    async def _open_socket(self, link: _Link, clock: _Clock) -> None:
+        """Give a link a socket that leads to the server. asyncio's transport for it has all of
+        happy eyeballs (RFC 8305), and is only there to connect.
         """
         if self._proxy_command:
             link.proxy = _ProxyCommand(self._proxy_command)
             link.sock = link.proxy.socket
-            return link.sock
-        address, loop = self._address or self.hostname, asyncio.get_running_loop()
+            return
+        loop = asyncio.get_running_loop()
         how = self._host_config.arguments(_SOCKET_ARGUMENTS)
         # uvloop does not know it
-        if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(address):
+        if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
             how["happy_eyeballs_delay"] = 0.25
         async with clock.turn(_Limits.here().connects):
-            await loop.create_connection(lambda: _Connected(link), address, self.port, **how)
-        assert link.sock
-        return link.sock
+            await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
         """What asyncssh.connect is told besides the way."""
@@ -4504,7 +4504,7 @@ class SshNode(_Node):
             "config": None,
             "client_keys": None,
             "agent_path": None,
-            "agent_forwarding": agent or False,
+            "agent_forwarding": agent,
             "host_key_alias": self._host_config.one("hostkeyalias"),
             "known_hosts": ([],) * 7,
             "server_host_key_algs": trust.algorithms(),
@@ -4561,7 +4561,7 @@ class SshNode(_Node):
             if isinstance(exc, known) or (told and re.search(said, words))
         )
         text = text.format(
-            host=self._address or self.hostname,
+            host=self._address,
             port=self.port,
             where=f"gateway {self.gateway.hostname}" if self.gateway else "no session there",
             words=words or "connection lost",
@@ -4572,9 +4572,8 @@ class SshNode(_Node):
 
     def _key_question(self) -> tuple[object, ...]:
         """What the keys to offer depend on."""
-        config = self._host_config
-        said = map(config.paths, ("identityfile", "certificatefile", "identityagent"))
-        return (*self.keys, *itertools.chain(*said), *config.values("identitiesonly"))
+        keywords = "identityfile", "certificatefile", "identityagent", "identitiesonly"
+        return (*self.keys, *map(tuple, map(self._host_config.paths, keywords)))
 
     async def _login_keys(self) -> list[Key]:
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
