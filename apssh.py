@@ -3492,9 +3492,8 @@ class _Link(asyncssh.SSHClient):
             raise asyncssh.ConnectionLost("Connection lost")
         self.stage = "the key exchange does not end"
         if b"SSH-" not in greeting:
-            line = greeting.strip().partition(b"\n")[0].strip()
-            self.foreign = f"not an ssh server: it says {_brief(line.decode('ascii', 'replace'))!r}"
-            self.stage = self.foreign
+            line = greeting.decode("ascii", "replace").strip().partition("\n")[0].strip()
+            self.stage = self.foreign = f"not an ssh server: it says {_brief(line)!r}"
 
     @property
     def greeted(self) -> bool:
@@ -3543,9 +3542,22 @@ class _Link(asyncssh.SSHClient):
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.conn = conn
-        if self.sock and not self.proxy:
-            _acknowledge_at_once(conn, self.sock)
+        if self.sock and not self.proxy and hasattr(socket, "TCP_QUICKACK"):
+            self._acknowledge_at_once(self.sock)
         self._formatter.connection_made(self._host, self._username, self.sock is not None)
+
+    def _acknowledge_at_once(self, sock: socket.socket) -> None:
+        """Acknowledge what it receives without the usual delay, which the kernel falls back to by
+        itself: the first command would else stall for 40 ms (the server's Nagle against our delayed
+        acknowledgement).
+        """
+        receive = self.conn.data_received
+
+        def data_received(data: bytes, datatype: int | None = None) -> None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            receive(data, datatype)
+
+        vars(self.conn)["data_received"] = data_received
 
     def begin_auth(self, username: str) -> None:
         if self.trust.certified:
@@ -3610,7 +3622,8 @@ class _Link(asyncssh.SSHClient):
         self._formatter.auth_completed(self._host, self._username)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.alive, self.why = False, exc
+        self.alive = False
+        self.why = exc
         if self.proxy:
             self.proxy.end()
         if self.begun:
@@ -3621,10 +3634,7 @@ class _Link(asyncssh.SSHClient):
     def drop(self) -> None:
         """Cut it at once, whatever there is of it, even when its event loop is gone."""
         self.alive = False
-        if not hasattr(self, "conn"):
-            if self.sock:
-                self.sock.close()
-        else:
+        if hasattr(self, "conn"):
             transport = vars(self.conn).get("_transport")
             try:
                 self.conn.abort()
@@ -3633,6 +3643,8 @@ class _Link(asyncssh.SSHClient):
                     # asyncio has no call to close such a transport, which would warn when collected
                     self.sock.close()
                     vars(transport)["_sock"] = None
+        elif self.sock:
+            self.sock.close()
         if self.proxy:
             self.proxy.end()
 
@@ -3646,22 +3658,6 @@ class _Link(asyncssh.SSHClient):
                     await self.conn.wait_closed()
         finally:
             self.drop()
-
-
-def _acknowledge_at_once(conn: asyncssh.SSHClientConnection, sock: socket.socket) -> None:
-    """Acknowledge what a connection receives without the usual delay, which the kernel falls back
-    to by itself: the first command would else stall for 40 ms (the server's Nagle against our
-    delayed acknowledgement).
-    """
-    if not hasattr(socket, "TCP_QUICKACK"):
-        return
-    receive = conn.data_received
-
-    def data_received(data: bytes, datatype: int | None = None) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        receive(data, datatype)
-
-    vars(conn)["data_received"] = data_received
 
 
 # A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
@@ -4349,11 +4345,9 @@ class SshNode(_Node):
     async def _connected(self) -> _Link:
         """A link that is up, by preference the first."""
         live = self._here()
-        while True:
-            for link in live.up:
-                if not link.reserved:
-                    return link
+        while not (links := [link for link in live.up if not link.reserved]):
             await self._add_link(live)
+        return links[0]
 
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
