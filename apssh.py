@@ -4156,11 +4156,11 @@ class SshNode(_Node):
     Further: ``password``, tried where keys do not do; ``sudo_password``: for sudo where it asks
     (else the terminal is asked, once for all hosts); ``host_keys``: accept-new, yes or no, over
     APSSH_HOST_KEYS; ``config``: an ssh_config file, or True for the user's own (the user is then
-    its User, else yours); ``guard``: False for hosts without a POSIX shell (commands then outlive a
-    lost connection, and a channel that closes without an exit status is a success); ``keepalive``:
-    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``;
-    ``address``: what to connect to when it is not ``hostname``; ``proxy_command``, as in
-    ssh_config(5).
+    its User, else yours; its jump hosts get keys, password, host_keys and timeout of this node);
+    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection, and a
+    channel that closes without an exit status is a success); ``keepalive``: seconds between probes
+    of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to
+    connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
     Attributes ``reached``: whether it was ever logged in to; ``host_key_recorded``: whether its key
     was recorded then, the host never seen before. Raises UsageError for a host name, port or time
     that cannot be.
