@@ -4240,21 +4240,18 @@ class SshNode(_Node):
 
     def _complete(self, config: _HostConfig) -> None:
         """Take from a config what was not given, which is what has its default. The config holds
-        the user and the port that a target named.
+        the user and the port that the node, or a target, named.
         """
         self._host_config = config
         if self._address == self.hostname:
             self._address = config.hostname or self.hostname
-        if not self._given.user:
-            self.username = config.user
-        if not self._given.port:
-            self.port = config.port or 22
+        self.username = config.user
+        self.port = config.port or 22
         if self.timeout == CONNECT_TIMEOUT:
             self.timeout = config.seconds("connecttimeout") or CONNECT_TIMEOUT
         if self.keepalive == KEEPALIVE_INTERVAL:
             self.keepalive = config.seconds("serveraliveinterval") or KEEPALIVE_INTERVAL
-        if self.gateway is None and self._proxy_command is None:
-            self._proxy_command = config.command("proxycommand")
+        self._proxy_command = self._proxy_command or config.command("proxycommand")
 
     def __repr__(self) -> str:
         return f"<SshNode {self}>"
