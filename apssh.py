@@ -3170,14 +3170,15 @@ class _Clock:
         self.scope.reschedule(None)
         await gate.acquire()
         give_back = functools.cache(gate.release)  # once
-        if at_most:
-            loop.call_later(at_most, give_back)
+        timer = loop.call_later(at_most, give_back) if at_most else None
         try:
             if when is not None:
                 self.scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
+            if timer:
+                timer.cancel()
 
 
 class _Shared:
