@@ -122,6 +122,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -619,7 +620,7 @@ def _parse_hop(text: str, login: str | None = None, port: int | None = None) -> 
 
 def _problem(hop: Hop) -> str:
     """Why this can be no hop, or nothing."""
-    if not hop.host:
+    if not isinstance(hop.host, str) or not hop.host:
         return "a host is missing"
     if re.fullmatch(r"\w[\w.-]*-", hop.host):
         return "no name ends in '-'; quote 'gw->host'"
@@ -629,7 +630,7 @@ def _problem(hop: Hop) -> str:
         return f"'{_brief(hop.host)}' is not a host name or an address"
     if hop.user is not None and not re.fullmatch(_USER, hop.user):
         return f"'{_brief(hop.user)}' is not a user name"
-    if hop.port is not None and not 0 < hop.port < 65536:
+    if hop.port is not None and hop.port not in range(1, 65536):
         return "a port is a number from 1 to 65535"
     return ""
 
@@ -3102,12 +3103,14 @@ class _Limits:
         self.connects = asyncio.Semaphore(CONNECTS)
         self.lookups = asyncio.Semaphore(LOOKUPS)
         # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
-        self.handshakes = {leads: asyncio.Semaphore(HANDSHAKES) for leads in (False, True)}
-        self.keys: dict[object, _Shared] = {}
-        self.asking: dict[str, _Shared] = {}
+        self.handshakes = asyncio.Semaphore(HANDSHAKES), asyncio.Semaphore(HANDSHAKES)
+        self.asking: dict[object, _Shared] = {}
+        # what was found of keys, by what was asked for, and where in vain
+        self.keys: dict[object, tuple[list[Key], list[str]]] = {}
+        # those of configs
+        self.gateways = weakref.WeakValueDictionary[object, SshNode]()
         self.sudo_password: str | None = None  # as the terminal gave it
-        self._startups: weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]
-        self._startups = weakref.WeakValueDictionary()
+        self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
     @classmethod
     def here(cls) -> _Limits:
@@ -3142,10 +3145,17 @@ def _settle(future: asyncio.Future[None]) -> None:
 class _Clock:
     """The time one connection may take; it stands still while the connection queues for a turn."""
 
-    def __init__(self, scope: asyncio.Timeout) -> None:
-        self._scope = scope
-        self.progress = ""  # how far the connection came
+    def __init__(self, seconds: float | None) -> None:
+        self.scope = asyncio.timeout(seconds)
+        self.stage = ""  # how far the last attempt came
         self.drops = 0  # how often the server cut it before login
+
+    @property
+    def progress(self) -> str:
+        """How far it came, for somebody who has waited in vain."""
+        if self.drops:
+            return f"dropped before login, {_count(self.drops, 'time')}"
+        return self.stage
 
     @contextlib.asynccontextmanager
     async def turn(
@@ -3155,14 +3165,15 @@ class _Clock:
         longer.
         """
         loop = asyncio.get_running_loop()
-        when, queued = self._scope.when(), loop.time()
-        self._scope.reschedule(None)
+        when = self.scope.when()
+        queued = loop.time()
+        self.scope.reschedule(None)
         await gate.acquire()
         give_back = functools.cache(gate.release)  # once
         timer = loop.call_later(at_most, give_back) if at_most else None
         try:
             if when is not None:
-                self._scope.reschedule(when + loop.time() - queued)
+                self.scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
@@ -3171,50 +3182,38 @@ class _Clock:
 
 
 class _Shared:
-    """One task that several coroutines wait for; cancelled when the last of them has given up."""
+    """A task that several coroutines wait for."""
 
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
-        self._task = asyncio.ensure_future(work)
+    def __init__(self, work: Awaitable[Any]) -> None:
+        self.task = asyncio.ensure_future(work)
         # its exception is retrieved even if nobody waits
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self._waiters = 0
-        self.abandoned = False  # being cancelled: nobody may join any more
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nobody may join any more: it has ended, or is being cancelled."""
-        return self.abandoned or self._task.done()
-
-    async def wait(self) -> Any:
-        """The task's result or exception. Cancelling the last wait cancels the task, and waits for
-        its clean-up.
-        """
-        self._waiters += 1
-        try:
-            return await asyncio.shield(self._task)
-        finally:
-            self._waiters -= 1
-            if not self._waiters and not self._task.done():
-                self.abandoned = True
-                self._task.cancel()
-                await asyncio.wait([self._task], timeout=CLOSE_TIMEOUT)
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.waiters = 0
 
     @classmethod
     async def once(
         cls,
-        tasks: dict[str, _Shared],
-        name: str,
-        work: Callable[[], Coroutine[Any, Any, Any]],
+        under_way: dict[object, _Shared],
+        name: object,
+        work: Callable[[], Awaitable[Any]],
     ) -> Any:
-        """The result of this work; who asks while it is under way waits for the same."""
-        if name not in tasks or tasks[name].abandoned:
-            tasks[name] = cls(work())
-        shared = tasks[name]
+        """The result of this work, or its exception; who asks while it is under way waits for the
+        same. Cancelling the last wait cancels the work, and waits for its clean-up.
+        """
+        if name not in under_way:
+            under_way[name] = cls(work())
+        shared = under_way[name]
+        shared.waiters += 1
         try:
-            return await shared.wait()
+            return await asyncio.shield(shared.task)
         finally:
-            if tasks.get(name) is shared and shared.is_over:
-                del tasks[name]
+            shared.waiters -= 1
+            if shared.task.done() or not shared.waiters:
+                # nobody may join any more
+                if under_way.get(name) is shared:
+                    del under_way[name]
+                if shared.task.cancel():
+                    await asyncio.wait([shared.task], timeout=CLOSE_TIMEOUT)
 
 
 # The guard: what ends a command over there when its channel closes before it.
@@ -3409,16 +3408,16 @@ class _ProxyCommand:
 
 
 class _Connected(asyncio.Protocol):
-    """Takes the socket of a transport as soon as it is connected, and ends the transport at once,
-    so that nothing is read: uvloop goes on to read where the reading was only paused here.
+    """Gives a link the socket of a transport as soon as it is connected, and ends the transport at
+    once, so that nothing is read: uvloop goes on to read where the reading was only paused here.
     """
 
-    def __init__(self) -> None:
-        self.socket: socket.socket | None = None
+    def __init__(self, link: _Link) -> None:
+        self._link = link
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
-        self.socket.setblocking(False)
+        connected = transport.get_extra_info("socket")
+        self._link.sock = socket.socket(fileno=os.dup(connected.fileno()))
         cast("asyncio.Transport", transport).abort()
 
 
@@ -3435,38 +3434,101 @@ async def _ask_secret_meanwhile(prompt: str) -> str:
             return await _in_daemon(_ask_secret, prompt)
 
 
-class _Client(asyncssh.SSHClient):
-    """One attempt to log in, and the connection that it gives: decides on host keys, offers keys
-    and password.
+class _Verdict(enum.Enum):
+    """What to do after an attempt to log in that failed."""
+
+    AGAIN = "after a pause, for the server dropped it before the login (sshd's MaxStartups)"
+    PLAIN_KEY = "with the plain host key: its certificate did not count, as ssh does"
+    NEXT_KEYS = "with the keys that were not offered: the server takes a few only (MaxAuthTries)"
+    FAIL = "not at all"
+
+
+class _Link(asyncssh.SSHClient):
+    """One ssh connection: the attempt to make it (``SshNode._try``), what asyncssh asks meanwhile
+    (host keys, keys and password to offer), the sessions that are open on it, its end.
+
+    It refers to no node, since asyncssh refers to it: a node that is forgotten is gone at once, and
+    its sockets with it.
     """
 
+    conn: asyncssh.SSHClientConnection  # once there is a way to the server
+    sock: socket.socket | None = None  # there is none behind a gateway
+    proxy: _ProxyCommand | None = None
+    stage = "no answer"  # how far it came
+    foreign = ""  # what the server said instead of an ssh banner
+    begun = False  # the server's key was accepted and the login has begun
+    alive = True
+    why: Exception | None = None  # it was lost
+    host_key_error: HostKeyError | None = None
+    sessions = 0
+    forwards = False  # leads to other nodes
+    reserved = False  # for one session that must be alone
+    _kbdint_begun = False
+
     def __init__(self, node: SshNode, pairs: list[asyncssh.SSHKeyPair], trust: _Trust) -> None:
-        # no reference to the node: one that is forgotten is gone at once, and its sockets with it
-        self._host, self._username, self._direct = node.hostname, node.username, not node.gateway
+        self._host, self._username = node.hostname, node.username
         self._formatter, self._password = node.formatter, node._password
-        self._talks = bool(node.verbose or node.formatter.verbose)
-        self._trust, self._pairs = trust, pairs
-        self.conn: asyncssh.SSHClientConnection | None = None
-        self.proxy: _ProxyCommand | None = None
+        self._talks = node.verbose or node.formatter.verbose
+        self.trust, self._pairs = trust, pairs
         self.offered: list[asyncssh.SSHKeyPair] = []
-        self.begun = False  # the server's key was accepted and the login has begun
-        self.lost = False
-        self.why: Exception | None = None
-        self.host_key_error: HostKeyError | None = None
         self.password_tried: set[str] = set()
-        self._kbdint_begun = False
-        self._greeted = False
+        self.limit = SESSIONS_PER_CONNECTION
+
+    # the attempt
+
+    async def hear(self) -> None:
+        """Wait for the first bytes of the server, and look at them; asyncssh will read them."""
+        sock = self.sock
+        assert sock
+        sock.setblocking(False)
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        self.stage = "connected, but the server says nothing"
+        loop.add_reader(sock, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(sock)
+        greeting = sock.recv(100, socket.MSG_PEEK)
+        if not greeting:
+            raise asyncssh.ConnectionLost("Connection lost")
+        self.stage = "the key exchange does not end"
+        if b"SSH-" not in greeting:
+            line = greeting.decode("ascii", "replace").strip().partition("\n")[0].strip()
+            self.stage = self.foreign = f"not an ssh server: it says {_brief(line)!r}"
 
     @property
     def greeted(self) -> bool:
         """Whether the server has shown itself as one of ssh."""
-        if self.conn and self.conn.get_extra_info("server_version"):
-            self._greeted = True
-        return self._greeted
+        return hasattr(self, "conn") and bool(self.conn.get_extra_info("server_version"))
 
-    def _check(self, check: Callable[[], bool | None]) -> bool:
+    def was_dropped(self, exc: Exception) -> bool:
+        """Whether the server, or what leads to it, cut the connection before the login began."""
+        cut = isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError)
+        foreign = self.foreign and "MaxStartups" not in self.foreign
+        return cut and not (foreign or self.begun or self.proxy)
+
+    def verdict(self, exc: Exception, drops: int, rounds: int) -> _Verdict:
+        """What to do after this attempt, which ended so: the server has dropped that many of them,
+        and that many connections were spent on keys.
+        """
+        if self.host_key_error:
+            return _Verdict.FAIL
+        if self.was_dropped(exc):
+            # a server that has shown itself has begun the key exchange: MaxStartups comes earlier
+            most = 1 if self.greeted else RETRIES_BEFORE_LOGIN
+            return _Verdict.AGAIN if drops <= most else _Verdict.FAIL
+        if isinstance(exc, asyncssh.HostKeyNotVerifiable) and self.trust.certified:
+            return _Verdict.PLAIN_KEY
+        refused = isinstance(exc, asyncssh.PermissionDenied)
+        if self.offered and self._pairs and not refused and rounds < MAX_AUTH_ROUNDS:
+            return _Verdict.NEXT_KEYS
+        return _Verdict.FAIL
+
+    # what asyncssh asks
+
+    def _passes(self, check: Callable[[asyncssh.SSHKey], object], key: asyncssh.SSHKey) -> bool:
         try:
-            return check() is not False
+            return check(key) is not False
         except HostKeyError as exc:
             self.host_key_error = exc
             return False
@@ -3474,27 +3536,41 @@ class _Client(asyncssh.SSHClient):
     def validate_host_public_key(
         self, host: str, addr: str, port: int, key: asyncssh.SSHKey
     ) -> bool:
-        return self._check(lambda: self._trust.check(key))
+        return self._passes(self.trust.check, key)
 
     def validate_host_ca_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
-        return self._check(lambda: self._trust.check_authority(key))
+        return self._passes(self.trust.check_authority, key)
 
     def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
         self.conn = conn
-        if self._direct:
-            _acknowledge_at_once(conn)
-        self._formatter.connection_made(self._host, self._username, self._direct)
+        if self.sock and not self.proxy and hasattr(socket, "TCP_QUICKACK"):
+            self._acknowledge_at_once(self.sock)
+        self._formatter.connection_made(self._host, self._username, self.sock is not None)
+
+    def _acknowledge_at_once(self, sock: socket.socket) -> None:
+        """Acknowledge what it receives without the usual delay, which the kernel falls back to by
+        itself: the first command would else stall for 40 ms (the server's Nagle against our delayed
+        acknowledgement).
+        """
+        receive = self.conn.data_received
+
+        def data_received(data: bytes, datatype: int | None = None) -> None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            receive(data, datatype)
+
+        vars(self.conn)["data_received"] = data_received
 
     def begin_auth(self, username: str) -> None:
-        if self._trust.certified:
-            key = self.conn.get_server_host_key() if self.conn else None
+        if self.trust.certified:
+            key = self.conn.get_server_host_key()
             assert key
-            if not self._check(lambda: self._trust.check_certified(key)):
+            if not self._passes(self.trust.check_certified, key):
                 raise asyncssh.HostKeyNotVerifiable("revoked")
         self.begun = True
+        self.stage = "the login does not end"
         try:
-            if self._trust.record() and self._talks:
-                _tell(self._host, f"recorded its key {self._trust.shown}")
+            if self.trust.record() and self._talks:
+                _tell(self._host, f"recorded its key {self.trust.shown}")
         except ApsshError as exc:
             _tell(self._host, exc.message)
 
@@ -3514,7 +3590,7 @@ class _Client(asyncssh.SSHClient):
         """
         if method in self.password_tried or self._password is None:
             return None
-        if self._trust.changed:
+        if self.trust.changed:
             _tell(
                 self._host,
                 "no password for a host whose key has changed: "
@@ -3536,9 +3612,9 @@ class _Client(asyncssh.SSHClient):
     ) -> list[str] | None:
         if not prompts:
             return []
-        # a question whose answer is echoed is no password's
-        hidden = len(prompts) == 1 and not prompts[0][1]
-        secret = self._password_once("kbdint") if hidden else None
+        if len(prompts) > 1 or prompts[0][1]:  # what is echoed is no password
+            return None
+        secret = self._password_once("kbdint")
         return None if secret is None else [secret]
 
     def auth_completed(self) -> None:
@@ -3547,247 +3623,56 @@ class _Client(asyncssh.SSHClient):
         self._formatter.auth_completed(self._host, self._username)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.lost, self.why = True, exc
-        self._greeted = self.greeted
-        self.conn = None
+        self.alive = False
+        self.why = exc
         if self.proxy:
             self.proxy.end()
         if self.begun:
             self._formatter.connection_lost(self._host, exc, self._username)
 
-
-def _acknowledge_at_once(conn: asyncssh.SSHClientConnection) -> None:
-    """Acknowledge what a connection receives without the usual delay, which the kernel falls back
-    to by itself: the first command would else stall for 40 ms (the server's Nagle against our
-    delayed acknowledgement).
-    """
-    sock = conn.get_extra_info("socket")
-    if not hasattr(socket, "TCP_QUICKACK") or sock.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    receive = conn.data_received
-
-    def data_received(data: bytes, datatype: int | None = None) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        receive(data, datatype)
-
-    vars(conn)["data_received"] = data_received
-
-
-class _Attempt:
-    """One attempt to connect a node: its socket, its proxy command, and how far it came."""
-
-    def __init__(self, node: SshNode, clock: _Clock, client: _Client) -> None:
-        self._node, self._clock, self.client = node, clock, client
-        self.greeting = b""  # the first bytes of the server, which asyncssh will read
-        self._socket: socket.socket | None = None
-
-    async def log_in(
-        self, turns: contextlib.AsyncExitStack, arguments: Mapping[str, Any]
-    ) -> asyncssh.SSHClientConnection:
-        """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
-        shake hands; then take that turn and log in.
-        """
-        # the connection keeps the factory, which must not keep the node
-        node, client, way = self._node, self.client, dict[str, Any]()
-        if node.gateway:
-            node.gateway._leads = True
-            link = await node.gateway._connected()
-            link.forwards = True
-            way["tunnel"] = link.conn
-        else:
-            way["sock"] = self._socket = await self._open()
-            await self._hear(self._socket)
-        gate = _Limits.here().handshakes[node._leads]
-        await turns.enter_async_context(self._clock.turn(gate, HANDSHAKE_TURN))
-        return await asyncssh.connect(
-            node._address or node.hostname,
-            node.port,
-            client_factory=lambda: client,
-            **way,
-            **arguments,
-        )
-
-    async def _open(self) -> socket.socket:
-        """A connected socket. asyncio's transport for it has all of happy eyeballs (RFC 8305), and
-        is only there to connect.
-        """
-        node, loop = self._node, asyncio.get_running_loop()
-        if node._proxy_command:
-            proxy = self.client.proxy = _ProxyCommand(node._proxy_command)
-            proxy.socket.setblocking(False)
-            return proxy.socket
-        host = node._address or node.hostname
-        how = node._host_config.arguments(_SOCKET_ARGUMENTS)
-        numeric = ":" in host or host.replace(".", "").isdigit()
-        if not numeric and isinstance(loop, asyncio.BaseEventLoop):  # uvloop does not know it
-            how["happy_eyeballs_delay"] = 0.25
-        connected = _Connected()
-        async with self._clock.turn(_Limits.here().connects):
-            try:
-                await loop.create_connection(lambda: connected, host, node.port, **how)
-            finally:  # a cancellation may come between
-                self._socket = connected.socket
-        assert self._socket
-        return self._socket
-
-    async def _hear(self, sock: socket.socket) -> None:
-        """Wait for the first bytes of the server, and look at them."""
-        loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(sock, _settle, readable)
-        try:
-            await readable
-        finally:
-            loop.remove_reader(sock)
-        self.greeting = sock.recv(100, socket.MSG_PEEK)
-        if not self.greeting:
-            raise asyncssh.ConnectionLost("Connection lost")
-
-    def foreign(self) -> str:
-        """What the server said instead of an ssh banner; empty, as a rule."""
-        if not self.greeting or b"SSH-" in self.greeting:
-            return ""
-        lines = self.greeting.strip().splitlines() or [b""]
-        return f"not an ssh server: it says {_brief(lines[0].decode('ascii', 'replace'))!r}"
-
-    def progress(self) -> str:
-        """How far it came, for somebody who has waited in vain."""
-        if self._clock.drops:
-            return f"dropped before login, {_count(self._clock.drops, 'time')}"
-        if self.client.begun:
-            return "the login does not end"
-        if self.client.greeted or b"SSH-" in self.greeting:
-            return "the key exchange does not end"
-        if self._socket:
-            return self.foreign() or "connected, but the server says nothing"
-        gateway = self._node.gateway
-        if gateway and not gateway.is_connected():
-            return f"gateway {escape(gateway.hostname)} does not answer"
-        return "no answer"
-
-    def abandon(self) -> None:
-        """Leave nothing of an attempt that gave no connection."""
-        if self._socket:
-            self._socket.close()
-        if self.client.proxy:
-            self.client.proxy.end()
-
-
-class _Verdict(enum.Enum):
-    """What to do after an attempt to log in that failed."""
-
-    AGAIN = "after a pause, for the server dropped it before the login (sshd's MaxStartups)"
-    PLAIN_KEY = "with the plain host key: its certificate did not count, as ssh does"
-    NEXT_KEYS = "with the keys that were not offered: the server takes a few only (MaxAuthTries)"
-    FAIL = "not at all"
-
-
-def _verdict(
-    attempt: _Attempt, exc: Exception, *, certified: bool, keys_left: bool, rounds: int
-) -> _Verdict:
-    """What to do after an attempt that ended so: ``rounds`` connections were spent on keys."""
-    client, drops = attempt.client, attempt._clock.drops
-    if not client.begun:
-        if _is_drop(attempt, exc):
-            # a server that has shown itself has begun the key exchange: MaxStartups comes earlier
-            most = 1 if client.greeted else RETRIES_BEFORE_LOGIN
-            return _Verdict.AGAIN if drops <= most else _Verdict.FAIL
-        unverified = isinstance(exc, asyncssh.HostKeyNotVerifiable)
-        if unverified and certified and not client.host_key_error:
-            return _Verdict.PLAIN_KEY
-    refused = isinstance(exc, asyncssh.PermissionDenied)
-    if client.begun and client.offered and keys_left and not refused and rounds < MAX_AUTH_ROUNDS:
-        return _Verdict.NEXT_KEYS
-    return _Verdict.FAIL
-
-
-def _is_drop(attempt: _Attempt, exc: Exception) -> bool:
-    """Whether the server, or what leads to it, cut the connection before the login began."""
-    cut = isinstance(exc, asyncssh.ConnectionLost | ConnectionResetError | BrokenPipeError)
-    foreign = attempt.foreign()
-    said_so = not foreign or "MaxStartups" in foreign
-    client = attempt.client
-    return cut and said_so and not client.begun and not client.host_key_error and not client.proxy
-
-
-def _failure_of_host(exc: Exception, host: str, port: int) -> tuple[str, str]:
-    """The kind of a failure to reach a host, and its cause, by class and code; behind a gateway
-    the words of its server are all there is.
-    """
-    words = str(exc) if isinstance(exc, asyncssh.ChannelOpenError) else ""
-    if isinstance(exc, socket.gaierror) or "not known" in words or "name resolution" in words:
-        return "dns", f"unknown host name {host}"
-    if isinstance(exc, ConnectionRefusedError) or "refused" in words:
-        return "refused", f"nothing listens on port {port}"
-    if isinstance(exc, TimeoutError) or "timed out" in words:
-        return "timeout", "no answer"
-    if isinstance(exc, asyncssh.ChannelOpenError):
-        return "refused", words
-    if isinstance(exc, asyncssh.Error):
-        return "lost", exc.reason
-    if isinstance(exc, ValueError):  # a config that leaves no algorithm
-        return "local", str(exc)
-    if isinstance(exc, OSError):
-        text = os.strerror(exc.errno).lower() if exc.errno else str(exc)
-        if isinstance(exc, ConnectionError):
-            return "lost", text
-        return "local" if exc.errno in (errno.EMFILE, errno.ENFILE) else "refused", text
-    return "lost", str(exc)
-
-
-class _Link:
-    """One ssh connection, and the sessions open on it."""
-
-    def __init__(self, conn: asyncssh.SSHClientConnection, client: _Client) -> None:
-        self.conn, self.client = conn, client
-        self._loop = asyncio.get_running_loop()
-        self.sessions = 0
-        self.limit = SESSIONS_PER_CONNECTION
-        self.forwards = False  # leads to other nodes
-        self.reserved = False  # for one session that must be alone
-
-    @property
-    def alive(self) -> bool:
-        return not self.client.lost
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more session may open on it."""
-        return self.alive and not self.reserved and self.sessions < self.limit
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing depends on it, so that a session that opens on it may cut it."""
-        return self.has_room and not self.sessions and not self.forwards
+    # its end
 
     def drop(self) -> None:
-        """Cut the connection at once, even when its event loop is gone."""
-        self.client.lost = True
-        transport = vars(self.conn).get("_transport")
-        with contextlib.suppress(RuntimeError):  # raised by a closed loop, which runs no callback
-            self.conn.abort()
-        sock = vars(transport).get("_sock") if isinstance(transport, asyncio.Transport) else None
-        if self._loop.is_closed() and sock:
-            # asyncio has no call to close a transport whose loop is gone, and it would warn when
-            # collected
-            sock.close()
-            vars(transport)["_sock"] = None
-        if self.client.proxy:
-            self.client.proxy.end()
+        """Cut it at once, whatever there is of it, even when its event loop is gone."""
+        self.alive = False
+        if hasattr(self, "conn"):
+            transport = vars(self.conn).get("_transport")
+            try:
+                self.conn.abort()
+            except RuntimeError:  # from a closed loop, which runs no callback
+                if self.sock and isinstance(transport, asyncio.Transport):
+                    # asyncio has no call to close such a transport, which would warn when collected
+                    self.sock.close()
+                    vars(transport)["_sock"] = None
+        elif self.sock:
+            self.sock.close()
+        if self.proxy:
+            self.proxy.end()
 
     async def close(self) -> None:
         """Close politely, within CLOSE_TIMEOUT; cancelling it cuts the connection."""
-        self.client.lost = True
+        self.alive = False
         try:
-            self.conn.close()
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self.conn.wait_closed()
-            if self.client.proxy:
-                self.client.proxy.end()
-        except BaseException as exc:
+            with contextlib.suppress(TimeoutError, OSError, asyncssh.Error):
+                self.conn.close()
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self.conn.wait_closed()
+        finally:
             self.drop()
-            if not isinstance(exc, TimeoutError | OSError | asyncssh.Error):
-                raise
+
+
+# A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
+# all that there is; its kind; what we say.
+_FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
+    (socket.gaierror, "not known|name resolution", "dns", "unknown host name {host}"),
+    (ConnectionRefusedError, "refused", "refused", "nothing listens on port {port}"),
+    (TimeoutError, "timed out", "timeout", "no answer"),
+    (asyncssh.ChannelOpenError, "", "refused", "{where}: {words}"),
+    (ValueError, "", "local", "{words}"),  # a config that leaves no algorithm
+    (ConnectionError, "", "lost", "{words}"),
+    (OSError, "", "refused", "{words}"),
+    (Exception, "", "lost", "{words}"),
+)
 
 
 class _Session(asyncssh.SSHClientSession[bytes]):
@@ -3976,7 +3861,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     def lost(self) -> ConnectionFailedError:
         """The loss of its connection, whose host may run it all the same."""
         self.step.may_run = True
-        why = f": {escape(str(self.link.client.why))}" if self.link.client.why else ""
+        why = f": {escape(str(self.link.why))}" if self.link.why else ""
         text = f"connection lost during {escape(self.step.command)}{why}"
         return ConnectionFailedError(text, command=self.command)
 
@@ -4025,7 +3910,7 @@ class _Node(abc.ABC):
     verbose: bool | None
     guard = True
     debug = False
-    _host_key_shown: str | None = None
+    _host_key_shown: str | None = None  # the fingerprint that it presented last
 
     @abc.abstractmethod
     async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
@@ -4241,6 +4126,12 @@ class _Node(abc.ABC):
             self.formatter.session_stop(self.hostname, command)
 
 
+def _check_time(seconds: float | None) -> None:
+    """Raises UsageError for a limit that cannot be."""
+    if seconds is not None and seconds <= 0:
+        raise UsageError(f"timeout {seconds!r}: seconds, more than 0 (None: no limit)")
+
+
 def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
     """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
     text = "timed out" if timeout is None else f"no end within {timeout:g} s"
@@ -4266,15 +4157,23 @@ class SshNode(_Node):
     Further: ``password``, tried where keys do not do; ``sudo_password``: for sudo where it asks
     (else the terminal is asked, once for all hosts); ``host_keys``: accept-new, yes or no, over
     APSSH_HOST_KEYS; ``config``: an ssh_config file, or True for the user's own (the user is then
-    its User, else yours); ``guard``: False for hosts without a POSIX shell (commands then outlive a
-    lost connection, and a channel that closes without an exit status is a success); ``keepalive``:
-    seconds between probes of a silent connection (9; dead after two unanswered); ``forward_agent``;
-    ``address``: what to connect to when it is not ``hostname``; ``proxy_command``, as in
-    ssh_config(5).
+    its User, else yours; its jump hosts get keys, password, host_keys and timeout of this node);
+    ``guard``: False for hosts without a POSIX shell (commands then outlive a lost connection, and a
+    channel that closes without an exit status is a success); ``keepalive``: seconds between probes
+    of a silent connection (9; dead after two unanswered); ``forward_agent``; ``address``: what to
+    connect to when it is not ``hostname``; ``proxy_command``, as in ssh_config(5).
     Attributes ``reached``: whether it was ever logged in to; ``host_key_recorded``: whether its key
     was recorded then, the host never seen before. Raises UsageError for a host name, port or time
     that cannot be.
     """
+
+    reached = False
+    host_key_recorded = False
+    _host_config = _UNCONFIGURED
+    _keys_missed: Sequence[str] = ()  # where keys were looked for, when there were none
+    _guard_works: bool | None = None  # not known yet
+    _live: _Live | None = None
+    _leads = False  # others go through it
 
     @_keywords_checked
     def __init__(
@@ -4300,79 +4199,68 @@ class SshNode(_Node):
         address: str | None = None,
         proxy_command: str | None = None,
     ) -> None:
-        if not isinstance(hostname, str) or not _is_host(hostname):
-            raise UsageError(f"{_brief(str(hostname))!r} is not a host name or an address")
-        self.hostname = hostname
-        self.username = username or "root"
-        if not isinstance(port, int) or not 0 < port < 65536:
-            raise UsageError(f"port {port!r} of {hostname}: a port is a number from 1 to 65535")
-        if timeout is not None and timeout <= 0:
-            raise UsageError(
-                f"timeout {timeout!r} of {hostname}: seconds, more than 0 (None: no limit)"
-            )
-        if gateway is not None and not isinstance(gateway, SshNode):
-            raise UsageError(f"gateway of {hostname}: an SshNode, not {type(gateway).__name__}")
+        self._given = Hop(hostname, username or None, None if port == 22 else port)
+        if problem := _problem(Hop(hostname, port=port)):
+            raise UsageError(f"host {_brief(repr(hostname))}: {problem}")
+        _check_time(timeout)
+        if not isinstance(gateway, SshNode | None):
+            raise UsageError(f"gateway of {hostname}: an SshNode, not {gateway!r}")
         if host_keys not in (None, *_POLICIES):
             raise UsageError(f"host key policy {_brief(str(host_keys))}: accept-new, yes or no")
         if sudo_password and "\n" in sudo_password:
             # the command would read what follows
             raise UsageError(f"sudo_password of {hostname}: there is a newline in it")
-        self.port, self.gateway = port, gateway
-        named = [keys] if isinstance(keys, str | os.PathLike) else keys or ()
-        self.keys = [os.fspath(key) if isinstance(key, os.PathLike) else key for key in named]
-        self.known_hosts, self.host_keys = known_hosts, host_keys
-        self.timeout, self.debug, self.guard = timeout, debug, guard
-        self.keepalive, self.forward_agent = keepalive, forward_agent
-        self._address, self._proxy_command = address, proxy_command
-        self._password, self._sudo_password = password, sudo_password
-        self._config, self._username_given = config, username is not None
-        self._host_config = _UNCONFIGURED
-        self.host_key_recorded = False  # the host was never seen before
-        self._keys_missed: list[str] = []  # where keys were looked for, when there were none
+        self.hostname = hostname
+        self.username = username or "root"
+        self.port = port
+        self.gateway = gateway
+        self.keys = [keys] if isinstance(keys, str | os.PathLike) else list(keys or ())
+        self.known_hosts = known_hosts
+        self.host_keys = host_keys
+        self.timeout = timeout
+        self.debug = debug
+        self.guard = guard
+        self.keepalive = keepalive
+        self.forward_agent = forward_agent
+        self._address = address or hostname
+        self._proxy_command = proxy_command
+        self._password = password
+        self._sudo_password = sudo_password
+        self._config = config
+        self._target = hostname  # as the command line named it
         if isinstance(config, _HostConfig):
             self._complete(config)
-        self._target = self.hostname  # as the command line named it
-        self._host_key_shown: str | None = None  # the fingerprint that it presented last
-        self._guard_works: bool | None = None  # not known yet
-        self._live: _Live | None = None
-        self._leads = False  # others go through it
-        self.reached = False
         self._adopt(formatter, verbose)
 
     def __str__(self) -> str:
         """The way to it: ``user@gw->root@host``; a port that is not 22 is shown, ``host:2222``."""
-        hops = []
-        for hop in self._hops():
-            port = None if hop.port == 22 else hop.port
-            hops.append(str(Hop(hop.hostname, hop.username, port)))
-        return "->".join(hops)
+        return "->".join(
+            str(Hop(hop.hostname, hop.username, None if hop.port == 22 else hop.port))
+            for hop in self._hops()
+        )
 
     def _complete(self, config: _HostConfig) -> None:
         """Take from a config what was not given, which is what has its default. The config holds
-        the user and the port that a target named.
+        the user and the port that the node, or a target, named.
         """
         self._host_config = config
-        self._address = self._address or config.hostname
-        if not self._username_given:
-            self.username = config.user
-        if self.port == 22:
-            self.port = config.port or 22
+        if self._address == self.hostname:
+            self._address = config.hostname or self.hostname
+        self.username = config.user
+        self.port = config.port or 22
         if self.timeout == CONNECT_TIMEOUT:
             self.timeout = config.seconds("connecttimeout") or CONNECT_TIMEOUT
         if self.keepalive == KEEPALIVE_INTERVAL:
             self.keepalive = config.seconds("serveraliveinterval") or KEEPALIVE_INTERVAL
-        if self.gateway is None and self._proxy_command is None:
-            self._proxy_command = config.command("proxycommand")
+        self._proxy_command = self._proxy_command or config.command("proxycommand")
 
     def __repr__(self) -> str:
-        via = f" through {self.gateway!r}" if self.gateway else ""
-        port = f":{self.port}" if self.port != 22 else ""
-        return f"<SshNode {self.username}@{self.hostname}{port}{via}>"
+        return f"<SshNode {self}>"
 
     def __del__(self) -> None:
         # a node that is forgotten once its loop has gone leaves no socket
-        if live := vars(self).get("_live"):
-            live.drop()
+        if self._live:
+            self._live.drop()
 
     # connection
 
@@ -4397,7 +4285,7 @@ class SshNode(_Node):
 
     def is_connected(self) -> bool:
         """Whether a connection is up (it may have to be made anew if its event loop is gone)."""
-        return bool(self._live and any(link.alive for link in self._live.links))
+        return bool(self._live and self._live.up)
 
     def is_sftp_connected(self) -> bool:
         """Whether an SFTP session is open."""
@@ -4425,42 +4313,39 @@ class SshNode(_Node):
         open.
         """
         live, self._live = self._live, None
-        if live is None:
-            return
-        if live.loop is not asyncio.get_running_loop():
+        if live and live.loop is asyncio.get_running_loop():
+            if live.sftp:
+                live.sftp.client.exit()
+                self.formatter.sftp_stop(self.hostname)
+            await asyncio.gather(*(link.close() for link in live.up))
+        elif live:
             live.drop()
-            return
-        if live.sftp:
-            live.sftp.client.exit()
-            self.formatter.sftp_stop(self.hostname)
-        await asyncio.gather(*(link.close() for link in live.links if link.alive))
 
     def _here(self) -> _Live:
         """What is open in this event loop; what another loop has left is dropped. Raises
         UsageError while another loop, which runs, has something open.
         """
         loop = asyncio.get_running_loop()
-        if self._live and self._live.loop is not loop:
-            if self._live.loop.is_running() and self.is_connected():
+        live = self._live
+        if live and live.loop is not loop:
+            if live.loop.is_running() and live.up:
                 raise UsageError(
                     "it is connected in another event loop that runs: give each loop a node of "
                     "its own, or close() it there first",
                     host=self.hostname,
                 )
-            self._live.drop()
-            self._live = None
-        if self._live is None:
-            self._live = _Live(loop)
-        return self._live
+            live.drop()
+            live = None
+        if live is None:
+            self._live = live = _Live(loop)
+        return live
 
     async def _connected(self) -> _Link:
         """A link that is up, by preference the first."""
         live = self._here()
-        while True:
-            for link in live.links:
-                if link.alive and not link.reserved:
-                    return link
+        while not (links := [link for link in live.up if not link.reserved]):
             await self._add_link(live)
+        return links[0]
 
     async def _add_link(self, live: _Live) -> None:
         """One more connection; concurrent calls wait for the same, and share its failure."""
@@ -4469,7 +4354,7 @@ class SshNode(_Node):
         if self._live is not live:
             await link.close()
             raise ConnectionFailedError("closed while it connected", host=self.hostname)
-        live.links = [each for each in live.links if each.alive and each is not link] + [link]
+        live.links = list(dict.fromkeys([*live.up, link]))
         live.wake()
 
     @contextlib.asynccontextmanager
@@ -4477,27 +4362,20 @@ class SshNode(_Node):
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
 
         sshd refuses the eleventh session of a connection (MaxSessions), so there may be further
-        connections; a host that takes no more of them has its steps queue.
+        connections; a host that takes no more of them has its steps queue, if there is a session
+        that will end.
         """
         live = self._here()
-        live.forget_sftp()
         while not (link := live.room(alone)):
-            if live.may_add_link:
-                try:
+            try:
+                if len(live.up) < live.max_links or not live.is_busy:
                     await self._add_link(live)
-                except ConnectionFailedError:
-                    if not live.count_alive():
-                        raise
-                    live.max_links = live.count_alive()
-            elif live.sessions_will_end:
-                await live.freed.wait()
-            else:
-                raise ConnectionFailedError(
-                    "the host takes one session, and SFTP holds it",
-                    host=self.hostname,
-                    kind="refused",
-                )
-            live.forget_sftp()
+                else:
+                    await live.freed.wait()
+            except ConnectionFailedError:
+                if not live.is_busy:
+                    raise
+                live.max_links = len(live.up)
         link.sessions += 1
         link.reserved = alone
         try:
@@ -4512,72 +4390,103 @@ class SshNode(_Node):
         await self._apply_config()
         self._hops()
         keys = await self._login_keys()
-        scope = asyncio.timeout(self.timeout)
-        clock = _Clock(scope)
+        clock = _Clock(self.timeout)
         try:
-            async with scope, _login_pairs(keys) as pairs:
+            async with clock.scope, _login_pairs(keys) as pairs:
                 return await self._log_in(clock, pairs)
         except TimeoutError:
-            colon = ": " if clock.progress else ""
             raise ConnectionFailedError(
-                f"no connection within {self.timeout:g} s{colon}{clock.progress}",
+                f"no connection within {self.timeout:g} s: {clock.progress}",
                 host=self.hostname,
                 kind="lost" if clock.drops else "timeout",
             ) from None
 
     async def _log_in(self, clock: _Clock, pairs: list[asyncssh.SSHKeyPair]) -> _Link:
-        """Attempts to log in, until one succeeds or no other would."""
+        """Attempts to log in, until one succeeds or no other would. Each takes from ``pairs`` the
+        keys that it offers.
+        """
         rounds, certified = 0, True
-        address = self._address or self.hostname
-        startups = _Limits.here().startups(address, self.port, id(self.gateway))
         while True:
             # anew: the attempt before may have recorded the host
             trust = _Trust(
                 self.hostname,
-                address,
+                self._address,
                 self.port,
                 known_hosts=self.known_hosts,
                 host_keys=self.host_keys,
                 config=self._host_config,
                 asking=certified,
             )
-            client = _Client(self, list(pairs), trust)
-            attempt, connected = _Attempt(self, clock, client), False
+            link = _Link(self, pairs, trust)
             try:
-                async with contextlib.AsyncExitStack() as turns:
-                    await turns.enter_async_context(clock.turn(startups))
-                    conn = await attempt.log_in(turns, self._login_arguments(trust))
-                connected = True
-                return _Link(conn, client)
+                await self._try(link, clock)
+                return link
             except ConnectionFailedError as exc:  # the gateway's: it keeps its class and kind
                 raise type(exc)(
                     f"gateway {exc.host}: {exc.message}", host=self.hostname, kind=exc.kind
                 ) from None
             except (OSError, asyncssh.Error, ValueError) as exc:
-                clock.drops += _is_drop(attempt, exc)
-                offered = {pair.public_data for pair in client.offered}
-                left = [pair for pair in pairs if pair.public_data not in offered]
-                verdict = _verdict(
-                    attempt,
-                    exc,
-                    certified=trust.certified,
-                    keys_left=bool(left),
-                    rounds=rounds,
-                )
+                clock.drops += link.was_dropped(exc)
+                verdict = link.verdict(exc, clock.drops, rounds)
                 if verdict is _Verdict.FAIL:
-                    raise await self._login_failure(exc, attempt) from None
+                    raise await self._login_failure(exc, link, clock) from None
             finally:
                 self._host_key_shown = trust.shown or self._host_key_shown
                 self.host_key_recorded |= trust.recorded
-                clock.progress = attempt.progress()
-                if not connected:
-                    attempt.abandon()
+                clock.stage = link.stage
             if verdict is _Verdict.AGAIN:
                 await asyncio.sleep(random.uniform(0.5, 1) * 0.2 * 2**clock.drops)
             elif verdict is _Verdict.PLAIN_KEY:
                 certified = False
             else:
-                rounds, pairs = rounds + 1, left
+                rounds += 1
+
+    async def _try(self, link: _Link, clock: _Clock) -> None:
+        """Connect; wait for the server's first bytes, so that silent hosts take nobody's turn to
+        shake hands; then take that turn and log in.
+        """
+        limits = _Limits.here()
+        tunnel = None
+        try:
+            async with clock.turn(limits.startups(self._address, self.port, id(self.gateway))):
+                if self.gateway:
+                    self.gateway._leads = True
+                    link.stage = f"gateway {escape(self.gateway.hostname)} does not answer"
+                    gateway = await self.gateway._connected()
+                    gateway.forwards = True
+                    link.stage = "no answer"
+                    tunnel = gateway.conn
+                else:
+                    await self._open_socket(link, clock)
+                    await link.hear()
+                async with clock.turn(limits.handshakes[self._leads], HANDSHAKE_TURN):
+                    await asyncssh.connect(
+                        self._address,
+                        self.port,
+                        tunnel=tunnel,
+                        sock=link.sock,
+                        client_factory=lambda: link,
+                        **self._login_arguments(link.trust),
+                    )
+        except BaseException:
+            link.drop()
+            raise
+
+    async def _open_socket(self, link: _Link, clock: _Clock) -> None:
+        """Give a link a socket that leads to the server. asyncio's transport for it has all of
+        happy eyeballs (RFC 8305), and is only there to connect.
+        """
+        if self._proxy_command:
+            link.proxy = _ProxyCommand(self._proxy_command)
+            link.sock = link.proxy.socket
+            return
+        loop = asyncio.get_running_loop()
+        how = self._host_config.arguments(_SOCKET_ARGUMENTS)
+        # uvloop does not know it
+        if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
+            how["happy_eyeballs_delay"] = 0.25
+        async with clock.turn(_Limits.here().connects):
+            await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
         """What asyncssh.connect is told besides the way."""
@@ -4587,7 +4496,7 @@ class SshNode(_Node):
             "config": None,
             "client_keys": None,
             "agent_path": None,
-            "agent_forwarding": agent or False,
+            "agent_forwarding": agent,
             "host_key_alias": self._host_config.one("hostkeyalias"),
             "known_hosts": ([],) * 7,
             "server_host_key_algs": trust.algorithms(),
@@ -4600,111 +4509,102 @@ class SshNode(_Node):
             **self._host_config.arguments(_LOGIN_ARGUMENTS),
         }
 
-    async def _login_failure(self, exc: Exception, attempt: _Attempt) -> ConnectionFailedError:
+    async def _login_failure(
+        self, exc: Exception, link: _Link, clock: _Clock
+    ) -> ConnectionFailedError:
         """The one line that says why an attempt gave no connection."""
-        client, foreign = attempt.client, attempt.foreign()
-        if client.host_key_error:
-            return client.host_key_error
-        if client.proxy and not client.greeted:
-            kind, text = "refused", await client.proxy.epitaph()
-        elif _is_drop(attempt, exc):
-            kind, text = "lost", f"dropped before login, {attempt._clock.drops} times"
-            if client.greeted:
+        if link.host_key_error:
+            return link.host_key_error
+        if link.proxy and not link.greeted:
+            kind, text = "refused", await link.proxy.epitaph()
+        elif link.was_dropped(exc):
+            kind, text = "lost", clock.progress
+            if link.greeted:
                 text += ", in the key exchange (no algorithm in common?)"
-        elif foreign and not client.begun:
-            kind, text = "refused", foreign
+        elif link.foreign and not link.begun:
+            kind, text = "refused", link.foreign
         elif isinstance(exc, asyncssh.PermissionDenied) or (
             # sshd's "Too many authentication failures" has no code of its own
-            client.begun and isinstance(exc, asyncssh.ProtocolError)
+            link.begun and isinstance(exc, asyncssh.ProtocolError)
         ):
-            kind, text = "auth", self._refused_login(client)
-            self._forget_keys()
+            kind, text = "auth", self._refused_login(link)
+            # looked for anew at the next login: there may be others by then
+            _Limits.here().keys.pop(self._key_question(), None)
         else:
             return self._failure(exc)
         return ConnectionFailedError(text, host=self.hostname, kind=kind)
 
-    def _refused_login(self, client: _Client) -> str:
+    def _refused_login(self, link: _Link) -> str:
         """What was tried in vain."""
-        default = "" if self._username_given or self._config else " (SshNode's default)"
-        password = " and the password" if client.password_tried else ""
+        default = "" if self._given.user or self._config else " (SshNode's default)"
+        password = " and the password" if link.password_tried else ""
         looked = f" ({'; '.join(self._keys_missed)})" if self._keys_missed else ""
-        tried = f"{_count(len(client.offered), 'key')}{looked}{password}"
+        tried = f"{_count(len(link.offered), 'key')}{looked}{password}"
         return f"login as {self.username}{default} refused, after {tried}"
 
     def _failure(self, exc: Exception) -> ConnectionFailedError:
         """The one line that says why the host cannot be reached."""
-        kind, text = _failure_of_host(exc, self._address or self.hostname, self.port)
-        if isinstance(exc, asyncssh.ChannelOpenError) and text == str(exc):
-            where = f"gateway {self.gateway.hostname}" if self.gateway else "no session there"
-            text = f"{where}: {text}"
-        return ConnectionFailedError(
-            escape(text) or "connection lost", host=self.hostname, kind=kind
+        number = exc.errno if isinstance(exc, OSError) else None
+        words = os.strerror(number).lower() if number else str(exc)
+        told = isinstance(exc, asyncssh.ChannelOpenError)
+        kind, text = next(
+            (kind, text)
+            for known, said, kind, text in _FAILURES
+            if isinstance(exc, known) or (told and re.search(said, words))
         )
+        text = text.format(
+            host=self._address,
+            port=self.port,
+            where=f"gateway {self.gateway.hostname}" if self.gateway else "no session there",
+            words=words or "connection lost",
+        )
+        if number in (errno.EMFILE, errno.ENFILE):
+            kind = "local"
+        return ConnectionFailedError(escape(text), host=self.hostname, kind=kind)
 
-    def _names_of_keys(self) -> tuple[object, ...]:
+    def _key_question(self) -> tuple[object, ...]:
         """What the keys to offer depend on."""
-        config = self._host_config
-        return (
-            *(key if isinstance(key, str) else id(key) for key in self.keys),
-            *config.paths("identityfile"),
-            *config.paths("certificatefile"),
-            config.one("identitiesonly"),
-            config.identity_agent,
-        )
+        keywords = "identityfile", "certificatefile", "identityagent", "identitiesonly"
+        return (*self.keys, *map(tuple, map(self._host_config.paths, keywords)))
 
     async def _login_keys(self) -> list[Key]:
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
         passphrase may be asked.
         """
-        loaded, named = _Limits.here().keys, self._names_of_keys()
-        if named not in loaded or loaded[named].abandoned:
-            loaded[named] = _Shared(asyncio.to_thread(_keys_to_offer, self.keys, self._host_config))
-        try:
-            keys, missed = cast("tuple[list[Key], list[str]]", await loaded[named].wait())
-            self._keys_missed = [] if keys else missed
-            return keys
-        except UsageError:
-            self._forget_keys()
-            raise
-
-    def _forget_keys(self) -> None:
-        """Keys and agent are looked at anew at the next login: there may be others by then."""
-        _Limits.here().keys.pop(self._names_of_keys(), None)
+        limits, question = _Limits.here(), self._key_question()
+        if question not in limits.keys:
+            find = functools.partial(_keys_to_offer, self.keys, self._host_config)
+            limits.keys[question] = await _Shared.once(
+                limits.asking, question, functools.partial(asyncio.to_thread, find)
+            )
+        keys, missed = limits.keys[question]
+        self._keys_missed = [] if keys else missed
+        return keys
 
     async def _apply_config(self) -> None:
         """Complete what was not given from an ssh_config, once."""
-        if self._config and self._host_config is _UNCONFIGURED:
-            config = _SshConfig(self._config if isinstance(self._config, str) else None)
-            given = Hop(
-                self.hostname,
-                self.username if self._username_given else None,
-                None if self.port == 22 else self.port,
+        if not self._config or self._host_config is not _UNCONFIGURED:
+            return
+        config = _SshConfig(self._config if isinstance(self._config, str) else None)
+        answers = await asyncio.to_thread(config.lookup_all, [self._given])
+        if self.gateway is None:
+            # known_hosts is about this node, not about the way there
+            options: dict[str, Any] = {
+                "keys": self.keys,
+                "password": self._password,
+                "host_keys": self.host_keys,
+                "timeout": self.timeout,
+            }
+            self.gateway = _build_gateway(
+                (self._given,),
+                answers,
+                _Limits.here().gateways,
+                alike=f"{self._config} {options}",
+                **options,
             )
-            answers = await asyncio.to_thread(config.lookup_all, [given])
-            before = self._endpoint
-            self._complete(answers[given])
-            self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
-            for index, hop in enumerate(
-                jumps := self._host_config.jumps if self.gateway is None else ()
-            ):
-                way = (
-                    id(asyncio.get_running_loop()),
-                    jumps[: index + 1],
-                    str(self._config),
-                    *(key if isinstance(key, str) else id(key) for key in self.keys),
-                    self.host_keys,
-                )
-                self.gateway = _jump_nodes.get(way) or SshNode(
-                    hop.host,
-                    username=hop.user,
-                    port=hop.port or 22,
-                    gateway=self.gateway,
-                    config=self._config,
-                    keys=self.keys,
-                    host_keys=self.host_keys,
-                    formatter=_quiet,
-                )
-                _jump_nodes[way] = self.gateway
+        before = self._endpoint
+        self._complete(answers[self._given])
+        self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
 
     # sessions
 
@@ -4899,9 +4799,41 @@ class _Sftp:
         return _brief(text, 200)
 
 
-# one for all nodes behind it
-_jump_nodes: weakref.WeakValueDictionary[object, SshNode] = weakref.WeakValueDictionary()
 _quiet = Formatter()  # for gateways: they run nothing
+
+
+def _build_gateway(
+    chain: tuple[Hop, ...],
+    answers: Mapping[Hop, _HostConfig],
+    made: MutableMapping[object, SshNode],
+    *,
+    direct: bool = False,
+    alike: str = "",
+    **options: Any,
+) -> SshNode | None:
+    """What leads to the last hop of a chain: the hops before it, and before these, unless it is
+    ``direct``, those that the config of the first one jumps through.
+
+    ``answers``: what is configured for each hop. A gateway is one for all behind it that are
+    ``alike``, and stays in ``made``. ``options`` are SshNode's. Raises UsageError for a hop that is
+    behind itself.
+    """
+    while True:
+        for hop in chain:
+            if chain.count(hop) > 1:
+                raise UsageError(f"{hop.host}: it is its own gateway")
+        jumps = () if direct else answers[chain[0]].jumps
+        if not jumps:
+            break
+        chain = (*jumps, *chain)
+    gateway = None
+    for length, hop in enumerate(chain[:-1], 1):
+        place = alike, chain[:length]
+        gateway = made.get(place) or SshNode(
+            hop.host, gateway=gateway, formatter=_quiet, config=answers[hop], **options
+        )
+        made[place] = gateway
+    return gateway
 
 
 class _Live:
@@ -4911,37 +4843,32 @@ class _Live:
         self.loop = loop
         self.links: list[_Link] = []
         self.max_links = CONNECTIONS_PER_NODE
-        self.opening: dict[str, _Shared] = {}
+        self.opening: dict[object, _Shared] = {}
         self.sftp: _Sftp | None = None
         self.freed = asyncio.Event()
 
-    def count_alive(self) -> int:
-        """How many connections are up."""
-        return sum(link.alive for link in self.links)
+    @property
+    def up(self) -> list[_Link]:
+        """The connections that are up."""
+        return [link for link in self.links if link.alive]
 
     @property
-    def may_add_link(self) -> bool:
-        """Whether one more connection may be made, or is being made."""
-        return self.count_alive() < self.max_links or "link" in self.opening
-
-    @property
-    def sessions_will_end(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether there are sessions to wait for; SFTP's ends with the node only."""
-        running = sum(link.sessions for link in self.links if link.alive)
-        return running > bool(self.sftp)
+        return sum(link.sessions for link in self.up) > bool(self.sftp)
 
     def room(self, alone: bool) -> _Link | None:
-        """A link with room for one more session; ``alone``: with nothing else on it."""
-        for link in self.links:
-            if link.is_empty if alone else link.has_room:
-                return link
-        return None
-
-    def forget_sftp(self) -> None:
-        """Give back the session of an SFTP that has ended."""
+        """A link with room for one more session; ``alone``: on which nothing depends, so that the
+        session may cut it. An SFTP that has ended gives back its session.
+        """
         if self.sftp and not self.sftp.alive:
             self.sftp.link.sessions -= 1
             self.sftp = None
+        for link in self.up:
+            taken = link.reserved or link.sessions >= link.limit
+            if not (taken or (alone and (link.sessions or link.forwards))):
+                return link
+        return None
 
     def wake(self) -> None:
         """A session has ended or a connection has come: those who wait for it look again."""
@@ -4950,9 +4877,8 @@ class _Live:
 
     def drop(self) -> None:
         """Cut everything at once, even when the loop is gone."""
-        for link in self.links:
-            if link.alive:
-                link.drop()
+        for link in self.up:
+            link.drop()
 
 
 class LocalNode(_Node):
@@ -5106,8 +5032,7 @@ class AbstractCommand:
     @_keywords_checked
     def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
         vars(self).update(keywords)
-        if self.timeout is not None and self.timeout <= 0:
-            raise UsageError(f"timeout {self.timeout!r}: seconds, more than 0 (None: no limit)")
+        _check_time(self.timeout)
         exits = keywords["allowed_exits"] or ()
         self.allowed_exits = {
             each.removeprefix("SIG") if isinstance(each, str) else each
@@ -7467,30 +7392,24 @@ def _build_nodes(
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     gateways: dict[object, SshNode] = {}
-
-    def build(
-        chain: tuple[Hop, ...], direct: bool, shown: Formatter, behind: frozenset[Hop] = frozenset()
-    ) -> SshNode:
-        hop, before = chain[-1], chain[:-1]
-        if not before and not direct:
-            before = answers[hop].jumps
-        behind |= {hop}
-        for each in behind.intersection(before):
-            raise UsageError(f"{each.host}: it is its own gateway")
-        if before and (before, direct) not in gateways:
-            gateways[before, direct] = build(before, direct, _quiet, behind)
-        gateway = gateways.get((before, direct))
-        node = SshNode(hop.host, gateway=gateway, formatter=shown, config=answers[hop], **options)
-        if connect_timeout is not None:  # over the config's, though it be the default
-            node.timeout = connect_timeout
-        return node
-
     nodes: dict[object, SshNode] = {}
     for target in targets:
-        node = build(target.chain, target.direct, formatter)
+        hop = target.chain[-1]
+        node = SshNode(
+            hop.host,
+            gateway=_build_gateway(
+                target.chain, answers, gateways, direct=target.direct, **options
+            ),
+            formatter=formatter,
+            config=answers[hop],
+            **options,
+        )
         node._target = str(target)
+        hops = node._hops()
+        for each in hops if connect_timeout is not None else ():
+            each.timeout = connect_timeout  # over the config's, though it be the default
         # `a a:22 A` runs once
-        way = tuple((hop.hostname.lower(), hop.username, hop.port) for hop in node._hops())
+        way = tuple((each.hostname.lower(), each.username, each.port) for each in hops)
         nodes.setdefault(way, node)
     return list(nodes.values())
 

@@ -4030,8 +4030,8 @@ async def test_proxy_command_that_ignores_its_end(sshd: Sshd, home: Path) -> Non
     )
     assert await node.run("true") == 0
     (link,) = node._live.links if node._live else ()
-    assert link.client.proxy
-    process = link.client.proxy._process
+    assert link.proxy
+    process = link.proxy._process
     slowest, begin = 0.0, time.monotonic()
     closing = asyncio.create_task(node.close())
     while not closing.done():
@@ -4129,6 +4129,24 @@ def test_jump_host_is_verified(
     assert str(error).startswith("box: hostkey: gateway gw: HOST KEY CHANGED")
 
 
+async def test_jump_hosts_of_a_node(config: Config) -> None:
+    """They log in as the node does, within its time, and are shared."""
+    config("Host box*\n ProxyJump gw1,gw2\nHost gw2\n ConnectTimeout 20\n")
+
+    async def gateways_of(name: str, **options: Any) -> list[SshNode]:
+        node = SshNode(name, config=True, **options)
+        await node._apply_config()
+        return node._hops()[:-1]
+
+    gateways = await gateways_of("box1", password="secret", timeout=None)
+    assert [gateway.hostname for gateway in gateways] == ["gw1", "gw2"]
+    assert [(gateway.timeout, gateway._password) for gateway in gateways] == [(None, "secret")] * 2
+    assert await gateways_of("box2", password="secret", timeout=None) == gateways
+    others = await gateways_of("box2")
+    assert [gateway.timeout for gateway in others] == [30, 20]
+    assert not {*others} & {*gateways}
+
+
 def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
     config("Match user ann\n HostName one\nMatch all\n IdentityFile ~/%r-%p\n")
 
@@ -4145,7 +4163,7 @@ def test_config_is_asked_with_what_the_node_says(config: Config) -> None:
             for node in nodes
         ]
 
-    assert run(main()) == ["one ann-2200", "None bob-22"]
+    assert run(main()) == ["one ann-2200", "box bob-22"]
 
 
 RSA_HOST = {"host_key": "ssh-rsa"}
@@ -7881,13 +7899,14 @@ def test_sudo_misuse() -> None:
 @pytest.mark.parametrize(
     ("hostname", "options", "message"),
     [
-        ("", {}, "'' is not a host name or an address"),
-        ("a b", {}, "'a b' is not a host name or an address"),
-        ("-oProxyCommand=x", {}, "'-oProxyCommand=x' is not a host name or an address"),
-        ("h", {"port": 0}, "port 0 of h: a port is a number from 1 to 65535"),
-        ("h", {"port": "22"}, "port '22' of h: a port is a number from 1 to 65535"),
-        ("h", {"timeout": -1}, "timeout -1 of h: seconds, more than 0 (None: no limit)"),
-        ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not str"),
+        ("", {}, "host '': a host is missing"),
+        (None, {}, "host None: a host is missing"),
+        ("a b", {}, "host 'a b': 'a b' is not a host name or an address"),
+        ("-oX=y", {}, "host '-oX=y': '-oX=y' is not a host name or an address"),
+        ("h", {"port": 0}, "host 'h': a port is a number from 1 to 65535"),
+        ("h", {"port": "22"}, "host 'h': a port is a number from 1 to 65535"),
+        ("h", {"timeout": -1}, "timeout -1: seconds, more than 0 (None: no limit)"),
+        ("h", {"gateway": "gw"}, "gateway of h: an SshNode, not 'gw'"),
     ],
 )
 def test_node_misuse(hostname: str, options: dict[str, Any], message: str) -> None:
@@ -7908,7 +7927,7 @@ def test_node_attributes() -> None:
     )
     assert type(node.formatter) is apssh.HostFormatter
     assert (gateway.distance(), node.distance(), LocalNode().distance()) == (1, 2, 0)
-    assert repr(node) == "<SshNode me@box:2200 through <SshNode root@gw>>"
+    assert repr(node) == "<SshNode root@gw->me@box:2200>"
     assert not node.is_connected() and not node.is_sftp_connected()
 
 
@@ -7921,10 +7940,12 @@ def test_node_is_its_own_gateway() -> None:
 
 
 def test_keys_are_known_by_name() -> None:
-    """Keys are loaded once for all nodes that name the same: an object's id may come again."""
-    assert SshNode("h", keys=[Path("a"), "b"]).keys == ["a", "b"] and SshNode(
-        "h", keys=Path("a")
-    ).keys == ["a"]
+    """Keys are loaded once for all nodes that name the same."""
+    one, same, other = (
+        SshNode("h", keys=keys)._key_question()
+        for keys in ([Path("a"), "b"], [Path("a"), "b"], Path("a"))
+    )
+    assert one == same != other
 
 
 def test_hundreds_of_nodes_open_no_file() -> None:
@@ -7988,7 +8009,7 @@ async def test_work_that_is_shared_is_begun_once() -> None:
         await asyncio.sleep(0.3)
         return "done"
 
-    tasks: dict[str, apssh._Shared] = {}
+    tasks: dict[object, apssh._Shared] = {}
     ask = functools.partial(apssh._Shared.once, tasks, "it", work)
     first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
     await asyncio.sleep(0.1)
@@ -8140,19 +8161,33 @@ def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
+async def refuse_to_connect(*args: object) -> None:
+    raise ConnectionFailedError("no further one", host="127.0.0.1", kind="refused")
+
+
+async def test_gateway_that_takes_no_further_connection(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command with standard input may not cut the connection that leads on."""
+    async with sshd.node() as gateway, sshd.node(gateway=gateway) as node:
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
+        with pytest.raises(ConnectionFailedError) as caught:
+            await gateway.run("cat", stdin=b"x")
+        assert str(caught.value) == "127.0.0.1: refused: no further one"
+        assert await node.run("true") == 0
+
+
 async def test_sftp_that_ended_gives_its_session_back(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a host takes one session on one connection, it is the command's then."""
-    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 1)
     sshd = make_sshd(MaxSessions=1)
     async with sshd.node() as node:
         await node.sftp_connect_lazy()
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
         with pytest.raises(ConnectionFailedError) as caught:
             await node.run("true")
-        assert (
-            str(caught.value) == "127.0.0.1: refused: the host takes one session, and SFTP holds it"
-        )
+        assert str(caught.value) == "127.0.0.1: refused: no further one"
         (server,) = [
             process
             for process in descendants(sshd._process.pid)
@@ -8224,7 +8259,7 @@ async def test_work_that_is_being_given_up_is_joined_by_nobody(
     monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
     first = asyncio.create_task(sshd.node().run("true"))
     await asyncio.sleep(0)
-    await eventually_async(lambda: apssh._Limits.here().keys)
+    await eventually_async(lambda: apssh._Limits.here().asking)
     first.cancel()
     second = sshd.node()
     task = asyncio.create_task(second.run("true"))
@@ -11305,7 +11340,7 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "gateway local": (
         "nodes:\n  - {id: n1, hostname: h1, gateway: n2}\n  - {id: n2, localnode: true}\n" + JOB,
-        "s.yaml:2: section nodes, id n1: gateway of h1: an SshNode, not LocalNode",
+        "s.yaml:2: section nodes, id n1: gateway of h1: an SshNode, not <LocalNode>",
     ),
     "gateway list": (
         NODE1 + "hostname: h1\n    gateway: [n2]\n" + JOB,
@@ -11313,11 +11348,11 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "bad port": (
         NODE1 + "hostname: h1\n    port: 99999\n" + JOB,
-        "s.yaml:2: section nodes, id n1: port 99999 of h1: a port is a number from 1 to 65535",
+        "s.yaml:2: section nodes, id n1: host 'h1': a port is a number from 1 to 65535",
     ),
     "bad hostname": (
         NODE1 + "hostname: 'a b'\n" + JOB,
-        "s.yaml:2: section nodes, id n1: 'a b' is not a host name or an address",
+        "s.yaml:2: section nodes, id n1: host 'a b': 'a b' is not a host name or an address",
     ),
     "timeout text": (
         NODE1 + "hostname: h1\n    timeout: long\n" + JOB,
@@ -12889,7 +12924,7 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
         ),
         (
             lambda: apssh.run("h", "x", connect_timeout=0),
-            "timeout 0 of h: seconds, more than 0 (None: no limit)",
+            "timeout 0: seconds, more than 0 (None: no limit)",
         ),
         (lambda: apssh.run("h", ""), "Run: an empty command"),
         (
