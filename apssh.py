@@ -82,7 +82,6 @@ import fcntl
 import fnmatch
 import functools
 import getpass
-import glob
 import graphlib
 import hashlib
 import hmac
@@ -1504,9 +1503,9 @@ def _is_listed(name: str, patterns: Collection[str]) -> bool:
     return bool(matching) and not any(each.startswith("!") for each in matching)
 
 
-def _ssh_patterns(text: str, separator: str | None = None) -> list[str]:
-    """A list of OpenSSH's patterns, which have ``*`` and ``?`` and no sets, as fnmatch's."""
-    return text.replace("[", "[[]").split(separator)
+def _as_fnmatch(patterns: str) -> str:
+    """OpenSSH's patterns, which have ``*`` and ``?`` and no sets, as fnmatch's."""
+    return patterns.replace("[", "[[]")
 
 
 _Line = tuple[str | None, str, str, int]  # marker, key as it is written, file, number of the line
@@ -1565,7 +1564,7 @@ class _KnownHosts:
                 salt, digest = map(base64.b64decode, names.split("|")[2:])
                 self._hashed.append((salt, digest, line))
         elif re.search("[*?!]", names):
-            self._patterns.append((_ssh_patterns(names.lower(), ","), line))
+            self._patterns.append((_as_fnmatch(names.lower()).split(","), line))
         else:
             for name in names.lower().split(","):
                 self._plain.setdefault(name, []).append(line)
@@ -1992,91 +1991,60 @@ class _HostConfig:
 
 _UNCONFIGURED = _HostConfig(Hop("", "root"), {}, {}, "")  # of a node that reads no config
 
-# a config with these alone says nothing of ours: ssh is not asked
-_NOTHING_SAID = (
-    "host include match sendenv setenv gssapiauthentication compression loglevel addkeystoagent "
-    "forwardagent forwardx11 controlmaster controlpath controlpersist"
-)
+# What ssh says of hosts: _SshConfig.lookup_all asks ``ssh -G`` (_ask_ssh), and makes a _HostConfig
+# of each answer. A question takes 4 ms, so hosts that match the same Host patterns share one
+# (_questions). The files are read for these patterns alone, and ssh tells which files they are.
 
-
-# lines after which hosts that match the same patterns may be answered differently
-_HOST_BY_HOST = re.compile(
-    r"""
-    (include|host)\ .*(['\\%$]|"[^"]*\s)  # quoted in a way that is ssh's to read
-    | (hostname|userknownhostsfile)\ .*%  # ssh -G expands these two
-    | match\ (?!all\s*$)
-    | canonicalizehostname
-    | \S*"
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
+# lines after which such hosts may be answered differently; ssh -G expands the %-tokens in them
+_HOST_BY_HOST = r"""(?ix)
+    match\ (?!all\s*$) | canonicalizehostname | host\ .*['\\#]
+    | (hostname|userknownhostsfile|include)\ .*%
+"""
 
 
 class _SshConfig:
-    """The user's ssh configuration (None), that of a file, or none at all (``none``).
-
-    The values are ssh's to tell. What is read here is only which keywords there are, and for which
-    host patterns, so that ssh is asked once for all hosts that match the same ones, and not at all
-    when there is nothing to ask for.
-    """
+    """The user's ssh configuration (None), that of a file, or none at all (``none``)."""
 
     def __init__(self, path: str | None) -> None:
-        self._patterns: list[list[str]] = []
-        self._one_by_one = False
-        self._keywords: set[str] = set()
-        self._names: set[str] = set()  # those that a HostName gives
-        self._questions: dict[object, Hop] = {}
-        home = os.path.expanduser("~")
-        user_file = f"{home}/.ssh/config"
-        with contextlib.suppress(KeyError):
-            # ssh takes the home from the passwd file, and does not look at HOME
-            if path is None and home != pwd.getpwuid(os.getuid()).pw_dir:
-                path = user_file if os.path.exists(user_file) else "none"
-        self._path = path
-        if path in ("none", os.devnull):
-            return
+        user, site = os.path.expanduser("~/.ssh/config"), "/etc/ssh/ssh_config"
         if path is None:
-            self._scan("/etc/ssh/ssh_config", "/etc/ssh")
-            self._keywords.discard("hashknownhosts")  # Debian's default
-        elif not os.path.isfile(path):
+            home = os.path.expanduser("~")
+            with contextlib.suppress(KeyError):
+                home = pwd.getpwuid(os.getuid()).pw_dir
+            if user != f"{home}/.ssh/config":  # ssh does not look at HOME
+                path = user if os.path.exists(user) else "none"
+            elif not (os.path.exists(user) or os.path.exists(site)):
+                path = "none"
+        elif path not in ("none", os.devnull) and not os.path.isfile(path):
             raise UsageError(f"ssh config {escape(path)}: no such file")
-        self._scan(path or user_file, f"{home}/.ssh")
+        if path != "none" and not shutil.which("ssh"):
+            _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
+            path = "none"
+        self._path = path
 
-    def _scan(self, file: str, folder: str, depth: int = 0) -> None:
-        """Read a file; relative names of Include are below the folder."""
-        text = ""
-        with contextlib.suppress(OSError):
-            text = Path(file).read_text("utf-8", "surrogateescape")
-        for keyword, value in re.findall(r"^\s*([^\s=#]+)[ \t=]*(.*)", text, re.MULTILINE):
-            keyword, plain = keyword.lower(), value.replace('"', "")
-            self._keywords.add(keyword)
-            if _HOST_BY_HOST.match(f"{keyword} {value}"):
-                self._one_by_one = True
-            elif keyword == "host":
-                self._patterns.append(_ssh_patterns(plain))
-            elif keyword == "hostname":
-                self._names.update(plain.lower().split())
-            elif keyword == "include" and depth < 16:
-                for pattern in plain.split():
-                    path = os.path.join(folder, os.path.expanduser(pattern))
-                    for found in sorted(glob.glob(path)):
-                        self._scan(found, folder, depth + 1)
+    def _lines(self, host: str) -> list[tuple[str, str]]:
+        """Keyword and value of each line that there is: ssh -v names all the files that it reads,
+        whichever blocks the host is in.
+        """
+        lines: list[tuple[str, str]] = []
+        said = _run_ssh(self._path, Hop(host), "-v").stderr
+        for file in re.findall("(?m)^debug1: Reading configuration data (.*)", said):
+            text = Path(file).read_text("utf-8", "surrogateescape").replace('"', "")
+            for keyword, value in re.findall(r"(?m)^\s*(\w+)[ \t=]+(.*)", text):
+                lines.append((keyword.lower(), value))
+        return lines
 
     def names(self) -> set[str]:
-        """The hosts that are named; patterns name none."""
-        return {
-            name for name in itertools.chain(*self._patterns) if not re.search(r"[*?!\[]", name)
-        }
+        """The hosts that it names; patterns name none."""
+        lines = [] if self._path == "none" else self._lines("localhost")
+        named = " ".join(value for keyword, value in lines if keyword == "host")
+        return {name for name in named.split() if not re.search(r"[*?!\[]", name)}
 
     def lookup_all(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
         """What is configured for each of these hops, and for those that they jump through. Raises
         UsageError when ssh refuses the configuration.
         """
-        asking = self._one_by_one or not self._keywords.issubset(_NOTHING_SAID.split())
-        if asking and not shutil.which("ssh"):
-            _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
-            asking = False
-        if not asking:
+        if self._path == "none":
             return {hop: _HostConfig(hop, {}, {}, "") for hop in hops}
         answers: dict[Hop, _HostConfig] = {}
         missing = set(hops)
@@ -2084,7 +2052,7 @@ class _SshConfig:
             defaults = pool.submit(_ask_ssh, "none", Hop("default"))
             ask = functools.cache(lambda hop: pool.submit(_ask_ssh, self._path, hop))
             while missing:
-                asked = {hop: self._question(hop) for hop in missing}
+                asked = self._questions(missing)
                 said = {hop: ask(question) for hop, question in asked.items()}
                 for hop, answer in said.items():
                     name = asked[hop].host
@@ -2093,23 +2061,32 @@ class _SshConfig:
                 missing = set(jumps) - answers.keys()
         return answers
 
-    def _question(self, hop: Hop) -> Hop:
-        """What to ask ssh about for a hop: one for all that match the same patterns. A HostName
+    def _questions(self, hops: Collection[Hop]) -> dict[Hop, Hop]:
+        """What to ask ssh about for each hop: one for all that match the same patterns. A HostName
         equal to what was asked would say nothing.
         """
-        if self._one_by_one or hop.host.lower() in self._names:
-            return hop
-        matching = tuple(_is_listed(hop.host, each) for each in self._patterns)
-        return self._questions.setdefault(matching, Hop(hop.host))
+        lines = self._lines(next(iter(hops)).host) if len(hops) > 1 else []
+        if not lines or any(re.match(_HOST_BY_HOST, " ".join(line)) for line in lines):
+            return {hop: hop for hop in hops}
+        blocks = [_as_fnmatch(value).split() for keyword, value in lines if keyword == "host"]
+        hostnames = {value.strip().lower() for keyword, value in lines if keyword == "hostname"}
+        asked: dict[Hop, Hop] = {}
+        first: dict[object, Hop] = {}
+        for hop in hops:
+            asked[hop] = hop
+            if hop.host.lower() not in hostnames:
+                matching = tuple(_is_listed(hop.host, block) for block in blocks)
+                asked[hop] = first.setdefault(matching, Hop(hop.host))
+        return asked
 
 
-def _ask_ssh(path: str | None, hop: Hop) -> _Said:
-    """ssh -G. Raises UsageError."""
-    words = ["ssh", "-G"]
+def _run_ssh(path: str | None, hop: Hop, *options: str) -> subprocess.CompletedProcess[str]:
+    """ssh -G. Raises UsageError where it does not end."""
+    words = ["ssh", "-G", *options]
     for option, value in (("-F", path), ("-l", hop.user), ("-p", hop.port)):
         words += [option, str(value)] if value else []
     try:
-        done = subprocess.run(
+        return subprocess.run(
             [*words, "--", hop.host],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -2121,6 +2098,11 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
         raise UsageError(
             f"ssh config: no answer about {hop.host} within {CONNECT_TIMEOUT:g} s (a Match exec?)"
         ) from None
+
+
+def _ask_ssh(path: str | None, hop: Hop) -> _Said:
+    """What is configured for a host. Raises UsageError."""
+    done = _run_ssh(path, hop)
     if done.returncode:
         raise UsageError("ssh config: " + escape(" ".join(done.stderr.split())))
     answer: dict[str, list[str]] = collections.defaultdict(list)

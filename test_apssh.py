@@ -3682,15 +3682,6 @@ def test_config_of_2000_hosts(config: Config, asked: Callable[[], list[str]], ho
     ]
 
 
-def test_config_with_nothing_of_ours_asks_nothing(
-    config: Config, asked: Callable[[], list[str]]
-) -> None:
-    assert (
-        len(config_nodes(config("Host *\n SendEnv LANG\n Compression yes\n"), "node[1-20]")) == 20
-    )
-    assert asked() == []
-
-
 @pytest.mark.parametrize("options", [["-F", "none"], []], ids=["none", "no-file"])
 def test_no_config_asks_nothing(
     program: Program, options: list[str], sshd: Sshd, config: Config, asked: Callable[[], list[str]]
