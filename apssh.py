@@ -1596,7 +1596,7 @@ class _KnownHosts:
                     keys.append(_KnownKey(marker, key, file, number))
         return keys
 
-    def record(self, name: str, key: asyncssh.SSHKey, *, hashed: bool) -> bool:
+    def record(self, name: str, key: asyncssh.SSHKey) -> bool:
         """Append a line for this name; False when there is one, or where nothing can be kept
         (/dev/null). Raises ApsshError, without a host, when it cannot be.
         """
@@ -1615,13 +1615,11 @@ class _KnownHosts:
                 before = file.read()
                 if before and not before.endswith(b"\n"):
                     file.write(b"\n")
-                    before += b"\n"
-                names = _hashed_name(name) if hashed else name
-                text = key.export_public_key().decode()
-                file.write(f"{names} {text}".encode())
+                line = f"{name} {key.export_public_key().decode()}"
+                file.write(line.encode())
                 file.flush()
-                # by its name, however it is written: thousands may follow, and hashes are slow
-                self._parse(f"{name} {text}", str(path), before.count(b"\n") + 1)
+                # thousands may follow: nothing is parsed twice
+                self._parse(line, str(path), len(before.splitlines()) + 1)
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
@@ -1629,13 +1627,6 @@ class _KnownHosts:
 
 
 _known_hosts_of = functools.cache(_KnownHosts)
-
-
-def _hashed_name(name: str) -> str:
-    """A name as HashKnownHosts writes it."""
-    salt = os.urandom(20)
-    parts = [salt, hmac.digest(salt, name.lower().encode(), "sha1")]
-    return "|1|" + "|".join(base64.b64encode(part).decode() for part in parts)
 
 
 # the words of StrictHostKeyChecking; ask means accept-new: nobody is asked
@@ -1810,8 +1801,7 @@ class _Trust:
         when that could not be done.
         """
         if self._new and self._file:
-            hashed = self.config.one("hashknownhosts") == "yes"
-            self.recorded = self._file.record(self.name, self._new, hashed=hashed)
+            self.recorded = self._file.record(self.name, self._new)
         return self.recorded
 
     def _check_revoked(self, key: asyncssh.SSHKey, what: str) -> None:

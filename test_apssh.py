@@ -1914,17 +1914,13 @@ async def test_server_without_the_private_key(keys: Path, home: Path, known: boo
 def test_ssh_and_apssh_know_each_others_hosts(
     make_sshd: Callable[..., Sshd], home: Path, keys: Path, tmp_path: Path, algorithm: str
 ) -> None:
-    """Plain and hashed, under address and name."""
+    """Theirs plain and hashed, under address and name."""
     server = make_sshd(host_key=algorithm)
     for hashes, host in (("no", "127.0.0.1"), ("yes", "LocalHost")):
-        (home / "config").write_text(f"Host *\n HashKnownHosts {hashes}\n")
         ours, theirs = tmp_path / f"ours-{host}", tmp_path / f"theirs-{host}"
-        options = {"port": server.port, "username": ME, "config": "config"}
+        options = {"port": server.port, "username": ME}
         run(log_in(SshNode(host, known_hosts=ours, **options)))
-        assert (
-            ours.read_text().startswith("|1|" if hashes == "yes" else "[")
-            and len(ours.read_text().splitlines()) == 1
-        )
+        assert ours.read_text().startswith("[") and len(ours.read_text().splitlines()) == 1
         assert openssh(server.port, ours, "yes", keys / "id_ed25519", host=host)
         assert openssh(
             server.port,
@@ -2975,17 +2971,13 @@ async def many_hosts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hashes", ["no", "yes"])
-def test_hundreds_of_first_contacts(keys: Path, home: Path, hashes: str) -> None:
+def test_hundreds_of_first_contacts(keys: Path, home: Path) -> None:
     """200 at once, from two programs: a line each, well-formed, which ssh-keygen finds."""
     hosts = [f"127.0.{x}.{y}" for x in range(1, 5) for y in range(1, 51)]
-    (home / "config").write_text(f"Host *\n HashKnownHosts {hashes}\n")
 
     async def main() -> tuple[int, asyncssh.SSHKey]:
         async with many_hosts(keys, hosts) as (port, key):
             words = [
-                "-F",
-                "config",
                 "--no-guard",
                 "-q",
                 "-p",
@@ -3155,7 +3147,6 @@ def ssh_says(file: Path, target: str) -> dict[str, Any]:
         "name": alias or (address if port == "22" else f"[{address}]:{port}"),
         "timeout": apssh.CONNECT_TIMEOUT if timeout == "none" else float(timeout),
         "keepalive": float(answer["serveraliveinterval"][0]) or apssh.KEEPALIVE_INTERVAL,
-        "hashed": answer["hashknownhosts"] == ["yes"],
     }
 
 
@@ -3190,7 +3181,6 @@ def seen_on(node: SshNode) -> dict[str, Any]:
         "name": trust.name.lower(),
         "timeout": node.timeout,
         "keepalive": node.keepalive,
-        "hashed": config.one("hashknownhosts") == "yes",
     }
 
 
@@ -3381,7 +3371,6 @@ CONFIGURATIONS = {
     "timeout": ("Host web\n ConnectTimeout 10\n", "web db", {"timeout": 10}),
     "timeout-with-unit": ("ConnectTimeout 1m10s\n", "web", {"timeout": 70}),
     "keepalive": ("Host web\n ServerAliveInterval 5\n", "web db", {"keepalive": 5}),
-    "hashed": ("Host web\n HashKnownHosts yes\n", "web db", {"hashed": True}),
     "certificate": (
         "Host web\n CertificateFile ~/%r-cert.pub\n CertificateFile ${STORE}/c\n",
         "web db",
