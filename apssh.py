@@ -2543,6 +2543,25 @@ def _there(files: _Files, path: str) -> str:
     return re.sub("^~(/+|$)", "", path) or "."
 
 
+@contextlib.contextmanager
+def _file_errors(host: str, path: str, what: str = "") -> Iterator[None]:
+    """What goes wrong with a path, as an error of ours that names the host, the path and the
+    reason; the first note on an error is a better one.
+    """
+    shown = _brief(path, 200)
+    try:
+        yield
+    except _LOST as exc:
+        message = f"connection lost during the copy of {shown}"
+        raise ConnectionFailedError(message, host=host) from exc
+    except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
+        side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
+        why = [*getattr(exc, "__notes__", []), _reason(exc)]
+        raise TransferError(
+            f"{shown}: {what}{why[0]}", host=host, kind=getattr(exc, "kind", side)
+        ) from exc
+
+
 @contextlib.asynccontextmanager
 async def _in_short() -> AsyncIterator[None]:
     """To clean up after a failure: no further error, and no waiting for a host that is stuck."""
@@ -2664,18 +2683,17 @@ class _Copy:
     async def push(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
         """Copy local files onto a path over there. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing = sftp, True
-        with self._failing(destination):
+        with self._telling(destination):
             place = _there(sftp, destination)
             await self._land(place, several=len(sources) > 1)
             await self._walk(sources, place)
-        self._tell()
 
     async def pull(self, sftp: _Files, sources: Sequence[str], destination: str) -> None:
         """Copy files from over there (globs are expanded) onto a local path. Raises TransferError,
         ConnectionFailedError.
         """
         self._source, self._wary = sftp, not isinstance(sftp, _LocalFiles)
-        with self._failing(destination):
+        with self._telling(destination):
             paths: list[str] = []
             for source in sources:
                 paths += await self._matches(_there(sftp, source))
@@ -2685,17 +2703,15 @@ class _Copy:
             here = _LocalFiles(place if self._into else os.path.dirname(place))
             with contextlib.closing(here) as self._destination:
                 await self._walk(paths, place)
-        self._tell()
 
     async def put(self, sftp: _Files, content: bytes, path: str, mode: int) -> None:
         """Write a file over there, with this mode. Raises TransferError, ConnectionFailedError."""
         self._destination, self._pushing, self.preserve = sftp, True, True
-        with self._failing(path):
+        with self._telling(path):
             item = _CopyItem(path, _there(sftp, path))
             async with self._arriving(item, _Attrs(permissions=mode)) as file:
                 for position in range(0, len(content), BLOCK):
                     await file.write(content[position : position + BLOCK], position)
-        self._tell()
 
     # what goes wrong
 
@@ -2705,35 +2721,30 @@ class _Copy:
 
     @contextlib.contextmanager
     def _failing(self, path: str, what: str = "") -> Iterator[None]:
-        """A failure of this path is kept for the end, in the words of its first note where it has
-        one; only the loss of the connection stops the rest.
+        """A failure of this path is kept for the end; only the loss of the connection stops the
+        rest.
         """
-        shown = _brief(path, 200)
         try:
-            yield
-        except _LOST as exc:
-            raise ConnectionFailedError(
-                f"connection lost during the copy of {shown}", host=self.host
-            ) from exc
-        except (TransferError, OSError, asyncssh.SFTPError, ValueError) as exc:
-            side = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
-            self._kind = self._kind or getattr(exc, "kind", side)
+            with _file_errors(self.host, path, what):
+                yield
+        except TransferError as exc:
+            self._kind = self._kind or exc.kind
             self._failed += 1
             if self._failed <= FAILURES_KEPT:
-                why = [*getattr(exc, "__notes__", []), _reason(exc)]
-                self._failures.append(f"{shown}: {what}{why[0]}")
+                self._failures.append(exc.message)
 
-    def _tell(self) -> None:
-        """All that failed, the first few of it in the message."""
+    @contextlib.contextmanager
+    def _telling(self, path: str) -> Iterator[None]:
+        """At the end of a copy onto this path: all that failed, the first few of it in the
+        message.
+        """
+        with self._failing(path):
+            yield
         if self._failed:
-            more = self._failed - FAILURES_SHOWN
-            raise TransferError(
-                "; ".join(self._failures[:FAILURES_SHOWN])
-                + (f" (and {more} more)" if more > 0 else ""),
-                host=self.host,
-                kind=self._kind,
-                failures=self._failures,
-            )
+            message = "; ".join(self._failures[:FAILURES_SHOWN])
+            if self._failed > FAILURES_SHOWN:
+                message += f" (and {self._failed - FAILURES_SHOWN} more)"
+            raise TransferError(message, host=self.host, kind=self._kind, failures=self._failures)
 
     # the walk
 
@@ -3969,7 +3980,7 @@ class _Node(abc.ABC):
         Raises TransferError, ConnectionFailedError.
         """
         sftp = await self.sftp_connect_lazy()
-        with self._file_errors(path):
+        with _file_errors(self.hostname, path):
             await sftp.makedirs(_there(sftp, path), exist_ok=True)
 
     async def put_string_script(self, body: str, remotefile: str) -> None:
@@ -3978,20 +3989,6 @@ class _Node(abc.ABC):
         """
         sftp = await self.sftp_connect_lazy()
         await _Copy(self.hostname, StepRecord()).put(sftp, os.fsencode(body), remotefile, 0o755)
-
-    @contextlib.contextmanager
-    def _file_errors(self, place: str) -> Iterator[None]:
-        """What went wrong at a place over there, as an error of ours."""
-        try:
-            yield
-        except _LOST:
-            raise ConnectionFailedError(
-                f"connection lost at {escape(place)}", host=self.hostname
-            ) from None
-        except (asyncssh.SFTPError, OSError) as exc:
-            kind = "remote" if isinstance(exc, asyncssh.SFTPError) else "local"
-            message = f"{escape(place)}: {_reason(exc)}"
-            raise TransferError(message, host=self.hostname, kind=kind) from None
 
     @contextlib.asynccontextmanager
     async def _script_folder(
@@ -4004,12 +4001,12 @@ class _Node(abc.ABC):
         under a name that nobody can guess nor list.
         """
         sftp = await self.sftp_connect_lazy()
-        with self._file_errors(f"~/{REMOTE_FOLDER}"):
+        with _file_errors(self.hostname, f"~/{REMOTE_FOLDER}"):
             home = await sftp.realpath(_there(sftp, "~"))
         hall = f"{home}/{REMOTE_FOLDER}"
         if for_others:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
-        with self._file_errors(hall):
+        with _file_errors(self.hostname, hall):
             folder = await self._make_private_folder(sftp, hall, name)
         try:
             async with _UnderWay(FILES_IN_FLIGHT) as writing:
@@ -4019,7 +4016,7 @@ class _Node(abc.ABC):
                     await writing.start(copying.put, sftp, data, f"{folder}/{file}", mode)
             if for_others:
                 for path, mode in ((folder, 0o755), (hall, 0o711)):
-                    with self._file_errors(path):
+                    with _file_errors(self.hostname, path):
                         await sftp.setstat(path, asyncssh.SFTPAttrs(permissions=mode))
             yield folder
         finally:
@@ -7450,7 +7447,7 @@ class _CopyPlan(_Plan):
         place = _expand_path(self.destination, node)
         if self.kind is Pull and _differs_by_host(self.destination) and not self.dry:
             into = len(paths) > 1 or any(map(_is_pattern, paths))
-            with node._file_errors(place):  # this host's failure: the others go on
+            with _file_errors(node.hostname, place):  # this host's failure: the others go on
                 os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
         return self.kind(paths, place, **self.options)
 
