@@ -1239,27 +1239,6 @@ _PlainKey = asyncssh.SSHKey | _AgentKey
 Key = _PlainKey | asyncssh.SSHKeyPair | tuple[_PlainKey, asyncssh.SSHCertificate]
 
 
-@contextlib.contextmanager
-def _ctrl_c_raises() -> Iterator[None]:
-    """Ctrl-C is KeyboardInterrupt while this thread is blocked: a loop's own handler would wait for
-    what we wait for. One that came just before, and has cancelled the task, counts. Where it is
-    ignored it stays so.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    replaced = callable(handler) and threading.current_thread() is threading.main_thread()
-    if replaced:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with contextlib.suppress(RuntimeError):  # no loop runs here
-            task = asyncio.current_task()
-            if task and task.cancelling():
-                raise KeyboardInterrupt
-        yield
-    finally:
-        if replaced:
-            signal.signal(signal.SIGINT, handler)
-
-
 def _ask_secret(prompt: str) -> str:
     """Asked on the terminal itself, never on standard input. Raises UsageError where there is none,
     or no answer.
@@ -1269,8 +1248,7 @@ def _ask_secret(prompt: str) -> str:
     except OSError:
         raise UsageError(f"no terminal to ask: {prompt}") from None
     try:
-        with _ctrl_c_raises():
-            return getpass.getpass(f"{prompt}: ")
+        return getpass.getpass(f"{prompt}: ")
     except EOFError:
         raise UsageError(f"no answer: {prompt}") from None
 
@@ -3404,9 +3382,9 @@ class _Connected(asyncio.Protocol):
         cast("asyncio.Transport", transport).abort()
 
 
-async def _ask_secret_meanwhile(prompt: str) -> str:
-    """Ask on the terminal while the loop runs on. Cancelling it gives the terminal back as it was:
-    who types may never type, and the thread that waits is left behind.
+async def _while_asking(function: Callable[..., _T], *args: Any) -> _T:
+    """Do what may ask on the terminal while the loop runs on, and sees Ctrl-C. Cancelling it gives
+    the terminal back as it was: who types may never type, and the thread that waits is left behind.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, termios.error):  # no terminal: who asks says so
@@ -3414,7 +3392,7 @@ async def _ask_secret_meanwhile(prompt: str) -> str:
             settings = termios.tcgetattr(terminal)
             stack.callback(termios.tcsetattr, terminal, termios.TCSANOW, settings)
         with _screen.asking():
-            return await _in_daemon(_ask_secret, prompt)
+            return await _in_daemon(function, *args)
 
 
 class _Verdict(enum.Enum):
@@ -4655,7 +4633,7 @@ class SshNode(_Node):
         limits = _Limits.here()
         if limits.sudo_password is None:
             limits.sudo_password = await _Shared.once(
-                limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
+                limits.asking, "sudo", lambda: _while_asking(_ask_secret, "sudo password")
             )
         return limits.sudo_password
 
@@ -8502,8 +8480,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     def typed() -> str:
         if options.stdin:
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
-        with _ctrl_c_raises():
-            return sys.stdin.read()
+        return sys.stdin.read()
 
     notice: Callable[[str], None] = (lambda text: None) if options.quiet else _notice
     parse = functools.partial(
@@ -8657,12 +8634,14 @@ async def _nodes_of_run(
     """The nodes that the options name, or those of a demo, which lives as long as ``stack``."""
     if options.demo and not options.dry_run:
         return await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
-    targets = _targets(options)
+    targets = await _while_asking(_targets, options)
     _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
-    keys, password = [], None
-    if not options.dry_run:  # Ctrl-C reaches a prompt
-        keys = load_private_keys(options.key, options.verbose) if options.key else []
-        password = _ask_secret("password") if options.askpass else None
+    keys: list[Key] = []
+    password = None
+    if options.key and not options.dry_run:
+        keys = await _while_asking(load_private_keys, options.key, options.verbose)
+    if options.askpass and not options.dry_run:
+        password = await _while_asking(_ask_secret, "password")
     nodes = await asyncio.to_thread(  # a Match exec may take its time
         _build_nodes,
         targets,
@@ -8678,7 +8657,8 @@ async def _nodes_of_run(
     )
     if not (keys or options.ok_if_no_key or options.askpass or options.dry_run):
         configured = any(node._host_config.names_keys for node in nodes)
-        if not configured and not load_private_keys():
+        found = configured or bool(await _while_asking(load_private_keys))
+        if not found:
             raise UsageError(
                 "no key: give one with -k, load one into an agent, "
                 "or use -A (password) or -K (go on without)"
@@ -8741,7 +8721,7 @@ async def _run_program(options: argparse.Namespace) -> int:
     if options.scenario:
         return await _run_scenario(options)
     if options.list_targets:
-        return _list(_targets(options))
+        return _list(await _while_asking(_targets, options))
     formatter, views = _output(options)
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
@@ -8909,7 +8889,7 @@ def main_pull(argv: Sequence[str] | None = None) -> int:
 
 async def _copy_program(options: argparse.Namespace) -> int:
     if options.list_targets:
-        return _list(_targets(options))
+        return _list(await _while_asking(_targets, options))
     *sources, destination = _copy_paths(options)
     copying = {
         "recurse": options.recurse,
