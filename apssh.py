@@ -3386,13 +3386,16 @@ async def _while_asking(function: Callable[..., _T], *args: Any) -> _T:
     """Do what may ask on the terminal while the loop runs on, and sees Ctrl-C. Cancelling it gives
     the terminal back as it was: who types may never type, and the thread that waits is left behind.
     """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, termios.error):  # no terminal: who asks says so
-            terminal = stack.enter_context(open("/dev/tty", "rb", 0))
-            settings = termios.tcgetattr(terminal)
-            stack.callback(termios.tcsetattr, terminal, termios.TCSANOW, settings)
+    no_terminal = contextlib.suppress(OSError, termios.error)  # who asks says so
+    with no_terminal, open("/dev/tty", "rb", 0) as terminal:
+        settings = termios.tcgetattr(terminal)
+    try:
         with _screen.asking():
             return await _in_daemon(function, *args)
+    except asyncio.CancelledError:
+        with no_terminal, open("/dev/tty", "rb", 0) as terminal:
+            termios.tcsetattr(terminal, termios.TCSANOW, settings)
+        raise
 
 
 class _Verdict(enum.Enum):
