@@ -1964,9 +1964,9 @@ _UNCONFIGURED = _HostConfig(Hop("", "root"), {}, {}, "")  # of a node that reads
 # (_questions). The files are read for these patterns alone, and ssh tells which files they are.
 
 # lines after which such hosts may be answered differently; ssh -G expands the %-tokens in them
-_HOST_BY_HOST = r"""(?ix)
-    match\ (?!all\s*$) | canonicalizehostname | host\ .*['\\#]
-    | (hostname|userknownhostsfile|include)\ .*%
+_HOST_BY_HOST = r"""(?imx) ^[ \t]* (
+    match\b (?![ \t=]+all\s*$) | canonicalizehostname | host\b .*['\\]
+    | (hostname|userknownhostsfile|include)\b .*% )
 """
 
 
@@ -1990,23 +1990,20 @@ class _SshConfig:
             path = "none"
         self._path = path
 
-    def _lines(self, host: str) -> list[tuple[str, str]]:
-        """Keyword and value of each line that there is: ssh -v names all the files that it reads,
+    def _text(self, host: str) -> str:
+        """All that there is, but for quotes and comments: ssh -v names the files that it reads,
         whichever blocks the host is in.
         """
-        lines: list[tuple[str, str]] = []
         said = _run_ssh(self._path, Hop(host), "-v").stderr
-        for file in re.findall("(?m)^debug1: Reading configuration data (.*)", said):
-            text = Path(file).read_text("utf-8", "surrogateescape").replace('"', "")
-            for keyword, value in re.findall(r"(?m)^\s*(\w+)[ \t=]+(.*)", text):
-                lines.append((keyword.lower(), value))
-        return lines
+        files = re.findall("(?m)^debug1: Reading configuration data (.*)", said)
+        texts = [Path(file).read_text("utf-8", "surrogateescape") for file in files]
+        return re.sub(r'"|\s#.*', "", "\n".join(texts))
 
     def names(self) -> set[str]:
         """The hosts that it names; patterns name none."""
-        lines = [] if self._path == "none" else self._lines("localhost")
-        named = " ".join(value for keyword, value in lines if keyword == "host")
-        return {name for name in named.split() if not re.search(r"[*?!\[]", name)}
+        text = "" if self._path == "none" else self._text("localhost")
+        names = " ".join(_read_keywords(text)["host"]).split()
+        return {name for name in names if not re.search(r"[*?!\[]", name)}
 
     def lookup_all(self, hops: Iterable[Hop]) -> dict[Hop, _HostConfig]:
         """What is configured for each of these hops, and for those that they jump through. Raises
@@ -2033,15 +2030,17 @@ class _SshConfig:
         """What to ask ssh about for each hop: one for all that match the same patterns. A HostName
         equal to what was asked would say nothing.
         """
-        lines = self._lines(next(iter(hops)).host) if len(hops) > 1 else []
-        if not lines or any(re.match(_HOST_BY_HOST, " ".join(line)) for line in lines):
-            return {hop: hop for hop in hops}
-        blocks = [_as_fnmatch(value).split() for keyword, value in lines if keyword == "host"]
-        hostnames = {value.strip().lower() for keyword, value in lines if keyword == "hostname"}
-        asked: dict[Hop, Hop] = {}
+        asked = {hop: hop for hop in hops}
+        if len(hops) == 1:
+            return asked
+        text = self._text(next(iter(hops)).host)
+        if re.search(_HOST_BY_HOST, text):
+            return asked
+        said = _read_keywords(text)
+        blocks = [_as_fnmatch(value).split() for value in said["host"]]
+        hostnames = {value.strip().lower() for value in said["hostname"]}
         first: dict[object, Hop] = {}
         for hop in hops:
-            asked[hop] = hop
             if hop.host.lower() not in hostnames:
                 matching = tuple(_is_listed(hop.host, block) for block in blocks)
                 asked[hop] = first.setdefault(matching, Hop(hop.host))
@@ -2073,11 +2072,15 @@ def _ask_ssh(path: str | None, hop: Hop) -> _Said:
     done = _run_ssh(path, hop)
     if done.returncode:
         raise UsageError("ssh config: " + escape(" ".join(done.stderr.split())))
-    answer: dict[str, list[str]] = collections.defaultdict(list)
-    for line in done.stdout.splitlines():
-        keyword, _, value = line.partition(" ")
-        answer[keyword].append(value)
-    return answer
+    return _read_keywords(done.stdout)
+
+
+def _read_keywords(text: str) -> _Said:
+    """The values of each keyword, in a config and in what ssh says of one."""
+    values: _Said = collections.defaultdict(list)
+    for keyword, value in re.findall(r"(?m)^[ \t]*(\w+)[ \t=]+(.*)", text):
+        values[keyword.lower()].append(value)
+    return values
 
 
 # --------------------------------------------------------------------------------------------------
