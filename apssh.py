@@ -2570,24 +2570,23 @@ class _UnderWay:
     """
 
     def __init__(self, most: int) -> None:
-        self._room, self._tasks = asyncio.Semaphore(most), set[asyncio.Task[None]]()
-        self._failure: BaseException | None = None
+        self._room = asyncio.Semaphore(most)
+        self._tasks = set[asyncio.Task[None]]()  # those that run, and those that failed
 
     async def start(self, work: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         """One more, when there is room. Raises what an earlier one raised."""
         await self._room.acquire()
-        if self._failure:
-            raise self._failure
+        for earlier in self._tasks:
+            if earlier.done():
+                earlier.result()
         task = asyncio.create_task(work(*args))
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
         self._room.release()
-        if not task.cancelled():
-            failure = task.exception()  # retrieved, whether or not it is the first
-            self._failure = self._failure or failure
+        if task.cancelled() or not task.exception():
+            self._tasks.discard(task)
 
     async def __aenter__(self) -> Self:
         return self
@@ -2595,14 +2594,12 @@ class _UnderWay:
     async def __aexit__(self, kind: object, *exc_info: object) -> None:
         try:
             if kind is None:
-                if self._failure:
-                    raise self._failure
                 await asyncio.gather(*self._tasks)
         finally:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            self._failure = None  # kept here, it would keep its frames
+            self._tasks.clear()  # a failure that is kept keeps its frames
 
 
 class _CopyItem(NamedTuple):
