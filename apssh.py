@@ -1983,8 +1983,6 @@ class _SshConfig:
                 path = user if os.path.exists(user) else "none"
             elif not (os.path.exists(user) or os.path.exists(site)):
                 path = "none"
-        elif path not in ("none", os.devnull) and not os.path.isfile(path):
-            raise UsageError(f"ssh config {escape(path)}: no such file")
         if path != "none" and not shutil.which("ssh"):
             _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
             path = "none"
