@@ -1707,8 +1707,8 @@ class _Trust:
             self.policy = _host_key_policy(self.hostname, self.host_keys, configured)
             files = self.config.known_hosts_files
             if not isinstance(self.known_hosts, _Verify):
-                files = [os.fspath(self.known_hosts)]
-            self._file = _known_hosts_of(*map(os.path.expanduser, files or KNOWN_HOSTS_FILES))
+                files = [os.path.expanduser(self.known_hosts)]
+            self._file = _known_hosts_of(*files)
             lines = self._file.find(self.name)
             self._known = [line for line in lines if not line.marker]
             if self.name != host:
@@ -1939,13 +1939,11 @@ class _HostConfig:
 
     @property
     def known_hosts_files(self) -> list[str]:
-        """The user's and everybody's, if one of the two was configured."""
-        keywords = ("userknownhostsfile", "globalknownhostsfile")
-        files: list[str] = []
-        for keyword in keywords if any(map(self.values, keywords)) else ():
-            for value in self._said.get(keyword, []):
-                # ssh quotes no blank that is in a name
-                files += re.split(r"\s+(?=[/~%$]|none$|none\s)", value)
+        """The user's and everybody's."""
+        user = self.values("userknownhostsfile") or KNOWN_HOSTS_FILES[:2]
+        everybody = self.values("globalknownhostsfile") or KNOWN_HOSTS_FILES[2:]
+        # ssh quotes no blank that is in a name
+        files = re.split(r"\s+(?=[/~%$]|none$|none\s)", " ".join([*user, *everybody]))
         return [os.devnull if file == "none" else self._path(file) for file in files]
 
     def arguments(self, table: _Arguments) -> dict[str, Any]:
