@@ -3136,12 +3136,6 @@ def _raise_file_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _settle(future: asyncio.Future[None]) -> None:
-    """It has happened, unless that was known."""
-    if not future.done():
-        future.set_result(None)
-
-
 class _Clock:
     """The time one connection may take; it stands still while the connection queues for a turn."""
 
@@ -3677,12 +3671,13 @@ _FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
 
 class _Session(asyncssh.SSHClientSession[bytes]):
     """One command line at work: what is asked of the host, its outputs on their way to the sink,
-    and how it ended. Only the outputs and a failure on this side concern a local one.
+    and how it ended.
 
     An SshNode takes a link with room (``_on_link``) and opens a channel on it with what ``request``
-    says (``_converse``); then come ``run``, the wait for its end with input meanwhile, ``end``,
-    which ends what still runs, and ``outcome``, the status or the error that tells why there is
-    none.
+    says (``_converse``); a LocalNode starts a process, with a channel to it. Both then have
+    ``_Node._see_through`` call ``run``, the wait for its end with input meanwhile, and ``end``,
+    which ends what still runs. ``outcome`` is the status of a remote one, or the error that tells
+    why there is none.
     """
 
     link: _Link
@@ -3695,8 +3690,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.command, self.step, self.how = command, step, how
         self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
         self._pass = self.talk.data if self.talk else sink.data
-        self.ended: asyncio.Future[None] = asyncio.Future()
-        self.failed: asyncio.Future[None] = asyncio.Future()  # on this side
+        self.ended = asyncio.Event()
+        self._over = asyncio.Event()  # it has ended, or failed on this side
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -3747,7 +3742,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writable.set()
-        _settle(self.ended)
+        self.ended.set()
+        self._over.set()
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -3757,9 +3753,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 
     def fail(self, exc: Exception) -> None:
         """Let who waits for the end give up."""
-        if not (self.error or self.ended.done()):
+        if not self._over.is_set():
             self.error = exc
-            _settle(self.failed)
+            self._over.set()
 
     async def run(self, secret: Callable[[], Awaitable[str]]) -> None:
         """Wait for its end, or a failure on this side, and give it meanwhile what it reads;
@@ -3774,8 +3770,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         elif not self.how.watch and not self.how.pty:
             self.chan.write_eof()
         try:
-            # not awaited themselves: that would cancel them with us
-            await asyncio.wait([self.ended, self.failed], return_when=asyncio.FIRST_COMPLETED)
+            await self._over.wait()
         finally:
             if giving:
                 giving.cancel()
@@ -3811,7 +3806,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         ended by itself has left what holds its outputs, as under ssh: that stays. A second
         cancellation only waits no longer.
         """
-        if self.ended.done():
+        if self.ended.is_set():
             return
         assert self.chan
         self.step.may_run = True
@@ -3826,8 +3821,10 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             if self.how.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
-            await asyncio.wait([self.ended], timeout=within)
-            heard = self.link.alive if self.how.watch == "connection" else self.ended.done()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await self.ended.wait()
+            heard = self.link.alive if self.how.watch == "connection" else self.ended.is_set()
             self.step.may_run = left_behind or not heard or not self.how.guard
         finally:
             self.abort()
@@ -3911,6 +3908,7 @@ class _Node(abc.ABC):
     guard = True
     debug = False
     _host_key_shown: str | None = None  # the fingerprint that it presented last
+    _sudo_password: str | None = None
 
     @abc.abstractmethod
     async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
@@ -4115,15 +4113,30 @@ class _Node(abc.ABC):
     async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
         """Complete what was not given."""
 
-    @contextlib.contextmanager
-    def _shown(self, command: str) -> Iterator[None]:
-        """What the formatter hears of a session that is open."""
-        self.formatter.endpoint_started(self._endpoint)
-        self.formatter.session_start(self.hostname, command)
+    async def _see_through(self, session: _Session) -> None:
+        """From an open channel to the end, which the formatter hears of; what still runs when this
+        is left, a formatter's failure included, is ended.
+        """
         try:
-            yield
+            self.formatter.endpoint_started(self._endpoint)
+            self.formatter.session_start(self.hostname, session.command)
+            try:
+                await session.run(self._sudo_secret)
+            finally:
+                self.formatter.session_stop(self.hostname, session.command)
         finally:
-            self.formatter.session_stop(self.hostname, command)
+            await session.end()
+
+    async def _sudo_secret(self) -> str:
+        """The password for sudo: the node's, or what the terminal answers, asked once for all."""
+        if self._sudo_password is not None:
+            return self._sudo_password
+        limits = _Limits.here()
+        if limits.sudo_password is None:
+            limits.sudo_password = await _Shared.once(
+                limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
+            )
+        return limits.sudo_password
 
 
 def _check_time(seconds: float | None) -> None:
@@ -4652,11 +4665,7 @@ class SshNode(_Node):
                 if link.alive and isinstance(exc, asyncssh.ChannelOpenError):
                     raise
                 raise session.lost() from None  # the request may have arrived
-            try:
-                with self._shown(session.command):
-                    await session.run(self._sudo_secret)
-            finally:
-                await session.end()
+            await self._see_through(session)
         return session.outcome()
 
     async def _doubt_guard(self, status: int | str) -> None:
@@ -4678,17 +4687,6 @@ class SshNode(_Node):
             "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
             "--no-guard, guard=False, leaves it out"
         )
-
-    async def _sudo_secret(self) -> str:
-        """The password for sudo: the node's, or what the terminal answers, asked once for all."""
-        if self._sudo_password is not None:
-            return self._sudo_password
-        limits = _Limits.here()
-        if limits.sudo_password is None:
-            limits.sudo_password = await _Shared.once(
-                limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
-            )
-        return limits.sudo_password
 
     @staticmethod
     async def _open(work: Awaitable[object], abort: Callable[[], None]) -> None:
@@ -4936,10 +4934,11 @@ class LocalNode(_Node):
                 # the process' own standard input is the guard's, which waits for its end
                 given = [spool.fileno()]
                 command = f"exec </dev/fd/{given[0]}\n{command}"
-            line = _guarded(command, dataclasses.replace(how, stdin=None))
+            # the session has none to give
+            session.how = dataclasses.replace(how, stdin=None)
             # not asyncio's: its process waits for ever when cancelled too early
             process = subprocess.Popen(
-                ["/bin/sh", "-c", line],
+                ["/bin/sh", "-c", _guarded(command, session.how)],
                 env=os.environ | {"SHELL": "/bin/sh"},
                 start_new_session=True,
                 pass_fds=given,
@@ -4947,26 +4946,16 @@ class LocalNode(_Node):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-        assert process.stdin
-        whole = asyncio.create_task(self._follow(process, session))
+        channel = _LocalChannel(process, session)
+        session.connection_made(cast("asyncssh.SSHClientChannel[bytes]", channel))
         try:
-            with self._shown(session.command):
-                async with asyncio.timeout(how.timeout):
-                    await asyncio.wait([whole, session.failed], return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(how.timeout):
+                await self._see_through(session)
         finally:
-            left_behind = process.returncode is not None
-            process.stdin.close()  # for the guard, the end of the command
-            try:
-                if not left_behind:
-                    await asyncio.wait([whole], timeout=2 * GUARD_TIMEOUT)
-                session.step.may_run = not whole.done()
-            finally:  # cancelled again; or its shell has ended, who holds its outputs has not
-                whole.cancel()
-                await asyncio.wait([whole])
+            await asyncio.wait([channel.following])
         if session.error:
             raise session.error
-        status = process.returncode or 0
-        return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
+        return session.status or 0
 
     @staticmethod
     async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
@@ -4978,18 +4967,34 @@ class LocalNode(_Node):
             raise ApsshError(f"standard input: {_reason(exc)}") from None
         spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
 
+
+class _LocalChannel:
+    """A process of this machine, as the channel of its session."""
+
+    def __init__(self, process: subprocess.Popen[bytes], session: _Session) -> None:
+        assert process.stdin
+        self.following = asyncio.create_task(self._follow(process, session))
+        self.write_eof = process.stdin.close  # for the guard, the end of the command
+        self.abort = self.following.cancel  # who still holds its outputs keeps them
+
     async def _follow(self, process: subprocess.Popen[bytes], session: _Session) -> None:
-        """Hand the outputs of a process to its session, until they and it have ended."""
+        """Hand all that comes to the session, until the process and its outputs have ended."""
         assert process.stdout and process.stderr
-        await asyncio.gather(
-            _in_daemon(process.wait),
-            self._pass_on(process.stdout, session, None),
-            self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR),
-        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass_on(process.stdout, session, None))
+                group.create_task(self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR))
+                status = await _in_daemon(process.wait)
+                session.status = status
+                if status < 0:
+                    session.status = signal.Signals(-status).name.removeprefix("SIG")
+        finally:
+            self.write_eof()
+            session.connection_lost(None)
 
     @staticmethod
     async def _pass_on(pipe: IO[bytes], session: _Session, datatype: int | None) -> None:
-        """Hand an output of a process to its session, until its end."""
+        """Hand an output of the process to the session, until its end."""
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
