@@ -6888,7 +6888,8 @@ async def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
         async with room:
             theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
             held = apssh._HeldSink()
-            status = await node._execute(command, apssh.StepRecord(), apssh._How(), sink=held)
+            session = apssh._Session(command, apssh.StepRecord())
+            status = await node._execute(session, held)
             result = apssh.Result(
                 "h",
                 "u",
@@ -7064,7 +7065,9 @@ SHELLS = [
 @contextlib.contextmanager
 def guarded_by(shell: str, command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command under the guard where /bin/sh is this shell; its leader's number is the pid."""
-    line = apssh._guarded(command, apssh._How()).replace("/bin/sh", shell)
+    line = apssh._guarded(command, apssh._Session(command, apssh.StepRecord())).replace(
+        "/bin/sh", shell
+    )
     with subprocess.Popen(
         ["sh", "-c", line],
         stdin=subprocess.PIPE,
