@@ -3284,28 +3284,28 @@ def _decoded(script: str) -> str:
     return f"""/bin/sh -c 'eval "$(printf %b "$1")"' apssh '{_inert(script)}'"""
 
 
-def _guarded(command: str, how: _How, talk: _SudoTalk | None = None) -> str:
+def _guarded(command: str, session: _Session) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
 
     Under sudo the guard is root's, so that it may end the command, and says with a mark that the
     command begins.
     """
-    steps = []
-    if how.watch:
-        cleanup = f"rm -rf {shlex.quote(how.folder)}; " if how.folder else ""
-        watched = _WATCHED[how.watch]
+    steps, talk = [], session.talk
+    if session.watch:
+        cleanup = f"rm -rf {shlex.quote(session.folder)}; " if session.folder else ""
+        watched = _WATCHED[session.watch]
         watchdog = shlex.quote(_WATCHDOG.format(cleanup=cleanup, **watched))
         sshd = "$2" if talk else "$PPID"
         steps.append(_LEAVE_WATCHDOG.format(watchdog=watchdog, sshd=sshd, **watched))
-    steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
+    steps += [f"export {name}={shlex.quote(value)}; " for name, value in session.env.items()]
     if talk:
         mark = " ".join(talk.halves)
         steps.append(f"printf %s {mark} >&2; cd . 2>/dev/null || cd /; ")
-    if how.quiet:
+    if session.quiet:
         steps.append("exec >/dev/null 2>&1; ")
     line = _decoded("".join([*steps, _LOGIN_SHELL, shlex.quote(command)]))
     if talk:
-        user = "root" if how.sudo is True else str(how.sudo)
+        user = "root" if session.sudo is True else str(session.sudo)
         sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(user)}"
         line = _decoded(f"exec {sudo} -- {line} $PPID")
     return f"exec {line}"
@@ -3347,6 +3347,9 @@ class _SudoTalk:
             raise CommandFailedError("sudo: the password was refused", kind="auth")
         if asks:
             self.heard.set()
+
+    def end(self) -> None:
+        self._sink.end()
 
     def failure(self) -> ApsshError:
         """Why sudo did not run the command: its last words."""
@@ -3669,9 +3672,11 @@ _FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
 )
 
 
+@dataclasses.dataclass(eq=False)
 class _Session(asyncssh.SSHClientSession[bytes]):
-    """One command line at work: what is asked of the host, its outputs on their way to the sink,
-    and how it ended.
+    """One command line at work: how it is to run, as the keywords of Run say, its outputs on their
+    way to the sink, and how it ended. ``quiet``: its outputs are /dev/null over there; ``folder``:
+    what is removed with it; ``opened`` is told of its channel.
 
     An SshNode takes a link with room (``_on_link``) and opens a channel on it with what ``request``
     says (``_converse``); a LocalNode starts a process, with a channel to it. Both then have
@@ -3680,35 +3685,56 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     why there is none.
     """
 
-    link: _Link
-    chan: asyncssh.SSHClientChannel[bytes] | None = None
-    status: int | str | None = None
-    error: Exception | None = None  # of this side
-    whole = False  # all of the output has come
+    command: str
+    step: StepRecord
+    x11: bool = False
+    pty: bool = False
+    stdin: AsyncIterator[bytes] | None = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sudo: bool | str = False
+    quiet: bool = False
+    folder: str = ""
+    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
+    timeout: float | None = None
+    capture: Capture | None = None
+    guard: bool = True
+    link: _Link = dataclasses.field(init=False)
+    sink: _Sink = dataclasses.field(init=False)
 
-    def __init__(self, command: str, step: StepRecord, sink: _Sink, how: _How) -> None:
-        self.command, self.step, self.how = command, step, how
-        self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
-        self._pass = self.talk.data if self.talk else sink.data
+    def __post_init__(self) -> None:
+        self.chan: asyncssh.SSHClientChannel[bytes] | None = None
+        self.talk: _SudoTalk | None = None
+        self.status: int | str | None = None
+        self.error: Exception | None = None  # of this side
+        self.whole = False  # all of the output has come
         self.ended = asyncio.Event()
         self._over = asyncio.Event()  # it has ended, or failed on this side
         self._writable = asyncio.Event()
         self._writable.set()
 
+    @property
+    def watch(self) -> str:
+        """What tells the guard that it must end the command: the end of "stdin", the end of the
+        "connection", or "" for no guard (a terminal hangs up).
+        """
+        if self.pty or not self.guard:
+            return ""
+        return "connection" if self.stdin else "stdin"
+
     def request(self) -> dict[str, Any]:
         """What asyncssh's create_session is told of it."""
-        how, command = self.how, self.command
-        if how.guard:
-            command = _guarded(command, how, self.talk)
-        elif how.quiet:
+        command = self.command
+        if self.guard:
+            command = _guarded(command, self)
+        elif self.quiet:
             command = f"{{ {command}\n}} >/dev/null 2>&1"
         return {
             "command": command,
-            "env": {} if how.guard else how.env,
+            "env": {} if self.guard else self.env,
             "encoding": None,
             "window": SESSION_WINDOW,
-            "x11_forwarding": how.x11,
-            "request_pty": "force" if how.pty else False,
+            "x11_forwarding": self.x11,
+            "request_pty": "force" if self.pty else False,
             "term_type": os.environ.get("TERM", "dumb"),
             "term_size": shutil.get_terminal_size(),
         }
@@ -3723,7 +3749,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.step.bytes_out += len(data)
         try:
             if not self.error:
-                self._pass(data, datatype)
+                self.sink.data(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3762,12 +3788,12 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         ``secret``: the password, for a sudo that asks. Cancelling it ends nothing over there.
         """
         assert self.chan
-        if self.how.opened:
-            self.how.opened(self.chan)
+        if self.opened:
+            self.opened(self.chan)
         giving = None
-        if self.talk or self.how.stdin:
+        if self.talk or self.stdin:
             giving = asyncio.create_task(self._give(secret))
-        elif not self.how.watch and not self.how.pty:
+        elif not self.watch and not self.pty:
             self.chan.write_eof()
         try:
             await self._over.wait()
@@ -3787,9 +3813,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
                 if not self.talk.begun.is_set():
                     self.chan.write((await secret()).encode() + b"\n")
                 await self.talk.begun.wait()
-            if self.how.stdin:
+            if self.stdin:
                 what = "standard input"
-                async for data in self.how.stdin:
+                async for data in self.stdin:
                     await self._writable.wait()
                     if self.chan.is_closing():
                         return
@@ -3813,19 +3839,19 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         left_behind = self.status is not None
         within = CLOSE_TIMEOUT / 2
         try:
-            if self.how.watch == "stdin" and not left_behind:
+            if self.watch == "stdin" and not left_behind:
                 self.chan.write_eof()
                 within = GUARD_TIMEOUT  # TERM, and KILL 2 s later
             else:
                 self.chan.abort()
-            if self.how.watch == "connection":
+            if self.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(within):
                     await self.ended.wait()
-            heard = self.link.alive if self.how.watch == "connection" else self.ended.is_set()
-            self.step.may_run = left_behind or not heard or not self.how.guard
+            heard = self.link.alive if self.watch == "connection" else self.ended.is_set()
+            self.step.may_run = left_behind or not heard or not self.guard
         finally:
             self.abort()
 
@@ -3833,7 +3859,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         """Close its channel, and the connection where the guard waits for the end of that."""
         if self.chan:
             self.chan.abort()
-        if self.how.watch == "connection":
+        if self.watch == "connection":
             self.link.drop()
 
     def outcome(self) -> int | str:
@@ -3843,7 +3869,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         if self.link.alive:
             if self.talk and not self.talk.begun.is_set():
                 raise self.talk.failure()
-            if self.status is None and self.how.guard:
+            if self.status is None and self.guard:
                 raise CommandFailedError(
                     f"ended without an exit status: {escape(self.step.command)} "
                     "(--no-guard, guard=False, takes that for a success)",
@@ -3866,34 +3892,6 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 def _tell(host: str, text: str) -> None:
     """A word about a host on stderr, in apssh's own name."""
     _screen.say(f"{escape(host)}: {escape(text)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
-    /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel.
-    """
-
-    x11: bool = False
-    pty: bool = False
-    stdin: AsyncIterator[bytes] | None = None
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sudo: bool | str = False
-    quiet: bool = False
-    folder: str = ""
-    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
-    timeout: float | None = None
-    capture: Capture | None = None
-    guard: bool = True
-
-    @property
-    def watch(self) -> str:
-        """What tells the guard that it must end the command: the end of "stdin", the end of the
-        "connection", or "" for no guard (a terminal hangs up).
-        """
-        if self.pty or not self.guard:
-            return ""
-        return "connection" if self.stdin else "stdin"
 
 
 class _Node(abc.ABC):
@@ -4069,45 +4067,46 @@ class _Node(abc.ABC):
         await sftp.mkdir(folder, private)
         return folder
 
-    async def _execute(
-        self, command: str, step: StepRecord, how: _How, *, sink: _Sink | None = None
-    ) -> int | str:
+    async def _execute(self, session: _Session, sink: _Sink | None = None) -> int | str:
         """Run a command line; every way to run something comes through here. ``sink``: where the
         outputs go (default: the formatter).
         """
+        command, step = session.command, session.step
         if not command.strip():
             raise UsageError(
                 "an empty command: it would open a shell that nobody talks to", host=self.hostname
             )
         await self._apply_config()  # it may tell the user and the port, by which outputs are named
         sink = sink or self.formatter.endpoint_sink(self._endpoint)
-        if how.capture:
+        if session.capture:
             sink = held = _HeldSink(sink)
+        session.sink = sink
+        if session.sudo:
+            session.sink = session.talk = _SudoTalk(sink, session.pty)
         step.command = step.command or command
-        session = _Session(command, step, sink, how)
         try:
             try:
                 status = await self._run_session(session)
             finally:
-                sink.end()
+                session.sink.end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
             raise
         except TimeoutError:
-            raise _timed_out(how.timeout, self, command, step) from None
+            raise _timed_out(session.timeout, self, command, step) from None
         except BrokenPipeError:  # not the command's failure
             raise
         except OSError as exc:
             message = f"on this machine: {_reason(exc)}"
             raise ApsshError(message, host=self.hostname, command=command) from exc
-        if status == 126 and how.folder:
+        if status == 126 and session.folder:
             self._say(
-                f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
-                "give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
+                f"{session.folder} cannot be executed there; where its file system is mounted "
+                "noexec, give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
             )
-        if how.capture:  # of a command that ended: half of an output, or none, is no value
-            how.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        if session.capture:  # of a command that ended: half of an output, or none, is no value
+            session.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
 
     async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
@@ -4623,12 +4622,12 @@ class SshNode(_Node):
 
     async def _run_session(self, session: _Session) -> int | str:
         """In one channel; its time begins when it opens. Cancelling it ends the command."""
-        if session.how.x11 and not os.environ.get("DISPLAY"):
+        if session.x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        if session.how.sudo and not self.guard:
+        if session.sudo and not self.guard:
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         converse = functools.partial(self._converse, session)
-        status = await self._on_link(converse, alone=session.how.watch == "connection")
+        status = await self._on_link(converse, alone=session.watch == "connection")
         if self._guard_works is None:
             self._guard_works = True  # it is asked once
             if self.guard and status != 0:
@@ -4657,7 +4656,7 @@ class SshNode(_Node):
     async def _converse(self, session: _Session, link: _Link) -> int | str:
         """Start a command on this link, and wait for its end; the status."""
         session.link = link
-        async with asyncio.timeout(session.how.timeout):
+        async with asyncio.timeout(session.timeout):
             create: Callable[..., Awaitable[Any]] = link.conn.create_session
             try:
                 await self._open(create(lambda: session, **session.request()), session.abort)
@@ -4674,9 +4673,10 @@ class SshNode(_Node):
         the guard be, and what the host says then speaks of no guard.
         """
         probe = "sleep 1" if status == "TERM" else ":"
-        step, how = StepRecord(command=probe), _How(timeout=CLOSE_TIMEOUT * 5)
+        session = _Session(probe, StepRecord(command=probe), timeout=CLOSE_TIMEOUT * 5)
+        session.sink = _HeldSink()
         try:
-            if await self._run_session(_Session(probe, step, _HeldSink(), how)) == 0:
+            if await self._run_session(session) == 0:
                 return
         except (ConnectionFailedError, TimeoutError):
             return  # the host is slow, or has gone: who knows
@@ -4923,22 +4923,21 @@ class LocalNode(_Node):
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        how, command = session.how, session.command
-        if how.pty or how.sudo:
+        command = session.command
+        if session.pty or session.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
         with contextlib.ExitStack() as stack:
             given = []
-            if how.stdin:
+            if session.stdin:
                 spool = stack.enter_context(tempfile.TemporaryFile())
-                await self._spool(how.stdin, spool)
+                await self._spool(session.stdin, spool)
+                session.stdin = None
                 # the process' own standard input is the guard's, which waits for its end
                 given = [spool.fileno()]
                 command = f"exec </dev/fd/{given[0]}\n{command}"
-            # the session has none to give
-            session.how = dataclasses.replace(how, stdin=None)
             # not asyncio's: its process waits for ever when cancelled too early
             process = subprocess.Popen(
-                ["/bin/sh", "-c", _guarded(command, session.how)],
+                ["/bin/sh", "-c", _guarded(command, session)],
                 env=os.environ | {"SHELL": "/bin/sh"},
                 start_new_session=True,
                 pass_fds=given,
@@ -4949,7 +4948,7 @@ class LocalNode(_Node):
         channel = _LocalChannel(process, session)
         session.connection_made(cast("asyncssh.SSHClientChannel[bytes]", channel))
         try:
-            async with asyncio.timeout(how.timeout):
+            async with asyncio.timeout(session.timeout):
                 await self._see_through(session)
         finally:
             await asyncio.wait([channel.following])
@@ -5288,7 +5287,9 @@ class _ShellCommand(AbstractCommand):
         folder: str = "",
     ) -> int | str:
         """Have the node run a command line with all that this step gives it; the status."""
-        how = _How(
+        session = _Session(
+            line,
+            step,
             x11=self.x11,
             pty=self.pty,
             stdin=self.stdin.reader(),
@@ -5301,7 +5302,7 @@ class _ShellCommand(AbstractCommand):
             capture=self.capture,
             guard=node.guard,
         )
-        return await node._execute(line, step, how, sink=sink)
+        return await node._execute(session, sink)
 
 
 class Run(_ShellCommand):
