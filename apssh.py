@@ -4093,9 +4093,7 @@ class _Node(abc.ABC):
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
             raise
-        except TimeoutError:
-            raise _timed_out(session.timeout, self, command, step) from None
-        except BrokenPipeError:  # not the command's failure
+        except (TimeoutError, BrokenPipeError):  # the step's; not the command's failure
             raise
         except OSError as exc:
             message = f"on this machine: {_reason(exc)}"
@@ -4142,15 +4140,6 @@ def _check_time(seconds: float | None) -> None:
     """Raises UsageError for a limit that cannot be."""
     if seconds is not None and seconds <= 0:
         raise UsageError(f"timeout {seconds!r}: seconds, more than 0 (None: no limit)")
-
-
-def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
-    """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
-    text = "timed out" if timeout is None else f"no end within {timeout:g} s"
-    left = " (it may still be running)" if step.may_run else ""
-    return CommandFailedError(
-        f"{text}: {escape(command)}{left}", host=node.hostname, kind="timeout", command=command
-    )
 
 
 class SshNode(_Node):
@@ -5045,11 +5034,15 @@ class AbstractCommand:
 
     async def co_run_remote(self, node: SshNode) -> int | str | None:
         """Run on an SshNode; the exit status, or a signal's name without SIG."""
-        return await self._carry_out(node, StepRecord())
+        step = StepRecord()
+        with self._in_time(node, step):
+            return await self._carry_out(node, step)
 
     async def co_run_local(self, node: LocalNode) -> int | str | None:
         """Run on a LocalNode; the exit status, or a signal's name without SIG."""
-        return await self._carry_out(node, StepRecord())
+        step = StepRecord()
+        with self._in_time(node, step):
+            return await self._carry_out(node, step)
 
     async def attempt(self, node: _AnyNode, step: StepRecord) -> int | str:
         """Run on this node, as jobs do; the status, which is a success.
@@ -5062,12 +5055,13 @@ class AbstractCommand:
             node._say(f"runs: {self.step_name()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
         try:
-            # what is ours keeps a record; what a user has redefined has only its node
-            if getattr(type(self), method) is getattr(AbstractCommand, method):
-                step.status = await self._carry_out(node, step)
-            else:
-                async with self._in_time(node, step):
-                    step.status = await getattr(self, method)(node) or 0
+            with self._in_time(node, step):
+                # what is ours keeps a record; what a user has redefined has only its node
+                if getattr(type(self), method) is getattr(AbstractCommand, method):
+                    step.status = await self._carry_out(node, step)
+                else:
+                    async with asyncio.timeout(self.timeout):
+                        step.status = await getattr(self, method)(node) or 0
             if not self._is_success(step.status):
                 kind = "status" if isinstance(step.status, int) else "signal"
                 command = step.command or self.step_name()
@@ -5094,15 +5088,22 @@ class AbstractCommand:
             "to run on a LocalNode"
         )
 
-    @contextlib.asynccontextmanager
-    async def _in_time(self, node: _AnyNode, step: StepRecord) -> AsyncIterator[None]:
-        """The time of the step begins here: when its host is there."""
+    @contextlib.contextmanager
+    def _in_time(self, node: _AnyNode, step: StepRecord) -> Iterator[None]:
+        """Tells the end of the step's time, which begins when its host is there. A TimeoutError
+        with no limit is the system's own (ETIMEDOUT).
+        """
         try:
-            async with asyncio.timeout(self.timeout):
-                yield
+            yield
         except TimeoutError:
-            command = step.command or self.step_name()
-            raise _timed_out(self.timeout, node, command, step) from None
+            text = "timed out" if self.timeout is None else f"no end within {self.timeout:g} s"
+            left = " (it may still be running)" if step.may_run else ""
+            raise CommandFailedError(
+                f"{text}: {escape(step.command or self.step_name())}{left}",
+                host=node.hostname,
+                kind="timeout",
+                command=step.command,
+            ) from None
 
     def check_files(self) -> None:
         """Raise UsageError for what can be found wrong on this machine before anything runs."""
@@ -5454,7 +5455,7 @@ class _Script(_ShellCommand):
         folder_name = f"{self._name}{self._uses[endpoint]:02}"
         for_others = self.sudo not in (False, True, "root")
         folder = node._script_folder(files, folder_name, for_others=for_others)
-        async with self._in_time(node, step), folder as path:
+        async with asyncio.timeout(self.timeout), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
 
@@ -5579,7 +5580,7 @@ class _CopyCommand(AbstractCommand):
         destination = _text_of(self.destination)
         step.command = self._text()
         sftp = await node.sftp_connect_lazy()
-        async with self._in_time(node, step):
+        async with asyncio.timeout(self.timeout):
             copying = _Copy(node.hostname, step, **self.options)
             work = copying.push if self.pushing else copying.pull
             await work(sftp, sources, destination)
