@@ -3672,6 +3672,10 @@ _FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
 )
 
 
+_Channel: TypeAlias = asyncssh.SSHClientChannel[bytes]
+_Status: TypeAlias = int | str  # of a command that ended: its exit status, or the signal's name
+
+
 @dataclasses.dataclass(eq=False)
 class _Session(asyncssh.SSHClientSession[bytes]):
     """One command line at work: how it is to run, as the keywords of Run say, its outputs on their
@@ -3694,7 +3698,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     sudo: bool | str = False
     quiet: bool = False
     folder: str = ""
-    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
+    opened: Callable[[_Channel], None] | None = None
     timeout: float | None = None
     capture: Capture | None = None
     guard: bool = True
@@ -3702,9 +3706,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     sink: _Sink = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.chan: asyncssh.SSHClientChannel[bytes] | None = None
+        self.chan: _Channel | None = None
         self.talk: _SudoTalk | None = None
-        self.status: int | str | None = None
+        self.status: _Status | None = None
         self.error: Exception | None = None  # of this side
         self.whole = False  # all of the output has come
         self.ended = asyncio.Event()
@@ -3739,7 +3743,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             "term_size": shutil.get_terminal_size(),
         }
 
-    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+    def connection_made(self, chan: _Channel) -> None:
         self.chan = chan
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
@@ -3862,7 +3866,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         if self.watch == "connection":
             self.link.drop()
 
-    def outcome(self) -> int | str:
+    def outcome(self) -> _Status:
         """The status of a command that has ended, or raises why there is none."""
         if self.error:
             raise self.error
@@ -3921,7 +3925,7 @@ class _Node(abc.ABC):
         """Open what gives access to the files there, unless it is open."""
 
     @abc.abstractmethod
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """Run one command line to its end, in a channel or a process of its own; its status."""
 
     @property
@@ -4067,7 +4071,7 @@ class _Node(abc.ABC):
         await sftp.mkdir(folder, private)
         return folder
 
-    async def _execute(self, session: _Session, sink: _Sink | None = None) -> int | str:
+    async def _execute(self, session: _Session, sink: _Sink | None = None) -> _Status:
         """Run a command line; every way to run something comes through here. ``sink``: where the
         outputs go (default: the formatter).
         """
@@ -4609,7 +4613,7 @@ class SshNode(_Node):
 
     # sessions
 
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """In one channel; its time begins when it opens. Cancelling it ends the command."""
         if session.x11 and not os.environ.get("DISPLAY"):
             raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
@@ -4642,7 +4646,7 @@ class SshNode(_Node):
                 link.limit = max(link.sessions - 1, 1)
                 await asyncio.sleep(0.05)
 
-    async def _converse(self, session: _Session, link: _Link) -> int | str:
+    async def _converse(self, session: _Session, link: _Link) -> _Status:
         """Start a command on this link, and wait for its end; the status."""
         session.link = link
         async with asyncio.timeout(session.timeout):
@@ -4656,7 +4660,7 @@ class SshNode(_Node):
             await self._see_through(session)
         return session.outcome()
 
-    async def _doubt_guard(self, status: int | str) -> None:
+    async def _doubt_guard(self, status: _Status) -> None:
         """After the first command on a host, if it failed: would any command fail so? A shell that
         is not POSIX, a key with a forced command or a start-up file that takes stdin does not let
         the guard be, and what the host says then speaks of no guard.
@@ -4732,7 +4736,7 @@ class _Sftp:
     """
 
     client: asyncssh.SFTPClient
-    channel: asyncssh.SSHClientChannel[bytes] | None = None
+    channel: _Channel | None = None
 
     def __init__(self, link: _Link) -> None:
         self.link = link
@@ -4908,7 +4912,7 @@ class LocalNode(_Node):
         """No hop: 0."""
         return 0
 
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
@@ -4935,7 +4939,7 @@ class LocalNode(_Node):
                 stderr=subprocess.PIPE,
             )
         channel = _LocalChannel(process, session)
-        session.connection_made(cast("asyncssh.SSHClientChannel[bytes]", channel))
+        session.connection_made(cast("_Channel", channel))
         try:
             async with asyncio.timeout(session.timeout):
                 await self._see_through(session)
@@ -5044,7 +5048,7 @@ class AbstractCommand:
         with self._in_time(node, step):
             return await self._carry_out(node, step)
 
-    async def attempt(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def attempt(self, node: _AnyNode, step: StepRecord) -> _Status:
         """Run on this node, as jobs do; the status, which is a success.
 
         ``step`` gets what becomes known. Raises CommandFailedError for any other status, and past
@@ -5078,10 +5082,10 @@ class AbstractCommand:
             raise
         return step.status
 
-    def _is_success(self, status: int | str | None) -> bool:
+    def _is_success(self, status: _Status | None) -> bool:
         return status == 0 or status in self.allowed_exits
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         """What a step of ours is."""
         raise UsageError(
             f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) "
@@ -5135,7 +5139,7 @@ class _Stdin:
     """
 
     # what is told of the channel of a command that reads it
-    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
+    opened: Callable[[_Channel], None] | None = None
 
     def __init__(self, source: _StdinSource | None) -> None:
         self._source = source
@@ -5286,7 +5290,7 @@ class _ShellCommand(AbstractCommand):
         sink: _HeldSink | None = None,
         timeout: float | None = None,
         folder: str = "",
-    ) -> int | str:
+    ) -> _Status:
         """Have the node run a command line with all that this step gives it; the status."""
         session = _Session(
             line,
@@ -5334,7 +5338,7 @@ class Run(_ShellCommand):
     def _text(self) -> str:
         return self._words(str)
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         return await self._by_shell(node, self._words(), step, timeout=self.timeout)
 
 
@@ -5369,7 +5373,7 @@ class Wait(_ShellCommand):
     def _text(self) -> str:
         return f"Wait: {self._words(str) or 'true'}"
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         line = self._words() or "true"
         seen = "no answer"
         try:
@@ -5444,7 +5448,7 @@ class _Script(_ShellCommand):
     def _beside(self) -> str:
         return f" with {' '.join(self.includes)}" if self.includes else ""
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         files = self._with_includes(self._script())
         name = next(iter(files))
         step.script_sha256 = hashlib.sha256(files[name][0]).hexdigest()
@@ -5575,7 +5579,7 @@ class _CopyCommand(AbstractCommand):
         options = [name for name, value in self.options.items() if value]
         return ", ".join([self._line(" ".join(map(str, self.sources))), *options])
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         sources = [_text_of(path) for path in self.sources]
         destination = _text_of(self.destination)
         step.command = self._text()
@@ -5731,7 +5735,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
             scheduler=scheduler,
         )
 
-    async def co_run(self) -> ApsshError | int | str:
+    async def co_run(self) -> ApsshError | _Status:
         """Run the steps, as the scheduler asks. Cancelling it ends the command that runs."""
         self.records, self.failure = [], None
         with self._failing():
@@ -5771,7 +5775,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
                 raise
             raise ApsshError("cancelled from inside", host=self.node.hostname) from None
 
-    def _result_of(self, failure: ApsshError) -> ApsshError | int | str:
+    def _result_of(self, failure: ApsshError) -> ApsshError | _Status:
         """Tell a failure that stops nothing; a command's status, else an ApsshError.
 
         It is returned and not raised, since asynciojobs never gives back the window's slot of a
