@@ -3937,10 +3937,6 @@ class _Node(abc.ABC):
         """The shortest text that tells it from the others of its formatter."""
         return self.formatter.endpoint_name(self._endpoint)
 
-    def _say(self, text: str) -> None:
-        """A word about this host on stderr, in apssh's own name."""
-        _tell(self.hostname, text)
-
     def _adopt(self, formatter: Formatter | None, verbose: bool | None) -> None:
         self.verbose = verbose
         talk = bool(verbose or self.debug)
@@ -4103,9 +4099,10 @@ class _Node(abc.ABC):
             message = f"on this machine: {_reason(exc)}"
             raise ApsshError(message, host=self.hostname, command=command) from exc
         if status == 126 and session.folder:
-            self._say(
+            _tell(
+                self.hostname,
                 f"{session.folder} cannot be executed there; where its file system is mounted "
-                "noexec, give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
+                "noexec, give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin=",
             )
         if session.capture:  # of a command that ended: half of an output, or none, is no value
             session.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
@@ -4615,8 +4612,6 @@ class SshNode(_Node):
 
     async def _run_session(self, session: _Session) -> _Status:
         """In one channel; its time begins when it opens. Cancelling it ends the command."""
-        if session.x11 and not os.environ.get("DISPLAY"):
-            raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
         if session.sudo and not self.guard:
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         converse = functools.partial(self._converse, session)
@@ -4675,10 +4670,11 @@ class SshNode(_Node):
             return  # the host is slow, or has gone: who knows
         except ApsshError:
             pass  # it ended without a status
-        self._say(
+        _tell(
+            self.hostname,
             "commands fail there because of their guard, which ends them with their connection "
             "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
-            "--no-guard, guard=False, leaves it out"
+            "--no-guard, guard=False, leaves it out",
         )
 
     @staticmethod
@@ -5056,7 +5052,7 @@ class AbstractCommand:
         Cancelling it ends its command over there.
         """
         if self.verbose:
-            node._say(f"runs: {self.step_name()}")
+            _tell(node.hostname, f"runs: {self.step_name()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
         try:
             with self._in_time(node, step):
@@ -5292,6 +5288,7 @@ class _ShellCommand(AbstractCommand):
         folder: str = "",
     ) -> _Status:
         """Have the node run a command line with all that this step gives it; the status."""
+        _ShellCommand.check_files(self)
         session = _Session(
             line,
             step,
@@ -5764,7 +5761,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         step = StepRecord(label=command.listing_line())
         self.records.append(step)
         if self.verbose:
-            self.node._say(f"step: {command.step_name()}")
+            _tell(self.node.hostname, f"step: {command.step_name()}")
         try:
             with step.running():
                 await command.attempt(self.node, step)
