@@ -8262,7 +8262,7 @@ async def test_work_that_is_being_given_up_is_joined_by_nobody(
     monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
     first = asyncio.create_task(sshd.node().run("true"))
     await asyncio.sleep(0)
-    await eventually_async(lambda: apssh._Limits.here().asking)
+    await eventually_async(lambda: apssh._Limits.here()._asking)
     first.cancel()
     second = sshd.node()
     task = asyncio.create_task(second.run("true"))
