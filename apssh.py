@@ -47,7 +47,6 @@ The rooms of this file, each of which uses only those above it:
 
 from __future__ import annotations
 
-import abc
 import gc
 import os
 import signal
@@ -3104,12 +3103,10 @@ class _Limits:
         self.lookups = asyncio.Semaphore(LOOKUPS)
         # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
         self.handshakes = asyncio.Semaphore(HANDSHAKES), asyncio.Semaphore(HANDSHAKES)
-        self.asking: dict[object, _Shared] = {}
-        # what was found of keys, by what was asked for, and where in vain
-        self.keys: dict[object, tuple[list[Key], list[str]]] = {}
+        self._asking: dict[object, _Shared] = {}
+        self._answers: dict[object, Any] = {}
         # those of configs
         self.gateways = weakref.WeakValueDictionary[object, SshNode]()
-        self.sudo_password: str | None = None  # as the terminal gave it
         self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
     @classmethod
@@ -3120,6 +3117,17 @@ class _Limits:
             state["_apssh_limits"] = cls()
         limits: _Limits = state["_apssh_limits"]
         return limits
+
+    async def answer(self, question: object, find: Callable[[], Awaitable[_T]]) -> _T:
+        """What is found out once, for all who ask this question until the answer is forgotten."""
+        if question not in self._answers:
+            self._answers[question] = await _Shared.once(self._asking, question, find)
+        answer: _T = self._answers[question]
+        return answer
+
+    def forget(self, question: object) -> None:
+        """Who asks this next has it found out anew: it was wrong, or may be by now."""
+        self._answers.pop(question, None)
 
     def startups(self, *endpoint: object) -> asyncio.Semaphore:
         """How many logins may be under way on one endpoint."""
@@ -3343,7 +3351,7 @@ class _SudoTalk:
         before, asks, after = said.partition(self.prompt.encode())
         self._said = (before + after)[-SUDO_SAYS:]
         if asks and self.heard.is_set():
-            _Limits.here().sudo_password = None  # it may have been mistyped
+            _Limits.here().forget("sudo")  # it may have been mistyped
             raise CommandFailedError("sudo: the password was refused", kind="auth")
         if asks:
             self.heard.set()
@@ -3898,7 +3906,7 @@ def _tell(host: str, text: str) -> None:
     _screen.say(f"{escape(host)}: {escape(text)}")
 
 
-class _Node(abc.ABC):
+class _Node:
     """What SshNode and LocalNode share: running commands of a user's, and showing what happens."""
 
     hostname: str
@@ -3912,21 +3920,20 @@ class _Node(abc.ABC):
     _host_key_shown: str | None = None  # the fingerprint that it presented last
     _sudo_password: str | None = None
 
-    @abc.abstractmethod
     async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
-        """Connect unless it is done."""
+        """Connect unless it is done, or there is nothing to connect."""
+        return None
 
-    @abc.abstractmethod
     async def close(self) -> None:
         """Close what is open."""
 
-    @abc.abstractmethod
     async def sftp_connect_lazy(self) -> _Files:
         """Open what gives access to the files there, unless it is open."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     async def _run_session(self, session: _Session) -> _Status:
         """Run one command line to its end, in a channel or a process of its own; its status."""
+        raise NotImplementedError
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -4108,8 +4115,8 @@ class _Node(abc.ABC):
             session.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
 
-    async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
-        """Complete what was not given."""
+    async def _apply_config(self) -> None:
+        """Complete what was not given; nothing, as a rule."""
 
     async def _see_through(self, session: _Session) -> None:
         """From an open channel to the end, which the formatter hears of; what still runs when this
@@ -4129,12 +4136,8 @@ class _Node(abc.ABC):
         """The password for sudo: the node's, or what the terminal answers, asked once for all."""
         if self._sudo_password is not None:
             return self._sudo_password
-        limits = _Limits.here()
-        if limits.sudo_password is None:
-            limits.sudo_password = await _Shared.once(
-                limits.asking, "sudo", lambda: _ask_secret_meanwhile("sudo password")
-            )
-        return limits.sudo_password
+        ask = functools.partial(_ask_secret_meanwhile, "sudo password")
+        return await _Limits.here().answer("sudo", ask)
 
 
 def _check_time(seconds: float | None) -> None:
@@ -4531,7 +4534,7 @@ class SshNode(_Node):
         ):
             kind, text = "auth", self._refused_login(link)
             # looked for anew at the next login: there may be others by then
-            _Limits.here().keys.pop(self._key_question(), None)
+            _Limits.here().forget(self._key_question())
         else:
             return self._failure(exc)
         return ConnectionFailedError(text, host=self.hostname, kind=kind)
@@ -4573,13 +4576,8 @@ class SshNode(_Node):
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
         passphrase may be asked.
         """
-        limits, question = _Limits.here(), self._key_question()
-        if question not in limits.keys:
-            find = functools.partial(_keys_to_offer, self.keys, self._host_config)
-            limits.keys[question] = await _Shared.once(
-                limits.asking, question, functools.partial(asyncio.to_thread, find)
-            )
-        keys, missed = limits.keys[question]
+        find = functools.partial(asyncio.to_thread, _keys_to_offer, self.keys, self._host_config)
+        keys, missed = await _Limits.here().answer(self._key_question(), find)
         self._keys_missed = [] if keys else missed
         return keys
 
@@ -4885,12 +4883,6 @@ class LocalNode(_Node):
 
     def __repr__(self) -> str:
         return "<LocalNode>"
-
-    async def connect_lazy(self) -> None:
-        """Nothing to connect."""
-
-    async def close(self) -> None:
-        """Nothing to close."""
 
     async def sftp_connect_lazy(self) -> _LocalFiles:
         """The files of this machine, as an SFTP client has them."""
@@ -7296,7 +7288,7 @@ async def _fan_out(
     if min(window, retries, max_failures or 0) < 0:
         raise UsageError("window, retries and max_failures are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
-    _Limits.here().sudo_password = None  # each run asks anew: it may have been mistyped
+    _Limits.here().forget("sudo")  # each run asks anew: it may have been mistyped
     results: dict[SshNode, Result] = {}
     waiting = iter(nodes)
     failures = 0
