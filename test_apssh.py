@@ -13385,7 +13385,7 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
         (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
         (
             ["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"],
-            f"{ME}@a: RunString: x\\necho one\\n echo two\n",
+            f"{ME}@a: RunString: echo one... x\\necho one\\n echo two\n",
         ),
         (
             ["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c,d", "-x", "d", "-L"],
@@ -14646,11 +14646,11 @@ act: Local Node (after look)
     then  echo {{ver}} {{nope}}; fi
       {{ver}}: captured by look
       {{nope}}: NO STEP CAPTURES IT
-    RunString: a {{ver}}
+    RunString: echo one... a {{ver}}
     echo one
     echo two
       {{ver}}: captured by look
-    RunScript: later.sh (no such file yet) with lib.sh
+    RunScript: later.sh with lib.sh
     Push: x y z onto d/, recurse
 """,
         "",
