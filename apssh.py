@@ -5257,12 +5257,10 @@ class _ShellCommand(AbstractCommand):
         )
 
     def dry_run_text(self) -> str:
-        return self._as_whom() + self._text()
-
-    def _as_whom(self) -> str:
         if not self.sudo:
-            return ""
-        return "sudo: " if self.sudo is True else f"sudo -u {self.sudo}: "
+            return self._text()
+        whom = "" if self.sudo is True else f" -u {self.sudo}"
+        return f"sudo{whom}: {self._text()}"
 
     def check_files(self) -> None:
         self.stdin.check()
@@ -5434,8 +5432,9 @@ class _Script(_ShellCommand):
     def _titled(self, what: str) -> str:
         return f"{type(self).__name__}: {what} {self._words(str)}".rstrip()
 
-    def _beside(self) -> str:
-        return f" with {' '.join(self.includes)}" if self.includes else ""
+    def dry_run_text(self) -> str:
+        beside = f" with {' '.join(self.includes)}" if self.includes else ""
+        return super().dry_run_text() + beside
 
     async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         files = self._with_includes(self._script())
@@ -5487,11 +5486,6 @@ class RunScript(_Script):
     def _text(self) -> str:
         return self._titled(os.path.basename(str(self.source)))
 
-    def dry_run_text(self) -> str:
-        there = os.path.isfile(os.path.expanduser(str(self.source)))
-        note = "" if there else " (no such file yet)"
-        return self._as_whom() + self._titled(str(self.source)) + note + self._beside()
-
 
 class RunString(_Script):
     """Run a script that is given as a text, over there, in the remote home.
@@ -5538,8 +5532,7 @@ class RunString(_Script):
         return self._titled(f"{first[:15]}...")
 
     def dry_run_text(self) -> str:
-        title = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
-        return f"{title}{self._beside()}\n{self.source}"
+        return f"{super().dry_run_text()}\n{self.source}"
 
 
 class _CopyCommand(AbstractCommand):
