@@ -4064,12 +4064,11 @@ class _Node:
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
         folder = f"{hall}/{name}"
-        for _ in range(2):
+        for path in (folder, hall, folder):  # the hall is there, as a rule
             with contextlib.suppress(asyncssh.SFTPError, OSError):
-                await sftp.mkdir(folder, private)
-                return folder
-            with contextlib.suppress(asyncssh.SFTPError, OSError):  # it is there, as a rule
-                await sftp.mkdir(hall, private)
+                await sftp.mkdir(path, private)
+                if path == folder:
+                    return folder
         folder = f"{hall}/{os.urandom(8).hex()}"
         await sftp.mkdir(folder, private)
         return folder
