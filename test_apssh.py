@@ -8327,7 +8327,7 @@ async def test_gateway_waits_apart_from_the_others(
 ) -> None:
     """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
     other = make_sshd()
-    slots = apssh._Limits.here().handshakes[False]
+    slots = apssh._Limits.here().gate(apssh.HANDSHAKES, "handshake", False)
     for _ in range(apssh.HANDSHAKES):
         await slots.acquire()
     direct, gateway = sshd.node(), sshd.node()
