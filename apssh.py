@@ -3091,7 +3091,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
         """Look a name up as socket.getaddrinfo does, LOOKUPS of them at once."""
-        async with _Limits.here().lookups:
+        async with _Limits.here().gate(LOOKUPS, "lookup"):
             return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
 
 
@@ -3099,15 +3099,11 @@ class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
     def __init__(self) -> None:
-        self.connects = asyncio.Semaphore(CONNECTS)
-        self.lookups = asyncio.Semaphore(LOOKUPS)
-        # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
-        self.handshakes = asyncio.Semaphore(HANDSHAKES), asyncio.Semaphore(HANDSHAKES)
         self._asking: dict[object, _Shared] = {}
         self._answers: dict[object, Any] = {}
         # those of configs
         self.gateways = weakref.WeakValueDictionary[object, SshNode]()
-        self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
+        self._gates = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
     @classmethod
     def here(cls) -> _Limits:
@@ -3129,9 +3125,9 @@ class _Limits:
         """Who asks this next has it found out anew: it was wrong, or may be by now."""
         self._answers.pop(question, None)
 
-    def startups(self, *endpoint: object) -> asyncio.Semaphore:
-        """How many logins may be under way on one endpoint."""
-        return self._startups.setdefault(endpoint, asyncio.Semaphore(STARTUPS_PER_HOST))
+    def gate(self, most: int, *what: object) -> asyncio.Semaphore:
+        """At most so many at once of what is named; it is there as long as somebody has a turn."""
+        return self._gates.setdefault(what, asyncio.Semaphore(most))
 
 
 def _raise_file_limit() -> int:
@@ -4452,7 +4448,8 @@ class SshNode(_Node):
         limits = _Limits.here()
         tunnel = None
         try:
-            async with clock.turn(limits.startups(self._address, self.port, id(self.gateway))):
+            endpoint = self._address, self.port, id(self.gateway)
+            async with clock.turn(limits.gate(STARTUPS_PER_HOST, *endpoint)):
                 if self.gateway:
                     self.gateway._leads = True
                     link.stage = f"gateway {escape(self.gateway.hostname)} does not answer"
@@ -4463,7 +4460,9 @@ class SshNode(_Node):
                 else:
                     await self._open_socket(link, clock)
                     await link.hear()
-                async with clock.turn(limits.handshakes[self._leads], HANDSHAKE_TURN):
+                # gateways wait apart: the time of those behind them runs meanwhile
+                handshakes = limits.gate(HANDSHAKES, "handshake", self._leads)
+                async with clock.turn(handshakes, HANDSHAKE_TURN):
                     await asyncssh.connect(
                         self._address,
                         self.port,
@@ -4489,7 +4488,7 @@ class SshNode(_Node):
         # uvloop does not know it
         if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
             how["happy_eyeballs_delay"] = 0.25
-        async with clock.turn(_Limits.here().connects):
+        async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
             await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
