@@ -4357,15 +4357,13 @@ class SshNode(_Node):
         live.links = list(dict.fromkeys([*live.up, link]))
         live.wake()
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
+    async def _with_room(self, live: _Live, alone: bool) -> _Link:
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
 
         sshd refuses the eleventh session of a connection (MaxSessions), so there may be further
         connections; a host that takes no more of them has its steps queue, if there is a session
         that will end.
         """
-        live = self._here()
         while not (link := live.room(alone)):
             try:
                 if len(live.up) < live.max_links or not live.is_busy:
@@ -4376,14 +4374,7 @@ class SshNode(_Node):
                 if not live.is_busy:
                     raise
                 live.max_links = len(live.up)
-        link.sessions += 1
-        link.reserved = alone
-        try:
-            yield link
-        finally:
-            link.sessions -= 1
-            link.reserved = False
-            live.wake()
+        return link
 
     async def _connect(self) -> _Link:
         """Make one connection. Cancelling it leaves no socket."""
@@ -4627,15 +4618,22 @@ class SshNode(_Node):
         """
         refusals, most = 0, SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
         while True:
-            async with self._slot(alone) as link:
-                try:
-                    return await work(link)
-                except asyncssh.ChannelOpenError as exc:
-                    refusals += 1
-                    if not _is_refusal(exc) or refusals > most:
-                        raise self._failure(exc) from None
+            live = self._here()
+            link = await self._with_room(live, alone)
+            link.sessions += 1
+            link.reserved = alone
+            try:
+                return await work(link)
+            except asyncssh.ChannelOpenError as exc:
+                refusals += 1
+                if not _is_refusal(exc) or refusals > most:
+                    raise self._failure(exc) from None
                 link.limit = max(link.sessions - 1, 1)
                 await asyncio.sleep(0.05)
+            finally:
+                link.sessions -= 1
+                link.reserved = False
+                live.wake()
 
     async def _converse(self, session: _Session, link: _Link) -> _Status:
         """Start a command on this link, and wait for its end; the status."""
