@@ -3664,7 +3664,7 @@ class _Link(asyncssh.SSHClient):
 
 # A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
 # all that there is; its kind; what we say.
-_FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
+_FAILURES = (
     (socket.gaierror, "not known|name resolution", "dns", "unknown host name {host}"),
     (ConnectionRefusedError, "refused", "refused", "nothing listens on port {port}"),
     (TimeoutError, "timed out", "timeout", "no answer"),
@@ -4272,15 +4272,13 @@ class SshNode(_Node):
 
     def _hops(self) -> list[SshNode]:
         """The nodes on the way, the farthest gateway first, this node last."""
-        hops: list[SshNode] = []
-        node: SshNode | None = self
-        while node:
-            if node in hops:
+        hops = [self]
+        while gateway := hops[0].gateway:
+            if gateway in hops:
                 raise UsageError(
-                    f"{self.hostname}: its gateways go in a circle, through {node.hostname}"
+                    f"{self.hostname}: its gateways go in a circle, through {gateway.hostname}"
                 )
-            hops.insert(0, node)
-            node = node.gateway
+            hops.insert(0, gateway)
         return hops
 
     def is_connected(self) -> bool:
@@ -4639,9 +4637,9 @@ class SshNode(_Node):
         """Start a command on this link, and wait for its end; the status."""
         session.link = link
         async with asyncio.timeout(session.timeout):
-            create: Callable[..., Awaitable[Any]] = link.conn.create_session
+            creating = link.conn.create_session(lambda: session, **session.request())
             try:
-                await self._open(create(lambda: session, **session.request()), session.abort)
+                await self._open(creating, session.abort)
             except (asyncssh.Error, ConnectionError) as exc:
                 if link.alive and isinstance(exc, asyncssh.ChannelOpenError):
                     raise
