@@ -11912,7 +11912,7 @@ jobs:
     assert (bare.words, bare.timeout, bare.interval) == ((), 300, 1)
     assert [str(word) for word in words.words] == ["test", "=", "-e", "{{up}}"]
     assert isinstance(words.words[3], Deferred)
-    assert (run.sudo, script.sudo, script.words) == (True, "admin", ("b", "c"))
+    assert (run.sudo, script.sudo, script.words) == ("root", "admin", ("b", "c"))
     assert run.stdin is not None
     assert script.stdin is not None
 
