@@ -3309,8 +3309,7 @@ def _guarded(command: str, session: _Session) -> str:
         steps.append("exec >/dev/null 2>&1; ")
     line = _decoded("".join([*steps, _LOGIN_SHELL, shlex.quote(command)]))
     if talk:
-        user = "root" if session.sudo is True else str(session.sudo)
-        sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(user)}"
+        sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(str(session.sudo))}"
         line = _decoded(f"exec {sudo} -- {line} $PPID")
     return f"exec {line}"
 
@@ -5120,9 +5119,6 @@ class _Stdin:
     be had again. Raises UsageError for what cannot be read so.
     """
 
-    # what is told of the channel of a command that reads it
-    opened: Callable[[_Channel], None] | None = None
-
     def __init__(self, source: _StdinSource | None) -> None:
         self._source = source
         self._used = False
@@ -5155,6 +5151,9 @@ class _Stdin:
         if isinstance(source, str | Deferred):
             source = os.fsencode(_text_of(source))
         return self._read(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+    def opened(self, channel: _Channel) -> None:
+        """A command that reads it has begun, on this channel."""
 
     def _check_unused(self) -> None:
         if self._used:
@@ -5238,6 +5237,8 @@ class _ShellCommand(AbstractCommand):
             raise UsageError(
                 f"{kind}: sudo is True (root) or the name of a user, not {self.sudo!r}"
             )
+        if self.sudo is True:
+            self.sudo = "root"
         # what follows a terminal's keys is an iterator, which ends when it likes
         if self.pty and not isinstance(stdin, AsyncIterator | None):
             raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
@@ -5251,10 +5252,8 @@ class _ShellCommand(AbstractCommand):
         )
 
     def dry_run_text(self) -> str:
-        if not self.sudo:
-            return self._text()
-        whom = "" if self.sudo is True else f" -u {self.sudo}"
-        return f"sudo{whom}: {self._text()}"
+        whom = f"sudo -u {self.sudo}: " if self.sudo else ""
+        return whom + self._text()
 
     def check_files(self) -> None:
         self.stdin.check()
@@ -5439,7 +5438,7 @@ class _Script(_ShellCommand):
         endpoint = node.username, node.hostname, node.port
         self._uses[endpoint] += 1
         folder_name = f"{self._name}{self._uses[endpoint]:02}"
-        for_others = self.sudo not in (False, True, "root")
+        for_others = self.sudo not in (False, "root")
         folder = node._script_folder(files, folder_name, for_others=for_others)
         async with asyncio.timeout(self.timeout), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
