@@ -47,7 +47,6 @@ The rooms of this file, each of which uses only those above it:
 
 from __future__ import annotations
 
-import abc
 import gc
 import os
 import signal
@@ -3049,7 +3048,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
     async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
         """Look a name up as socket.getaddrinfo does, LOOKUPS of them at once."""
-        async with _Limits.here().lookups:
+        async with _Limits.here().gate(LOOKUPS, "lookup"):
             return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
 
 
@@ -3057,17 +3056,11 @@ class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
     def __init__(self) -> None:
-        self.connects = asyncio.Semaphore(CONNECTS)
-        self.lookups = asyncio.Semaphore(LOOKUPS)
-        # gateways wait for their key exchange apart: the time of those behind them runs meanwhile
-        self.handshakes = asyncio.Semaphore(HANDSHAKES), asyncio.Semaphore(HANDSHAKES)
-        self.asking: dict[object, _Shared] = {}
-        # what was found of keys, by what was asked for, and where in vain
-        self.keys: dict[object, tuple[list[Key], list[str]]] = {}
+        self._asking: dict[object, _Shared] = {}
+        self._answers: dict[object, Any] = {}
         # those of configs
         self.gateways = weakref.WeakValueDictionary[object, SshNode]()
-        self.sudo_password: str | None = None  # as the terminal gave it
-        self._startups = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
+        self._gates = weakref.WeakValueDictionary[tuple[object, ...], asyncio.Semaphore]()
 
     @classmethod
     def here(cls) -> _Limits:
@@ -3078,9 +3071,20 @@ class _Limits:
         limits: _Limits = state["_apssh_limits"]
         return limits
 
-    def startups(self, *endpoint: object) -> asyncio.Semaphore:
-        """How many logins may be under way on one endpoint."""
-        return self._startups.setdefault(endpoint, asyncio.Semaphore(STARTUPS_PER_HOST))
+    async def answer(self, question: object, find: Callable[[], Awaitable[_T]]) -> _T:
+        """What is found out once, for all who ask this question until the answer is forgotten."""
+        if question not in self._answers:
+            self._answers[question] = await _Shared.once(self._asking, question, find)
+        answer: _T = self._answers[question]
+        return answer
+
+    def forget(self, question: object) -> None:
+        """Who asks this next has it found out anew: it was wrong, or may be by now."""
+        self._answers.pop(question, None)
+
+    def gate(self, most: int, *what: object) -> asyncio.Semaphore:
+        """At most so many at once of what is named; it is there as long as somebody has a turn."""
+        return self._gates.setdefault(what, asyncio.Semaphore(most))
 
 
 def _raise_file_limit() -> int:
@@ -3091,12 +3095,6 @@ def _raise_file_limit() -> int:
         with contextlib.suppress(ValueError, OSError):  # macOS refuses more than it names elsewhere
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    """It has happened, unless that was known."""
-    if not future.done():
-        future.set_result(None)
 
 
 class _Clock:
@@ -3247,29 +3245,28 @@ def _decoded(script: str) -> str:
     return f"""/bin/sh -c 'eval "$(printf %b "$1")"' apssh '{_inert(script)}'"""
 
 
-def _guarded(command: str, how: _How, talk: _SudoTalk | None = None) -> str:
+def _guarded(command: str, session: _Session) -> str:
     """The command line to send so that this command runs as it would anyway, under the guard.
 
     Under sudo the guard is root's, so that it may end the command, and says with a mark that the
     command begins.
     """
-    steps = []
-    if how.watch:
-        cleanup = f"rm -rf {shlex.quote(how.folder)}; " if how.folder else ""
-        watched = _WATCHED[how.watch]
+    steps, talk = [], session.talk
+    if session.watch:
+        cleanup = f"rm -rf {shlex.quote(session.folder)}; " if session.folder else ""
+        watched = _WATCHED[session.watch]
         watchdog = shlex.quote(_WATCHDOG.format(cleanup=cleanup, **watched))
         sshd = "$2" if talk else "$PPID"
         steps.append(_LEAVE_WATCHDOG.format(watchdog=watchdog, sshd=sshd, **watched))
-    steps += [f"export {name}={shlex.quote(value)}; " for name, value in how.env.items()]
+    steps += [f"export {name}={shlex.quote(value)}; " for name, value in session.env.items()]
     if talk:
         mark = " ".join(talk.halves)
         steps.append(f"printf %s {mark} >&2; cd . 2>/dev/null || cd /; ")
-    if how.quiet:
+    if session.quiet:
         steps.append("exec >/dev/null 2>&1; ")
     line = _decoded("".join([*steps, _LOGIN_SHELL, shlex.quote(command)]))
     if talk:
-        user = "root" if how.sudo is True else str(how.sudo)
-        sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(user)}"
+        sudo = f"sudo -S -p {talk.prompt} -u {shlex.quote(str(session.sudo))}"
         line = _decoded(f"exec {sudo} -- {line} $PPID")
     return f"exec {line}"
 
@@ -3306,10 +3303,13 @@ class _SudoTalk:
         before, asks, after = said.partition(self.prompt.encode())
         self._said = (before + after)[-SUDO_SAYS:]
         if asks and self.heard.is_set():
-            _Limits.here().sudo_password = None  # it may have been mistyped
+            _Limits.here().forget("sudo")  # it may have been mistyped
             raise CommandFailedError("sudo: the password was refused", kind="auth")
         if asks:
             self.heard.set()
+
+    def end(self) -> None:
+        self._sink.end()
 
     def failure(self) -> ApsshError:
         """Why sudo did not run the command: its last words."""
@@ -3623,7 +3623,7 @@ class _Link(asyncssh.SSHClient):
 
 # A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
 # all that there is; its kind; what we say.
-_FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
+_FAILURES = (
     (socket.gaierror, "not known|name resolution", "dns", "unknown host name {host}"),
     (ConnectionRefusedError, "refused", "refused", "nothing listens on port {port}"),
     (TimeoutError, "timed out", "timeout", "no answer"),
@@ -3635,50 +3635,78 @@ _FAILURES: tuple[tuple[type[Exception], str, str, str], ...] = (
 )
 
 
+_Channel: TypeAlias = asyncssh.SSHClientChannel[bytes]
+_Status: TypeAlias = int | str  # of a command that ended: its exit status, or the signal's name
+
+
+@dataclasses.dataclass(eq=False)
 class _Session(asyncssh.SSHClientSession[bytes]):
-    """One command line at work: what is asked of the host, its outputs on their way to the sink,
-    and how it ended. Only the outputs and a failure on this side concern a local one.
+    """One command line at work: how it is to run, as the keywords of Run say, its outputs on their
+    way to the sink, and how it ended. ``quiet``: its outputs are /dev/null over there; ``folder``:
+    what is removed with it; ``opened`` is told of its channel.
 
     An SshNode takes a link with room (``_on_link``) and opens a channel on it with what ``request``
-    says (``_converse``); then come ``run``, the wait for its end with input meanwhile, ``end``,
-    which ends what still runs, and ``outcome``, the status or the error that tells why there is
-    none.
+    says (``_converse``); a LocalNode starts a process, with a channel to it. Both then have
+    ``_Node._see_through`` call ``run``, the wait for its end with input meanwhile, and ``end``,
+    which ends what still runs. ``outcome`` is the status of a remote one, or the error that tells
+    why there is none.
     """
 
-    link: _Link
-    chan: asyncssh.SSHClientChannel[bytes] | None = None
-    status: int | str | None = None
-    error: Exception | None = None  # of this side
-    whole = False  # all of the output has come
+    command: str
+    step: StepRecord
+    x11: bool = False
+    pty: bool = False
+    stdin: AsyncIterator[bytes] | None = None
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sudo: bool | str = False
+    quiet: bool = False
+    folder: str = ""
+    opened: Callable[[_Channel], None] | None = None
+    timeout: float | None = None
+    capture: Capture | None = None
+    guard: bool = True
+    link: _Link = dataclasses.field(init=False)
+    sink: _Sink = dataclasses.field(init=False)
 
-    def __init__(self, command: str, step: StepRecord, sink: _Sink, how: _How) -> None:
-        self.command, self.step, self.how = command, step, how
-        self.talk = _SudoTalk(sink, how.pty) if how.sudo else None
-        self._pass = self.talk.data if self.talk else sink.data
-        self.ended: asyncio.Future[None] = asyncio.Future()
-        self.failed: asyncio.Future[None] = asyncio.Future()  # on this side
+    def __post_init__(self) -> None:
+        self.chan: _Channel | None = None
+        self.talk: _SudoTalk | None = None
+        self.status: _Status | None = None
+        self.error: Exception | None = None  # of this side
+        self.whole = False  # all of the output has come
+        self.ended = asyncio.Event()
+        self._over = asyncio.Event()  # it has ended, or failed on this side
         self._writable = asyncio.Event()
         self._writable.set()
 
+    @property
+    def watch(self) -> str:
+        """What tells the guard that it must end the command: the end of "stdin", the end of the
+        "connection", or "" for no guard (a terminal hangs up).
+        """
+        if self.pty or not self.guard:
+            return ""
+        return "connection" if self.stdin else "stdin"
+
     def request(self) -> dict[str, Any]:
         """What asyncssh's create_session is told of it."""
-        how, command = self.how, self.command
-        if how.guard:
-            command = _guarded(command, how, self.talk)
-        elif how.quiet:
+        command = self.command
+        if self.guard:
+            command = _guarded(command, self)
+        elif self.quiet:
             command = f"{{ {command}\n}} >/dev/null 2>&1"
         return {
             "command": command,
-            "env": {} if how.guard else how.env,
+            "env": {} if self.guard else self.env,
             "encoding": None,
             "window": SESSION_WINDOW,
-            "x11_forwarding": how.x11,
-            "request_pty": "force" if how.pty else False,
+            "x11_forwarding": self.x11,
+            "request_pty": "force" if self.pty else False,
             "term_type": os.environ.get("TERM", "dumb"),
             "term_size": shutil.get_terminal_size(),
         }
 
-    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+    def connection_made(self, chan: _Channel) -> None:
         self.chan = chan
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
@@ -3688,7 +3716,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.step.bytes_out += len(data)
         try:
             if not self.error:
-                self._pass(data, datatype)
+                self.sink.data(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3707,7 +3735,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writable.set()
-        _settle(self.ended)
+        self.ended.set()
+        self._over.set()
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -3717,25 +3746,24 @@ class _Session(asyncssh.SSHClientSession[bytes]):
 
     def fail(self, exc: Exception) -> None:
         """Let who waits for the end give up."""
-        if not (self.error or self.ended.done()):
+        if not self._over.is_set():
             self.error = exc
-            _settle(self.failed)
+            self._over.set()
 
     async def run(self, secret: Callable[[], Awaitable[str]]) -> None:
         """Wait for its end, or a failure on this side, and give it meanwhile what it reads;
         ``secret``: the password, for a sudo that asks. Cancelling it ends nothing over there.
         """
         assert self.chan
-        if self.how.opened:
-            self.how.opened(self.chan)
+        if self.opened:
+            self.opened(self.chan)
         giving = None
-        if self.talk or self.how.stdin:
+        if self.talk or self.stdin:
             giving = asyncio.create_task(self._give(secret))
-        elif not self.how.watch and not self.how.pty:
+        elif not self.watch and not self.pty:
             self.chan.write_eof()
         try:
-            # not awaited themselves: that would cancel them with us
-            await asyncio.wait([self.ended, self.failed], return_when=asyncio.FIRST_COMPLETED)
+            await self._over.wait()
         finally:
             if giving:
                 giving.cancel()
@@ -3752,9 +3780,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
                 if not self.talk.begun.is_set():
                     self.chan.write((await secret()).encode() + b"\n")
                 await self.talk.begun.wait()
-            if self.how.stdin:
+            if self.stdin:
                 what = "standard input"
-                async for data in self.how.stdin:
+                async for data in self.stdin:
                     await self._writable.wait()
                     if self.chan.is_closing():
                         return
@@ -3771,24 +3799,26 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         ended by itself has left what holds its outputs, as under ssh: that stays. A second
         cancellation only waits no longer.
         """
-        if self.ended.done():
+        if self.ended.is_set():
             return
         assert self.chan
         self.step.may_run = True
         left_behind = self.status is not None
         within = CLOSE_TIMEOUT / 2
         try:
-            if self.how.watch == "stdin" and not left_behind:
+            if self.watch == "stdin" and not left_behind:
                 self.chan.write_eof()
                 within = GUARD_TIMEOUT  # TERM, and KILL 2 s later
             else:
                 self.chan.abort()
-            if self.how.watch == "connection":
+            if self.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
-            await asyncio.wait([self.ended], timeout=within)
-            heard = self.link.alive if self.how.watch == "connection" else self.ended.done()
-            self.step.may_run = left_behind or not heard or not self.how.guard
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await self.ended.wait()
+            heard = self.link.alive if self.watch == "connection" else self.ended.is_set()
+            self.step.may_run = left_behind or not heard or not self.guard
         finally:
             self.abort()
 
@@ -3796,17 +3826,17 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         """Close its channel, and the connection where the guard waits for the end of that."""
         if self.chan:
             self.chan.abort()
-        if self.how.watch == "connection":
+        if self.watch == "connection":
             self.link.drop()
 
-    def outcome(self) -> int | str:
+    def outcome(self) -> _Status:
         """The status of a command that has ended, or raises why there is none."""
         if self.error:
             raise self.error
         if self.link.alive:
             if self.talk and not self.talk.begun.is_set():
                 raise self.talk.failure()
-            if self.status is None and self.how.guard:
+            if self.status is None and self.guard:
                 raise CommandFailedError(
                     f"ended without an exit status: {escape(self.step.command)} "
                     "(--no-guard, guard=False, takes that for a success)",
@@ -3831,35 +3861,7 @@ def _tell(host: str, text: str) -> None:
     _screen.say(f"{escape(host)}: {escape(text)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-    """How a command line is to run, as the keywords of Run say; ``quiet``: its outputs are
-    /dev/null over there; ``folder``: what is removed with it; ``opened`` is told of its channel.
-    """
-
-    x11: bool = False
-    pty: bool = False
-    stdin: AsyncIterator[bytes] | None = None
-    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sudo: bool | str = False
-    quiet: bool = False
-    folder: str = ""
-    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
-    timeout: float | None = None
-    capture: Capture | None = None
-    guard: bool = True
-
-    @property
-    def watch(self) -> str:
-        """What tells the guard that it must end the command: the end of "stdin", the end of the
-        "connection", or "" for no guard (a terminal hangs up).
-        """
-        if self.pty or not self.guard:
-            return ""
-        return "connection" if self.stdin else "stdin"
-
-
-class _Node(abc.ABC):
+class _Node:
     """What SshNode and LocalNode share: running commands of a user's, and showing what happens."""
 
     hostname: str
@@ -3871,22 +3873,22 @@ class _Node(abc.ABC):
     guard = True
     debug = False
     _host_key_shown: str | None = None  # the fingerprint that it presented last
+    _sudo_password: str | None = None
 
-    @abc.abstractmethod
     async def connect_lazy(self) -> asyncssh.SSHClientConnection | None:
-        """Connect unless it is done."""
+        """Connect unless it is done, or there is nothing to connect."""
+        return None
 
-    @abc.abstractmethod
     async def close(self) -> None:
         """Close what is open."""
 
-    @abc.abstractmethod
     async def sftp_connect_lazy(self) -> _Files:
         """Open what gives access to the files there, unless it is open."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """Run one command line to its end, in a channel or a process of its own; its status."""
+        raise NotImplementedError
 
     @property
     def _endpoint(self) -> Endpoint:
@@ -3896,10 +3898,6 @@ class _Node(abc.ABC):
     def shown_name(self) -> str:
         """The shortest text that tells it from the others of its formatter."""
         return self.formatter.endpoint_name(self._endpoint)
-
-    def _say(self, text: str) -> None:
-        """A word about this host on stderr, in apssh's own name."""
-        _tell(self.hostname, text)
 
     def _adopt(self, formatter: Formatter | None, verbose: bool | None) -> None:
         self.verbose = verbose
@@ -4007,84 +4005,85 @@ class _Node(abc.ABC):
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
         folder = f"{hall}/{name}"
-        for _ in range(2):
+        for path in (folder, hall, folder):  # the hall is there, as a rule
             with contextlib.suppress(asyncssh.SFTPError, OSError):
-                await sftp.mkdir(folder, private)
-                return folder
-            with contextlib.suppress(asyncssh.SFTPError, OSError):  # it is there, as a rule
-                await sftp.mkdir(hall, private)
+                await sftp.mkdir(path, private)
+                if path == folder:
+                    return folder
         folder = f"{hall}/{os.urandom(8).hex()}"
         await sftp.mkdir(folder, private)
         return folder
 
-    async def _execute(
-        self, command: str, step: StepRecord, how: _How, *, sink: _Sink | None = None
-    ) -> int | str:
+    async def _execute(self, session: _Session, sink: _Sink | None = None) -> _Status:
         """Run a command line; every way to run something comes through here. ``sink``: where the
         outputs go (default: the formatter).
         """
+        command, step = session.command, session.step
         if not command.strip():
             raise UsageError(
                 "an empty command: it would open a shell that nobody talks to", host=self.hostname
             )
         await self._apply_config()  # it may tell the user and the port, by which outputs are named
         sink = sink or self.formatter.endpoint_sink(self._endpoint)
-        if how.capture:
+        if session.capture:
             sink = held = _HeldSink(sink)
+        session.sink = sink
+        if session.sudo:
+            session.sink = session.talk = _SudoTalk(sink, session.pty)
         step.command = step.command or command
-        session = _Session(command, step, sink, how)
         try:
             try:
                 status = await self._run_session(session)
             finally:
-                sink.end()
+                session.sink.end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
             raise
-        except TimeoutError:
-            raise _timed_out(how.timeout, self, command, step) from None
-        except BrokenPipeError:  # not the command's failure
+        except (TimeoutError, BrokenPipeError):  # the step's; not the command's failure
             raise
         except OSError as exc:
             message = f"on this machine: {_reason(exc)}"
             raise ApsshError(message, host=self.hostname, command=command) from exc
-        if status == 126 and how.folder:
-            self._say(
-                f"{how.folder} cannot be executed there; where its file system is mounted noexec, "
-                "give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin="
+        if status == 126 and session.folder:
+            _tell(
+                self.hostname,
+                f"{session.folder} cannot be executed there; where its file system is mounted "
+                "noexec, give the script as standard input: apssh -I ... sh -s < SCRIPT, stdin=",
             )
-        if how.capture:  # of a command that ended: half of an output, or none, is no value
-            how.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
+        if session.capture:  # of a command that ended: half of an output, or none, is no value
+            session.capture.store(held.stdout().decode("utf-8", "surrogateescape"))
         return status
 
-    async def _apply_config(self) -> None:  # noqa: B027  # nothing to complete, as a rule
-        """Complete what was not given."""
+    async def _apply_config(self) -> None:
+        """Complete what was not given; nothing, as a rule."""
 
-    @contextlib.contextmanager
-    def _shown(self, command: str) -> Iterator[None]:
-        """What the formatter hears of a session that is open."""
-        self.formatter.endpoint_started(self._endpoint)
-        self.formatter.session_start(self.hostname, command)
+    async def _see_through(self, session: _Session) -> None:
+        """From an open channel to the end, which the formatter hears of; what still runs when this
+        is left, a formatter's failure included, is ended.
+        """
         try:
-            yield
+            self.formatter.endpoint_started(self._endpoint)
+            self.formatter.session_start(self.hostname, session.command)
+            try:
+                await session.run(self._sudo_secret)
+            finally:
+                self.formatter.session_stop(self.hostname, session.command)
         finally:
-            self.formatter.session_stop(self.hostname, command)
+            await session.end()
+
+    async def _sudo_secret(self) -> str:
+        """The password for sudo: the node's, or what the terminal answers, asked once for all."""
+        if self._sudo_password is not None:
+            return self._sudo_password
+        ask = functools.partial(_while_asking, _ask_secret, "sudo password")
+        return await _Limits.here().answer("sudo", ask)
 
 
 def _check_time(seconds: float | None) -> None:
     """Raises UsageError for a limit that cannot be."""
     if seconds is not None and seconds <= 0:
         raise UsageError(f"timeout {seconds!r}: seconds, more than 0 (None: no limit)")
-
-
-def _timed_out(timeout: float | None, node: _Node, command: str, step: StepRecord) -> ApsshError:
-    """A TimeoutError is the end of a step's time; with no limit, the system's own (ETIMEDOUT)."""
-    text = "timed out" if timeout is None else f"no end within {timeout:g} s"
-    left = " (it may still be running)" if step.may_run else ""
-    return CommandFailedError(
-        f"{text}: {escape(command)}{left}", host=node.hostname, kind="timeout", command=command
-    )
 
 
 class SshNode(_Node):
@@ -4218,15 +4217,13 @@ class SshNode(_Node):
 
     def _hops(self) -> list[SshNode]:
         """The nodes on the way, the farthest gateway first, this node last."""
-        hops: list[SshNode] = []
-        node: SshNode | None = self
-        while node:
-            if node in hops:
+        hops = [self]
+        while gateway := hops[0].gateway:
+            if gateway in hops:
                 raise UsageError(
-                    f"{self.hostname}: its gateways go in a circle, through {node.hostname}"
+                    f"{self.hostname}: its gateways go in a circle, through {gateway.hostname}"
                 )
-            hops.insert(0, node)
-            node = node.gateway
+            hops.insert(0, gateway)
         return hops
 
     def is_connected(self) -> bool:
@@ -4303,15 +4300,13 @@ class SshNode(_Node):
         live.links = list(dict.fromkeys([*live.up, link]))
         live.wake()
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, alone: bool = False) -> AsyncIterator[_Link]:
+    async def _with_room(self, live: _Live, alone: bool) -> _Link:
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
 
         sshd refuses the eleventh session of a connection (MaxSessions), so there may be further
         connections; a host that takes no more of them has its steps queue, if there is a session
         that will end.
         """
-        live = self._here()
         while not (link := live.room(alone)):
             try:
                 if len(live.up) < live.max_links or not live.is_busy:
@@ -4322,14 +4317,7 @@ class SshNode(_Node):
                 if not live.is_busy:
                     raise
                 live.max_links = len(live.up)
-        link.sessions += 1
-        link.reserved = alone
-        try:
-            yield link
-        finally:
-            link.sessions -= 1
-            link.reserved = False
-            live.wake()
+        return link
 
     async def _connect(self) -> _Link:
         """Make one connection. Cancelling it leaves no socket."""
@@ -4394,7 +4382,8 @@ class SshNode(_Node):
         limits = _Limits.here()
         tunnel = None
         try:
-            async with clock.turn(limits.startups(self._address, self.port, id(self.gateway))):
+            endpoint = self._address, self.port, id(self.gateway)
+            async with clock.turn(limits.gate(STARTUPS_PER_HOST, *endpoint)):
                 if self.gateway:
                     self.gateway._leads = True
                     link.stage = f"gateway {escape(self.gateway.hostname)} does not answer"
@@ -4405,7 +4394,9 @@ class SshNode(_Node):
                 else:
                     await self._open_socket(link, clock)
                     await link.hear()
-                async with clock.turn(limits.handshakes[self._leads], HANDSHAKE_TURN):
+                # gateways wait apart: the time of those behind them runs meanwhile
+                handshakes = limits.gate(HANDSHAKES, "handshake", self._leads)
+                async with clock.turn(handshakes, HANDSHAKE_TURN):
                     await asyncssh.connect(
                         self._address,
                         self.port,
@@ -4431,7 +4422,7 @@ class SshNode(_Node):
         # uvloop does not know it
         if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
             how["happy_eyeballs_delay"] = 0.25
-        async with clock.turn(_Limits.here().connects):
+        async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
             await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
@@ -4475,7 +4466,7 @@ class SshNode(_Node):
         ):
             kind, text = "auth", self._refused_login(link)
             # looked for anew at the next login: there may be others by then
-            _Limits.here().keys.pop(self._key_question(), None)
+            _Limits.here().forget(self._key_question())
         else:
             return self._failure(exc)
         return ConnectionFailedError(text, host=self.hostname, kind=kind)
@@ -4517,13 +4508,8 @@ class SshNode(_Node):
         """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
         passphrase may be asked.
         """
-        limits, question = _Limits.here(), self._key_question()
-        if question not in limits.keys:
-            find = functools.partial(_keys_to_offer, self.keys, self._host_config)
-            limits.keys[question] = await _Shared.once(
-                limits.asking, question, functools.partial(asyncio.to_thread, find)
-            )
-        keys, missed = limits.keys[question]
+        find = functools.partial(asyncio.to_thread, _keys_to_offer, self.keys, self._host_config)
+        keys, missed = await _Limits.here().answer(self._key_question(), find)
         self._keys_missed = [] if keys else missed
         return keys
 
@@ -4554,14 +4540,12 @@ class SshNode(_Node):
 
     # sessions
 
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """In one channel; its time begins when it opens. Cancelling it ends the command."""
-        if session.how.x11 and not os.environ.get("DISPLAY"):
-            raise UsageError("x11: no DISPLAY here to forward to", host=self.hostname)
-        if session.how.sudo and not self.guard:
+        if session.sudo and not self.guard:
             raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
         converse = functools.partial(self._converse, session)
-        status = await self._on_link(converse, alone=session.how.watch == "connection")
+        status = await self._on_link(converse, alone=session.watch == "connection")
         if self._guard_works is None:
             self._guard_works = True  # it is asked once
             if self.guard and status != 0:
@@ -4577,64 +4561,58 @@ class SshNode(_Node):
         """
         refusals, most = 0, SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
         while True:
-            async with self._slot(alone) as link:
-                try:
-                    return await work(link)
-                except asyncssh.ChannelOpenError as exc:
-                    refusals += 1
-                    if not _is_refusal(exc) or refusals > most:
-                        raise self._failure(exc) from None
+            live = self._here()
+            link = await self._with_room(live, alone)
+            link.sessions += 1
+            link.reserved = alone
+            try:
+                return await work(link)
+            except asyncssh.ChannelOpenError as exc:
+                refusals += 1
+                if not _is_refusal(exc) or refusals > most:
+                    raise self._failure(exc) from None
                 link.limit = max(link.sessions - 1, 1)
                 await asyncio.sleep(0.05)
+            finally:
+                link.sessions -= 1
+                link.reserved = False
+                live.wake()
 
-    async def _converse(self, session: _Session, link: _Link) -> int | str:
+    async def _converse(self, session: _Session, link: _Link) -> _Status:
         """Start a command on this link, and wait for its end; the status."""
         session.link = link
-        async with asyncio.timeout(session.how.timeout):
-            create: Callable[..., Awaitable[Any]] = link.conn.create_session
+        async with asyncio.timeout(session.timeout):
+            creating = link.conn.create_session(lambda: session, **session.request())
             try:
-                await self._open(create(lambda: session, **session.request()), session.abort)
+                await self._open(creating, session.abort)
             except (asyncssh.Error, ConnectionError) as exc:
                 if link.alive and isinstance(exc, asyncssh.ChannelOpenError):
                     raise
                 raise session.lost() from None  # the request may have arrived
-            try:
-                with self._shown(session.command):
-                    await session.run(self._sudo_secret)
-            finally:
-                await session.end()
+            await self._see_through(session)
         return session.outcome()
 
-    async def _doubt_guard(self, status: int | str) -> None:
+    async def _doubt_guard(self, status: _Status) -> None:
         """After the first command on a host, if it failed: would any command fail so? A shell that
         is not POSIX, a key with a forced command or a start-up file that takes stdin does not let
         the guard be, and what the host says then speaks of no guard.
         """
         probe = "sleep 1" if status == "TERM" else ":"
-        step, how = StepRecord(command=probe), _How(timeout=CLOSE_TIMEOUT * 5)
+        session = _Session(probe, StepRecord(command=probe), timeout=CLOSE_TIMEOUT * 5)
+        session.sink = _HeldSink()
         try:
-            if await self._run_session(_Session(probe, step, _HeldSink(), how)) == 0:
+            if await self._run_session(session) == 0:
                 return
         except (ConnectionFailedError, TimeoutError):
             return  # the host is slow, or has gone: who knows
         except ApsshError:
             pass  # it ended without a status
-        self._say(
+        _tell(
+            self.hostname,
             "commands fail there because of their guard, which ends them with their connection "
             "(no POSIX shell, a forced command, or a start-up file that reads stdin?): "
-            "--no-guard, guard=False, leaves it out"
+            "--no-guard, guard=False, leaves it out",
         )
-
-    async def _sudo_secret(self) -> str:
-        """The password for sudo: the node's, or what the terminal answers, asked once for all."""
-        if self._sudo_password is not None:
-            return self._sudo_password
-        limits = _Limits.here()
-        if limits.sudo_password is None:
-            limits.sudo_password = await _Shared.once(
-                limits.asking, "sudo", lambda: _while_asking(_ask_secret, "sudo password")
-            )
-        return limits.sudo_password
 
     @staticmethod
     async def _open(work: Awaitable[object], abort: Callable[[], None]) -> None:
@@ -4691,7 +4669,7 @@ class _Sftp:
     """
 
     client: asyncssh.SFTPClient
-    channel: asyncssh.SSHClientChannel[bytes] | None = None
+    channel: _Channel | None = None
 
     def __init__(self, link: _Link) -> None:
         self.link = link
@@ -4845,12 +4823,6 @@ class LocalNode(_Node):
     def __repr__(self) -> str:
         return "<LocalNode>"
 
-    async def connect_lazy(self) -> None:
-        """Nothing to connect."""
-
-    async def close(self) -> None:
-        """Nothing to close."""
-
     async def sftp_connect_lazy(self) -> _LocalFiles:
         """The files of this machine, as an SFTP client has them."""
         return _LocalFiles()
@@ -4867,25 +4839,25 @@ class LocalNode(_Node):
         """No hop: 0."""
         return 0
 
-    async def _run_session(self, session: _Session) -> int | str:
+    async def _run_session(self, session: _Session) -> _Status:
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        how, command = session.how, session.command
-        if how.pty or how.sudo:
+        command = session.command
+        if session.pty or session.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
         with contextlib.ExitStack() as stack:
             given = []
-            if how.stdin:
+            if session.stdin:
                 spool = stack.enter_context(tempfile.TemporaryFile())
-                await self._spool(how.stdin, spool)
+                await self._spool(session.stdin, spool)
+                session.stdin = None
                 # the process' own standard input is the guard's, which waits for its end
                 given = [spool.fileno()]
                 command = f"exec </dev/fd/{given[0]}\n{command}"
-            line = _guarded(command, dataclasses.replace(how, stdin=None))
             # not asyncio's: its process waits for ever when cancelled too early
             process = subprocess.Popen(
-                ["/bin/sh", "-c", line],
+                ["/bin/sh", "-c", _guarded(command, session)],
                 env=os.environ | {"SHELL": "/bin/sh"},
                 start_new_session=True,
                 pass_fds=given,
@@ -4893,26 +4865,16 @@ class LocalNode(_Node):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-        assert process.stdin
-        whole = asyncio.create_task(self._follow(process, session))
+        channel = _LocalChannel(process, session)
+        session.connection_made(cast("_Channel", channel))
         try:
-            with self._shown(session.command):
-                async with asyncio.timeout(how.timeout):
-                    await asyncio.wait([whole, session.failed], return_when=asyncio.FIRST_COMPLETED)
+            async with asyncio.timeout(session.timeout):
+                await self._see_through(session)
         finally:
-            left_behind = process.returncode is not None
-            process.stdin.close()  # for the guard, the end of the command
-            try:
-                if not left_behind:
-                    await asyncio.wait([whole], timeout=2 * GUARD_TIMEOUT)
-                session.step.may_run = not whole.done()
-            finally:  # cancelled again; or its shell has ended, who holds its outputs has not
-                whole.cancel()
-                await asyncio.wait([whole])
+            await asyncio.wait([channel.following])
         if session.error:
             raise session.error
-        status = process.returncode or 0
-        return status if status >= 0 else signal.Signals(-status).name.removeprefix("SIG")
+        return session.status or 0
 
     @staticmethod
     async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
@@ -4924,18 +4886,34 @@ class LocalNode(_Node):
             raise ApsshError(f"standard input: {_reason(exc)}") from None
         spool.seek(0)  # flushed; and where /dev/fd shares the place, it is the beginning
 
+
+class _LocalChannel:
+    """A process of this machine, as the channel of its session."""
+
+    def __init__(self, process: subprocess.Popen[bytes], session: _Session) -> None:
+        assert process.stdin
+        self.following = asyncio.create_task(self._follow(process, session))
+        self.write_eof = process.stdin.close  # for the guard, the end of the command
+        self.abort = self.following.cancel  # who still holds its outputs keeps them
+
     async def _follow(self, process: subprocess.Popen[bytes], session: _Session) -> None:
-        """Hand the outputs of a process to its session, until they and it have ended."""
+        """Hand all that comes to the session, until the process and its outputs have ended."""
         assert process.stdout and process.stderr
-        await asyncio.gather(
-            _in_daemon(process.wait),
-            self._pass_on(process.stdout, session, None),
-            self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR),
-        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pass_on(process.stdout, session, None))
+                group.create_task(self._pass_on(process.stderr, session, EXTENDED_DATA_STDERR))
+                status = await _in_daemon(process.wait)
+                session.status = status
+                if status < 0:
+                    session.status = signal.Signals(-status).name.removeprefix("SIG")
+        finally:
+            self.write_eof()
+            session.connection_lost(None)
 
     @staticmethod
     async def _pass_on(pipe: IO[bytes], session: _Session, datatype: int | None) -> None:
-        """Hand an output of a process to its session, until its end."""
+        """Hand an output of the process to the session, until its end."""
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), pipe
@@ -4987,13 +4965,17 @@ class AbstractCommand:
 
     async def co_run_remote(self, node: SshNode) -> int | str | None:
         """Run on an SshNode; the exit status, or a signal's name without SIG."""
-        return await self._carry_out(node, StepRecord())
+        step = StepRecord()
+        with self._in_time(node, step):
+            return await self._carry_out(node, step)
 
     async def co_run_local(self, node: LocalNode) -> int | str | None:
         """Run on a LocalNode; the exit status, or a signal's name without SIG."""
-        return await self._carry_out(node, StepRecord())
+        step = StepRecord()
+        with self._in_time(node, step):
+            return await self._carry_out(node, step)
 
-    async def attempt(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def attempt(self, node: _AnyNode, step: StepRecord) -> _Status:
         """Run on this node, as jobs do; the status, which is a success.
 
         ``step`` gets what becomes known. Raises CommandFailedError for any other status, and past
@@ -5001,15 +4983,16 @@ class AbstractCommand:
         Cancelling it ends its command over there.
         """
         if self.verbose:
-            node._say(f"runs: {self.step_name()}")
+            _tell(node.hostname, f"runs: {self.step_name()}")
         method = "co_run_local" if isinstance(node, LocalNode) else "co_run_remote"
         try:
-            # what is ours keeps a record; what a user has redefined has only its node
-            if getattr(type(self), method) is getattr(AbstractCommand, method):
-                step.status = await self._carry_out(node, step)
-            else:
-                async with self._in_time(node, step):
-                    step.status = await getattr(self, method)(node) or 0
+            with self._in_time(node, step):
+                # what is ours keeps a record; what a user has redefined has only its node
+                if getattr(type(self), method) is getattr(AbstractCommand, method):
+                    step.status = await self._carry_out(node, step)
+                else:
+                    async with asyncio.timeout(self.timeout):
+                        step.status = await getattr(self, method)(node) or 0
             if not self._is_success(step.status):
                 kind = "status" if isinstance(step.status, int) else "signal"
                 command = step.command or self.step_name()
@@ -5026,25 +5009,32 @@ class AbstractCommand:
             raise
         return step.status
 
-    def _is_success(self, status: int | str | None) -> bool:
+    def _is_success(self, status: _Status | None) -> bool:
         return status == 0 or status in self.allowed_exits
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         """What a step of ours is."""
         raise UsageError(
             f"{type(self).__name__}: a step defines co_run_remote(node), and co_run_local(node) "
             "to run on a LocalNode"
         )
 
-    @contextlib.asynccontextmanager
-    async def _in_time(self, node: _AnyNode, step: StepRecord) -> AsyncIterator[None]:
-        """The time of the step begins here: when its host is there."""
+    @contextlib.contextmanager
+    def _in_time(self, node: _AnyNode, step: StepRecord) -> Iterator[None]:
+        """Tells the end of the step's time, which begins when its host is there. A TimeoutError
+        with no limit is the system's own (ETIMEDOUT).
+        """
         try:
-            async with asyncio.timeout(self.timeout):
-                yield
+            yield
         except TimeoutError:
-            command = step.command or self.step_name()
-            raise _timed_out(self.timeout, node, command, step) from None
+            text = "timed out" if self.timeout is None else f"no end within {self.timeout:g} s"
+            left = " (it may still be running)" if step.may_run else ""
+            raise CommandFailedError(
+                f"{text}: {escape(step.command or self.step_name())}{left}",
+                host=node.hostname,
+                kind="timeout",
+                command=step.command,
+            ) from None
 
     def check_files(self) -> None:
         """Raise UsageError for what can be found wrong on this machine before anything runs."""
@@ -5074,9 +5064,6 @@ class _Stdin:
     place where this host is, whoever else reads it. Only what an asynchronous iterator gives cannot
     be had again. Raises UsageError for what cannot be read so.
     """
-
-    # what is told of the channel of a command that reads it
-    opened: Callable[[asyncssh.SSHClientChannel[bytes]], None] | None = None
 
     def __init__(self, source: _StdinSource | None) -> None:
         self._source = source
@@ -5110,6 +5097,9 @@ class _Stdin:
         if isinstance(source, str | Deferred):
             source = os.fsencode(_text_of(source))
         return self._read(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+    def opened(self, channel: _Channel) -> None:
+        """A command that reads it has begun, on this channel."""
 
     def _check_unused(self) -> None:
         if self._used:
@@ -5193,6 +5183,8 @@ class _ShellCommand(AbstractCommand):
             raise UsageError(
                 f"{kind}: sudo is True (root) or the name of a user, not {self.sudo!r}"
             )
+        if self.sudo is True:
+            self.sudo = "root"
         # what follows a terminal's keys is an iterator, which ends when it likes
         if self.pty and not isinstance(stdin, AsyncIterator | None):
             raise UsageError(f"{kind}: pty and stdin: a terminal has no end of file: leave one out")
@@ -5206,12 +5198,8 @@ class _ShellCommand(AbstractCommand):
         )
 
     def dry_run_text(self) -> str:
-        return self._as_whom() + self._text()
-
-    def _as_whom(self) -> str:
-        if not self.sudo:
-            return ""
-        return "sudo: " if self.sudo is True else f"sudo -u {self.sudo}: "
+        whom = f"sudo -u {self.sudo}: " if self.sudo else ""
+        return whom + self._text()
 
     def check_files(self) -> None:
         self.stdin.check()
@@ -5227,9 +5215,12 @@ class _ShellCommand(AbstractCommand):
         sink: _HeldSink | None = None,
         timeout: float | None = None,
         folder: str = "",
-    ) -> int | str:
+    ) -> _Status:
         """Have the node run a command line with all that this step gives it; the status."""
-        how = _How(
+        _ShellCommand.check_files(self)
+        session = _Session(
+            line,
+            step,
             x11=self.x11,
             pty=self.pty,
             stdin=self.stdin.reader(),
@@ -5242,7 +5233,7 @@ class _ShellCommand(AbstractCommand):
             capture=self.capture,
             guard=node.guard,
         )
-        return await node._execute(line, step, how, sink=sink)
+        return await node._execute(session, sink)
 
 
 class Run(_ShellCommand):
@@ -5273,7 +5264,7 @@ class Run(_ShellCommand):
     def _text(self) -> str:
         return self._words(str)
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         return await self._by_shell(node, self._words(), step, timeout=self.timeout)
 
 
@@ -5308,7 +5299,7 @@ class Wait(_ShellCommand):
     def _text(self) -> str:
         return f"Wait: {self._words(str) or 'true'}"
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         line = self._words() or "true"
         seen = "no answer"
         try:
@@ -5380,10 +5371,11 @@ class _Script(_ShellCommand):
     def _titled(self, what: str) -> str:
         return f"{type(self).__name__}: {what} {self._words(str)}".rstrip()
 
-    def _beside(self) -> str:
-        return f" with {' '.join(self.includes)}" if self.includes else ""
+    def dry_run_text(self) -> str:
+        beside = f" with {' '.join(self.includes)}" if self.includes else ""
+        return super().dry_run_text() + beside
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         files = self._with_includes(self._script())
         name = next(iter(files))
         step.script_sha256 = hashlib.sha256(files[name][0]).hexdigest()
@@ -5392,9 +5384,9 @@ class _Script(_ShellCommand):
         endpoint = node.username, node.hostname, node.port
         self._uses[endpoint] += 1
         folder_name = f"{self._name}{self._uses[endpoint]:02}"
-        for_others = self.sudo not in (False, True, "root")
+        for_others = self.sudo not in (False, "root")
         folder = node._script_folder(files, folder_name, for_others=for_others)
-        async with self._in_time(node, step), folder as path:
+        async with asyncio.timeout(self.timeout), folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
             return await self._by_shell(node, line, step, folder=path)
 
@@ -5432,11 +5424,6 @@ class RunScript(_Script):
 
     def _text(self) -> str:
         return self._titled(os.path.basename(str(self.source)))
-
-    def dry_run_text(self) -> str:
-        there = os.path.isfile(os.path.expanduser(str(self.source)))
-        note = "" if there else " (no such file yet)"
-        return self._as_whom() + self._titled(str(self.source)) + note + self._beside()
 
 
 class RunString(_Script):
@@ -5484,8 +5471,7 @@ class RunString(_Script):
         return self._titled(f"{first[:15]}...")
 
     def dry_run_text(self) -> str:
-        title = f"{self._as_whom()}RunString: {self._words(str)}".rstrip()
-        return f"{title}{self._beside()}\n{self.source}"
+        return f"{super().dry_run_text()}\n{self.source}"
 
 
 class _CopyCommand(AbstractCommand):
@@ -5514,12 +5500,12 @@ class _CopyCommand(AbstractCommand):
         options = [name for name, value in self.options.items() if value]
         return ", ".join([self._line(" ".join(map(str, self.sources))), *options])
 
-    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> _Status:
         sources = [_text_of(path) for path in self.sources]
         destination = _text_of(self.destination)
         step.command = self._text()
         sftp = await node.sftp_connect_lazy()
-        async with self._in_time(node, step):
+        async with asyncio.timeout(self.timeout):
             copying = _Copy(node.hostname, step, **self.options)
             work = copying.push if self.pushing else copying.pull
             await work(sftp, sources, destination)
@@ -5670,7 +5656,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
             scheduler=scheduler,
         )
 
-    async def co_run(self) -> ApsshError | int | str:
+    async def co_run(self) -> ApsshError | _Status:
         """Run the steps, as the scheduler asks. Cancelling it ends the command that runs."""
         self.records, self.failure = [], None
         with self._failing():
@@ -5699,7 +5685,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         step = StepRecord(label=command.listing_line())
         self.records.append(step)
         if self.verbose:
-            self.node._say(f"step: {command.step_name()}")
+            _tell(self.node.hostname, f"step: {command.step_name()}")
         try:
             with step.running():
                 await command.attempt(self.node, step)
@@ -5710,7 +5696,7 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
                 raise
             raise ApsshError("cancelled from inside", host=self.node.hostname) from None
 
-    def _result_of(self, failure: ApsshError) -> ApsshError | int | str:
+    def _result_of(self, failure: ApsshError) -> ApsshError | _Status:
         """Tell a failure that stops nothing; a command's status, else an ApsshError.
 
         It is returned and not raised, since asynciojobs never gives back the window's slot of a
@@ -7234,7 +7220,7 @@ async def _fan_out(
     if min(window, retries, max_failures or 0) < 0:
         raise UsageError("window, retries and max_failures are numbers, 0 or more")
     capacity = max(_raise_file_limit() - 100, 1)
-    _Limits.here().sudo_password = None  # each run asks anew: it may have been mistyped
+    _Limits.here().forget("sudo")  # each run asks anew: it may have been mistyped
     results: dict[SshNode, Result] = {}
     waiting = iter(nodes)
     failures = 0

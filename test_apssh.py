@@ -6868,7 +6868,8 @@ async def test_commands_are_those_of_plain_ssh(sshd: Sshd, keys: Path) -> None:
         async with room:
             theirs = await asyncio.to_thread(plain_ssh, sshd, keys, command)
             held = apssh._HeldSink()
-            status = await node._execute(command, apssh.StepRecord(), apssh._How(), sink=held)
+            session = apssh._Session(command, apssh.StepRecord())
+            status = await node._execute(session, held)
             result = apssh.Result(
                 "h",
                 "u",
@@ -7044,7 +7045,9 @@ SHELLS = [
 @contextlib.contextmanager
 def guarded_by(shell: str, command: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
     """A command under the guard where /bin/sh is this shell; its leader's number is the pid."""
-    line = apssh._guarded(command, apssh._How()).replace("/bin/sh", shell)
+    line = apssh._guarded(command, apssh._Session(command, apssh.StepRecord())).replace(
+        "/bin/sh", shell
+    )
     with subprocess.Popen(
         ["sh", "-c", line],
         stdin=subprocess.PIPE,
@@ -8239,7 +8242,7 @@ async def test_work_that_is_being_given_up_is_joined_by_nobody(
     monkeypatch.setattr(apssh, "_keys_to_offer", load_slowly)
     first = asyncio.create_task(sshd.node().run("true"))
     await asyncio.sleep(0)
-    await eventually_async(lambda: apssh._Limits.here().asking)
+    await eventually_async(lambda: apssh._Limits.here()._asking)
     first.cancel()
     second = sshd.node()
     task = asyncio.create_task(second.run("true"))
@@ -8304,7 +8307,7 @@ async def test_gateway_waits_apart_from_the_others(
 ) -> None:
     """Behind it time runs: thousands of direct hosts before it in the queue must not use it up."""
     other = make_sshd()
-    slots = apssh._Limits.here().handshakes[False]
+    slots = apssh._Limits.here().gate(apssh.HANDSHAKES, "handshake", False)
     for _ in range(apssh.HANDSHAKES):
         await slots.acquire()
     direct, gateway = sshd.node(), sshd.node()
@@ -9378,7 +9381,7 @@ def test_verbose_step(node: Any, home: Path, capfd: Any) -> None:
 def test_x11_needs_a_display(sshd: Sshd) -> None:
     assert (
         str(failure_of(Run("xterm", x11=True).co_run_remote(sshd.node())))
-        == "127.0.0.1: local: x11: no DISPLAY here to forward to"
+        == "x11: no DISPLAY here to forward to"
     )
     # programs and jobs find it before they connect
     done = cli("-F", "none", "-t", "h1", "-K", "-X", "xterm")
@@ -11889,7 +11892,7 @@ jobs:
     assert (bare.words, bare.timeout, bare.interval) == ((), 300, 1)
     assert [str(word) for word in words.words] == ["test", "=", "-e", "{{up}}"]
     assert isinstance(words.words[3], Deferred)
-    assert (run.sudo, script.sudo, script.words) == (True, "admin", ("b", "c"))
+    assert (run.sudo, script.sudo, script.words) == ("root", "admin", ("b", "c"))
     assert run.stdin is not None
     assert script.stdin is not None
 
@@ -13365,7 +13368,7 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
         (["--demo", "2", "-n", "ls"], f"{ME}@demo1: ls\n{ME}@demo2: ls\n"),
         (
             ["-F", "none", "-t", "a", "-n", "-s", "echo one\n echo two", "x"],
-            f"{ME}@a: RunString: x\\necho one\\n echo two\n",
+            f"{ME}@a: RunString: echo one... x\\necho one\\n echo two\n",
         ),
         (
             ["-g", "gw", "-l", "me", "-p", "2200", "-t", "a,you@b:23,None->c,d", "-x", "d", "-L"],
@@ -14626,11 +14629,11 @@ act: Local Node (after look)
     then  echo {{ver}} {{nope}}; fi
       {{ver}}: captured by look
       {{nope}}: NO STEP CAPTURES IT
-    RunString: a {{ver}}
+    RunString: echo one... a {{ver}}
     echo one
     echo two
       {{ver}}: captured by look
-    RunScript: later.sh (no such file yet) with lib.sh
+    RunScript: later.sh with lib.sh
     Push: x y z onto d/, recurse
 """,
         "",
