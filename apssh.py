@@ -1513,13 +1513,14 @@ class _KnownHosts:
         self._plain: dict[str, list[_Line]] = {}
         self._hashed: list[tuple[bytes, bytes, _Line]] = []
         self._patterns: list[tuple[list[str], _Line]] = []
+        self._lengths = dict.fromkeys(self._files, 0)  # lines of each file
         for file in self._files:
             with (
                 contextlib.suppress(OSError),
-                open(file, encoding="utf-8", errors="surrogateescape") as lines,
+                open(file, encoding="utf-8", errors="surrogateescape", newline="\n") as lines,
             ):
-                for number, line in enumerate(lines, 1):
-                    self._parse(line, file, number)
+                for line in lines:
+                    self._parse(line, file)
 
     def _stamp_now(self) -> list[object]:
         """Changes when one of the files does; which is not there has none."""
@@ -1530,12 +1531,13 @@ class _KnownHosts:
                 stamp += file, info.st_ino, info.st_size, info.st_mtime_ns
         return stamp
 
-    def _parse(self, text: str, file: str, number: int) -> None:
-        """A line that is not one is skipped, as ssh does."""
+    def _parse(self, text: str, file: str) -> None:
+        """The next line of a file; one that is not one is skipped, as ssh does."""
+        self._lengths[file] += 1
         match = _KNOWN_HOSTS_LINE.match(text)
         if match is None:
             return
-        names, line = match[2], (match[1], match[3], file, number)
+        names, line = match[2], (match[1], match[3], file, self._lengths[file])
         if names.startswith("|1|"):
             with contextlib.suppress(ValueError):
                 salt, digest = map(base64.b64decode, names.split("|")[2:])
@@ -1589,14 +1591,15 @@ class _KnownHosts:
                     return False
                 for other in known.values():
                     raise ApsshError(f"its key was not recorded: known is {other}")
-                before = file.read()
-                if before and not before.endswith(b"\n"):
-                    file.write(b"\n")
+                # thousands may follow: nothing is read or parsed twice
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":
+                        file.write(b"\n")
                 line = f"{name} {key.export_public_key().decode()}"
                 file.write(line.encode())
                 file.flush()
-                # thousands may follow: nothing is parsed twice
-                self._parse(line, str(path), len(before.splitlines()) + 1)
+                self._parse(line, self._files[0])
                 self._stamp = self._stamp_now()
         except OSError as exc:
             raise ApsshError(f"its key could not be recorded in {path}: {_reason(exc)}") from None
