@@ -6873,11 +6873,15 @@ def _parse_targets(
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    excluded = [exclude] if isinstance(exclude, str) else exclude
-    for pattern in sources.targets(excluded, _parse_target, hosts_too=True):
-        for target in by_host[pattern.chain[-1].host.lower()]:
-            if _matches(pattern, target):
-                found.pop(target, None)
+    for text in [exclude] if isinstance(exclude, str) else exclude:
+        excluded = 0
+        for pattern in sources.targets([text], _parse_target, hosts_too=True):
+            for target in by_host[pattern.chain[-1].host.lower()]:
+                if _matches(pattern, target):
+                    found.pop(target, None)
+                    excluded += 1
+        if not excluded:  # a slip here would run where it must not
+            sources.notice(f"-x {escape(text)} excludes none of the targets")
     if not found:
         raise UsageError("no target: -x excludes them all")
     return list(found)
@@ -6949,15 +6953,15 @@ class _Sources:
     input. Each is read once: a pipe, as the shell's <(command) makes, gives its text once.
 
     ``stdin``: gives the text that ``-`` stands for; None: it is refused. ``notice`` hears, once
-    each, of words that are taken for a file here and could as well be hosts; by default stderr
-    does.
+    each, of what may not have been meant, such as words that are taken for a file here and could as
+    well be hosts; by default stderr does.
     """
 
     def __init__(
         self, stdin: Callable[[], str] | None = None, notice: Callable[[str], None] = _notice
     ) -> None:
         self._stdin = stdin
-        self._notice = functools.cache(notice)
+        self.notice = functools.cache(notice)
         self._lines = functools.cache(self._read)
 
     def targets(
@@ -6973,7 +6977,7 @@ class _Sources:
                 if host and hosts_too:
                     yield parse(word)
                 elif host and os.path.exists(word) and not word.endswith((".txt", ".list")):
-                    self._notice(
+                    self.notice(
                         f"{word} is a file or folder here: what it holds are the targets "
                         f"(./{word} says so; USER@{word} is the host)"
                     )
@@ -8471,22 +8475,12 @@ def _targets(options: argparse.Namespace) -> list[Target]:
         return sys.stdin.read()
 
     notice: Callable[[str], None] = (lambda text: None) if options.quiet else _notice
-    parse = functools.partial(
-        _parse_targets,
-        options.target,
-        login=options.login,
-        gateway=options.gateway,
-        port=options.port,
-        sources=_Sources(typed, notice),
+    targets = _parse_targets(
+        options.target, sources=_Sources(typed, notice), **_part(vars(options), _TargetKeywords)
     )
-    targets = parse(exclude=options.exclude)
     recalled = _recalled(options.target, targets)
     if recalled and sys.stderr.isatty() and not options.quiet:
         _screen.say(recalled)
-    everything = len(parse()) if options.exclude else 0
-    for text in options.exclude:  # a slip there would run where it must not
-        if len(parse(exclude=[text])) == everything:
-            _screen.say(f"apssh: -x {escape(text)} excludes none of the targets")
     if options.shard:
         part, parts = options.shard
         return targets[part - 1 :: parts]
