@@ -7950,10 +7950,6 @@ async def _demo_session(
     Its process is not asyncio's: uvloop's keep the outputs open in what a command leaves behind.
     """
     shell = os.environ.get("SHELL") or "/bin/sh"
-    user = getpass.getuser()
-    env = {"HOME": home, "SHELL": shell, "USER": user, "LOGNAME": user}
-    for name in {"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR"} & os.environ.keys():
-        env[name] = os.environ[name]
     ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     child = subprocess.Popen(
         [shell, "-c", process.command or shell],
@@ -7962,7 +7958,7 @@ async def _demo_session(
         stdin=theirs[0],
         stdout=theirs[1],
         stderr=theirs[2],
-        env=env,
+        env=os.environ | {"HOME": home, "SHELL": shell},
     )
     children.add(child)
     for end in theirs:
@@ -7999,48 +7995,46 @@ async def demo_fleet(
     key, host_key = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
     allowed = asyncssh.import_authorized_keys(key.export_public_key().decode())
     formatter = formatter or HostFormatter()
-    servers: list[asyncssh.SSHAcceptor] = []
     children: set[subprocess.Popen[bytes]] = set()
     nodes: list[SshNode] = []
-    with tempfile.TemporaryDirectory(prefix="apssh-demo-", ignore_cleanup_errors=True) as homes:
+    async with contextlib.AsyncExitStack() as stack:
+        homes = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="apssh-demo-", ignore_cleanup_errors=True)
+        )
+        for number in range(1, count + 1):
+            home = os.path.join(homes, f"demo{number}")
+            os.mkdir(home, 0o700)
+            server = await asyncssh.create_server(
+                _DemoServer,
+                "127.0.0.1",
+                0,
+                server_host_keys=[host_key],
+                authorized_client_keys=allowed,
+                encoding=None,
+                process_factory=functools.partial(_demo_session, home, children),
+                sftp_factory=functools.partial(_DemoSftp, home),
+            )
+            await stack.enter_async_context(server)
+            port = server.get_port()
+            _DemoServer.ports.add(port)
+            stack.callback(_DemoServer.ports.discard, port)
+            node = SshNode(
+                f"demo{number}",
+                username=getpass.getuser(),
+                keys=[key],
+                known_hosts=[host_key],
+                address="127.0.0.1",
+                port=port,
+                formatter=formatter,
+            )
+            stack.push_async_callback(node.close)
+            nodes.append(node)
         try:
-            for number in range(1, count + 1):
-                home = os.path.join(homes, f"demo{number}")
-                os.mkdir(home, 0o700)
-                server = await asyncssh.create_server(
-                    _DemoServer,
-                    "127.0.0.1",
-                    0,
-                    server_host_keys=[host_key],
-                    authorized_client_keys=allowed,
-                    encoding=None,
-                    process_factory=functools.partial(_demo_session, home, children),
-                    sftp_factory=functools.partial(_DemoSftp, home),
-                )
-                servers.append(server)
-                _DemoServer.ports.add(server.get_port())
-                nodes.append(
-                    SshNode(
-                        f"demo{number}",
-                        username=getpass.getuser(),
-                        keys=[key],
-                        known_hosts=[host_key],
-                        address="127.0.0.1",
-                        port=server.get_port(),
-                        formatter=formatter,
-                    )
-                )
             yield nodes
         finally:
-            for node in nodes:
-                await node.close()
             for child in children:  # what ran without the guard
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
-            for server in servers:
-                _DemoServer.ports.discard(server.get_port())
-                server.close()
-            await asyncio.gather(*(server.wait_closed() for server in servers))
 
 
 # --------------------------------------------------------------------------------------------------
