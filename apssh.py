@@ -5492,8 +5492,8 @@ class _CopyCommand(AbstractCommand):
             )
 
     def _line(self, sources: str) -> str:
-        way = "onto" if self.pushing else "into"
-        return f"{type(self).__name__}: {sources} {way} {self.destination}"
+        what, way = ("Push", "onto") if self.pushing else ("Pull", "into")
+        return f"{what}: {sources} {way} {self.destination}"
 
     def _text(self) -> str:
         many = len(self.sources)
@@ -7174,10 +7174,13 @@ class _HoldingFormatter(Formatter):
         return held.stdout(), held.stderr()
 
 
-# _fan_out has workers take nodes one after the other. The turn of each is _run_on: what the plan
-# says is done (_attempts, again where a host was not reached), and whatever comes of it is made a
-# Result, which all views hear of. A plan says what is done on a node; a view is whoever wants to
-# know.
+# A plan is given the nodes, looks for all that can be found wrong before any connection, and has a
+# step for each. _fan_out has workers take these nodes one after the other. The turn of each is
+# _run_on: its step is done (_attempts, again where a host was not reached), and whatever comes of
+# it is made a Result, which all views hear of: a view is whoever wants to know.
+
+_Steps = dict[SshNode, AbstractCommand]
+_Plan = Callable[[Sequence[SshNode]], _Steps]
 
 
 class _View:
@@ -7196,30 +7199,15 @@ class _View:
         """No host is at work any more."""
 
 
-class _Plan:
-    """What a fan-out does on its nodes."""
-
-    def check(self, nodes: Sequence[SshNode]) -> None:
-        """Raise UsageError for what can be found wrong on this machine, before any connection."""
-
-    async def prepare(self) -> None:
-        """Whatever must be there before the first host is connected to."""
-
-    def step(self, node: SshNode) -> AbstractCommand:
-        """What is done on one node."""
-        raise NotImplementedError
-
-
 async def _fan_out(
-    nodes: Sequence[SshNode],
-    plan: _Plan,
+    steps: _Steps,
     *,
     window: int = 0,
     retries: int = 0,
     max_failures: int | None = None,
     views: Sequence[_View] = (),
 ) -> list[Result]:
-    """Do what is planned on each node, at most ``window`` nodes at once (0: as many as files can be
+    """Run the step of each node, at most ``window`` nodes at once (0: as many as files can be
     open), and close the nodes; a Result each, in their order. Once more than ``max_failures`` have
     failed (None: no limit) no further one is started. Cancelling it ends the remote commands. The
     views hear of all hosts, those whose turn never came too.
@@ -7229,46 +7217,46 @@ async def _fan_out(
     capacity = max(_raise_file_limit() - 100, 1)
     _Limits.here().forget("sudo")  # each run asks anew: it may have been mistyped
     results: dict[SshNode, Result] = {}
-    waiting = iter(nodes)
+    waiting = iter(steps)
     failures = 0
-
-    def stopped() -> bool:
-        return max_failures is not None and failures > max_failures
+    if max_failures is None:
+        max_failures = len(steps)
 
     async def worker() -> None:
         nonlocal failures
-        while not stopped() and (node := next(waiting, None)):
+        while failures <= max_failures and (node := next(waiting, None)):
             try:
-                results[node] = await _run_on(node, plan, views, retries)
+                results[node] = await _run_on(node, steps[node], views, retries)
                 failures += not results[node].ok
             finally:
                 await node.close()
 
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(window or capacity, capacity, len(nodes))):
+            for _ in range(min(window or capacity, capacity, len(steps))):
                 group.create_task(worker())
     except BaseExceptionGroup as exc:
         raise exc.exceptions[0] from None
     finally:
-        reason = "not started" if stopped() else "interrupted"
+        reason = "not started" if failures > max_failures else "interrupted"
         for node in waiting:
-            results[node] = _node_result(node, StepRecord(), ApsshError(reason, kind=reason))
-            for view in views:
-                view.done(results[node])
-        gateways = {hop for node in nodes for hop in node._hops()[:-1]}
+            unused = ApsshError(reason, kind=reason)
+            results[node] = _conclude(node, StepRecord(), unused, views)
+        gateways = {hop for node in steps for hop in node._hops()[:-1]}
         await asyncio.gather(*(gateway.close() for gateway in gateways))
-    return [results[node] for node in nodes]
+    return [results[node] for node in steps]
 
 
-async def _run_on(node: SshNode, plan: _Plan, views: Sequence[_View], retries: int) -> Result:
-    """Do what is planned on one node; what came of it, which the views hear of whatever the end."""
+async def _run_on(
+    node: SshNode, command: AbstractCommand, views: Sequence[_View], retries: int
+) -> Result:
+    """Run one step on its node; what came of it, which the views hear of whatever the end."""
     step, failure = StepRecord(), None
     for view in views:
         view.started(node.shown_name, step)
-    begin = time.monotonic()
     try:
-        await _attempts(node, plan, step, retries)
+        with step.running():
+            await _attempts(node, command, step, retries)
     except ApsshError as exc:
         failure = exc
     except asyncssh.Error as exc:  # one that nothing above knew of: this host's alone
@@ -7277,18 +7265,18 @@ async def _run_on(node: SshNode, plan: _Plan, views: Sequence[_View], retries: i
         failure = ApsshError("interrupted", kind="interrupted")
         raise
     finally:
-        result = _node_result(node, step, failure)
-        result.seconds = round(time.monotonic() - begin, 3)
-        for view in views:
-            view.done(result)
+        result = _conclude(node, step, failure, views)
     return result
 
 
-def _node_result(node: SshNode, step: StepRecord, failure: ApsshError | None) -> Result:
-    """What is known of a node when its turn has ended, or will never come."""
+def _conclude(
+    node: SshNode, step: StepRecord, failure: ApsshError | None, views: Sequence[_View]
+) -> Result:
+    """What is known of a node when its turn has ended, or will never come; the views hear of it."""
     result = Result(node.hostname, node.username, node.port, node.shown_name, node._target)
     result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
     result.reached = node.reached
+    result.seconds = round((step.end or 0) - (step.start or 0), 3)
     status = failure.status if failure else step.status
     if isinstance(status, str):
         result.signal = status
@@ -7299,14 +7287,18 @@ def _node_result(node: SshNode, step: StepRecord, failure: ApsshError | None) ->
         result.failures = list(failure.failures)
     if isinstance(node.formatter, _HoldingFormatter):
         result.stdout_bytes, result.stderr_bytes = node.formatter.take(node._endpoint)
+    for view in views:
+        view.done(result)
     return result
 
 
-async def _attempts(node: SshNode, plan: _Plan, step: StepRecord, retries: int) -> None:
+async def _attempts(
+    node: SshNode, command: AbstractCommand, step: StepRecord, retries: int
+) -> None:
     """The step of one node; again when the host could not be reached."""
     for attempt in itertools.count():
         try:
-            await plan.step(node).attempt(node, step)
+            await command.attempt(node, step)
             return
         except ConnectionFailedError as exc:
             # again where no command began, and the host may think better of it
@@ -7353,73 +7345,58 @@ def _build_nodes(
     return list(nodes.values())
 
 
-@dataclasses.dataclass(frozen=True)
-class _CommandPlan(_Plan):
-    """One step for all nodes, so that a script has one name everywhere.
-
-    ``spool`` is the file that the step's standard input comes from: ours goes there first, and each
-    host then reads it at its own pace. (Handed on as it comes, it would have to be kept for the
-    slowest host all the same.)
-    """
-
-    command: AbstractCommand
-    spool: BinaryIO | None = None
-
-    def check(self, nodes: Sequence[SshNode]) -> None:
-        self.command.check_files()
-
-    async def prepare(self) -> None:
-        if self.spool:
-            # not sys.stdin, whose lock would be held at the end by a thread that still waits
-            with open(0, "rb", buffering=0, closefd=False) as stdin:
-                await _in_daemon(shutil.copyfileobj, stdin, self.spool)
-
-    def step(self, node: SshNode) -> AbstractCommand:
-        return self.command
+def _same_for_all(command: AbstractCommand, nodes: Sequence[SshNode]) -> _Steps:
+    """A plan: one step for all nodes, so that a script has one name everywhere."""
+    command.check_files()
+    return dict.fromkeys(nodes, command)
 
 
-@dataclasses.dataclass(frozen=True)
-class _CopyPlan(_Plan):
-    """One copy on each node, the fields of its paths filled in; ``options`` are those of Push."""
+class _PullApart(Pull):
+    """A Pull into a place of this host's own, whose folder is made."""
 
-    kind: type[Push | Pull]
-    sources: Sequence[str]
-    destination: str
-    options: Mapping[str, Any]
-    dry: bool = False
+    def check_files(self) -> None:
+        """It need not be there."""
 
-    def check(self, nodes: Sequence[SshNode]) -> None:
-        if self.kind is Pull:
-            self._check_places(nodes)
-            return
-        for path in {_expand_path(path, node): None for node in nodes for path in self.sources}:
-            if not os.path.lexists(path):
-                raise UsageError(f"{escape(path)}: no such file")
-            if os.path.isdir(path) and not self.options.get("recurse"):
-                raise UsageError(f"{escape(path)}: is a folder (recurse, -r, copies folders)")
+    async def _carry_out(self, node: _AnyNode, step: StepRecord) -> int | str:
+        place = _text_of(self.destination)
+        into = len(self.sources) > 1 or any(map(_is_pattern, map(_text_of, self.sources)))
+        with _file_errors(node.hostname, place):  # this host's failure: the others go on
+            os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
+        return await super()._carry_out(node, step)
 
-    def _check_places(self, nodes: Iterable[SshNode]) -> None:
-        """What each node's Pull writes into is there, and not where another's goes."""
-        places: dict[str, SshNode] = {}
-        for node in nodes:
-            place = _expand_path(self.destination, node)
-            if not _differs_by_host(self.destination):  # those that do are made
-                _check_landing(place, several=len(self.sources) > 1)
-            first = places.setdefault(os.path.realpath(place), node)
-            if first is not node:
-                raise UsageError(
-                    f"{first.hostname} and {node.hostname} would both write to "
-                    f"{self.destination}: put {{host}} in the path"
-                )
 
-    def step(self, node: SshNode) -> AbstractCommand:
-        paths = [_expand_path(path, node) for path in self.sources]
-        place = _expand_path(self.destination, node)
-        if self.kind is Pull and _differs_by_host(self.destination) and not self.dry:
-            into = len(paths) > 1 or any(map(_is_pattern, paths))
-            with _file_errors(node.hostname, place):  # this host's failure: the others go on
-                os.makedirs(place if into else os.path.dirname(place) or ".", exist_ok=True)
-        return self.kind(paths, place, **self.options)
+def _copies(
+    kind: type[Push | Pull],
+    sources: StrPath | Iterable[StrPath],
+    destination: str,
+    options: Mapping[str, Any],
+    nodes: Sequence[SshNode],
+) -> _Steps:
+    """A plan: a copy for each node, the fields of its paths filled in; ``options`` are Push's."""
+    if kind is Pull and re.search(r"\{(host|fqdn|user)\}", re.sub(r"\{\{|\}\}", "", destination)):
+        kind = _PullApart
+    templates = [str(path) for path in _paths(sources)]
+    steps: _Steps = {}
+    places: dict[str, SshNode] = {}
+    for node in nodes:
+        paths = [_expand_path(path, node) for path in templates]
+        place = _expand_path(destination, node)
+        steps[node] = kind(paths, place, **options)
+        steps[node].check_files()
+        if kind is Push:
+            for path in paths:
+                if not os.path.lexists(path):
+                    raise UsageError(f"{escape(path)}: no such file")
+                if os.path.isdir(path) and not options["recurse"]:
+                    raise UsageError(f"{escape(path)}: is a folder (recurse, -r, copies folders)")
+            continue
+        first = places.setdefault(os.path.realpath(place), node)
+        if first is not node:
+            raise UsageError(
+                f"{first.hostname} and {node.hostname} would both write to {destination}: "
+                "put {host} in the path"
+            )
+    return steps
 
 
 def _expand_path(path: str, node: SshNode) -> str:
@@ -7434,10 +7411,6 @@ def _expand_path(path: str, node: SshNode) -> str:
         "{user}": re.sub(_NOT_IN_FILE_NAME, "_", node.username),
     }
     return re.sub(rf"{{{{|}}}}|{_FIELD}", lambda match: values.get(match[0], match[0]), path)
-
-
-def _differs_by_host(path: str) -> bool:
-    return re.search(r"\{(host|fqdn|user)\}", re.sub(r"\{\{|\}\}", "", path)) is not None
 
 
 # run, push and pull, and their coroutine forms. What they share is described once, here, and added
@@ -7566,9 +7539,8 @@ async def _quick(
         **_part(keywords, _NodeKeywords),
         **node_options,
     )
-    plan.check(nodes)
     views = [_Callback(done)] if done else []
-    return await _fan_out(nodes, plan, views=views, **_part(keywords, _LimitKeywords))
+    return await _fan_out(plan(nodes), views=views, **_part(keywords, _LimitKeywords))
 
 
 @_with_shared_keywords
@@ -7601,7 +7573,7 @@ async def co_run(
         command = Run(command, **options)
     elif given := [name for name, value in options.items() if value not in (None, False)]:
         raise UsageError(f"{', '.join(given)}: give it to {type(command).__name__}(...) itself")
-    plan = _CommandPlan(command)
+    plan = functools.partial(_same_for_all, command)
     return await _quick(targets, plan, keywords, hold=hold, sudo_password=sudo_password)
 
 
@@ -7623,8 +7595,8 @@ async def co_push(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy to one host (None: no limit).
     """
-    sources = [str(path) for path in _paths(localpaths)]
-    plan = _CopyPlan(Push, sources, remotepath, _part(keywords, _CopyOptions))
+    options = _part(keywords, _CopyOptions)
+    plan = functools.partial(_copies, Push, localpaths, remotepath, options)
     return await _quick(targets, plan, keywords)
 
 
@@ -7646,8 +7618,8 @@ async def co_pull(
       existing files themselves, where a rename cannot be (False); ``timeout``: seconds for the
       copy from one host (None: no limit).
     """
-    sources = [str(path) for path in _paths(remotepaths)]
-    plan = _CopyPlan(Pull, sources, localpath, _part(keywords, _CopyOptions))
+    options = _part(keywords, _CopyOptions)
+    plan = functools.partial(_copies, Pull, remotepaths, localpath, options)
     return await _quick(targets, plan, keywords)
 
 
@@ -8571,32 +8543,36 @@ def _log(debug: bool) -> None:
 
 
 async def _work(
-    options: argparse.Namespace, plan: _Plan, formatter: Formatter, views: Sequence[_View]
+    options: argparse.Namespace,
+    plan: _Plan,
+    formatter: Formatter,
+    views: Sequence[_View],
+    spool: BinaryIO | None = None,
 ) -> int:
     """The common body of the programs: nodes, then checks, then (-n) a listing or else the work,
     then what came of it.
+
+    ``spool`` is the file that a step's standard input comes from: ours goes there first, and each
+    host then reads it at its own pace. (Handed on as it comes, it would have to be kept for the
+    slowest host all the same.)
     """
     async with contextlib.AsyncExitStack() as stack:
         nodes = await _nodes_of_run(options, formatter, stack)
-        plan.check(nodes)
+        steps = plan(nodes)
         if options.dry_run:
-            return _list(f"{node}: {plan.step(node).dry_run_text()}" for node in nodes)
+            return _list(f"{node}: {step.dry_run_text()}" for node, step in steps.items())
         views = [*views, _Conclusion(options, formatter, nodes)]
         quiet = options.quiet or (options.pty and len(nodes) == 1)
         if sys.stderr.isatty() and not quiet:
             views.insert(0, _Progress())
-        await plan.prepare()
+        if spool:
+            # not sys.stdin, whose lock would be held at the end by a thread that still waits
+            with open(0, "rb", buffering=0, closefd=False) as stdin:
+                await _in_daemon(shutil.copyfileobj, stdin, spool)
         for view in views:
             view.begin([node.shown_name for node in nodes])
         try:
-            results = await _fan_out(
-                nodes,
-                plan,
-                window=options.window,
-                retries=options.retries,
-                max_failures=options.max_failures,
-                views=views,
-            )
+            results = await _fan_out(steps, views=views, **_part(vars(options), _LimitKeywords))
         finally:
             _screen.end_raw_mode()
             for view in views if not _screen.closed else ():
@@ -8704,7 +8680,8 @@ async def _run_program(options: argparse.Namespace) -> int:
         step = _step_of(options, spool)
         if isinstance(formatter, _LiveFormatter):
             step.stdin = _Keyboard(formatter)
-        return await _work(options, _CommandPlan(step, spool), formatter, views)
+        plan = functools.partial(_same_for_all, step)
+        return await _work(options, plan, formatter, views, spool)
 
 
 async def _run_scenario(options: argparse.Namespace) -> int:
@@ -8874,7 +8851,7 @@ async def _copy_program(options: argparse.Namespace) -> int:
         "inplace": options.inplace,
         "timeout": options.command_timeout,
     }
-    plan = _CopyPlan(options.kind, sources, destination, copying, dry=options.dry_run)
+    plan = functools.partial(_copies, options.kind, sources, destination, copying)
     return await _work(options, plan, *_output(options))
 
 

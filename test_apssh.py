@@ -13519,9 +13519,8 @@ async def main():
     async with apssh.demo_fleet(2) as nodes:
         for node in nodes:
             await node.run("touch f g")
-        plan = apssh._CopyPlan(apssh.Pull, {paths!r}, {destination!r}, {{}})
-        plan.check(nodes)
-        assert all(result.ok for result in await apssh._fan_out(nodes, plan))
+        steps = apssh._copies(apssh.Pull, {paths!r}, {destination!r}, {{}}, nodes)
+        assert all(result.ok for result in await apssh._fan_out(steps))
 asyncio.run(main())"""
     run_python("-c", code, capture_output=False, check=True)
     assert (
