@@ -8096,17 +8096,16 @@ class _Parser(argparse.ArgumentParser):
         for action in self._actions:
             if vars(options).get(action.dest, action.default) not in (action.default, []):
                 given += action.option_strings[-1:] or ["the command"]
-        for option, needed in _GOES_WITH.items():
-            if option in given and not set(needed.split(" or ")).intersection(given):
+        for option in given:
+            needed = _GOES_WITH.get(option, option)
+            if not set(needed.split(" or ")).intersection(given):
                 raise UsageError(f"{option} goes with {needed}")
-        others = [name for name in given if name in _NOT_WITH_DEMO]
-        if options.demo and others:
-            raise UsageError(f"--demo brings its own hosts: leave out {' '.join(others)}")
-        others = [name for name in given if name not in _WITH_SCENARIO]
-        if options.scenario and others:
-            raise UsageError(
-                f"--scenario brings its own hosts and commands: leave out {' '.join(others)}"
-            )
+            if options.demo and option in _NOT_WITH_DEMO:
+                raise UsageError(f"--demo brings its own hosts: leave out {option}")
+            if options.scenario and option not in _WITH_SCENARIO:
+                raise UsageError(
+                    f"--scenario brings its own hosts and commands: leave out {option}"
+                )
 
 
 def _number(kind: type[int] | type[float], least: float, what: str) -> Callable[[str], Any]:

@@ -14647,8 +14647,8 @@ act: Local Node (after look)
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["-o", "d", "-m", "-u", "1"], "--out-dir --mark --command-timeout"),
-        (["-t", "h", "-x", "i"], "--target --exclude"),
+        (["-o", "d", "-m", "-u", "1"], "--out-dir"),
+        (["-t", "h", "-x", "i"], "--target"),
         (["-l", "me"], "--login"),
         (["ls"], "the command"),
         (["-b"], "--gather"),
