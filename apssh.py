@@ -7318,8 +7318,7 @@ def _build_nodes(
     """A node for each target, gateways shared, completed from the config; ``options`` are
     SshNode's. Raises UsageError, ApsshError (a config that ssh refuses).
     """
-    if connect_timeout is not None:
-        options["timeout"] = connect_timeout
+    _check_time(connect_timeout)
     ssh_config = _SshConfig(config)
     answers = ssh_config.lookup_all({hop for target in targets for hop in target.chain})
     gateways: dict[object, SshNode] = {}
@@ -8732,26 +8731,17 @@ def _scenario_overrides(
 
 
 def _dry_run(scenario: _Scenario) -> Iterator[str]:
-    """Every step, where it would run, and who captures what has no value yet."""
-    captured = {}
-    for name, job in scenario.jobs.items():
-        for command in job.commands:
-            if isinstance(command, _ShellCommand) and command.capture:
-                captured[command.capture.varname] = f"captured by {name}"
+    """Every step, and where it would run."""
     for name, job in scenario.jobs.items():
         notes = [f"after {each}" for each in scenario.jobs if scenario.jobs[each] in job.required]
         if job in scenario.teardown:
             notes.append("teardown")
         yield f"{name}: {job.node} ({', '.join(notes)})".removesuffix(" ()")
         for command in job.commands:
-            text = command.dry_run_text()
             if command.label:
                 yield f"    [{command.label}]"
-            for line in text.splitlines():
+            for line in command.dry_run_text().splitlines():
                 yield f"    {line}"
-            for variable in dict.fromkeys(re.findall(Deferred._PLAIN, text)):
-                by = captured.get(variable, "NO STEP CAPTURES IT")
-                yield f"      {{{{{variable}}}}}: {by}"
 
 
 def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob]) -> bool:

@@ -14626,12 +14626,9 @@ look: slice@gw.example.org->root@node1:2200
 act: Local Node (after look)
     if true
     then  echo {{ver}} {{nope}}; fi
-      {{ver}}: captured by look
-      {{nope}}: NO STEP CAPTURES IT
     RunString: echo one... a {{ver}}
     echo one
     echo two
-      {{ver}}: captured by look
     RunScript: later.sh with lib.sh
     Push: x y z onto d/, recurse
 """,
@@ -14911,7 +14908,6 @@ def test_example_of_a_scenario_before_it_runs(home: Path) -> None:
     shown = yaml_example("-n")
     assert shown.returncode == 0
     assert "6 Mbit/s: root@gw->root@node2 (after 1 Mbit/s)\n" in shown.stdout
-    assert "      {{address}}: captured by listen\n" in shown.stdout
     assert shown.stdout.splitlines()[-3:] == [
         "stop: root@gw->root@node1 (teardown)",
         "    [Service apssh-radio: stop]",
