@@ -5755,15 +5755,22 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         return str(super().repr_result())
 
 
-def _nodes_of(scheduler: _Scheduler, gateways: bool = True) -> list[_AnyNode]:
-    """The nodes of a scheduler's jobs, nested schedulers included, and their gateways."""
+def _with_gateways(nodes: Iterable[_AnyNode]) -> list[_AnyNode]:
+    """These nodes, each once, and what leads to them."""
     found: dict[_AnyNode, None] = {}
-    for job in scheduler.iterate_jobs():
-        node: _AnyNode | None = job.node if isinstance(job, SshJob) else None
+    for each in nodes:
+        node: _AnyNode | None = each
         while node and node not in found:
             found[node] = None
-            node = node.gateway if gateways else None
+            node = node.gateway
     return list(found)
+
+
+def _nodes_of(scheduler: _Scheduler, gateways: bool = True) -> list[_AnyNode]:
+    """The nodes of a scheduler's jobs, nested schedulers included, and their gateways."""
+    jobs = [job for job in scheduler.iterate_jobs() if isinstance(job, SshJob)]
+    nodes = dict.fromkeys(job.node for job in jobs)
+    return _with_gateways(nodes) if gateways else list(nodes)
 
 
 async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
@@ -7051,14 +7058,6 @@ def _refuse_columns(place: str, line: str) -> None:
             )
 
 
-def _recalled(texts: Iterable[str], targets: Collection[Target]) -> str:
-    """For a person who names a group of the last run: which hosts that means; else nothing."""
-    named = " ".join(texts)
-    if "@last-" not in named:
-        return ""
-    return f"{_brief(named)}: {_brief(fold_names(map(str, targets)), 1000)} ({len(targets)})"
-
-
 def _save_last(results: Iterable[Result]) -> None:
     """The groups @last-ok, @last-failed and @last-unreached (never reached, or not started) of this
     run: a target a line, what came of it as a comment. Private, each replaced at once.
@@ -7242,8 +7241,7 @@ async def _fan_out(
         for node in waiting:
             unused = ApsshError(reason, kind=reason)
             results[node] = _conclude(node, StepRecord(), unused, views)
-        gateways = {hop for node in steps for hop in node._hops()[:-1]}
-        await asyncio.gather(*(gateway.close() for gateway in gateways))
+        await asyncio.gather(*(node.close() for node in _with_gateways(steps)))
     return [results[node] for node in steps]
 
 
@@ -7449,14 +7447,14 @@ def _with_shared_keywords(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return _keywords_checked(function)
 
 
+@dataclasses.dataclass
 class _Callback(_View):
     """Tells a user's function of each Result."""
 
-    def __init__(self, function: Callable[[Result], object]) -> None:
-        self._function = function
+    function: Callable[[Result], object]
 
     def done(self, result: Result) -> None:
-        self._function(result)
+        self.function(result)
 
 
 class _TargetKeywords(TypedDict, total=False):
@@ -8177,7 +8175,7 @@ _seconds = _number(float, 0.001, "seconds, more than 0")
 # a value, which --help calls T, and may be given again; what has no value is a flag. A program has
 # a group as a whole, or not at all; of the output formats (_OUTPUTS) one may be given. What else
 # goes together, or does not, is said below the table.
-_OPTIONS: dict[str, Sequence[tuple[str, str] | tuple[str, str, dict[str, Any]]]] = {
+_OPTIONS: dict[str, Sequence[tuple[Any, ...]]] = {
     "targets": (
         (
             "-t --target T ...",
@@ -8442,9 +8440,10 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     targets = _parse_targets(
         options.target, sources=_Sources(typed, notice), **_part(vars(options), _TargetKeywords)
     )
-    recalled = _recalled(options.target, targets)
-    if recalled and sys.stderr.isatty() and not options.quiet:
-        _screen.say(recalled)
+    named = " ".join(options.target)
+    if "@last-" in named and sys.stderr.isatty() and not options.quiet:
+        hosts = fold_names(map(str, targets))
+        _screen.say(f"{_brief(named)}: {_brief(hosts, 1000)} ({len(targets)})")
     if options.shard:
         part, parts = options.shard
         return targets[part - 1 :: parts]
@@ -8650,11 +8649,11 @@ class _Conclusion(_View):
             _screen.write(os.fsencode(self.formatter.run_name) + b"\n")
 
 
-def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_Node]) -> None:
+def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_AnyNode]) -> None:
     """The hosts, gateways too, whose keys were recorded; with -v each was told as it happened."""
     if options.quiet or options.verbose:
         return
-    hops = {hop for node in nodes if isinstance(node, SshNode) for hop in node._hops()}
+    hops = [node for node in _with_gateways(nodes) if isinstance(node, SshNode)]
     names = [hop.shown_name for hop in hops if hop.host_key_recorded]
     if names:
         keys = "key" if len(names) == 1 else "keys"

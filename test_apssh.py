@@ -12346,19 +12346,6 @@ def test_groups_of_the_last_run_that_cannot_be_written(
 
 
 @pytest.mark.parametrize(
-    ("texts", "said"),
-    [
-        (["a"], ""),
-        (["x @last-failed"], "x @last-failed: n[1-2] (2)"),
-        (["x", "@last-ok"], "x @last-ok: n[1-2] (2)"),
-    ],
-    ids=["none", "one", "two"],
-)
-def test_hosts_of_a_group_of_the_last_run_are_told(texts: list[str], said: str) -> None:
-    assert apssh._recalled(texts, apssh._parse_targets(["n1", "n2"])) == said
-
-
-@pytest.mark.parametrize(
     ("texts", "stdin", "expected"),
     [
         (["-"], "a b # c\nd, u@e\n", "a b d u@e"),
