@@ -7890,12 +7890,14 @@ class _DemoServer(asyncssh.SSHServer):
 
 async def _demo_pump(reader: Any, writer: Any, *, close: bool = False) -> None:
     """Hand on what comes, of asyncio's streams or asyncssh's, until the end of it."""
-    with contextlib.suppress(OSError, asyncssh.Error):  # the other side has gone
-        while data := await reader.read(SESSION_WINDOW):
-            writer.write(data)
-            await writer.drain()
-    if close:
-        writer.close()
+    try:
+        with contextlib.suppress(OSError, asyncssh.Error):  # the other side has gone
+            while data := await reader.read(SESSION_WINDOW):
+                writer.write(data)
+                await writer.drain()
+    finally:
+        if close:
+            writer.close()
 
 
 async def _demo_forward(port: int, reader: Any, writer: Any) -> None:
@@ -7903,12 +7905,9 @@ async def _demo_forward(port: int, reader: Any, writer: Any) -> None:
     one in uvloop.
     """
     there, back = await asyncio.open_connection("127.0.0.1", port)
-    feeding = asyncio.create_task(_demo_pump(reader, back, close=True))
-    try:
-        await _demo_pump(there, writer, close=True)
-    finally:
-        feeding.cancel()
-        back.close()
+    await asyncio.gather(
+        _demo_pump(reader, back, close=True), _demo_pump(there, writer, close=True)
+    )
 
 
 async def _demo_session(
