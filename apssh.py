@@ -6482,15 +6482,14 @@ def _parsed(yaml: Any, text: str) -> Any:
 
 
 class _Scenario:
-    """One reading of a file. ``path`` (section, id, command) and ``line`` are where it is, to tell
+    """One reading of a file. ``line`` and ``place`` (section and id) are where it is, to tell
     mistakes with.
     """
 
     def __init__(self, file: str, text: str, variables: Variables) -> None:
         self.file, self.text, self.variables = file, text, variables
         self.yaml = _extra("yaml")
-        self.path: tuple[str, ...] = ()
-        self.line = 1
+        self.line, self.place = 1, ""
         self.formatters: dict[str, Formatter] = {}
         self.nodes: dict[str, SshNode | LocalNode] = {}
         self.jobs: dict[str, SshJob] = {}
@@ -6535,7 +6534,7 @@ class _Scenario:
             self.line = before.count("\n") + 1
             # the last section, and the last id in it
             if place := re.search(r"(?ms).*^(\w+):(?:.*\bid: *([\w.-]+))?", before):
-                self.path = f"section {place[1]}", f"id {place[2] or '?'}"
+                self.place = f"section {place[1]}, id {place[2] or '?'}"
             words = [getattr(exc, name, None) for name in ("context", "problem", "reason")]
             raise self.error(": ".join(filter(None, ["wrong YAML", *words]))) from None
         except RecursionError:
@@ -6544,7 +6543,7 @@ class _Scenario:
     # mistakes
 
     def error(self, text: str) -> ScenarioError:
-        parts = [f"{self.file}:{self.line}", ", ".join(self.path), text]
+        parts = [f"{self.file}:{self.line}", self.place, text]
         return ScenarioError(_brief(": ".join(filter(None, parts)), 1000))
 
     def known(self, what: str, known: Mapping[str, Any], name: str) -> Any:
@@ -6573,16 +6572,16 @@ class _Scenario:
     def entries(
         self, root: _Fields, section: str, made: dict[str, Any], key: str
     ) -> Iterator[tuple[str, _Fields]]:
-        """What a section lists, each after those that its key names, and with its own path;
+        """What a section lists, each after those that its key names, and with its own place;
         ``made`` has all ids before, in the order of the file.
         """
-        self.line, self.path = root.line_of(section), ()
+        self.line, self.place = root.line_of(section), ""
         listed = root.get(section)
         if not listed or not isinstance(listed, list):
             raise self.error(
                 f"no list in section '{section}': add '{section}:' and '- id: ...' below it"
             )
-        self.path = (f"section {section}",)
+        self.place = f"section {section}"
         found: dict[str, _Fields] = {}
         befores = {}
         for each in listed:
@@ -6596,11 +6595,11 @@ class _Scenario:
         try:
             for name in graphlib.TopologicalSorter(befores).static_order():
                 if name in found:
-                    self.path = f"section {section}", f"id {name}"
+                    self.place = f"section {section}, id {name}"
                     yield name, found[name]
         except graphlib.CycleError as exc:
             circle = exc.args[1][::-1]
-            self.path = f"section {section}", f"id {circle[0]}"
+            self.place = f"section {section}, id {circle[0]}"
             self.line = found[circle[0]].line_of(key)
             shown = " -> ".join(circle)
             raise self.error(f"'{key}' goes in a circle: {shown}: take one out") from None
@@ -6690,13 +6689,8 @@ class _Scenario:
         """The commands of a job: a line for Run, a mapping, or a list of these (nulls dropped)."""
         if isinstance(value, str):
             return self.deferred(value)
-        path, found = self.path, []
-        for number, item in enumerate(value if isinstance(value, list) else [value], 1):
-            self.path = (*path, f"command {number}")
-            if item is not None:
-                found.append(self.step(self.fields(item)))
-        self.path = path
-        return found
+        items = value if isinstance(value, list) else [value]
+        return [self.step(self.fields(item)) for item in items if item is not None]
 
     def step(self, fields: _Fields) -> Any:
         cls = self.known("type of command", _STEP_TYPES, self.field(fields, "type"))

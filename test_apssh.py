@@ -11430,109 +11430,108 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "command as list of text": (
         JOB1 + "    commands: [uname, ls]\n",
-        "s.yaml:5: section jobs, id j1, command 1: here must be a mapping (lines of 'key: value')",
+        "s.yaml:5: section jobs, id j1: here must be a mapping (lines of 'key: value')",
     ),
     "no type": (
         STEP + "command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'type': add 'type: ...'",
+        "s.yaml:6: section jobs, id j1: no 'type': add 'type: ...'",
     ),
     "unknown type": (
         STEP + "type: Runs\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command Runs: did you mean Run?",
+        "s.yaml:6: section jobs, id j1: unknown type of command Runs: did you mean Run?",
     ),
     "unknown type far": (
         STEP + "type: Shell\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: unknown type of command Shell: there is "
+        "s.yaml:6: section jobs, id j1: unknown type of command Shell: there is "
         "Run, RunScript, RunString, Push, Pull, Wait, Service",
     ),
     "type list": (
         STEP + "type: [Run]\n        command: uname\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: 'type' must be text",
+        "s.yaml:6: section jobs, id j1: 'type' must be text",
     ),
     "unknown command key": (
         STEP + "type: Run\n        comand: uname\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown key comand: did you mean command?",
+        "s.yaml:7: section jobs, id j1: unknown key comand: did you mean command?",
     ),
     "run without command": (
         STEP + "type: Run\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
+        "s.yaml:6: section jobs, id j1: Run: an empty command",
     ),
     "command list": (
         STEP + "type: Run\n        command: [a, b]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text",
+        "s.yaml:7: section jobs, id j1: 'command' must be text",
     ),
     "command null": (
         STEP + "type: Run\n        command:\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'command' must be text",
+        "s.yaml:7: section jobs, id j1: 'command' must be text",
     ),
     "command blank": (
         STEP + "type: Run\n        command: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
+        "s.yaml:6: section jobs, id j1: Run: an empty command",
     ),
     "argv empty": (
         STEP + "type: Run\n        argv: []\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: Run: an empty command",
+        "s.yaml:6: section jobs, id j1: Run: an empty command",
     ),
     "argv nested": (
         STEP + "type: Run\n        argv: [a, [b]]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'argv' must be text",
+        "s.yaml:7: section jobs, id j1: 'argv' must be text",
     ),
     "script both": (
         STEP + "type: RunScript\n        command: a b\n        local_script: c\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: give one of 'command' and 'local_script'",
+        "s.yaml:6: section jobs, id j1: give one of 'command' and 'local_script'",
     ),
     "script none": (
         STEP + "type: RunScript\n        args: [a]\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'local_script': add 'local_script: ...'",
+        "s.yaml:6: section jobs, id j1: no 'local_script': add 'local_script: ...'",
     ),
     "script blank": (
         STEP + "type: RunScript\n        command: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'local_script': add 'local_script: ...'",
+        "s.yaml:6: section jobs, id j1: no 'local_script': add 'local_script: ...'",
     ),
     "script list": (
         STEP + "type: RunScript\n        local_script: [c]\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'local_script' must be text",
+        "s.yaml:7: section jobs, id j1: 'local_script' must be text",
     ),
     "script args mapping": (
         STEP + "type: RunScript\n        local_script: c\n        args: {a: b}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'args' must be text",
+        "s.yaml:8: section jobs, id j1: 'args' must be text",
     ),
     "string none": (
         STEP + "type: RunString\n        args: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'script_body': add 'script_body: ...'",
+        "s.yaml:6: section jobs, id j1: no 'script_body': add 'script_body: ...'",
     ),
     "string blank": (
         STEP + "type: RunString\n        script_body: ' '\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: RunString: an empty script",
+        "s.yaml:6: section jobs, id j1: RunString: an empty script",
     ),
     "push none": (
         STEP + "type: Push\n        remotepath: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpaths': add 'localpaths: ...'",
+        "s.yaml:6: section jobs, id j1: no 'localpaths': add 'localpaths: ...'",
     ),
     "push empty": (
         STEP + "type: Push\n        localpaths: []\n        remotepath: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: a path or a list of paths, not []",
+        "s.yaml:6: section jobs, id j1: a path or a list of paths, not []",
     ),
     "push list": (
         STEP + "type: Push\n        localpaths: a\n        remotepath: [a]\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'remotepath' must be text",
+        "s.yaml:8: section jobs, id j1: 'remotepath' must be text",
     ),
     "pull none": (
         STEP + "type: Pull\n        remotepaths: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'localpath': add 'localpath: ...'",
+        "s.yaml:6: section jobs, id j1: no 'localpath': add 'localpath: ...'",
     ),
     "pull key": (
         STEP + "type: Pull\n        remotepaths: a\n        localpaths: b\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: unknown key localpaths: did you mean localpath?",
+        "s.yaml:8: section jobs, id j1: unknown key localpaths: did you mean localpath?",
     ),
     "step timeout": (
         STEP + "type: Run\n        command: a\n        timeout: -1\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: timeout -1.0: seconds, more than 0 (None: "
-        "no limit)",
+        "s.yaml:6: section jobs, id j1: timeout -1.0: seconds, more than 0 (None: no limit)",
     ),
     "env value": (
         STEP + "type: Run\n        command: a\n        env: {A: [b]}\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: 'env.A' must be text",
+        "s.yaml:8: section jobs, id j1: 'env.A' must be text",
     ),
     "tag": (
         STEP + "type: Run\n        command: !secret a\n        ",
@@ -11602,33 +11601,31 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "service without action": (
         STEP + "type: Service\n        service_id: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'action': add 'action: ...'",
+        "s.yaml:6: section jobs, id j1: no 'action': add 'action: ...'",
     ),
     "service action": (
         STEP + "type: Service\n        action: restart\n        service_id: a\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: unknown action restart: did you mean start?",
+        "s.yaml:7: section jobs, id j1: unknown action restart: did you mean start?",
     ),
     "service without name": (
         STEP + "type: Service\n        action: stop\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'service_id': add 'service_id: ...'",
+        "s.yaml:6: section jobs, id j1: no 'service_id': add 'service_id: ...'",
     ),
     "service started without command": (
         STEP + "type: Service\n        action: start\n        service_id: a\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: no 'command': add 'command: ...'",
+        "s.yaml:6: section jobs, id j1: no 'command': add 'command: ...'",
     ),
     "key of another action": (
         STEP + "type: Service\n        action: start\n        output: a\n        ",
-        "s.yaml:8: section jobs, id j1, command 1: "
-        "unknown key output: did you mean ignore_outputs?",
+        "s.yaml:8: section jobs, id j1: unknown key output: did you mean ignore_outputs?",
     ),
     "service name": (
         STEP + "type: Service\n        action: stop\n        service_id: a b\n        ",
-        "s.yaml:6: section jobs, id j1, command 1: "
-        "service_id 'a b': letters, digits and :-_.@ only",
+        "s.yaml:6: section jobs, id j1: service_id 'a b': letters, digits and :-_.@ only",
     ),
     "wait": (
         STEP + "type: Wait\n        interval: soon\n        ",
-        "s.yaml:7: section jobs, id j1, command 1: 'interval' must be a number",
+        "s.yaml:7: section jobs, id j1: 'interval' must be a number",
     ),
     "deep": (
         "[" * 3000,
