@@ -6575,13 +6575,10 @@ class _Scenario:
         """What a section lists, each after those that its key names, and with its own place;
         ``made`` has all ids before, in the order of the file.
         """
-        self.line, self.place = root.line_of(section), ""
+        self.line, self.place = root.line_of(section), f"section {section}"
         listed = root.get(section)
         if not listed or not isinstance(listed, list):
-            raise self.error(
-                f"no list in section '{section}': add '{section}:' and '- id: ...' below it"
-            )
-        self.place = f"section {section}"
+            raise self.error(f"no list: add '{section}:' and '- id: ...' below it")
         found: dict[str, _Fields] = {}
         befores = {}
         for each in listed:
@@ -7637,6 +7634,7 @@ pull = _plain_form(co_pull)
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
 class _Folder(_View):
     """-o and -d: files of output, which the formatter writes; here what comes of a host besides.
 
@@ -7646,29 +7644,29 @@ class _Folder(_View):
     run's that is not.
     """
 
-    def __init__(self, folder: Path, mark: bool) -> None:
-        self._folder, self._mark = folder, mark
+    folder: Path
+    mark: bool
 
     def begin(self, names: Collection[str]) -> None:
         """Make the folder, and clean it of these hosts."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        here = {path.name.removesuffix(".err") for path in self._folder.iterdir() if path.is_file()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        here = {path.name.removesuffix(".err") for path in self.folder.iterdir() if path.is_file()}
         for name in names:
             for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
-                (self._folder / path).unlink(missing_ok=True)
+                (self.folder / path).unlink(missing_ok=True)
         others = here.difference(names)
         if others:
             _notice(
-                f"{escape(str(self._folder))} also holds files of hosts that are not of this run: "
+                f"{escape(str(self.folder))} also holds files of hosts that are not of this run: "
                 f"{escape(fold_names(others))}"
             )
 
     def done(self, result: Result) -> None:
         if result.error and not result.reached:
-            with open(self._folder / f"{result.name}.err", "a", encoding="utf-8") as file:
+            with open(self.folder / f"{result.name}.err", "a", encoding="utf-8") as file:
                 file.write(f"{result.name}: {result.kind}: {result.error}\n")
-        if self._mark:
-            marks = self._folder / ("0ok" if result.ok else "1failed")
+        if self.mark:
+            marks = self.folder / ("0ok" if result.ok else "1failed")
             marks.mkdir(exist_ok=True)
             status = result.signal if result.status is None else result.status
             (marks / result.name).write_text(f"{status}\n")
@@ -8546,8 +8544,7 @@ async def _work(
     host then reads it at its own pace. (Handed on as it comes, it would have to be kept for the
     slowest host all the same.)
     """
-    async with contextlib.AsyncExitStack() as stack:
-        nodes = await _nodes_of_run(options, formatter, stack)
+    async with _nodes_of_run(options, formatter) as nodes:
         steps = plan(nodes)
         if options.dry_run:
             return _list(f"{node}: {step.dry_run_text()}" for node, step in steps.items())
@@ -8570,12 +8567,15 @@ async def _work(
         return 0 if all(result.ok for result in results) else 1
 
 
+@contextlib.asynccontextmanager
 async def _nodes_of_run(
-    options: argparse.Namespace, formatter: Formatter, stack: contextlib.AsyncExitStack
-) -> Sequence[SshNode]:
-    """The nodes that the options name, or those of a demo, which lives as long as ``stack``."""
+    options: argparse.Namespace, formatter: Formatter
+) -> AsyncIterator[Sequence[SshNode]]:
+    """The nodes that the options name, or those of a demo, which lives meanwhile."""
     if options.demo and not options.dry_run:
-        return await stack.enter_async_context(demo_fleet(options.demo, formatter=formatter))
+        async with demo_fleet(options.demo, formatter=formatter) as fleet:
+            yield fleet
+        return
     targets = await _while_asking(_targets, options)
     _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
     keys: list[Key] = []
@@ -8605,7 +8605,7 @@ async def _nodes_of_run(
                 "no key: give one with -k, load one into an agent, "
                 "or use -A (password) or -K (go on without)"
             )
-    return nodes
+    yield nodes
 
 
 def _list(lines: Iterable[object]) -> int:

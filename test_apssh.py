@@ -11245,23 +11245,23 @@ MISTAKES = {  # text of the file, the whole message
     ),
     "no nodes section": (
         JOB,
-        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
+        "s.yaml:1: section nodes: no list: add 'nodes:' and '- id: ...' below it",
     ),
     "no jobs section": (
         NODE,
-        "s.yaml:1: no list in section 'jobs': add 'jobs:' and '- id: ...' below it",
+        "s.yaml:1: section jobs: no list: add 'jobs:' and '- id: ...' below it",
     ),
     "empty nodes": (
         "nodes: []\n" + JOB,
-        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
+        "s.yaml:1: section nodes: no list: add 'nodes:' and '- id: ...' below it",
     ),
     "null jobs": (
         NODE + "jobs:\n",
-        "s.yaml:2: no list in section 'jobs': add 'jobs:' and '- id: ...' below it",
+        "s.yaml:2: section jobs: no list: add 'jobs:' and '- id: ...' below it",
     ),
     "nodes as mapping": (
         "nodes: {n1: {hostname: h1}}\n" + JOB,
-        "s.yaml:1: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
+        "s.yaml:1: section nodes: no list: add 'nodes:' and '- id: ...' below it",
     ),
     "node as text": (
         "nodes: [n1]\n" + JOB,
@@ -11675,7 +11675,7 @@ TEMPLATE_MISTAKES = {
     ),
     "after rendering": (
         "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
-        "s.yaml (rendered):4: no list in section 'nodes': add 'nodes:' and '- id: ...' below it",
+        "s.yaml (rendered):4: section nodes: no list: add 'nodes:' and '- id: ...' below it",
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
