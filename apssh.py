@@ -7262,10 +7262,17 @@ def _conclude(
     node: SshNode, step: StepRecord, failure: ApsshError | None, views: Sequence[_View]
 ) -> Result:
     """What is known of a node when its turn has ended, or will never come; the views hear of it."""
-    result = Result(node.hostname, node.username, node.port, node.shown_name, node._target)
-    result.bytes_transferred, result.may_run = step.bytes_transferred, step.may_run
-    result.reached = node.reached
-    result.seconds = round((step.end or 0) - (step.start or 0), 3)
+    result = Result(
+        node.hostname,
+        node.username,
+        node.port,
+        name=node.shown_name,
+        target=node._target,
+        seconds=round((step.end or 0) - (step.start or 0), 3),
+        bytes_transferred=step.bytes_transferred,
+        reached=node.reached,
+        may_run=step.may_run,
+    )
     status = failure.status if failure else step.status
     if isinstance(status, str):
         result.signal = status
@@ -8668,9 +8675,12 @@ async def _run_program(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         spool = stack.enter_context(tempfile.TemporaryFile()) if options.stdin else None
         step = _step_of(options, spool)
-        if isinstance(formatter, _LiveFormatter):
-            step.stdin = _Keyboard(formatter)
-        plan = functools.partial(_same_for_all, step)
+
+        def plan(nodes: Sequence[SshNode]) -> _Steps:
+            if isinstance(formatter, _LiveFormatter) and len(nodes) == 1:
+                step.stdin = _Keyboard(None)
+            return _same_for_all(step, nodes)
+
         return await _work(options, plan, formatter, views, spool)
 
 
@@ -8756,16 +8766,11 @@ def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob])
 
 class _Keyboard(_Stdin):
     """What is typed on the terminal, as it is typed, for the command of a single host, which hears
-    of the terminal's size too. Nothing, where there are several hosts. Enter, ~ and . interrupt
-    this program, as they end ssh.
+    of the terminal's size too. Enter, ~ and . interrupt this program, as they end ssh.
     """
 
-    def __init__(self, formatter: _LiveFormatter) -> None:
-        super().__init__(b"")
-        self._formatter = formatter
-
-    def reader(self) -> AsyncIterator[bytes] | None:
-        return self._typed() if self._formatter.has_one_host else None
+    def reader(self) -> AsyncIterator[bytes]:
+        return self._typed()
 
     async def _typed(self) -> AsyncIterator[bytes]:
         _screen.begin_raw_mode()
@@ -8783,9 +8788,8 @@ class _Keyboard(_Stdin):
             with contextlib.suppress(OSError):  # it has ended
                 channel.change_terminal_size(*os.get_terminal_size(0))
 
-        if self._formatter.has_one_host:
-            resize()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
+        resize()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, resize)
 
 
 def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellCommand:
