@@ -8427,7 +8427,7 @@ def _targets(options: argparse.Namespace) -> list[Target]:
     meant.
     """
     if options.demo:
-        return [_parse_target(name) for name in _expand_ranges(f"demo[1-{options.demo}]")]
+        return _parse_targets(f"demo[1-{options.demo}]")
 
     def typed() -> str:
         if options.stdin:
