@@ -8709,7 +8709,7 @@ async def _run_scenario(options: argparse.Namespace) -> int:
                         await scheduler.co_run()
         finally:
             _screen.out = None
-            ok = not _screen.closed and _scenario_succeeded(options, scenario.jobs)
+            ok = not _screen.closed and _scenario_succeeded(options, scenario)
     return 0 if ok else 1
 
 
@@ -8746,11 +8746,11 @@ def _dry_run(scenario: _Scenario) -> Iterator[str]:
                 yield f"    {line}"
 
 
-def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob]) -> bool:
+def _scenario_succeeded(options: argparse.Namespace, scenario: _Scenario) -> bool:
     """Whether all did; tells what became of the jobs."""
     counts: collections.Counter[str] = collections.Counter()
     ok = True
-    for name, job in jobs.items():
+    for name, job in scenario.jobs.items():
         state, error = _job_state(job)
         counts[_TOLD.get(state, state)] += 1
         if error and job.critical:  # others tell it when it happens
@@ -8760,7 +8760,7 @@ def _scenario_succeeded(options: argparse.Namespace, jobs: Mapping[str, SshJob])
     if not options.quiet:
         text = ", ".join(f"{count} {state}" for state, count in counts.items())
         _screen.say(_screen.paint(text, "32" if ok else "31"))
-    _tell_first_contacts(options, [job.node for job in jobs.values()])
+    _tell_first_contacts(options, scenario.nodes.values())
     return ok
 
 
@@ -8802,7 +8802,7 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
         a_file = os.path.isfile(words[0]) or not re.search(r"\s", words[0])
         kind = RunScript if a_file else RunString
         kind = functools.partial(kind, includes=options.includes)
-    step = kind(
+    return kind(
         *words,
         timeout=options.command_timeout,
         env=dict(options.env),
@@ -8811,8 +8811,6 @@ def _step_of(options: argparse.Namespace, stdin: BinaryIO | None) -> _ShellComma
         stdin=stdin,
         sudo=options.sudo,
     )
-    step.check_files()
-    return step
 
 
 def main_push(argv: Sequence[str] | None = None) -> int:
