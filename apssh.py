@@ -1750,11 +1750,12 @@ class _Trust:
         if self.policy == "no":
             self.changed = bool(self._known)
         elif self._known:
-            file = self._known[0].file
+            # of the same type, if there is one: a person compares the two
+            known = min(self._known, key=lambda line: line.key.algorithm != key.algorithm)
             raise self._error(
-                f"HOST KEY CHANGED: it presents {self.shown}, known is {self._known[0]}; somebody "
-                f"may be in the middle. If it was reinstalled: ssh-keygen -R '{self.name}' -f "
-                f"{file} (hosts reinstalled all day: --host-keys no, known_hosts=None, or "
+                f"HOST KEY CHANGED: it presents {self.shown}, known is {known}; somebody may be in "
+                f"the middle. If it was reinstalled: ssh-keygen -R '{self.name}' -f "
+                f"{known.file} (hosts reinstalled all day: --host-keys no, known_hosts=None, or "
                 "APSSH_HOST_KEYS=no:PATTERN)"
             )
         elif self._file is None:

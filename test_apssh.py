@@ -1706,6 +1706,17 @@ def test_variable(
         ) == outcome.format(value=apssh.escape(value)).removeprefix("127.0.0.1: local: ")
 
 
+def test_changed_key_is_compared_with_one_of_its_type(sshd: Sshd, home: Path) -> None:
+    """Though another line comes first."""
+    known, older = (asyncssh.generate_private_key(each) for each in ("ssh-ed25519", "ssh-rsa"))
+    file = home / ".ssh" / "known_hosts"
+    name = f"[127.0.0.1]:{sshd.port}"
+    file.write_text(f"{name} {public(older)}\n{name} {public(known)}\n")
+    assert str(failure_of(sshd.node().run("true"))) == changed(
+        file, "127.0.0.1", sshd.port, sshd.key, known, line=2
+    )
+
+
 def test_variable_of_the_program(
     sshd: Sshd, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
