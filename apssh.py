@@ -2239,6 +2239,7 @@ class StepRecord:
 
 
 _Word = Union[int, float, _Path, "Run"]
+_ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
 _StdinSource = bytes | _Path | BinaryIO | AsyncIterator[bytes]
 _Exits = Collection[int | str] | None
 
@@ -4959,7 +4960,6 @@ class _LocalChannel:
 
 
 _AnyNode = SshNode | LocalNode
-_ScriptFiles = dict[str, tuple[bytes, int]]  # by name: content and mode
 
 
 class AbstractCommand:
@@ -7074,27 +7074,6 @@ def _refuse_columns(place: str, line: str) -> None:
             )
 
 
-def _save_last(results: Iterable[Result]) -> None:
-    """The groups @last-ok, @last-failed and @last-unreached (never reached, or not started) of this
-    run: a target a line, what came of it as a comment. Private, each replaced at once.
-    """
-    groups = collections.defaultdict(list)
-    for result in results:
-        name = "last-unreached"
-        if result.ok:
-            name = "last-ok"
-        elif result.reached:
-            name = "last-failed"
-        groups[name].append(f"{result.target}  # {escape(result.outcome)}\n")
-    folder = Path(_GROUPS).expanduser()
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for name in ("last-ok", "last-failed", "last-unreached"):
-            _write_whole(folder / name, "".join(groups[name]))
-    except OSError as exc:
-        _notice(f"{folder}: {_reason(exc)}")
-
-
 # --------------------------------------------------------------------------------------------------
 # fan-out: steps on many nodes, within limits; run, push, pull and the programs stand on it
 # --------------------------------------------------------------------------------------------------
@@ -7863,6 +7842,27 @@ def _output(options: argparse.Namespace) -> _Shown:
     formatter, views = _OUTPUTS["".join(asked)](options)
     formatter.verbose = options.verbose
     return formatter, views
+
+
+def _save_last(results: Iterable[Result]) -> None:
+    """The groups @last-ok, @last-failed and @last-unreached (never reached, or not started) of this
+    run: a target a line, what came of it as a comment. Private, each replaced at once.
+    """
+    groups = collections.defaultdict(list)
+    for result in results:
+        name = "last-unreached"
+        if result.ok:
+            name = "last-ok"
+        elif result.reached:
+            name = "last-failed"
+        groups[name].append(f"{result.target}  # {escape(result.outcome)}\n")
+    folder = Path(_GROUPS).expanduser()
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for name in ("last-ok", "last-failed", "last-unreached"):
+            _write_whole(folder / name, "".join(groups[name]))
+    except OSError as exc:
+        _notice(f"{folder}: {_reason(exc)}")
 
 
 def _summary(results: Sequence[Result]) -> list[str]:
