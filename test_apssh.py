@@ -326,6 +326,15 @@ class Sshd:
         lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         return sum(fields[2].endswith(wanted) and fields[3] == "01" for fields in lines)
 
+    def below(self, text: str) -> list[str]:
+        """The command lines with this text of the processes that its sessions have started."""
+        found, parents = [], [self._process.pid]
+        while parents:
+            for pid, line in children(parents.pop()).items():
+                parents.append(pid)
+                found += [line] if text in line else []
+        return found
+
     def logins(self) -> int:
         return self.log().count("Accepted publickey")
 
@@ -2947,7 +2956,7 @@ def test_password_with_openssh(account: tuple[Sshd, str]) -> None:
         0,
         b"password: \n127.0.0.1:apsshtest\nrecorded the key of 1 host never seen: 127.0.0.1\n",
     )
-    assert "Accepted password for apsshtest" in server.log()
+    eventually(lambda: "Accepted password for apsshtest" in server.log())
     code, seen = typed("-A", "-q", "-t", target, "id -un", answers=[b"wrong\n"])
     assert (code, seen) == (
         1,
@@ -7108,9 +7117,10 @@ def test_guard_whatever_the_shell(shell: str) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_guard_ends_what_ignores_signals(shell: str) -> None:
-    with guarded_by(shell, "trap '' TERM HUP; sleep 60 & sleep 60; sleep 60") as process:
+    command = "trap '' TERM HUP; echo trapped; sleep 60 & sleep 60; sleep 60"
+    with guarded_by(shell, command) as process:
         number, _ = watchdog_of(process.pid)
-        assert process.stdin
+        assert process.stdin and process.stdout and process.stdout.readline() == b"trapped\n"
         process.stdin.close()
         assert process.wait(10) == -signal.SIGKILL
         eventually(lambda: not Path(f"/proc/{number}").exists())
@@ -8145,6 +8155,8 @@ async def test_sftp_that_does_not_come_holds_no_session(
                 await asyncio.sleep(0.001 * number)  # at each point of the way
                 task.cancel()
                 await asyncio.wait([task])
+        # a server that has not noticed the end of a session refuses the next one
+        await eventually_async(lambda: not sshd.below(program[1]))
         assert await asyncio.gather(node.run("true"), node.run("true")) == [0, 0]
         assert sshd.connections() == 1
 
