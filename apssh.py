@@ -3011,6 +3011,10 @@ class _Copy:
                         # no more than there may be: space for a block costs as much as a file
                         ask = min(wanted, size + 1 - position) if position <= size else wanted
                         data = cast("bytes", await file.read(ask, position))
+                        if len(data) > ask:
+                            raise self._wrong(
+                                self._source, "the server sent more of it than was asked for"
+                            )
                         if data:
                             await copied.write(data, position)
                         position += len(data)

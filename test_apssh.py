@@ -6558,6 +6558,29 @@ def test_server_that_answers_in_parts_and_not_in_turn(keys: Path, tmp_path: Path
     assert (tmp_path / "f").read_bytes() == content
 
 
+@pytest.mark.parametrize("surplus", [1, 300_000])
+@pytest.mark.parametrize("size", [0, 100, 1_500_000])
+async def test_hostile_server_that_answers_more_than_was_asked(
+    keys: Path, home: Path, size: int, surplus: int
+) -> None:
+    """At the end of a file too: it is this host's failure, told at once, and nothing arrives."""
+
+    class Generous(HostileServer):
+        root = Node(b"x", size=size)
+
+        def read(self, file_obj: Any, offset: int, size: int) -> Any:
+            return b"x" * (size + surplus)
+
+    Path("here").mkdir()
+    async with ssh_server(keys, sftp=Generous) as port:
+        (result,) = await apssh.co_pull(f"{ME}@127.0.0.1:{port}", "tree", "here/f", timeout=20)
+    assert (result.kind, result.error) == (
+        "remote",
+        "tree: the server sent more of it than was asked for",
+    )
+    assert listing(Path("here")) == {}
+
+
 def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
     class Leaves(asyncssh.SFTPServer):
         def stat(self, path: bytes) -> Any:
