@@ -7247,20 +7247,25 @@ async def _fan_out(
 async def _run_on(
     node: SshNode, command: AbstractCommand, views: Sequence[_View], retries: int
 ) -> Result:
-    """Run one step on its node; what came of it, which the views hear of whatever the end."""
-    step, failure = StepRecord(), None
+    """Run one step on its node; what came of it, which the views hear of whatever the end. An error
+    that nothing above knew of is this host's alone too.
+    """
+    step = StepRecord()
+    failure: ApsshError | None = ApsshError("interrupted", kind="interrupted")
     for view in views:
         view.started(node.shown_name, step)
     try:
         with step.running():
             await _attempts(node, command, step, retries)
+        failure = None
     except ApsshError as exc:
         failure = exc
-    except asyncssh.Error as exc:  # one that nothing above knew of: this host's alone
+    except asyncssh.Error as exc:
         failure = ConnectionFailedError(escape(str(exc)))
-    except BaseException:
-        failure = ApsshError("interrupted", kind="interrupted")
+    except BrokenPipeError:  # nobody reads what the hosts print: the end of the run
         raise
+    except Exception as exc:
+        failure = ApsshError(f"{type(exc).__name__}: {_brief(str(exc), 200)}")
     finally:
         result = _conclude(node, step, failure, views)
     return result

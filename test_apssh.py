@@ -13030,6 +13030,57 @@ def test_retries(make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
     assert (attempts.count(ports[0]), attempts.count(ports[1])) == (2, 3)
 
 
+class Raises(apssh.AbstractCommand):
+    """A step that somebody wrote, with a mistake that shows on one host."""
+
+    def __init__(self, mistake: BaseException, port: int) -> None:
+        super().__init__()
+        self._mistake, self._port = mistake, port
+
+    async def co_run_remote(self, node: Any) -> int:
+        if node.port == self._port:
+            raise self._mistake
+        return int(await node.run("true"))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (ValueError("a\nb"), r"ValueError: a\nb"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (
+            PermissionError(13, "Permission denied", "f"),
+            "PermissionError: [Errno 13] Permission denied: 'f'",
+        ),
+        (
+            UnicodeEncodeError("utf-8", "\udcff", 0, 1, "no"),
+            r"UnicodeEncodeError: 'utf-8' codec can't encode character '\udcff' in position 0: no",
+        ),
+    ],
+)
+def test_unexpected_failure_is_its_hosts_alone(
+    sshd: Sshd, make_sshd: Callable[..., Sshd], mistake: Exception, said: str
+) -> None:
+    other = make_sshd()
+    bad, good = apssh.run([sshd.target, other.target], Raises(mistake, sshd.port))
+    assert (good.ok, bad.kind, bad.status, bad.error) == (True, "local", None, said)
+
+
+@pytest.mark.parametrize("end", [BrokenPipeError(), KeyboardInterrupt(), asyncio.CancelledError()])
+async def test_what_ends_a_run_is_no_failure_of_its_host(end: BaseException) -> None:
+    """Nobody reads what we print, or it was interrupted: the views hear so, and it passes."""
+    told: list[str | None] = []
+
+    class View(apssh._View):
+        def done(self, result: apssh.Result) -> None:
+            told.append(result.kind)
+
+    node = SshNode("127.0.0.1", port=free_port())
+    with pytest.raises(type(end)):
+        await apssh._run_on(node, Raises(end, node.port), [View()], 0)
+    assert told == ["interrupted"]
+
+
 # --------------------------------------------------------------------------------------------------
 # views
 # --------------------------------------------------------------------------------------------------
