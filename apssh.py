@@ -8620,9 +8620,21 @@ async def _work(
             results = await _fan_out(steps, views=views, **_part(vars(options), _LimitKeywords))
         finally:
             _screen.end_raw_mode()
-            for view in views if not _screen.closed else ():
-                view.finish()
+            if not _screen.closed:
+                _finish(views)
         return 0 if all(result.ok for result in results) else 1
+
+
+def _finish(views: Iterable[_View]) -> None:
+    """Each by itself: what one cannot write costs the others nothing. Raises the first error."""
+    errors: list[Exception] = []
+    for view in views:
+        try:
+            view.finish()
+        except Exception as exc:
+            errors.append(exc)
+    if errors:
+        raise errors[0]
 
 
 @contextlib.asynccontextmanager

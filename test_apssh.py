@@ -14804,6 +14804,32 @@ def test_folder_told_to_a_closed_pipe_costs_no_summary(home: Path) -> None:
     process.stderr.close()
 
 
+@pytest.mark.parametrize("options", [["-b"], ["-b", "--diff"], ["-o", "out"]], ids=" ".join)
+def test_output_that_cannot_be_shown_costs_no_summary(options: list[str], sshd: Sshd) -> None:
+    """A full disk behind standard output, at the end: the groups of this run are there too."""
+    dead = f"{ME}@127.0.0.1:{free_port()}"
+    with open("/dev/full", "wb") as full:
+        done = run_python(
+            *main_of("apssh"),
+            *("-F", "none", "-t", f"{sshd.target},{dead}", *options, "echo x"),
+            capture_output=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    port = dead.rpartition(":")[2]
+    assert (done.returncode, messages(done)) == (
+        1,
+        [
+            f"127.0.0.1:{port}: refused: nothing listens on port {port}",
+            "1 ok, 1 not reached",
+            f"  refused: 127.0.0.1:{port} (1)",
+            "apssh: no space left on device",
+        ],
+    )
+    assert Path(".apssh/last-ok").read_text() == f"{sshd.target}  # ok\n"
+    assert Path(".apssh/last-unreached").read_text() == f"{dead}  # refused\n"
+
+
 def test_interruption_tells_the_folder(home: Path) -> None:
     code, out, _, _ = interrupted(
         ["--demo", "2", "-w", "1", "-o", os.fsdecode(b"o\xff"), "echo up; sleep 30"],
