@@ -7668,12 +7668,16 @@ class _Folder(_View):
     mark: bool
 
     def begin(self, names: Collection[str]) -> None:
-        """Make the folder, and clean it of these hosts."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        here = {path.name.removesuffix(".err") for path in self.folder.iterdir() if path.is_file()}
-        for name in names:
-            for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
-                (self.folder / path).unlink(missing_ok=True)
+        """Make the folder, and clean it of these hosts. Raises UsageError where it cannot be."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files = [path.name for path in self.folder.iterdir() if path.is_file()]
+            for name in names:
+                for path in (name, f"{name}.err", f"0ok/{name}", f"1failed/{name}"):
+                    (self.folder / path).unlink(missing_ok=True)
+        except OSError as exc:
+            raise UsageError(f"{escape(str(exc.filename))}: {_reason(exc)}") from None
+        here = {name.removesuffix(".err") for name in files}
         others = here.difference(names)
         if others:
             _notice(
@@ -8606,16 +8610,19 @@ async def _work(
         steps = plan(nodes)
         if options.dry_run:
             return _list(f"{node}: {step.dry_run_text()}" for node, step in steps.items())
-        views = [*views, _Conclusion(options, formatter, nodes)]
-        quiet = options.quiet or (options.pty and len(nodes) == 1)
-        if sys.stderr.isatty() and not quiet:
-            views.insert(0, _Progress())
+        names = [node.shown_name for node in nodes]
+        for view in views:  # a folder that cannot be is told before anything is read
+            view.begin(names)
         if spool:
             # not sys.stdin, whose lock would be held at the end by a thread that still waits
             with open(0, "rb", buffering=0, closefd=False) as stdin:
                 await _in_daemon(shutil.copyfileobj, stdin, spool)
-        for view in views:
-            view.begin([node.shown_name for node in nodes])
+        views = [*views, _Conclusion(options, formatter, nodes)]
+        quiet = options.quiet or (options.pty and len(nodes) == 1)
+        if sys.stderr.isatty() and not quiet:
+            progress = _Progress()
+            progress.begin(names)
+            views.insert(0, progress)
         try:
             results = await _fan_out(steps, views=views, **_part(vars(options), _LimitKeywords))
         finally:

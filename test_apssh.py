@@ -13557,13 +13557,24 @@ def test_folder_keeps_nothing_of_an_earlier_run(home: Path) -> None:
     }
 
 
-def test_folder_or_mark_that_cannot_be_written_names_its_place(home: Path, capfd: Any) -> None:
-    (home / "out").mkdir()
-    (home / "out" / "0ok").touch()
-    assert apssh.main(["--demo", "1", "-q", "-o", "out", "-m", "true"]) == 1
-    assert capfd.readouterr().err == "apssh: out/0ok/demo1: not a directory\n"
-    assert apssh.main(["--demo", "1", "-q", "-o", "/proc/x", "true"]) == 1
-    assert capfd.readouterr().err == "apssh: /proc/x: no such file or directory\n"
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("/proc/x", "/proc/x: no such file or directory"),
+        ("/dev/full", "/dev/full: file exists"),
+        ("out", "out/demo1: is a directory"),
+        ("marks", "marks/0ok/demo1: not a directory"),
+    ],
+)
+def test_folder_that_cannot_be_is_misuse(folder: str, told: str, home: Path) -> None:
+    """Told before standard input is read, which has no end here."""
+    build(home, {"out/demo1/": "", "marks/0ok": ""})
+    words = (*main_of(), "--demo", "2", "-I", "-m", "-o", folder, "true")
+    process = start_python(*words, stdin=subprocess.PIPE)
+    assert process.stdout and process.stderr and process.stdin
+    assert (process.wait(8), process.stderr.read().decode()) == (2, f"apssh: {told}\n")
+    for file in (process.stdin, process.stdout, process.stderr):
+        file.close()
 
 
 def test_misuse_leaves_no_folder(home: Path) -> None:
