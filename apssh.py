@@ -8164,7 +8164,10 @@ def _format(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no format; use -w for the number of hosts at once"
         )
-    Formatter(text)  # refuses unknown fields
+    try:
+        Formatter(text)  # refuses unknown fields
+    except UsageError as exc:  # which argparse, as any ValueError, would answer in its own words
+        raise argparse.ArgumentTypeError(exc.message) from None
     return text
 
 

@@ -13332,6 +13332,11 @@ def test_demo_size(count: int) -> None:
             "use -w for the number of hosts at once (see apssh --help)",
         ),
         (
+            ["-t", "h", "-f", "{x}", "x"],
+            "argument -f/--format: unknown field {x} in format '{x}': the fields are {time} {host} "
+            "{fqdn} {user} {line} {linenl} {nl} (see apssh --help)",
+        ),
+        (
             ["-t", "h", "-r", "-b", "x"],
             "argument -b/--gather: not allowed with argument -r/--raw-format (see apssh --help)",
         ),
