@@ -8512,7 +8512,8 @@ def _program(
     body: Callable[[argparse.Namespace], Coroutine[Any, Any, int]],
 ) -> int:
     """What surrounds each program: errors to exit codes, Ctrl-C, a closed pipe."""
-    own = argv is None  # the process is there for this program alone
+    # whether the process is there for this program alone
+    own = argv is None and threading.current_thread() is threading.main_thread()
     if own:
         _answer_completion(parser)
         _own_process()

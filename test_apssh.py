@@ -14494,6 +14494,18 @@ def test_interrupted_copy_leaves_nothing(sshd: Sshd, home: Path) -> None:
     assert {path.name for path in home.iterdir()} <= {".ssh", ".apssh"}
 
 
+def test_program_in_another_thread(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Signals, and what else a process has once, are left to whoever has the main thread."""
+    monkeypatch.setattr(sys, "argv", ["apssh", "-t", "a,b", "-L"])
+    codes: list[int] = []
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    thread = threading.Thread(target=lambda: codes.append(apssh.main()))
+    thread.start()
+    thread.join()
+    assert (codes, capfd.readouterr()) == ([0], ("a\nb\n", ""))
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
 def test_closed_pipe_ends_quietly(sshd: Sshd) -> None:
     token = f"92{os.getpid()}"
     program = shlex.join([*PYTHON, *main_of()])
