@@ -2627,11 +2627,12 @@ class _CopyItem(NamedTuple):
 # could be written, and that was the wish. It is then renamed over the target, by
 # posix-rename@openssh.com; other hard links keep the old content. A server without that renames to
 # free names only: the target is removed first, and where it fails after that the new file is all
-# that is left: it stays, and the error names it. Any other failure, and a cancellation, removes the
-# new file, within 2 s and if the connection is there, and leaves the old one as it was. OpenSSH
-# says only "Failure" of a full disk: it is asked how full it is. Where nothing can be made or
-# renamed (a folder that is not writable, a busy file) the error names inplace: with that, a file
-# that is there is written itself, and a failure leaves half of it.
+# that is left: it stays, and the error names it, or a message if the copy is broken off meanwhile.
+# Any other failure, and a cancellation, removes the new file, within 2 s and if the connection is
+# there, and leaves the old one as it was. OpenSSH says only "Failure" of a full disk: it is asked
+# how full it is. Where nothing can be made or renamed (a folder that is not writable, a busy file)
+# the error names inplace: with that, a file that is there is written itself, and a failure leaves
+# half of it.
 
 
 @dataclasses.dataclass(eq=False)
@@ -2643,7 +2644,7 @@ class _Copy:
     folders are walked one after the other, files and links copied beside each other; modes and
     times of folders are set when all is there, for a folder may forbid to write in it. What comes
     from a server is not trusted: names and links are checked, and everything is made below an open
-    folder. Cancelling a copy removes what it was making.
+    folder. Cancelling a copy removes what it was making, unless its target has made room for it.
     """
 
     host: str
@@ -2962,20 +2963,28 @@ class _Copy:
         files, shown = self._destination, _brief(target, 200)
         folder = posixpath.dirname(target)
         temporary = posixpath.join(folder, f".new.apssh-{os.urandom(8).hex()}")
-        problem, removed = "", False
+        new, problem, removed = escape(temporary), "", False
         try:
             yield temporary
             problem = f"{shown} cannot be replaced"
             try:
                 await files.posix_rename(temporary, target)
             except asyncssh.SFTPOpUnsupported:
-                with contextlib.suppress(*_MISSING):
+                removed = True  # from the request on: its answer may never come
+                try:
                     await files.remove(target)
-                    removed = True
-                    new = escape(temporary)
                     problem = f"{shown} has been removed, and its new content is in {new}"
+                except asyncssh.SFTPError as exc:
+                    removed = isinstance(exc, _LOST)
+                    if not isinstance(exc, _MISSING):
+                        raise
                 await files.rename(temporary, target)
         except BaseException as exc:
+            if removed and isinstance(exc, (asyncio.CancelledError, *_LOST)):
+                # a timeout too: nobody sees the notes of these
+                _screen.say(
+                    f"{escape(self.host)}: {shown} may be gone: its new content is then in {new}"
+                )
             if problem:
                 exc.add_note(f"{problem}: {_reason(exc)} ({_INPLACE})")
             if removed:

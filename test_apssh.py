@@ -6533,6 +6533,100 @@ def test_failing_rename_without_posix_rename_keeps_the_new_file(
     )
 
 
+@pytest.mark.parametrize("slow", ["remove", "rename"])
+@pytest.mark.parametrize("end", ["timeout", "cancelled", "lost"])
+async def test_rename_without_posix_rename_that_is_broken_off(
+    slow: str, end: str, keys: Path, home: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """From when the old file is asked to make room, the new one stays, and is named."""
+    asked = asyncio.Event()
+
+    class Plain(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("Operation not supported")
+
+        async def _slowly(self, what: str) -> None:
+            if what == slow:
+                asked.set()
+                if end == "lost":
+                    self.channel.get_connection().abort()
+                await asyncio.sleep(1)
+
+        async def remove(self, path: bytes) -> None:
+            super().remove(path)
+            await self._slowly("remove")
+
+        async def rename(self, oldpath: bytes, newpath: bytes) -> None:
+            await self._slowly("rename")
+            raise asyncssh.SFTPFailure("No more names")
+
+    build(tmp_path / "far", {"f": "old"})
+    build(home, {"f": "new"})
+    limit = 0.6 if end == "timeout" else None
+    async with (
+        ssh_server(keys, sftp=Plain) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        copy = asyncio.create_task(Push("f", "f", timeout=limit).co_run_remote(node))
+        await asked.wait()
+        if end == "cancelled":
+            copy.cancel()
+        with pytest.raises((ApsshError, asyncio.CancelledError)):
+            await copy
+    [(name, text)] = listing(tmp_path / "far").items()
+    assert (text, capfd.readouterr().err) == (
+        "new",
+        f"127.0.0.1: f may be gone: its new content is then in {name}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (asyncssh.SFTPPermissionDenied("Not yours"), "not yours"),
+        (asyncssh.SFTPNoSuchFile("Not there"), "it is there"),
+    ],
+)
+def test_old_file_that_makes_no_room_without_posix_rename(
+    refusal: asyncssh.SFTPError, said: str, keys: Path, home: Path, tmp_path: Path
+) -> None:
+    """The server said so: what has arrived goes."""
+
+    class Plain(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("Operation not supported")
+
+        def remove(self, path: bytes) -> None:
+            if path == b"f":
+                raise refusal
+            super().remove(path)
+
+        def rename(self, oldpath: bytes, newpath: bytes) -> None:
+            raise asyncssh.SFTPFailure("It is there")
+
+    build(tmp_path / "far", {"f": "old"})
+    build(home, {"f": "new"})
+
+    async def main() -> str:
+        async with (
+            ssh_server(keys, sftp=Plain) as port,
+            SshNode("127.0.0.1", port=port, username=ME) as node,
+        ):
+            return await outcome(node, Push("f", "f"))
+
+    assert run(main()) == (
+        f"127.0.0.1: remote: f: f cannot be replaced: {said} "
+        "(inplace, or --inplace, writes onto the file itself)"
+    )
+    assert listing(tmp_path / "far") == {"f": "old"}
+
+
 def test_server_that_answers_in_parts_and_not_in_turn(keys: Path, tmp_path: Path) -> None:
     """The end of a file may be met while what is before it is still under way."""
     content = os.urandom(1_500_000)
