@@ -6891,13 +6891,14 @@ def _parse_targets(
 ) -> list[Target]:
     """The targets that texts name (see the usage page), each once, in order, less the excluded
     ones. ``login`` is for each hop that names no user, ``port`` for the host itself, ``gateway``
-    (or several, or None->) stands before targets that name no way; ``sources`` reads what words
-    stand for (by default no standard input). UsageError names the text, its file and line.
+    (or several, or the word None for no gateway) stands before targets that name no way;
+    ``sources`` reads what words stand for (by default no standard input). UsageError names the
+    text, its file and line.
     """
     if sources is None:
         sources = _Sources()
     texts = [texts] if isinstance(texts, str) else list(texts)
-    way = _plain_arrows(f"{gateway}->") if gateway else ""
+    way = "" if gateway in (None, "", "None") else _plain_arrows(f"{gateway}->")
     parse = functools.partial(_parse_target, login=login, port=port, way=way)
     found: dict[Target, None] = {}
     by_host = collections.defaultdict(list)
@@ -6931,8 +6932,10 @@ def _parse_target(
         text = way + text
     chain = text.removeprefix("None->")
     *gateways, host = chain.split("->")
-    hops = [_parse_hop(hop, login) for hop in gateways]
-    return Target((*hops, _parse_hop(host, login, port)), direct=chain != text)
+    hops = [*(_parse_hop(hop, login) for hop in gateways), _parse_hop(host, login, port)]
+    if len(set(hops)) < len(hops):
+        raise UsageError("it is its own gateway")
+    return Target(tuple(hops), direct=chain != text)
 
 
 def _matches(pattern: Target, target: Target) -> bool:
