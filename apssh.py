@@ -7968,11 +7968,15 @@ async def _demo_forward(port: int, reader: Any, writer: Any) -> None:
 async def _demo_session(
     home: str, children: set[subprocess.Popen[bytes]], process: asyncssh.SSHServerProcess[bytes]
 ) -> None:
-    """One command, by the shell of whoever runs the demo, in the home of the demo host.
+    """One command, by the shell of whoever runs the demo, in the home of the demo host; of the
+    environment it gets what it needs, and no secrets.
 
     Its process is not asyncio's: uvloop's keep the outputs open in what a command leaves behind.
     """
-    shell = os.environ.get("SHELL") or "/bin/sh"
+    shell, user = os.environ.get("SHELL") or "/bin/sh", getpass.getuser()
+    env = {"HOME": home, "SHELL": shell, "USER": user, "LOGNAME": user}
+    for name in {"PATH", "LANG", "LC_ALL", "TZ", "TMPDIR"} & os.environ.keys():
+        env[name] = os.environ[name]
     ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
     child = subprocess.Popen(
         [shell, "-c", process.command or shell],
@@ -7981,7 +7985,7 @@ async def _demo_session(
         stdin=theirs[0],
         stdout=theirs[1],
         stderr=theirs[2],
-        env=os.environ | {"HOME": home, "SHELL": shell},
+        env=env,
     )
     children.add(child)
     for end in theirs:

@@ -13366,6 +13366,28 @@ def test_demo_fleet(capfd: Any) -> None:
     assert capfd.readouterr().out == "demo2:hi\n"
 
 
+def test_demo_hosts_inherit_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over a real login, little of the environment of whoever runs the demo is there."""
+    settings = {"LC_ALL": "C.UTF-8", "LANG": "C", "TZ": "UTC", "TMPDIR": "/tmp", "SHELL": "/bin/sh"}
+    mine = {"API_TOKEN": "secret", "SSH_AUTH_SOCK": "/gone", "LD_PRELOAD": "", "LC_MINE": "x"}
+    for name, value in (settings | mine).items():
+        monkeypatch.setenv(name, value)
+    done = cli("--demo", "1", "-r", "env -0", USER="me", LOGNAME="me")
+    pairs = (text.partition("=") for text in done.stdout.decode().split("\0") if text)
+    found = {name: value for name, _, value in pairs}
+    assert found.pop("HOME").endswith("/demo1")
+    for name in ("PWD", "OLDPWD", "SHLVL", "_"):  # some shells set these
+        found.pop(name, None)
+    assert found == settings | {"PATH": os.environ["PATH"], "USER": "me", "LOGNAME": "me"}
+
+
+def test_demo_hosts_know_their_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not in the environment, as under cron."""
+    for name in ("USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli("--demo", "1", "-r", "echo $USER $LOGNAME").stdout.decode() == f"{ME} {ME}\n"
+
+
 @pytest.mark.parametrize("count", [0, 1001])
 def test_demo_size(count: int) -> None:
     async def main() -> None:
