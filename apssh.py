@@ -3760,7 +3760,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status = status
 
     def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
-        self.status = _brief(signal)
+        self.status = _brief(signal) if signal else "unknown"  # "" would be a status of none
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writable.set()
@@ -3872,7 +3872,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
                     kind="remote",
                     command=self.command,
                 )
-            return self.status or 0  # some network devices tell none
+            return 0 if self.status is None else self.status  # some network devices tell none
         if self.status is None or not self.whole:
             raise self.lost()
         return self.status

@@ -7271,6 +7271,22 @@ async def test_channel_that_closes_without_a_status(keys: Path) -> None:
         assert formatter.get_capture() == "shown\nshown\n"
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
+async def test_signal_without_a_name(keys: Path, guard: bool) -> None:
+    """It is a failure like that of any other signal."""
+
+    async def killed(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        process.exit_with_signal("")
+
+    async with (
+        ssh_server(keys, process=killed) as port,
+        SshNode("127.0.0.1", port=port, known_hosts=None, guard=guard) as node,
+    ):
+        with pytest.raises(CommandFailedError) as caught:
+            await Run("true").attempt(node, StepRecord())
+        assert str(caught.value) == "127.0.0.1: signal: ended with signal unknown: true"
+
+
 def test_loops_are_not_kept(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
     made = asyncio.new_event_loop
