@@ -4699,6 +4699,7 @@ class _Sftp:
 
     client: asyncssh.SFTPClient
     channel: _Channel | None = None
+    stderr: asyncssh.SSHReader[bytes]  # of that channel
 
     def __init__(self, link: _Link) -> None:
         self.link = link
@@ -4716,7 +4717,7 @@ class _Sftp:
     async def open_session(self, **options: Any) -> Any:
         """Open the channel, as the connection's method of this name."""
         opened: Any = await self.link.conn.open_session(**options)
-        self.channel = opened[0].channel
+        self.channel, self.stderr = opened[0].channel, opened[2]
         return opened
 
     @property
@@ -4732,8 +4733,8 @@ class _Sftp:
     async def last_words(self) -> str:
         """Close the channel; what the server said in place of SFTP, if it ended.
 
-        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
-        password) says so to any command.
+        Where nothing comes of a subsystem's stderr, as from OpenSSH, what refuses every session (an
+        expired password) says so to any command.
         """
         status, said = None, b""
         async with _in_short():
@@ -4741,6 +4742,8 @@ class _Sftp:
                 await self.channel.wait_closed()
                 status = self.channel.get_exit_status()
             if status:
+                said = await self.stderr.read(2000)
+            if status and not said:
                 async with self.link.conn.create_process(
                     "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
                 ) as process:

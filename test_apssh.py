@@ -5846,6 +5846,25 @@ def test_no_sftp_over_there(
     assert copied(server, Push("f", "f")) == said
 
 
+async def test_words_of_an_sftp_server_on_its_own_channel(keys: Path) -> None:
+    """Where stderr of a subsystem is sent, unlike OpenSSH's, nothing else is asked."""
+
+    class Missing(asyncssh.SFTPServer):
+        def __init__(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+            super().__init__(chan)
+            chan.write_stderr(b"sh: sftp-server: not found\n")
+            chan.exit(127)
+
+    async with (
+        ssh_server(keys, sftp=Missing) as port,
+        SshNode("127.0.0.1", port=port, known_hosts=None) as node,
+    ):
+        with pytest.raises(TransferError) as caught:
+            await node.sftp_connect_lazy()
+        said = "sh: sftp-server: not found"
+        assert str(caught.value) == f"127.0.0.1: remote: no SFTP over there: {said}"
+
+
 # hostile servers: what is pulled from them must change nothing but the destination
 
 REGULAR, FOLDER, LINK, FIFO = (
