@@ -4320,14 +4320,20 @@ class SshNode(_Node):
         return links[0]
 
     async def _add_link(self, live: _Live) -> None:
-        """One more connection; concurrent calls wait for the same, and share its failure."""
-        link = await _Shared.once(live.opening, "link", self._connect)
-        self.reached = True
-        if self._live is not live:
-            await link.close()
-            raise ConnectionFailedError("closed while it connected", host=self.hostname)
-        live.links = list(dict.fromkeys([*live.up, link]))
-        live.wake()
+        """One more connection; concurrent calls wait for the same, and share its failure. A link
+        that is ready is the node's at once: who waited may have been cancelled just then.
+        """
+
+        async def connect() -> None:
+            link = await self._connect()
+            self.reached = True
+            if self._live is not live:
+                await link.close()
+                raise ConnectionFailedError("closed while it connected", host=self.hostname)
+            live.links = [*live.up, link]
+            live.wake()
+
+        await _Shared.once(live.opening, "link", connect)
 
     async def _with_room(self, live: _Live, alone: bool) -> _Link:
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.

@@ -8038,6 +8038,28 @@ async def test_closed_while_it_connects(
     await eventually_async(lambda: not sshd.connections())
 
 
+async def test_cancelled_just_as_it_has_connected(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is the node's, and closed with it."""
+    sshd = make_sshd()
+    node = sshd.node()
+    log_in = SshNode._log_in
+
+    async def ready(*args: Any) -> Any:
+        link = await log_in(*args)
+        task.cancel()
+        return link
+
+    monkeypatch.setattr(SshNode, "_log_in", ready)
+    task = asyncio.create_task(node.run("true"))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (sshd.connections(), node.is_connected()) == (1, True)
+    await node.close()
+    await eventually_async(lambda: not sshd.connections())
+
+
 async def test_work_that_is_shared_is_begun_once() -> None:
     """Who comes while somebody waits joins, though another has given up."""
     begun = 0
