@@ -4912,7 +4912,8 @@ class LocalNode(_Node):
             await asyncio.wait([channel.following])
         if session.error:
             raise session.error
-        return session.status or 0
+        assert session.status is not None
+        return session.status
 
     @staticmethod
     async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
@@ -4945,6 +4946,8 @@ class _LocalChannel:
                 session.status = status
                 if status < 0:
                     session.status = signal.Signals(-status).name.removeprefix("SIG")
+        except* Exception as failures:
+            session.fail(failures.exceptions[0])
         finally:
             self.write_eof()
             session.connection_lost(None)

@@ -8672,6 +8672,28 @@ async def test_local_node(home: Path, capfd: Any) -> None:
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
 
 
+async def test_local_output_that_cannot_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command fails, and is ended."""
+    token = f"87{os.getpid()}"
+
+    loop = asyncio.get_running_loop()
+    connect, pipes = loop.connect_read_pipe, list[Any]()
+
+    async def full(protocol: Any, pipe: Any) -> Any:
+        pipes.append(pipe)
+        if len(pipes) == 1:
+            return await connect(protocol, pipe)
+        await eventually_async(lambda: processes(f"sleep {token}"))
+        pipe.close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop, "connect_read_pipe", full)
+    with pytest.raises(ApsshError) as caught:
+        await LocalNode().run(f"sleep {token}")
+    assert str(caught.value) == "LOCALNODE: local: on this machine: no space left on device"
+    await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+
 def test_local_node_knows_the_home_and_globs(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
