@@ -4033,9 +4033,11 @@ class _Node:
         when the hall is there, and another one where it is taken.
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
+        # SFTP's version 3 has no word for what exists
+        exists = FileExistsError, asyncssh.SFTPFileAlreadyExists, asyncssh.SFTPFailure
         folder = f"{hall}/{name}"
         for path in (folder, hall, folder):  # the hall is there, as a rule
-            with contextlib.suppress(asyncssh.SFTPError, OSError):
+            with contextlib.suppress(*exists, *_MISSING):
                 await sftp.mkdir(path, private)
                 if path == folder:
                     return folder

@@ -9246,6 +9246,16 @@ def test_script_has_one_folder_name_on_all_hosts(make_sshd: Callable[..., Sshd])
     assert not any(list((server.home / ".apssh-remote").iterdir()) for server in servers)
 
 
+def test_script_folder_that_cannot_be_made(node: Any, sshd: Sshd, home: Path) -> None:
+    """It is told why not, and not that it is missing."""
+    local = isinstance(node, LocalNode)
+    side, there = ("local", home) if local else ("remote", sshd.home)
+    why = "operation not permitted" if local and os.getuid() == 0 else "permission denied"
+    with unwritable(there), pytest.raises(TransferError) as caught:
+        step(node, RunString("true"))
+    assert str(caught.value) == f"{node.hostname}: {side}: {there}/.apssh-remote: {why}"
+
+
 def test_scripts_of_hosts_that_share_a_home(sshd: Sshd) -> None:
     """The name is taken there: each has a folder of its own."""
     both = RunString(
