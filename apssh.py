@@ -4745,18 +4745,20 @@ class _Sftp:
         expired password) says so to any command.
         """
         status, said = None, b""
-        async with _in_short():
-            if self.channel:
-                await self.channel.wait_closed()
-                status = self.channel.get_exit_status()
-            if status:
-                said = await self.stderr.read(2000)
-            if status and not said:
-                async with self.link.conn.create_process(
-                    "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
-                ) as process:
-                    said = await process.stderr.read(2000)
-        self.abort()
+        try:
+            async with _in_short():
+                if self.channel:
+                    await self.channel.wait_closed()
+                    status = self.channel.get_exit_status()
+                if status:
+                    said = await self.stderr.read(2000)
+                if status and not said:
+                    async with self.link.conn.create_process(
+                        "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+                    ) as process:
+                        said = await process.stderr.read(2000)
+        finally:
+            self.abort()
         text = " ".join(said.decode("utf-8", "replace").split())
         if status and not text:
             return f"its server ended with status {status}"

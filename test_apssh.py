@@ -8218,6 +8218,28 @@ async def test_sftp_that_does_not_come_holds_no_session(
         assert sshd.connections() == 1
 
 
+async def test_cancelled_while_last_words_are_waited_for(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that prints in place of SFTP, and does not end: its channel is closed."""
+    sshd = make_sshd(MaxSessions=1, Subsystem="sftp echo hello; cat", ForceCommand="none")
+    waits, last_words = asyncio.Event(), apssh._Sftp.last_words
+
+    async def told(sftp: apssh._Sftp) -> str:
+        waits.set()
+        return await last_words(sftp)
+
+    monkeypatch.setattr(apssh._Sftp, "last_words", told)
+    async with sshd.node() as node:
+        task = asyncio.create_task(node.sftp_connect_lazy())
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
+        assert await node.run("true") == 0
+
+
 def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
     error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
