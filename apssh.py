@@ -3165,13 +3165,18 @@ class _Clock:
                 timer.cancel()
 
 
+def _retrieve_exception(task: asyncio.Future[Any]) -> None:
+    """For a task that perhaps nobody waits for any more: asyncio would warn of its failure."""
+    if not task.cancelled():
+        task.exception()
+
+
 class _Shared:
     """A task that several coroutines wait for."""
 
     def __init__(self, work: Awaitable[Any]) -> None:
         self.task = asyncio.ensure_future(work)
-        # its exception is retrieved even if nobody waits
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task.add_done_callback(_retrieve_exception)
         self.waiters = 0
 
     @classmethod
@@ -4657,6 +4662,7 @@ class SshNode(_Node):
         that its slot is not lost.
         """
         opening = asyncio.ensure_future(work)
+        opening.add_done_callback(_retrieve_exception)
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:

@@ -8152,6 +8152,40 @@ async def test_channel_that_opens_after_its_cancellation(
         await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+async def test_channel_that_is_refused_after_its_cancellation(
+    sshd: Sshd, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody hears of that, on standard error neither."""
+    asked, refused = asyncio.Event(), asyncio.Event()
+    opening: set[Any] = set()
+    said: list[str] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: said.append(context["message"]))
+    monkeypatch.setattr(apssh, "CLOSE_TIMEOUT", 0.2)
+
+    async def refuse(*args: Any, **options: Any) -> Any:
+        opening.add(asyncio.current_task())
+        asked.set()
+        await refused.wait()
+        raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "no")
+
+    async with sshd.node() as node:
+        monkeypatch.setattr(asyncssh.SSHClientConnection, "create_session", refuse)
+        task = asyncio.create_task(node.run("true"))
+        await asked.wait()
+        task.cancel()
+        if not late:
+            refused.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        refused.set()
+    await asyncio.wait(opening)
+    opening.clear()
+    gc.collect()
+    assert said == []
+
+
 async def test_sink_that_fails_ends_a_command_with_stdin(
     sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
