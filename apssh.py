@@ -4015,9 +4015,11 @@ class _Node:
         hall = f"{home}/{REMOTE_FOLDER}"
         if for_others:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
-        with _file_errors(self.hostname, hall):
-            folder = await self._make_private_folder(sftp, hall, name)
+        # where its maker is cancelled the host makes it all the same: it is waited for, and removed
+        making = asyncio.ensure_future(self._make_private_folder(sftp, hall, name))
         try:
+            with _file_errors(self.hostname, hall):
+                folder = await asyncio.shield(making)
             async with _UnderWay(FILES_IN_FLIGHT) as writing:
                 for file, (data, mode) in files.items():
                     mode |= 0o055 if for_others else 0
@@ -4030,7 +4032,8 @@ class _Node:
             yield folder
         finally:
             async with _in_short():
-                await sftp.rmtree(hall if for_others else folder, ignore_errors=True)
+                made = await making
+                await sftp.rmtree(hall if for_others else made, ignore_errors=True)
 
     @staticmethod
     async def _make_private_folder(sftp: _Files, hall: str, name: str) -> str:

@@ -9332,6 +9332,30 @@ def test_same_script_after_one_that_was_given_up(sshd: Sshd) -> None:
     assert (first.kind, second.error) == ("timeout", None)
 
 
+async def test_script_cancelled_while_its_folder_is_made(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has made it by then, and nobody has heard of it: it is removed."""
+    mkdir, made = asyncssh.SFTPClient.mkdir, asyncio.Event()
+
+    async def late(self: asyncssh.SFTPClient, *args: Any) -> None:
+        await mkdir(self, *args)
+        made.set()
+        await asyncio.sleep(0.2)
+
+    async with sshd.node() as node:
+        assert await RunString("true").co_run_remote(node) == 0
+        hall = sshd.home / ".apssh-remote"
+        monkeypatch.setattr(asyncssh.SFTPClient, "mkdir", late)
+        task = asyncio.create_task(RunString("true").co_run_remote(node))
+        await made.wait()
+        assert len(list(hall.iterdir())) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert list(hall.iterdir()) == []
+
+
 async def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
     """As people know it: the folder over there tells them nothing."""
     (home / "check.sh").write_text("#!/bin/sh\n[ $1 = fast ] && exit 3\ntouch up; sleep 30\n")
