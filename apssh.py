@@ -3750,7 +3750,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.step.bytes_out += len(data)
         try:
             if not self.error:
-                self.sink.data(data, datatype)
+                with _writing_output():
+                    self.sink.data(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3888,6 +3889,19 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         why = f": {escape(str(self.link.why))}" if self.link.why else ""
         text = f"connection lost during {escape(self.step.command)}{why}"
         return ConnectionFailedError(text, command=self.command)
+
+
+@contextlib.contextmanager
+def _writing_output() -> Iterator[None]:
+    """What goes wrong while a command's output is written here is told as that, a TimeoutError too,
+    which would else be the end of the step's time. A closed pipe is nobody's failure.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise ApsshError(f"its output could not be written: {_reason(exc)}") from exc
 
 
 def _tell(host: str, text: str) -> None:
@@ -4074,7 +4088,8 @@ class _Node:
             try:
                 status = await self._run_session(session)
             finally:
-                session.sink.end()
+                with _writing_output():
+                    session.sink.end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
@@ -4102,7 +4117,8 @@ class _Node:
         is left, a formatter's failure included, is ended.
         """
         try:
-            self.formatter.endpoint_started(self._endpoint)
+            with _writing_output():
+                self.formatter.endpoint_started(self._endpoint)
             self.formatter.session_start(self.hostname, session.command)
             try:
                 await session.run(self._sudo_secret)

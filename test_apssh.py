@@ -8079,17 +8079,27 @@ async def test_work_that_is_shared_is_begun_once() -> None:
     assert (await ask(), await second, begun, tasks) == ("done", "done", 1, {})
 
 
-async def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
-    """The last line is written when its command has ended."""
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(errno.ENOSPC, "no space left on device"), (errno.ETIMEDOUT, "connection timed out")],
+    ids=["disk full", "file server away"],
+)
+@pytest.mark.parametrize("command", ["printf unfinished", "echo line; sleep 1"])
+async def test_output_that_cannot_be_written(
+    sshd: Sshd, command: str, number: int, why: str
+) -> None:
+    """A line while its command runs, or the last one when it has ended: no fault of the command,
+    nor the end of its time.
+    """
 
-    class Full(apssh.Formatter):
+    class Fails(apssh.Formatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
 
-    async with sshd.node(formatter=Full()) as node:
+    async with sshd.node(formatter=Fails()) as node:
         with pytest.raises(ApsshError) as caught:
-            await node.run("printf unfinished")
-        assert str(caught.value) == "127.0.0.1: local: on this machine: no space left on device"
+            await node.run(command, timeout=30)
+        assert str(caught.value) == f"127.0.0.1: local: its output could not be written: {why}"
 
 
 async def test_formatter_that_fails_ends_the_command(sshd: Sshd) -> None:
