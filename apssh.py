@@ -4620,7 +4620,7 @@ class SshNode(_Node):
         A server that refuses the channel takes fewer at once than others (MaxSessions), or has not
         yet noticed that one ended: it is asked again, and from now on for no more than it has.
         """
-        refusals, most = 0, SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+        refusals = 0
         while True:
             live = self._here()
             link = await self._with_room(live, alone)
@@ -4630,6 +4630,9 @@ class SshNode(_Node):
                 return await work(link)
             except asyncssh.ChannelOpenError as exc:
                 refusals += 1
+                most = SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+                if link.sessions == 1:  # with no other to make room: for about a second
+                    most = 20
                 if not _is_refusal(exc) or refusals > most:
                     raise self._failure(exc) from None
                 link.limit = max(link.sessions - 1, 1)

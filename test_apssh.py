@@ -8306,6 +8306,16 @@ async def test_gateway_that_takes_no_further_connection(
         assert await node.run("true") == 0
 
 
+async def test_host_that_takes_no_session(make_sshd: Callable[..., Sshd]) -> None:
+    """It is asked for a second, since it may not have noticed that one ended, and no longer."""
+    sshd = make_sshd(MaxSessions=0)
+    async with sshd.node() as node:
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert str(caught.value) == "127.0.0.1: refused: no session there: open failed"
+    assert 1 < sshd.log().count("no more sessions") <= 21
+
+
 async def test_sftp_that_ended_gives_its_session_back(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
