@@ -4303,7 +4303,8 @@ class SshNode(_Node):
         if not self.is_sftp_connected():
             open_sftp = functools.partial(self._open_sftp, live)
             await _Shared.once(live.opening, "sftp", lambda: self._on_link(open_sftp))
-        assert live.sftp
+        if live.sftp is None:  # forgotten by a command that looked for room
+            raise ConnectionFailedError("SFTP ended as soon as it was there", host=self.hostname)
         return live.sftp.client
 
     async def close(self) -> None:

@@ -8338,6 +8338,28 @@ async def test_sftp_that_ended_gives_its_session_back(
         await node.sftp_connect_lazy()
 
 
+async def test_sftp_that_ends_as_soon_as_it_is_there(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that looks for room has already forgotten it."""
+    open_sftp = SshNode._open_sftp
+
+    async def ends(node: SshNode, live: apssh._Live, link: apssh._Link) -> None:
+        await open_sftp(node, live, link)
+        assert live.sftp
+        live.sftp.abort()
+        live.room(alone=False)
+
+    async with sshd.node() as node:
+        monkeypatch.setattr(SshNode, "_open_sftp", ends)
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.mkdir("made")
+        assert str(caught.value) == "127.0.0.1: lost: SFTP ended as soon as it was there"
+        monkeypatch.setattr(SshNode, "_open_sftp", open_sftp)
+        await node.mkdir("made")
+    assert (sshd.home / "made").is_dir()
+
+
 async def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
     """Its server was killed, or sshd's ChannelTimeout ended it: the connection is as good as
     before.
