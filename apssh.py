@@ -3178,13 +3178,18 @@ class _Clock:
                 timer.cancel()
 
 
+def _retrieve_exception(task: asyncio.Future[Any]) -> None:
+    """For a task that perhaps nobody waits for any more: asyncio would warn of its failure."""
+    if not task.cancelled():
+        task.exception()
+
+
 class _Shared:
     """A task that several coroutines wait for."""
 
     def __init__(self, work: Awaitable[Any]) -> None:
         self.task = asyncio.ensure_future(work)
-        # its exception is retrieved even if nobody waits
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task.add_done_callback(_retrieve_exception)
         self.waiters = 0
 
     @classmethod
@@ -3758,7 +3763,8 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             self.step.bytes_out += len(data)
         try:
             if not self.error:
-                self.sink.data(data, datatype)
+                with _writing_output():
+                    self.sink.data(data, datatype)
         except Exception as exc:
             # the sink's failure (a full disk, a closed pipe) is this command's, not the
             # connection's
@@ -3773,7 +3779,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status = status
 
     def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
-        self.status = _brief(signal)
+        self.status = _brief(signal) if signal else "unknown"  # "" would be a status of none
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._writable.set()
@@ -3885,7 +3891,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
                     kind="remote",
                     command=self.command,
                 )
-            return self.status or 0  # some network devices tell none
+            return 0 if self.status is None else self.status  # some network devices tell none
         if self.status is None or not self.whole:
             raise self.lost()
         return self.status
@@ -3896,6 +3902,19 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         why = f": {escape(str(self.link.why))}" if self.link.why else ""
         text = f"connection lost during {escape(self.step.command)}{why}"
         return ConnectionFailedError(text, command=self.command)
+
+
+@contextlib.contextmanager
+def _writing_output() -> Iterator[None]:
+    """What goes wrong while a command's output is written here is told as that, a TimeoutError too,
+    which would else be the end of the step's time. A closed pipe is nobody's failure.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise ApsshError(f"its output could not be written: {_reason(exc)}") from exc
 
 
 def _tell(host: str, text: str) -> None:
@@ -4023,9 +4042,11 @@ class _Node:
         hall = f"{home}/{REMOTE_FOLDER}"
         if for_others:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
-        with _file_errors(self.hostname, hall):
-            folder = await self._make_private_folder(sftp, hall, name)
+        # where its maker is cancelled the host makes it all the same: it is waited for, and removed
+        making = asyncio.ensure_future(self._make_private_folder(sftp, hall, name))
         try:
+            with _file_errors(self.hostname, hall):
+                folder = await asyncio.shield(making)
             async with _UnderWay(FILES_IN_FLIGHT) as writing:
                 for file, (data, mode) in files.items():
                     mode |= 0o055 if for_others else 0
@@ -4038,7 +4059,8 @@ class _Node:
             yield folder
         finally:
             async with _in_short():
-                await sftp.rmtree(hall if for_others else folder, ignore_errors=True)
+                made = await making
+                await sftp.rmtree(hall if for_others else made, ignore_errors=True)
 
     @staticmethod
     async def _make_private_folder(sftp: _Files, hall: str, name: str) -> str:
@@ -4046,9 +4068,11 @@ class _Node:
         when the hall is there, and another one where it is taken.
         """
         private = asyncssh.SFTPAttrs(permissions=0o700)
+        # SFTP's version 3 has no word for what exists
+        exists = FileExistsError, asyncssh.SFTPFileAlreadyExists, asyncssh.SFTPFailure
         folder = f"{hall}/{name}"
         for path in (folder, hall, folder):  # the hall is there, as a rule
-            with contextlib.suppress(asyncssh.SFTPError, OSError):
+            with contextlib.suppress(*exists, *_MISSING):
                 await sftp.mkdir(path, private)
                 if path == folder:
                     return folder
@@ -4077,7 +4101,8 @@ class _Node:
             try:
                 status = await self._run_session(session)
             finally:
-                session.sink.end()
+                with _writing_output():
+                    session.sink.end()
         except ApsshError as exc:
             if not isinstance(exc, UsageError):  # a session, a sink or standard input knows no host
                 exc.host = exc.host or self.hostname
@@ -4105,7 +4130,8 @@ class _Node:
         is left, a formatter's failure included, is ended.
         """
         try:
-            self.formatter.endpoint_started(self._endpoint)
+            with _writing_output():
+                self.formatter.endpoint_started(self._endpoint)
             self.formatter.session_start(self.hostname, session.command)
             try:
                 await session.run(self._sudo_secret)
@@ -4290,7 +4316,8 @@ class SshNode(_Node):
         if not self.is_sftp_connected():
             open_sftp = functools.partial(self._open_sftp, live)
             await _Shared.once(live.opening, "sftp", lambda: self._on_link(open_sftp))
-        assert live.sftp
+        if live.sftp is None:  # forgotten by a command that looked for room
+            raise ConnectionFailedError("SFTP ended as soon as it was there", host=self.hostname)
         return live.sftp.client
 
     async def close(self) -> None:
@@ -4333,14 +4360,20 @@ class SshNode(_Node):
         return links[0]
 
     async def _add_link(self, live: _Live) -> None:
-        """One more connection; concurrent calls wait for the same, and share its failure."""
-        link = await _Shared.once(live.opening, "link", self._connect)
-        self.reached = True
-        if self._live is not live:
-            await link.close()
-            raise ConnectionFailedError("closed while it connected", host=self.hostname)
-        live.links = list(dict.fromkeys([*live.up, link]))
-        live.wake()
+        """One more connection; concurrent calls wait for the same, and share its failure. A link
+        that is ready is the node's at once: who waited may have been cancelled just then.
+        """
+
+        async def connect() -> None:
+            link = await self._connect()
+            self.reached = True
+            if self._live is not live:
+                await link.close()
+                raise ConnectionFailedError("closed while it connected", host=self.hostname)
+            live.links = [*live.up, link]
+            live.wake()
+
+        await _Shared.once(live.opening, "link", connect)
 
     async def _with_room(self, live: _Live, alone: bool) -> _Link:
         """A link with room for one more session; ``alone``: with nothing else on it, to be cut.
@@ -4601,7 +4634,7 @@ class SshNode(_Node):
         A server that refuses the channel takes fewer at once than others (MaxSessions), or has not
         yet noticed that one ended: it is asked again, and from now on for no more than it has.
         """
-        refusals, most = 0, SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+        refusals = 0
         while True:
             live = self._here()
             link = await self._with_room(live, alone)
@@ -4611,6 +4644,9 @@ class SshNode(_Node):
                 return await work(link)
             except asyncssh.ChannelOpenError as exc:
                 refusals += 1
+                most = SESSIONS_PER_CONNECTION * CONNECTIONS_PER_NODE
+                if link.sessions == 1:  # with no other to make room: for about a second
+                    most = 20
                 if not _is_refusal(exc) or refusals > most:
                     raise self._failure(exc) from None
                 link.limit = max(link.sessions - 1, 1)
@@ -4662,6 +4698,7 @@ class SshNode(_Node):
         that its slot is not lost.
         """
         opening = asyncio.ensure_future(work)
+        opening.add_done_callback(_retrieve_exception)
         try:
             await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -4712,6 +4749,7 @@ class _Sftp:
 
     client: asyncssh.SFTPClient
     channel: _Channel | None = None
+    stderr: asyncssh.SSHReader[bytes]  # of that channel
 
     def __init__(self, link: _Link) -> None:
         self.link = link
@@ -4729,7 +4767,7 @@ class _Sftp:
     async def open_session(self, **options: Any) -> Any:
         """Open the channel, as the connection's method of this name."""
         opened: Any = await self.link.conn.open_session(**options)
-        self.channel = opened[0].channel
+        self.channel, self.stderr = opened[0].channel, opened[2]
         return opened
 
     @property
@@ -4745,20 +4783,24 @@ class _Sftp:
     async def last_words(self) -> str:
         """Close the channel; what the server said in place of SFTP, if it ended.
 
-        OpenSSH sends nothing of a subsystem's stderr, but what refuses every session (an expired
-        password) says so to any command.
+        Where nothing comes of a subsystem's stderr, as from OpenSSH, what refuses every session (an
+        expired password) says so to any command.
         """
         status, said = None, b""
-        async with _in_short():
-            if self.channel:
-                await self.channel.wait_closed()
-                status = self.channel.get_exit_status()
-            if status:
-                async with self.link.conn.create_process(
-                    "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
-                ) as process:
-                    said = await process.stderr.read(2000)
-        self.abort()
+        try:
+            async with _in_short():
+                if self.channel:
+                    await self.channel.wait_closed()
+                    status = self.channel.get_exit_status()
+                if status:
+                    said = await self.stderr.read(2000)
+                if status and not said:
+                    async with self.link.conn.create_process(
+                        "true", encoding=None, stdin=asyncssh.DEVNULL, stdout=asyncssh.DEVNULL
+                    ) as process:
+                        said = await process.stderr.read(2000)
+        finally:
+            self.abort()
         text = " ".join(said.decode("utf-8", "replace").split())
         if status and not text:
             return f"its server ended with status {status}"
@@ -4916,7 +4958,8 @@ class LocalNode(_Node):
             await asyncio.wait([channel.following])
         if session.error:
             raise session.error
-        return session.status or 0
+        assert session.status is not None
+        return session.status
 
     @staticmethod
     async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
@@ -4949,6 +4992,8 @@ class _LocalChannel:
                 session.status = status
                 if status < 0:
                     session.status = signal.Signals(-status).name.removeprefix("SIG")
+        except* Exception as failures:
+            session.fail(failures.exceptions[0])
         finally:
             self.write_eof()
             session.connection_lost(None)

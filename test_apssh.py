@@ -5846,6 +5846,25 @@ def test_no_sftp_over_there(
     assert copied(server, Push("f", "f")) == said
 
 
+async def test_words_of_an_sftp_server_on_its_own_channel(keys: Path) -> None:
+    """Where stderr of a subsystem is sent, unlike OpenSSH's, nothing else is asked."""
+
+    class Missing(asyncssh.SFTPServer):
+        def __init__(self, chan: asyncssh.SSHServerChannel[bytes]) -> None:
+            super().__init__(chan)
+            chan.write_stderr(b"sh: sftp-server: not found\n")
+            chan.exit(127)
+
+    async with (
+        ssh_server(keys, sftp=Missing) as port,
+        SshNode("127.0.0.1", port=port, known_hosts=None) as node,
+    ):
+        with pytest.raises(TransferError) as caught:
+            await node.sftp_connect_lazy()
+        said = "sh: sftp-server: not found"
+        assert str(caught.value) == f"127.0.0.1: remote: no SFTP over there: {said}"
+
+
 # hostile servers: what is pulled from them must change nothing but the destination
 
 REGULAR, FOLDER, LINK, FIFO = (
@@ -7388,6 +7407,22 @@ async def test_channel_that_closes_without_a_status(keys: Path) -> None:
         assert formatter.get_capture() == "shown\nshown\n"
 
 
+@pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
+async def test_signal_without_a_name(keys: Path, guard: bool) -> None:
+    """It is a failure like that of any other signal."""
+
+    async def killed(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        process.exit_with_signal("")
+
+    async with (
+        ssh_server(keys, process=killed) as port,
+        SshNode("127.0.0.1", port=port, known_hosts=None, guard=guard) as node,
+    ):
+        with pytest.raises(CommandFailedError) as caught:
+            await Run("true").attempt(node, StepRecord())
+        assert str(caught.value) == "127.0.0.1: signal: ended with signal unknown: true"
+
+
 def test_loops_are_not_kept(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
     made = asyncio.new_event_loop
@@ -8120,6 +8155,28 @@ async def test_closed_while_it_connects(
     await eventually_async(lambda: not sshd.connections())
 
 
+async def test_cancelled_just_as_it_has_connected(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is the node's, and closed with it."""
+    sshd = make_sshd()
+    node = sshd.node()
+    log_in = SshNode._log_in
+
+    async def ready(*args: Any) -> Any:
+        link = await log_in(*args)
+        task.cancel()
+        return link
+
+    monkeypatch.setattr(SshNode, "_log_in", ready)
+    task = asyncio.create_task(node.run("true"))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (sshd.connections(), node.is_connected()) == (1, True)
+    await node.close()
+    await eventually_async(lambda: not sshd.connections())
+
+
 async def test_work_that_is_shared_is_begun_once() -> None:
     """Who comes while somebody waits joins, though another has given up."""
     begun = 0
@@ -8139,17 +8196,27 @@ async def test_work_that_is_shared_is_begun_once() -> None:
     assert (await ask(), await second, begun, tasks) == ("done", "done", 1, {})
 
 
-async def test_end_of_an_output_that_cannot_be_written(sshd: Sshd) -> None:
-    """The last line is written when its command has ended."""
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(errno.ENOSPC, "no space left on device"), (errno.ETIMEDOUT, "connection timed out")],
+    ids=["disk full", "file server away"],
+)
+@pytest.mark.parametrize("command", ["printf unfinished", "echo line; sleep 1"])
+async def test_output_that_cannot_be_written(
+    sshd: Sshd, command: str, number: int, why: str
+) -> None:
+    """A line while its command runs, or the last one when it has ended: no fault of the command,
+    nor the end of its time.
+    """
 
-    class Full(apssh.Formatter):
+    class Fails(apssh.Formatter):
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
 
-    async with sshd.node(formatter=Full()) as node:
+    async with sshd.node(formatter=Fails()) as node:
         with pytest.raises(ApsshError) as caught:
-            await node.run("printf unfinished")
-        assert str(caught.value) == "127.0.0.1: local: on this machine: no space left on device"
+            await node.run(command, timeout=30)
+        assert str(caught.value) == f"127.0.0.1: local: its output could not be written: {why}"
 
 
 async def test_formatter_that_fails_ends_the_command(sshd: Sshd) -> None:
@@ -8210,6 +8277,40 @@ async def test_channel_that_opens_after_its_cancellation(
             await task
         await eventually_async(lambda: channels[0].is_closing())
         await eventually_async(lambda: not processes(f"sleep {token}"), 8)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
+async def test_channel_that_is_refused_after_its_cancellation(
+    sshd: Sshd, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody hears of that, on standard error neither."""
+    asked, refused = asyncio.Event(), asyncio.Event()
+    opening: set[Any] = set()
+    said: list[str] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: said.append(context["message"]))
+    monkeypatch.setattr(apssh, "CLOSE_TIMEOUT", 0.2)
+
+    async def refuse(*args: Any, **options: Any) -> Any:
+        opening.add(asyncio.current_task())
+        asked.set()
+        await refused.wait()
+        raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "no")
+
+    async with sshd.node() as node:
+        monkeypatch.setattr(asyncssh.SSHClientConnection, "create_session", refuse)
+        task = asyncio.create_task(node.run("true"))
+        await asked.wait()
+        task.cancel()
+        if not late:
+            refused.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        refused.set()
+    await asyncio.wait(opening)
+    opening.clear()
+    gc.collect()
+    assert said == []
 
 
 async def test_sink_that_fails_ends_a_command_with_stdin(
@@ -8278,6 +8379,28 @@ async def test_sftp_that_does_not_come_holds_no_session(
         assert sshd.connections() == 1
 
 
+async def test_cancelled_while_last_words_are_waited_for(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a server that prints in place of SFTP, and does not end: its channel is closed."""
+    sshd = make_sshd(MaxSessions=1, Subsystem="sftp echo hello; cat", ForceCommand="none")
+    waits, last_words = asyncio.Event(), apssh._Sftp.last_words
+
+    async def told(sftp: apssh._Sftp) -> str:
+        waits.set()
+        return await last_words(sftp)
+
+    monkeypatch.setattr(apssh._Sftp, "last_words", told)
+    async with sshd.node() as node:
+        task = asyncio.create_task(node.sftp_connect_lazy())
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        monkeypatch.setattr(SshNode, "_connect", refuse_to_connect)
+        assert await node.run("true") == 0
+
+
 def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
     error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
@@ -8300,6 +8423,16 @@ async def test_gateway_that_takes_no_further_connection(
         assert await node.run("true") == 0
 
 
+async def test_host_that_takes_no_session(make_sshd: Callable[..., Sshd]) -> None:
+    """It is asked for a second, since it may not have noticed that one ended, and no longer."""
+    sshd = make_sshd(MaxSessions=0)
+    async with sshd.node() as node:
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.run("true")
+        assert str(caught.value) == "127.0.0.1: refused: no session there: open failed"
+    assert 1 < sshd.log().count("no more sessions") <= 21
+
+
 async def test_sftp_that_ended_gives_its_session_back(
     make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -8320,6 +8453,28 @@ async def test_sftp_that_ended_gives_its_session_back(
         await eventually_async(lambda: not node.is_sftp_connected())
         assert await node.run("true") == 0
         await node.sftp_connect_lazy()
+
+
+async def test_sftp_that_ends_as_soon_as_it_is_there(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that looks for room has already forgotten it."""
+    open_sftp = SshNode._open_sftp
+
+    async def ends(node: SshNode, live: apssh._Live, link: apssh._Link) -> None:
+        await open_sftp(node, live, link)
+        assert live.sftp
+        live.sftp.abort()
+        live.room(alone=False)
+
+    async with sshd.node() as node:
+        monkeypatch.setattr(SshNode, "_open_sftp", ends)
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.mkdir("made")
+        assert str(caught.value) == "127.0.0.1: lost: SFTP ended as soon as it was there"
+        monkeypatch.setattr(SshNode, "_open_sftp", open_sftp)
+        await node.mkdir("made")
+    assert (sshd.home / "made").is_dir()
 
 
 async def test_sftp_that_ended_opens_anew(make_sshd: Callable[..., Sshd], home: Path) -> None:
@@ -8730,6 +8885,28 @@ async def test_local_node(home: Path, capfd: Any) -> None:
     ]
     assert (home / "f" / "script").read_text() == "exit 5"
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
+
+
+async def test_local_output_that_cannot_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command fails, and is ended."""
+    token = f"87{os.getpid()}"
+
+    loop = asyncio.get_running_loop()
+    connect, pipes = loop.connect_read_pipe, list[Any]()
+
+    async def full(protocol: Any, pipe: Any) -> Any:
+        pipes.append(pipe)
+        if len(pipes) == 1:
+            return await connect(protocol, pipe)
+        await eventually_async(lambda: processes(f"sleep {token}"))
+        pipe.close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loop, "connect_read_pipe", full)
+    with pytest.raises(ApsshError) as caught:
+        await LocalNode().run(f"sleep {token}")
+    assert str(caught.value) == "LOCALNODE: local: on this machine: no space left on device"
+    await eventually_async(lambda: not processes(f"sleep {token}"), 8)
 
 
 def test_local_node_knows_the_home_and_globs(
@@ -9284,6 +9461,16 @@ def test_script_has_one_folder_name_on_all_hosts(make_sshd: Callable[..., Sshd])
     assert not any(list((server.home / ".apssh-remote").iterdir()) for server in servers)
 
 
+def test_script_folder_that_cannot_be_made(node: Any, sshd: Sshd, home: Path) -> None:
+    """It is told why not, and not that it is missing."""
+    local = isinstance(node, LocalNode)
+    side, there = ("local", home) if local else ("remote", sshd.home)
+    why = "operation not permitted" if local and os.getuid() == 0 else "permission denied"
+    with unwritable(there), pytest.raises(TransferError) as caught:
+        step(node, RunString("true"))
+    assert str(caught.value) == f"{node.hostname}: {side}: {there}/.apssh-remote: {why}"
+
+
 def test_scripts_of_hosts_that_share_a_home(sshd: Sshd) -> None:
     """The name is taken there: each has a folder of its own."""
     both = RunString(
@@ -9302,6 +9489,30 @@ def test_same_script_after_one_that_was_given_up(sshd: Sshd) -> None:
     [first] = apssh.run(sshd.target, slow)
     [second] = apssh.run(sshd.target, slow)
     assert (first.kind, second.error) == ("timeout", None)
+
+
+async def test_script_cancelled_while_its_folder_is_made(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host has made it by then, and nobody has heard of it: it is removed."""
+    mkdir, made = asyncssh.SFTPClient.mkdir, asyncio.Event()
+
+    async def late(self: asyncssh.SFTPClient, *args: Any) -> None:
+        await mkdir(self, *args)
+        made.set()
+        await asyncio.sleep(0.2)
+
+    async with sshd.node() as node:
+        assert await RunString("true").co_run_remote(node) == 0
+        hall = sshd.home / ".apssh-remote"
+        monkeypatch.setattr(asyncssh.SFTPClient, "mkdir", late)
+        task = asyncio.create_task(RunString("true").co_run_remote(node))
+        await made.wait()
+        assert len(list(hall.iterdir())) == 1
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert list(hall.iterdir()) == []
 
 
 async def test_failures_of_a_script_name_it(sshd: Sshd, home: Path) -> None:
