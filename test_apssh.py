@@ -8401,10 +8401,11 @@ async def test_cancelled_while_last_words_are_waited_for(
         assert await node.run("true") == 0
 
 
-def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
+async def test_sftp_that_never_answers(make_sshd: Callable[..., Sshd]) -> None:
     sshd = make_sshd(Subsystem="sftp sleep 30", ForceCommand="none")
-    error = failure_of(Push("/etc/passwd", "x").co_run_remote(sshd.node(timeout=1)))
-    assert str(error) == "127.0.0.1: remote: no SFTP over there: no answer"
+    async with sshd.node(timeout=1) as node:
+        error = await outcome(node, Push("/etc/passwd", "x"))
+    assert error == "127.0.0.1: remote: no SFTP over there: no answer"
 
 
 async def refuse_to_connect(*args: object) -> None:
