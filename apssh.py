@@ -1907,6 +1907,8 @@ class _HostConfig:
 
     def _expand(self, text: str) -> str:
         """ssh_config(5), TOKENS"""
+        if "%" not in text:
+            return text
         here = socket.gethostname()
         tokens = {
             "h": self.hostname or self._name.lower(),
