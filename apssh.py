@@ -1664,10 +1664,10 @@ _KnownHostsChoice = _Verify | StrPath | Collection[asyncssh.SSHKey] | None
 # with the whole message as it is shown ("HOST KEY CHANGED: it presents ED25519 SHA256:..., known is
 # ED25519 SHA256:... in FILE:LINE; ..."). _Link keeps that error and answers no; asyncssh breaks the
 # attempt off in words of its own, and SshNode._login_failure gives the kept error in their place
-# (with "gateway GW: " before it, where it was a gateway's). Neither a verdict nor --retries tries
-# again. From there on it is a failure like others: raised in a job; for the programs the Result's
-# error, of kind hostkey, which _Failures prints as "NAME: hostkey: HOST KEY CHANGED...", and the
-# summary counts. Under policy no the login goes on, but no password is sent.
+# (_log_in of what lies behind a gateway puts "gateway GW: " before it). Neither a verdict nor
+# --retries tries again. From there on it is a failure like others: raised in a job; for the
+# programs the Result's error, of kind hostkey, which _Failures prints as "NAME: hostkey: HOST KEY
+# CHANGED...", and the summary counts. Under policy no the login goes on, but no password is sent.
 #
 # A certificate goes the same way: check_authority is asked about the key that signed it and, when
 # asyncssh has accepted it, _Link.begin_auth has check_certified look at the key in it; where nobody
@@ -2625,8 +2625,8 @@ class _CopyItem(NamedTuple):
 # The new file is made beside the target by ``_replacing``, as .new.apssh- and 16 hex digits, never
 # taking what is there, with mode 600. When it is whole ``_given`` says what it gets: a new one the
 # mode bits of its source; one that takes the place of another the mode and the owner of that; with
-# preserve it is the source's mode and times, for both. What is not permitted then is left: the file
-# could be written, and that was the wish. It is then renamed over the target, by
+# preserve it is the source's mode and times, for both. Where a file was, what is not permitted then
+# is left: the file could be written, and that was the wish. It is then renamed over the target, by
 # posix-rename@openssh.com; other hard links keep the old content. A server without that renames to
 # free names only: the target is removed first, and where it fails after that the new file is all
 # that is left: it stays, and the error names it, or a message if the copy is broken off meanwhile.
@@ -3083,7 +3083,8 @@ class _Loop(asyncio.SelectorEventLoop):
 #
 # - its turn: the window, at most the files that can be open less 100 (_fan_out; jobs have
 #   asynciojobs' window), until its node is closed;
-# - a login: STARTUPS_PER_HOST at once for one address, port and gateway (_try);
+# - a login: STARTUPS_PER_HOST at once for one address, port and gateway, from before its connection
+#   to its end (_try);
 # - the look-up of its name: LOOKUPS, in the programs' loop alone (_Loop);
 # - a TCP connection: CONNECTS, until it is connected (_open_socket; no gateway, no proxy command);
 # - the key exchange: HANDSHAKES, gateways apart, from the server's first bytes (or the gateway's
@@ -3092,10 +3093,10 @@ class _Loop(asyncio.SelectorEventLoop):
 #   the link (_on_link). CONNECTIONS_PER_NODE links, opened one at a time; one that fails while
 #   others are at work lowers that for the node (_with_room). SFTP holds a session as long as it
 #   lives. A command with stdin has a link of its own;
-# - files of one copy: FILES_IN_FLIGHT (_UnderWay).
+# - files of one copy, or of a script: FILES_IN_FLIGHT (_UnderWay).
 #
-# The time-out of a connection stands still in the turns of _Clock, and only there: it runs while a
-# name is looked up, and between attempts.
+# The time-out of a connection stands still while it queues for a turn of _Clock, and only then: it
+# runs while a name is looked up, and between attempts.
 class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
@@ -7878,13 +7879,13 @@ def _shown_in_folder(options: argparse.Namespace, folder: str) -> _Shown:
 
 
 # An output format is a row here and one among the "output" options of _OPTIONS; the key is the
-# option's long name, with _ for -. From it _Parser makes these options exclusive, _output picks the
-# row, and --scenario refuses it. A row gives a formatter, which gets lines as they come, and views
-# (_View: begin, started, done, finish), which get a Result when its host is done, with _Failures
-# among them where failures are to be told on stderr. Result.stdout is filled by a _HoldingFormatter
-# alone, and emptied by _Conclusion, the last view: use it in ``done``. What is written goes through
-# _screen.write, with raw=True where it is escaped already. An option that only varies a format
-# stands in _GOES_WITH and not here. Without any of these options it is the last row.
+# option's long name, with _ for -. From it _Parser makes these options exclusive, and _output picks
+# the row. A row gives a formatter, which gets lines as they come, and views (_View: begin, started,
+# done, finish), which get a Result when its host is done, with _Failures among them where failures
+# are to be told on stderr. Result.stdout is filled by a _HoldingFormatter alone, and emptied by
+# _Conclusion, the last view: use it in ``done``. What is written goes through _screen.write, with
+# raw=True where it is escaped already. An option that only varies a format stands in _GOES_WITH and
+# not here. Without any of these options it is the last row.
 _OUTPUTS: dict[str, Callable[[argparse.Namespace], _Shown]] = {
     "out_dir": lambda options: _shown_in_folder(options, options.out_dir),
     "date_time": lambda options: _shown_in_folder(options, time.strftime("%Y-%m-%d@%H:%M:%S")),
@@ -8561,14 +8562,14 @@ def _targets(options: argparse.Namespace) -> list[Target]:
 # Ctrl-C, the first time: asyncio.Runner cancels the main task, which waits in _fan_out, whose
 # TaskGroup cancels the workers. Each of them ends what it has: a login (_Shared.once: its socket is
 # cut), a channel that opens (SshNode._open), a command (_Session.end: the end of stdin, or of the
-# connection where stdin is data, has the guard send TERM and 2 s later KILL; that is waited for,
-# else the step notes may_run). _run_on tells the views a Result of kind interrupted, the worker
-# closes its node, and _fan_out tells the hosts that never had a turn and closes the gateways. _work
-# then finishes the views, _Conclusion (summary, @last-...) the last; Runner raises
-# KeyboardInterrupt, and here _die_of_sigint ends the process by the signal, which a shell shows as
-# 130 (main(argv) returns that). The second time KeyboardInterrupt is raised wherever the main
-# thread is: nothing more is told; the kernel closes the sockets, and the guards over there end the
-# commands. SIGTERM and SIGHUP go the same way (_own_process).
+# connection where stdin is data, has the guard send TERM and 2 s later KILL; the first is waited
+# for, and what may go on is noted as may_run). _run_on tells the views a Result of kind
+# interrupted, the worker closes its node, and _fan_out tells the hosts that never had a turn and
+# closes the gateways. _work then finishes the views, _Conclusion (summary, @last-...) the last;
+# Runner raises KeyboardInterrupt, and here _die_of_sigint ends the process by the signal, which a
+# shell shows as 130 (main(argv) returns that). The second time KeyboardInterrupt is raised wherever
+# the main thread is: nothing more is told; the kernel closes the sockets, and the guards over there
+# end the commands. SIGTERM and SIGHUP go the same way (_own_process).
 def _program(
     parser: _Parser,
     argv: Sequence[str] | None,
