@@ -3865,9 +3865,10 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             if self.watch == "connection":
                 # the guard waits for the end of the connection: does the server hear us?
                 self.link.conn.set_keepalive(CLOSE_TIMEOUT / 5, 1)
+            # not asyncio.timeout, which in Python 3.11.2 (Debian 12) does not tell its own end from
+            # a cancellation that was there before, such as that of a deadline
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(within):
-                    await self.ended.wait()
+                await asyncio.wait_for(self.ended.wait(), within)
             heard = self.link.alive if self.watch == "connection" else self.ended.is_set()
             self.step.may_run = left_behind or not heard or not self.guard
         finally:
