@@ -94,6 +94,10 @@ from apssh import (
     topology_graph,
 )
 
+# what a shell starts with & has Ctrl-C ignored, and so have the programs that the tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODULE = Path(apssh.__file__).resolve()
 ME = getpass.getuser()
 
