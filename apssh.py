@@ -221,43 +221,42 @@ __all__ = [
 
 EXTENDED_DATA_STDERR = asyncssh.EXTENDED_DATA_STDERR
 
-CONNECT_TIMEOUT = (
-    30.0  # seconds to a ready connection, all hops included: twice what a loaded host takes
-)
-KEEPALIVE_INTERVAL = (
-    9.0  # seconds; with KEEPALIVE_COUNT a frozen peer is found in 27 s, below the 30 s people wait
-)
+# connecting
+
+# seconds to a ready connection, all hops included: twice what a loaded host takes
+CONNECT_TIMEOUT = 30.0
+# seconds; a frozen peer is found in 27 s, below the 30 s that people wait
+KEEPALIVE_INTERVAL = 9.0
 KEEPALIVE_COUNT = 2
 # key exchanges at once: each is 3 ms of this thread, so the last one waits 0.4 s; distant hosts
 # need many
 HANDSHAKES = 128
-# seconds that a host may hold one of these, so that those who stall do not keep the others
-# waiting
+# seconds that a host may hold one of these: those who stall do not keep the others waiting
 HANDSHAKE_TURN = 0.5
 CONNECTS = 1024  # TCP connects at once; they cost nothing but a descriptor
 LOOKUPS = 64  # host names asked for at once, a thread each
-STARTUPS_PER_HOST = (
-    8  # logins at once on one endpoint: sshd's MaxStartups drops at random from 10 on
-)
-SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
-CONNECTIONS_PER_NODE = (
-    8  # connections that one node may open to run more sessions than that at once
-)
+STARTUPS_PER_HOST = 8  # logins at once on one endpoint: MaxStartups drops at random from 10 on
 RETRIES_BEFORE_LOGIN = 6  # when sshd drops us before login: 0.2 s, then twice as long each time
-GUARD_TIMEOUT = 2.6  # seconds until the guard has ended a command: 2 from TERM to KILL, and the way
-CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
-SUDO_SAYS = 128 * 1024  # bytes kept of sudo: one that refuses a command quotes it (execve(2))
-SESSION_WINDOW = (
-    128 * 1024
-)  # bytes in flight for a command's output: costs no speed and bounds memory
-LINE_LIMIT = 1024 * 1024  # bytes; a longer line is cut, so that memory stays bounded
-CAPTURE_LIMIT = (
-    256 * 1024 * 1024
-)  # bytes of one command's output that are held (captures, gather, JSON, results)
-MAX_AUTH_ROUNDS = (
-    8  # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
-)
+# connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
+MAX_AUTH_ROUNDS = 8
 AGENT_TIMEOUT = 5.0  # seconds that an agent may take to list its keys
+CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
+
+# commands
+
+SESSIONS_PER_CONNECTION = 10  # sshd's MaxSessions default
+CONNECTIONS_PER_NODE = 8  # that one node may open to run more sessions than that at once
+GUARD_TIMEOUT = 2.6  # seconds until the guard has ended a command: 2 from TERM to KILL, and the way
+SUDO_SAYS = 128 * 1024  # bytes kept of sudo: one that refuses a command quotes it (execve(2))
+# bytes in flight for a command's output: costs no speed and bounds memory
+SESSION_WINDOW = 128 * 1024
+LINE_LIMIT = 1024 * 1024  # bytes; a longer line is cut, so that memory stays bounded
+# bytes of one command's output that are held (captures, gather, JSON, results)
+CAPTURE_LIMIT = 256 * 1024 * 1024
+REMOTE_FOLDER = ".apssh-remote"
+
+# what is read
+
 KNOWN_HOSTS_FILES = (
     "~/.ssh/known_hosts",
     "~/.ssh/known_hosts2",
@@ -275,7 +274,6 @@ DEFAULT_KEYS = (
 MAX_TARGETS = 100_000
 MAX_TARGET_TEXT = 4096
 MAX_TARGET_FILE = 16 * 1024 * 1024  # bytes; -t /dev/zero ends too
-REMOTE_FOLDER = ".apssh-remote"
 
 # AES-GCM first: half the CPU of chacha20-poly1305 wherever the processor knows AES
 CIPHERS = (
@@ -290,9 +288,8 @@ CIPHERS = (
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 StrPath = str | os.PathLike[str]
-Endpoint = tuple[
-    str, str, int
-]  # user, host, port: what tells two nodes apart in columns and file names
+# user, host, port: what tells two nodes apart in columns and file names
+Endpoint = tuple[str, str, int]
 
 
 # --------------------------------------------------------------------------------------------------
