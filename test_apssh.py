@@ -8342,13 +8342,15 @@ async def test_sink_that_fails_ends_a_command_with_stdin(
         await eventually_async(lambda: not processes(f"sleep {token}"))
 
 
-def test_standard_input_that_fails(sshd: Sshd) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALNODE"])
+def test_standard_input_that_fails(sshd: Sshd, host: str) -> None:
     async def given() -> AsyncIterator[bytes]:
         yield b"data\n"
         raise ValueError("no more")
 
-    error = failure_of(Run("cat >/dev/null; sleep 30", stdin=given()).co_run_remote(sshd.node()))
-    assert str(error) == "127.0.0.1: local: standard input: no more"
+    node = LocalNode() if host == "LOCALNODE" else sshd.node()
+    error = failure_of(node.run("cat >/dev/null; sleep 30", stdin=given()))
+    assert str(error) == f"{host}: local: standard input: no more"
 
 
 @pytest.mark.parametrize(
@@ -8871,6 +8873,10 @@ async def test_local_node(home: Path, capfd: Any) -> None:
         with pytest.raises(TransferError) as refused:
             await node.get_file_s(["d"], "d/e", recurse=True)
         assert str(refused.value) == "LOCALNODE: local: d: cannot be copied into itself"
+        with pytest.raises(TransferError) as refused:  # it would be emptied before it is read
+            await node.put_file_s("d/script", "d/script", inplace=True)
+        assert str(refused.value) == "LOCALNODE: local: d/script: cannot be copied into itself"
+        await node.get_file_s("/et[c]/passw[d]", "users")
         with pytest.raises(CommandFailedError) as caught:
             await node.run("sleep 30", timeout=0.2)
         assert str(caught.value) == "LOCALNODE: timeout: no end within 0.2 s: sleep 30"
@@ -8889,6 +8895,7 @@ async def test_local_node(home: Path, capfd: Any) -> None:
         "d/script",
     ]
     assert (home / "f" / "script").read_text() == "exit 5"
+    assert (home / "users").read_text() == Path("/etc/passwd").read_text()
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
 
 
@@ -12333,6 +12340,7 @@ def test_a_template_and_its_intermediate_file(
     if written:
         assert "  - id: b\n    localnode: true\n" in Path(written).read_text()
         assert list(YamlLoader(written).load_with_maps()[0]) == ["a", "b"]
+        loaded(TEMPLATE, name, env=ENV, save_intermediate=save)  # it may be there
 
 
 def test_the_intermediate_file_says_that_it_is_generated_and_from_what() -> None:
@@ -13417,11 +13425,13 @@ def test_gather(capfd: Any) -> None:
         view.done(result_of(f"node{number}", b"same\n"))
     view.done(result_of("node4", b"other", b"trouble\n", status=2, error="x", kind="status"))
     view.done(result_of("node5", status=None, error="nothing listens", kind="refused"))
+    view.done(result_of("node6", status=None, signal="TERM", error="x", kind="signal"))
     view.finish()
     out, err = capfd.readouterr()
     assert (
         out == "-------------\nnode[1-3] (3)\n-------------\nsame\n"
         "------------------\nnode4 (1) status 2\n------------------\nother\n"
+        "---------------------\nnode6 (1) signal TERM\n---------------------\n"
     )
     assert (
         err == "-------------------------\nnode4 (1) status 2 stderr\n"
@@ -13575,6 +13585,16 @@ def test_demo_fleet(capfd: Any) -> None:
             with pytest.raises(ConnectionFailedError) as caught:
                 await stranger.run("true")
             assert caught.value.kind == "auth"
+            with socket.create_server(("127.0.0.1", 0)) as other:  # the fleet leads to itself only
+                for host, port in (
+                    ("127.0.0.2", nodes[1].port),
+                    ("127.0.0.1", other.getsockname()[1]),
+                ):
+                    stranger = SshNode(host, port=port, gateway=nodes[0])
+                    with pytest.raises(ConnectionFailedError) as caught:
+                        await stranger.run("true")
+                    text = f"{host}: refused: nothing listens on port {port}"
+                    assert str(caught.value) == text
             return [text.splitlines()[0] for text in homes.values()]
 
     homes = run(main())
