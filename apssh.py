@@ -288,8 +288,17 @@ CIPHERS = (
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 StrPath = str | os.PathLike[str]
-# user, host, port: what tells two nodes apart in columns and file names
-Endpoint = tuple[str, str, int]
+
+
+class Endpoint(NamedTuple):
+    """What tells two nodes apart in columns and file names; ``way``: the gateways, as a target
+    names them.
+    """
+
+    user: str
+    host: str
+    port: int
+    way: str = ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,16 +527,20 @@ _NAME_FORMS = (
     "domain port",
     "user port",
     "user domain port",
+    "way",
+    "way user domain port",
 )
 
 
 def _file_name(endpoint: Endpoint, form: str) -> str:
     """The name of an endpoint in this form, as one visible file name; ``~`` is kept for numbers."""
-    user, host, port = endpoint
+    user, host, port, way = endpoint
     if "domain" not in form and not _is_address(host):
         host = host.partition(".")[0]
-    hop = Hop(host, user if "user" in form else None, port if "port" in form else None)
-    return re.sub(_NOT_IN_FILE_NAME, "_", str(hop)[:200])
+    text = str(Hop(host, user if "user" in form else None, port if "port" in form else None))
+    if way and "way" in form:
+        text = f"{way}->{text}"
+    return re.sub(_NOT_IN_FILE_NAME, "_", text[:200])
 
 
 def _name_endpoints(names: dict[Endpoint, str]) -> None:
@@ -537,12 +550,12 @@ def _name_endpoints(names: dict[Endpoint, str]) -> None:
     for form in _NAME_FORMS:
         texts = {each: name or _file_name(each, form) for each, name in names.items()}
         owners = collections.defaultdict(set)
-        for (user, host, port), text in texts.items():
-            owners[text.lower()].add((user, host.lower(), port))
+        for endpoint, text in texts.items():
+            owners[text.lower()].add(endpoint._replace(host=endpoint.host.lower()))
         for endpoint, text in texts.items():
             if len(owners[text.lower()]) == 1:
                 names[endpoint] = text
-    # those left differ by refused characters, or by the case of a user, only
+    # those left differ by refused characters, by the case of a user, or far behind
     for number, (endpoint, text) in enumerate(texts.items(), 1):
         names[endpoint] = names[endpoint] or f"{text}~{number}"
 
@@ -927,7 +940,7 @@ class Formatter:
     """Shows what hosts print, and (with ``verbose``) what happens to connections.
 
     Subclasses may redefine ``line``, and any of the events; the methods whose names speak of
-    endpoints (user, host, port) are how nodes reach a formatter. ``custom_format`` is a template of
+    endpoints are how nodes reach a formatter. ``custom_format`` is a template of
     strftime's fields and ``{time}`` (%H-%M-%S), ``{host}`` (short name), ``{fqdn}``, ``{user}``
     (``user@``), ``{line}``, ``{linenl}``, ``{nl}``; an unknown field raises UsageError. Text from a
     host is never read as a template.
@@ -1005,7 +1018,7 @@ class Formatter:
         Text is UTF-8 decoded with surrogateescape. Made to be redefined; a subclass may call it
         with another text.
         """
-        endpoint = self._speakers.get(hostname, ("", hostname, 22))
+        endpoint = self._speakers.get(hostname, Endpoint("", hostname, 22))
         data = line.encode("utf-8", "surrogateescape")
         self._write(endpoint, self._render(endpoint, data, datatype), datatype)
 
@@ -1013,7 +1026,7 @@ class Formatter:
         """One line of apssh's own about a host."""
         self.line(line, EXTENDED_DATA_STDERR, hostname)
 
-    # what nodes tell and ask; an endpoint is (user, host, port)
+    # what nodes tell and ask
 
     def add_endpoint(
         self, endpoint: Endpoint, verbose: bool = False, before: Endpoint | None = None
@@ -1022,18 +1035,18 @@ class Formatter:
         its events are shown; ``before``: what this node was until now.
         """
         if verbose:
-            self._verbose_hosts |= {endpoint[1]}
+            self._verbose_hosts |= {endpoint.host}
         if before and before != endpoint:
             self._names.pop(before, None)
         self._names.setdefault(endpoint, "")
-        self._speakers[endpoint[1]] = endpoint
+        self._speakers[endpoint.host] = endpoint
 
     def endpoint_name(self, endpoint: Endpoint) -> str:
         """The short name of an endpoint, which no other has; it stays once it was used."""
         if self._names.get(endpoint) == "":
             _name_endpoints(self._names)
             self._name_width = max(map(len, self._names.values()))
-            self._fqdn_width = max(len(host) for _, host, _ in self._names)
+            self._fqdn_width = max(len(each.host) for each in self._names)
         return self._names.get(endpoint) or _file_name(endpoint, "domain")
 
     def endpoint_sink(self, endpoint: Endpoint) -> _Sink:
@@ -1052,9 +1065,9 @@ class Formatter:
         if type(self).line is Formatter.line:
             self._write(endpoint, self._render(endpoint, lines, datatype), datatype)
             return
-        self._speakers[endpoint[1]] = endpoint
+        self._speakers[endpoint.host] = endpoint
         for line in io.BytesIO(lines):
-            self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint[1])
+            self.line(line.decode("utf-8", "surrogateescape"), datatype, endpoint.host)
 
     # inside
 
@@ -1077,13 +1090,12 @@ class Formatter:
         form = self.custom_format.replace("{time}", "%H-%M-%S")
         if "%" in form:
             form = time.strftime(form)
-        user, fqdn, _ = endpoint
         name = self.endpoint_name(endpoint)
-        columns = [name.ljust(self._name_width), fqdn.ljust(self._fqdn_width)]
+        columns = [name.ljust(self._name_width), endpoint.host.ljust(self._fqdn_width)]
         if self._on_screen:
             err = datatype is not None
             columns = [_screen.paint(each, _HOST_COLOURS[err], err=err) for each in columns]
-        parts = _fill(form, *columns, user)
+        parts = _fill(form, *columns, endpoint.user)
         if len(parts) != 2:
             return b"".join(line.rstrip(b"\n").join(parts) for line in io.BytesIO(lines))
         head, tail = parts
@@ -3954,7 +3966,8 @@ class _Node:
 
     @property
     def _endpoint(self) -> Endpoint:
-        return self.username, self.hostname, self.port
+        way = str(self.gateway) if self.gateway else ""
+        return Endpoint(self.username, self.hostname, self.port, way)
 
     @property
     def shown_name(self) -> str:
@@ -4595,6 +4608,7 @@ class SshNode(_Node):
             return
         config = _SshConfig(self._config if isinstance(self._config, str) else None)
         answers = await asyncio.to_thread(config.lookup_all, [self._given])
+        before = self._endpoint
         if self.gateway is None:
             # known_hosts is about this node, not about the way there
             options: dict[str, Any] = {
@@ -4610,7 +4624,6 @@ class SshNode(_Node):
                 alike=f"{self._config} {options}",
                 **options,
             )
-        before = self._endpoint
         self._complete(answers[self._given])
         self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
 
@@ -5436,7 +5449,7 @@ class _Script(_ShellCommand):
         includes = keywords["includes"]
         self.includes = tuple(map(os.fspath, _paths(includes))) if includes else ()
         self._name = os.urandom(8).hex()
-        self._uses: collections.Counter[Endpoint] = collections.Counter()
+        self._uses: collections.Counter[str] = collections.Counter()  # by the way there
 
     def _script(self) -> _ScriptFiles:
         """The script alone: its name, with its content and mode."""
@@ -5468,9 +5481,8 @@ class _Script(_ShellCommand):
         step.script_sha256 = hashlib.sha256(files[name][0]).hexdigest()
         words, step.command = self._words(), self._text()  # what people know it by
         await node.sftp_connect_lazy()
-        endpoint = node.username, node.hostname, node.port
-        self._uses[endpoint] += 1
-        folder_name = f"{self._name}{self._uses[endpoint]:02}"
+        self._uses[str(node)] += 1
+        folder_name = f"{self._name}{self._uses[str(node)]:02}"
         for_others = self.sudo not in (False, "root")
         folder = node._script_folder(files, folder_name, for_others=for_others)
         async with asyncio.timeout(self.timeout), folder as path:

@@ -695,17 +695,22 @@ def test_folding_is_the_inverse_of_ranges(names: set[str]) -> None:
         ([("root", "-rf", 22)], ["_rf"]),
         ([("root", "0ok", 22), ("root", "1failed.a", 22)], ["_0ok", "_1failed"]),
         ([("root", "a", 22), ("root", "a.err", 22)], ["a", "a_err"]),
+        (
+            [("root", "10.0.0.1", 22, "me@gw1"), ("root", "10.0.0.1", 22, "me@gw2")],
+            ["me@gw1->10.0.0.1", "me@gw2->10.0.0.1"],
+        ),
+        ([("root", "a.b", 22, "gw"), ("root", "a.b", 22)], ["gw->a", "a"]),
     ],
 )
-def test_distinct_names(endpoints: list[apssh.Endpoint], names: list[str]) -> None:
-    found = dict.fromkeys(endpoints, "")
+def test_distinct_names(endpoints: list[tuple[Any, ...]], names: list[str]) -> None:
+    found = dict.fromkeys((apssh.Endpoint(*each) for each in endpoints), "")
     apssh._name_endpoints(found)
     assert list(found.values()) == names
 
 
 def test_names_in_use_stay() -> None:
     formatter = apssh.HostFormatter()
-    first, second, third = (("root", host, 22) for host in ("box.a", "box", "box.b"))
+    first, second, third = (apssh.Endpoint("root", host, 22) for host in ("box.a", "box", "box.b"))
     formatter.add_endpoint(first, verbose=False)
     assert formatter.endpoint_name(first) == "box"
     formatter.add_endpoint(second, verbose=False)
@@ -722,7 +727,7 @@ def test_names_in_use_stay() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-BOX: apssh.Endpoint = ("root", "box1.a.org", 22)
+BOX = apssh.Endpoint("root", "box1.a.org", 22)
 
 
 def rendered(formatter: apssh.Formatter, lines: bytes, endpoint: apssh.Endpoint = BOX) -> bytes:
@@ -771,7 +776,7 @@ def test_host_column_is_coloured(
     """Differently for stderr; what a host sends is left as it is, and the column's width too."""
     monkeypatch.setattr(apssh._screen, "colour", "always")
     formatter = apssh.TerminalFormatter("{host} {fqdn} {user}{linenl}")
-    formatter.add_endpoint(("root", "longer-name", 22))
+    formatter.add_endpoint(apssh.Endpoint("root", "longer-name", 22))
     assert sunk(formatter, capfdbinary, (b"a\n", None), (b"e\n", 1)) == (
         b"\x1b[36mbox1       \x1b[0m \x1b[36mbox1.a.org \x1b[0m root@a\n",
         b"\x1b[35mbox1       \x1b[0m \x1b[35mbox1.a.org \x1b[0m root@e\n",
@@ -812,9 +817,11 @@ def test_colour_on_a_terminal_keeps_to_the_column(
 def test_columns_align() -> None:
     formatter = apssh.HostFormatter()
     formatter.add_endpoint(BOX, verbose=False)
-    formatter.add_endpoint(("root", "longer-name", 22), verbose=False)
+    formatter.add_endpoint(apssh.Endpoint("root", "longer-name", 22), verbose=False)
     assert rendered(formatter, b"a\n") == b"box1       :a\n"
-    assert rendered(formatter, b"a\n", ("root", "longer-name", 22)) == b"longer-name:a\n"
+    assert (
+        rendered(formatter, b"a\n", apssh.Endpoint("root", "longer-name", 22)) == b"longer-name:a\n"
+    )
 
 
 def sunk(
@@ -859,7 +866,7 @@ def test_unfinished_lines_of_the_one_host(capfdbinary: pytest.CaptureFixture[byt
     assert capfdbinary.readouterr() == (b"Password: ", b"no\x1b[2J")
     sink.end()
     assert capfdbinary.readouterr() == (b"", b"")
-    formatter.add_endpoint(("root", "box2", 22))
+    formatter.add_endpoint(apssh.Endpoint("root", "box2", 22))
     assert sunk(formatter, capfdbinary, (b"whole lines", None)) == (b"box1:whole lines\n", b"")
 
 
@@ -1006,7 +1013,8 @@ def test_line_of_two_users_on_a_host(capfd: pytest.CaptureFixture[str]) -> None:
         def line(self, line: str, datatype: int | None, hostname: str) -> None:
             super().line(line.upper(), datatype, hostname)
 
-    formatter, users = Loud(), [("root", "box", 22), ("tester", "box", 22)]
+    formatter = Loud()
+    users = [apssh.Endpoint(user, "box", 22) for user in ("root", "tester")]
     for endpoint in users:
         formatter.add_endpoint(endpoint, False)
     for endpoint in users:
@@ -6782,7 +6790,7 @@ def test_user_that_is_a_path(sshd: Sshd, home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("taken", ["0ok", "1failed", "box"])
 def test_marks_and_outputs_share_no_name(tmp_path: Path, taken: str) -> None:
     """Hosts that are called as the folders of -m, or as another's .err file."""
-    endpoints = [("root", taken, 22), ("root", f"{taken}.err", 22)]
+    endpoints = [apssh.Endpoint("root", name, 22) for name in (taken, f"{taken}.err")]
     formatter = apssh.SubdirFormatter(tmp_path / "run")
     for endpoint in endpoints:
         formatter.add_endpoint(endpoint, verbose=False)
@@ -13106,6 +13114,19 @@ def test_endpoint_that_is_named_twice_keeps_its_short_name() -> None:
 # --------------------------------------------------------------------------------------------------
 # fan-out
 # --------------------------------------------------------------------------------------------------
+
+
+def test_one_address_behind_two_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
+    """Private addresses are used on many sites: two hosts, with names and outputs of their own."""
+    gateways = [make_sshd().target, make_sshd().target]
+    ways = [f"{gateway}->{sshd.target}" for gateway in gateways]
+    results = apssh.run(ways, "echo to $SSH_CLIENT", keys=["~/.ssh/id_ed25519"])
+    assert len({result.stdout for result in results}) == 2
+    assert all(re.fullmatch("to 127.0.0.1 .*\n", result.stdout) for result in results)
+    names = [f"{gateway}->127.0.0.1" for gateway in gateways]
+    assert [result.name for result in results] == names
+    apssh.pull(ways, "/etc/hosts", "got/{host}", keys=["~/.ssh/id_ed25519"])
+    assert sorted(path.name for path in Path("got").iterdir()) == sorted(names)
 
 
 def test_quick_run(sshd: Sshd) -> None:
