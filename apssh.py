@@ -71,6 +71,7 @@ import atexit
 import base64
 import collections
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import datetime
@@ -750,7 +751,8 @@ class _Screen:
         self._shown = False
         self._mid_line = False  # what a host printed waits for its end: no progress there
         self._settings: list[Any] | None = None  # of the terminal, before raw mode
-        self._asking = False  # nor where somebody types
+        self._asking = 0  # questions that wait for somebody to type: no progress there, either
+        self._before_asking: list[Any] | None = None  # settings of the terminal
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
@@ -807,13 +809,25 @@ class _Screen:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """Somebody is asked on the terminal: no progress meanwhile."""
+        """Somebody is asked on the terminal: no progress meanwhile. Broken off, it leaves the
+        terminal as it was before the first of the questions.
+        """
+        no_terminal = contextlib.suppress(OSError, termios.error)  # who asks says so
+        if not self._asking:
+            self._before_asking = None
+            with no_terminal, open("/dev/tty", "rb", 0) as terminal:
+                self._before_asking = termios.tcgetattr(terminal)
         self.show("")
-        self._asking = True
+        self._asking += 1
         try:
             yield
+        except asyncio.CancelledError:
+            if self._before_asking:
+                with no_terminal, open("/dev/tty", "rb", 0) as terminal:
+                    termios.tcsetattr(terminal, termios.TCSANOW, self._before_asking)
+            raise
         finally:
-            self._asking = False
+            self._asking -= 1
 
     def _stream(self, err: bool) -> TextIO:
         if err:
@@ -2558,10 +2572,10 @@ def _file_errors(host: str, path: str, what: str = "") -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _in_short() -> AsyncIterator[None]:
+async def _in_short(seconds: float = CLOSE_TIMEOUT) -> AsyncIterator[None]:
     """To clean up after a failure: no further error, and no waiting for a host that is stuck."""
     with contextlib.suppress(OSError, ValueError, asyncssh.Error):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(seconds):
             yield
 
 
@@ -2808,9 +2822,10 @@ class _Copy:
                     target = place
                     if self._into:
                         name = posixpath.basename(path.rstrip("/"))
-                        if name in ("", ".", ".."):
-                            name = posixpath.basename(str(await self._source.realpath(path)))
-                        self._take(name, taken)
+                        if name in ("", ".", ".."):  # as for cp, what the folder holds
+                            name = "."
+                        else:
+                            self._take(name, taken)
                         target = posixpath.join(place, name)
                     attrs = await self._source.stat(path)
                     self._check_apart(path, target, attrs)
@@ -3079,23 +3094,24 @@ def _in_daemon(function: Callable[..., _T], *args: Any) -> asyncio.Future[_T]:
     return asyncio.wrap_future(came)
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """The programs' event loop: names are looked up in threads that do not keep it from ending."""
-
-    async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
-        """Look a name up as socket.getaddrinfo does, LOOKUPS of them at once."""
-        async with _Limits.here().gate(LOOKUPS, "lookup"):
-            return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
+def _raise_file_limit() -> int:
+    """Raise the soft limit on open files to the hard one; the number of files that can be open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
+    if soft < most:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than it names elsewhere
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 # Who queues for what, in the order in which a host comes through it:
 #
-# - its turn: the window, at most the files that can be open less 100 (_fan_out; jobs have
-#   asynciojobs' window), until its node is closed;
+# - its turn: the window, and no more hosts than files can be open, less 100 (_fan_out; a copy
+#   needs 66, a proxy command two; jobs have asynciojobs' window), until its node is closed;
 # - a login: STARTUPS_PER_HOST at once for one address, port and gateway, from before its connection
 #   to its end (_try);
-# - the look-up of its name: LOOKUPS, in the programs' loop alone (_Loop);
 # - a TCP connection: CONNECTS, until it is connected (_open_socket; no gateway, no proxy command);
+# - the look-up of its name meanwhile: LOOKUPS, in the loop of programs and plain functions (_Loop);
 # - the key exchange: HANDSHAKES, gateways apart, from the server's first bytes (or the gateway's
 #   login) to the end of the login, or HANDSHAKE_TURN seconds (_try);
 # - a session: SESSIONS_PER_CONNECTION on a link, until its channel ends; a refusal lowers that for
@@ -3110,6 +3126,7 @@ class _Limits:
     """What one event loop may do at once, whatever asks for it: programs, jobs, quick scripts."""
 
     def __init__(self) -> None:
+        self.open_files = _raise_file_limit()
         self._asking: dict[object, _Shared] = {}
         self._answers: dict[object, Any] = {}
         # those of configs
@@ -3141,18 +3158,10 @@ class _Limits:
         return self._gates.setdefault(what, asyncio.Semaphore(most))
 
 
-def _raise_file_limit() -> int:
-    """Raise the soft limit on open files to the hard one; the number of files that can be open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 1 << 20 if hard == resource.RLIM_INFINITY else hard
-    if soft < most:
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than it names elsewhere
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
 class _Clock:
-    """The time one connection may take; it stands still while the connection queues for a turn."""
+    """The time that a connection, or a command, may take; it stands still while that queues for a
+    turn, or somebody is asked.
+    """
 
     def __init__(self, seconds: float | None) -> None:
         self.scope = asyncio.timeout(seconds)
@@ -3173,21 +3182,44 @@ class _Clock:
         """Take a slot of this gate; it is given back after ``at_most`` seconds, when the work takes
         longer.
         """
-        loop = asyncio.get_running_loop()
-        when = self.scope.when()
-        queued = loop.time()
-        self.scope.reschedule(None)
-        await gate.acquire()
+        with self.stopped():
+            await gate.acquire()
         give_back = functools.cache(gate.release)  # once
+        loop = asyncio.get_running_loop()
         timer = loop.call_later(at_most, give_back) if at_most else None
         try:
-            if when is not None:
-                self.scope.reschedule(when + loop.time() - queued)
             yield
         finally:
             give_back()
             if timer:
                 timer.cancel()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It stands still meanwhile."""
+        when, now = self.scope.when(), asyncio.get_running_loop().time
+        since = now()
+        self.scope.reschedule(None)
+        yield
+        if when is not None:
+            self.scope.reschedule(when + now() - since)
+
+
+# of the connection that a task makes: asyncio looks its name up with no word of whose it is
+_clock_here = contextvars.ContextVar[_Clock]("clock")
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """The event loop of the programs and of the plain functions: names are looked up in threads
+    that do not keep it from ending.
+    """
+
+    async def getaddrinfo(self, *args: Any, **keywords: Any) -> Any:
+        """Look a name up as socket.getaddrinfo does, LOOKUPS of them at once."""
+        gate = _Limits.here().gate(LOOKUPS, "lookup")
+        clock = _clock_here.get(None)
+        async with clock.turn(gate) if clock else gate:
+            return await _in_daemon(functools.partial(socket.getaddrinfo, *args, **keywords))
 
 
 def _retrieve_exception(task: asyncio.Future[Any]) -> None:
@@ -3441,16 +3473,8 @@ async def _while_asking(function: Callable[..., _T], *args: Any) -> _T:
     """Do what may ask on the terminal while the loop runs on, and sees Ctrl-C. Cancelling it gives
     the terminal back as it was: who types may never type, and the thread that waits is left behind.
     """
-    no_terminal = contextlib.suppress(OSError, termios.error)  # who asks says so
-    with no_terminal, open("/dev/tty", "rb", 0) as terminal:
-        settings = termios.tcgetattr(terminal)
-    try:
-        with _screen.asking():
-            return await _in_daemon(function, *args)
-    except asyncio.CancelledError:
-        with no_terminal, open("/dev/tty", "rb", 0) as terminal:
-            termios.tcsetattr(terminal, termios.TCSANOW, settings)
-        raise
+    with _screen.asking():
+        return await _in_daemon(function, *args)
 
 
 class _Verdict(enum.Enum):
@@ -3692,6 +3716,8 @@ _FAILURES = (
     (OSError, "", "refused", "{words}"),
     (Exception, "", "lost", "{words}"),
 )
+# what a resolver that works says of a name that is not there
+_NO_SUCH_NAME = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None))
 
 
 _Channel: TypeAlias = asyncssh.SSHClientChannel[bytes]
@@ -3726,6 +3752,7 @@ class _Session(asyncssh.SSHClientSession[bytes]):
     guard: bool = True
     link: _Link = dataclasses.field(init=False)
     sink: _Sink = dataclasses.field(init=False)
+    clock: _Clock = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.chan: _Channel | None = None
@@ -3838,7 +3865,9 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             if self.talk:
                 await self.talk.heard.wait()
                 if not self.talk.begun.is_set():
-                    self.chan.write((await secret()).encode() + b"\n")
+                    with self.clock.stopped():
+                        typed = await secret()
+                    self.chan.write(typed.encode() + b"\n")
                 await self.talk.begun.wait()
             if self.stdin:
                 what = "standard input"
@@ -4058,6 +4087,7 @@ class _Node:
             hall = f"/tmp/{REMOTE_FOLDER}-{os.urandom(8).hex()}"
         # where its maker is cancelled the host makes it all the same: it is waited for, and removed
         making = asyncio.ensure_future(self._make_private_folder(sftp, hall, name))
+        patience = CLOSE_TIMEOUT
         try:
             with _file_errors(self.hostname, hall):
                 folder = await asyncio.shield(making)
@@ -4071,8 +4101,9 @@ class _Node:
                     with _file_errors(self.hostname, path):
                         await sftp.setstat(path, asyncssh.SFTPAttrs(permissions=mode))
             yield folder
+            patience = CONNECT_TIMEOUT  # nothing is wrong there: it may be far away
         finally:
-            async with _in_short():
+            async with _in_short(patience):
                 made = await making
                 await sftp.rmtree(hall if for_others else made, ignore_errors=True)
 
@@ -4290,6 +4321,11 @@ class SshNode(_Node):
             self._live.drop()
 
     # connection
+
+    @property
+    def open_files(self) -> int:
+        """How many files one of its connections is: a proxy command is two."""
+        return 2 if self._proxy_command else 1
 
     def distance(self) -> int:
         """The number of hops: 1 without a gateway. Raises UsageError when a gateway is behind
@@ -4511,6 +4547,7 @@ class SshNode(_Node):
         # uvloop does not know it
         if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
             how["happy_eyeballs_delay"] = 0.25
+        _clock_here.set(clock)
         async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
             await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
 
@@ -4578,6 +4615,8 @@ class SshNode(_Node):
             for known, said, kind, text in _FAILURES
             if isinstance(exc, known) or (told and re.search(said, words))
         )
+        if isinstance(exc, socket.gaierror) and number not in _NO_SUCH_NAME:
+            text = f"host name {{host}}: {str(exc.strerror).lower()}"
         text = text.format(
             host=self._address,
             port=self.port,
@@ -4594,10 +4633,10 @@ class SshNode(_Node):
         return (*self.keys, *map(tuple, map(self._host_config.paths, keywords)))
 
     async def _login_keys(self) -> list[Key]:
-        """The keys to offer: loaded once for all nodes that name the same, in a thread, since a
-        passphrase may be asked.
+        """The keys to offer: loaded once for all nodes that name the same; a passphrase may be
+        asked.
         """
-        find = functools.partial(asyncio.to_thread, _keys_to_offer, self.keys, self._host_config)
+        find = functools.partial(_while_asking, _keys_to_offer, self.keys, self._host_config)
         keys, missed = await _Limits.here().answer(self._key_question(), find)
         self._keys_missed = [] if keys else missed
         return keys
@@ -4672,8 +4711,8 @@ class SshNode(_Node):
 
     async def _converse(self, session: _Session, link: _Link) -> _Status:
         """Start a command on this link, and wait for its end; the status."""
-        session.link = link
-        async with asyncio.timeout(session.timeout):
+        session.link, session.clock = link, _Clock(session.timeout)
+        async with session.clock.scope:
             creating = link.conn.create_session(lambda: session, **session.request())
             try:
                 await self._open(creating, session.abort)
@@ -4941,20 +4980,37 @@ class LocalNode(_Node):
         """A process group of its own, under the same guard as over there: it ends what is left
         when this program is killed.
         """
-        command = session.command
         if session.pty or session.sudo:
             raise UsageError("pty and sudo are for commands on an SshNode", host=self.hostname)
+        async with asyncio.timeout(session.timeout):
+            process = await self._start(session)
+            channel = _LocalChannel(process, session)
+            session.connection_made(cast("_Channel", channel))
+            try:
+                await self._see_through(session)
+            finally:
+                await asyncio.wait([channel.following])
+        if session.error:
+            raise session.error
+        assert session.status is not None
+        return session.status
+
+    async def _start(self, session: _Session) -> subprocess.Popen[bytes]:
+        """The process of a command, whose standard input is in a file before."""
+        command = session.command
         with contextlib.ExitStack() as stack:
             given = []
             if session.stdin:
                 spool = stack.enter_context(tempfile.TemporaryFile())
                 await self._spool(session.stdin, spool)
                 session.stdin = None
-                # the process' own standard input is the guard's, which waits for its end
-                given = [spool.fileno()]
+                # The process' own standard input is the guard's, which waits for its end, and uses
+                # numbers below 10 for itself.
+                given = [fcntl.fcntl(spool, fcntl.F_DUPFD_CLOEXEC, 10)]
+                stack.callback(os.close, given[0])
                 command = f"exec </dev/fd/{given[0]}\n{command}"
             # not asyncio's: its process waits for ever when cancelled too early
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 ["/bin/sh", "-c", _guarded(command, session)],
                 env=os.environ | {"SHELL": "/bin/sh"},
                 start_new_session=True,
@@ -4963,17 +5019,6 @@ class LocalNode(_Node):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
-        channel = _LocalChannel(process, session)
-        session.connection_made(cast("_Channel", channel))
-        try:
-            async with asyncio.timeout(session.timeout):
-                await self._see_through(session)
-        finally:
-            await asyncio.wait([channel.following])
-        if session.error:
-            raise session.error
-        assert session.status is not None
-        return session.status
 
     @staticmethod
     async def _spool(stdin: AsyncIterator[bytes], spool: IO[bytes]) -> None:
@@ -5052,6 +5097,7 @@ class AbstractCommand:
     allowed_exits: Collection[int | str] = ()
     timeout: float | None = None
     verbose: bool | None = False
+    open_files = 0  # on this machine, at most, while it is at work
 
     @_keywords_checked
     def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
@@ -5485,9 +5531,14 @@ class _Script(_ShellCommand):
         folder_name = f"{self._name}{self._uses[str(node)]:02}"
         for_others = self.sudo not in (False, "root")
         folder = node._script_folder(files, folder_name, for_others=for_others)
-        async with asyncio.timeout(self.timeout), folder as path:
+        now = asyncio.get_running_loop().time
+        async with asyncio.timeout(self.timeout) as scope, folder as path:
             line = f"{shlex.quote(f'{path}/{name}')} {words}".strip()
-            return await self._by_shell(node, line, step, folder=path)
+            left = scope.when()
+            if left is not None:  # for the command, whose clock may have to stand still
+                left -= now()
+                scope.reschedule(None)
+            return await self._by_shell(node, line, step, timeout=left, folder=path)
 
 
 class RunScript(_Script):
@@ -5577,6 +5628,7 @@ class _CopyCommand(AbstractCommand):
     """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
 
     pushing: ClassVar[bool]
+    open_files = FILES_IN_FLIGHT + 2  # two folders
 
     def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
@@ -5774,8 +5826,8 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         except Exception as exc:
             failure = exc
             if not isinstance(failure, ApsshError):
-                name = type(exc).__name__
-                failure = ApsshError(f"{name}: {exc}", host=self.node.hostname)
+                failure = ApsshError(f"{type(exc).__name__}: {exc}")
+            failure.host = failure.host or self.node.hostname
             self.failure = failure
             if self.critical:
                 raise
@@ -5790,6 +5842,8 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
                 await command.attempt(self.node, step)
         except asyncio.CancelledError:
             # a job that ends in it breaks the scheduler, whose own must pass
+            if step.may_run:
+                _tell(self.node.hostname, f"it may still be running: {step.command}")
             task = asyncio.current_task()
             if task and task.cancelling():
                 raise
@@ -6266,10 +6320,10 @@ class experiment:
         scheduler: _Scheduler,
         record: StrPath | None = None,
         timeline: StrPath | None = None,
-        teardown: Iterable[_Job] = (),
+        teardown: Iterable[_Job] | None = (),
     ) -> None:
         self.scheduler, self.record, self.timeline = scheduler, record, timeline
-        self.teardown = list(teardown)
+        self.teardown = list(teardown or ())
         members = set(scheduler.iterate_jobs(scan_schedulers=True))
         for job in self.teardown:
             if not isinstance(job, asynciojobs.AbstractJob) or job in members:
@@ -6941,7 +6995,7 @@ class Target:
 def _parse_targets(
     texts: str | Iterable[str],
     *,
-    exclude: str | Iterable[str] = (),
+    exclude: str | Iterable[str] | None = None,
     login: str | None = None,
     gateway: str | None = None,
     port: int | None = None,
@@ -6968,7 +7022,7 @@ def _parse_targets(
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    for text in [exclude] if isinstance(exclude, str) else exclude:
+    for text in [exclude] if isinstance(exclude, str) else exclude or ():
         excluded = 0
         for pattern in sources.targets([text], _parse_target, hosts_too=True):
             for target in by_host[pattern.chain[-1].host.lower()]:
@@ -7282,7 +7336,8 @@ async def _fan_out(
     """
     if min(window, retries, max_failures or 0) < 0:
         raise UsageError("window, retries and max_failures are numbers, 0 or more")
-    capacity = max(_raise_file_limit() - 100, 1)
+    files = max((node.open_files + step.open_files for node, step in steps.items()), default=1)
+    capacity = max((_Limits.here().open_files - 100) // files, 1)
     _Limits.here().forget("sudo")  # each run asks anew: it may have been mistyped
     results: dict[SshNode, Result] = {}
     waiting = iter(steps)
@@ -7539,7 +7594,7 @@ class _Callback(_View):
 
 
 class _TargetKeywords(TypedDict, total=False):
-    exclude: Annotated[str | Iterable[str], ()]
+    exclude: Annotated[str | Iterable[str] | None, ()]
     login: _TextOrNone
     gateway: _TextOrNone
     port: _NumberOrNone
@@ -7708,7 +7763,8 @@ def _plain_form(coroutine: Callable[_P, Coroutine[Any, Any, _T]]) -> Callable[_P
     @functools.wraps(coroutine)
     def call(*args: _P.args, **keywords: _P.kwargs) -> _T:
         _refuse_running_loop(f"apssh.{name}", f"await apssh.co_{name}(...)")
-        return asyncio.run(coroutine(*args, **keywords))
+        with asyncio.Runner(loop_factory=_Loop) as runner:
+            return runner.run(coroutine(*args, **keywords))
 
     call.__name__ = call.__qualname__ = name
     return call

@@ -4221,7 +4221,12 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             "box: local: No key exchange algorithms selected",
         ),
         ({}, "BindAddress 127.0.0.9\n AddressFamily inet", 0, ""),
-        ({}, "AddressFamily inet6", 1, "box: dns: unknown host name 127.0.0.1"),
+        (
+            {},
+            "AddressFamily inet6",
+            1,
+            "box: dns: host name 127.0.0.1: address family for hostname not supported",
+        ),
         (
             {},
             "RevokedHostKeys {folder}/host_key.pub",
@@ -5795,7 +5800,7 @@ def test_folder_of_a_pull_is_looked_for_first(
                 return str(exc)
             return ""
 
-    assert run(main(destination)) == message
+    assert run(main(destination)) == f"127.0.0.1: local: {message}"
     assert not (sshd.home / "ran").exists()
     (home / "there").mkdir()
     assert run(main("there")) == ""
@@ -7437,14 +7442,14 @@ async def test_signal_without_a_name(keys: Path, guard: bool) -> None:
 
 def test_loops_are_not_kept(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
-    made = asyncio.new_event_loop
+    made = apssh._Loop
 
     def new_event_loop() -> asyncio.AbstractEventLoop:
         loop = made()
         loops.append(weakref.ref(loop))
         return loop
 
-    monkeypatch.setattr(asyncio.events, "new_event_loop", new_event_loop)
+    monkeypatch.setattr(apssh, "_Loop", new_event_loop)
     for _ in range(3):
         assert apssh.run(sshd.target, "true")[0].ok
     gc.collect()
@@ -9452,7 +9457,8 @@ def test_two_files_of_one_name(
     scheduler = Scheduler(SshJob(LocalNode(), commands=[Run("touch ran"), make()]))
     with pytest.raises(UsageError) as caught:
         scheduler.run()
-    assert str(caught.value) == f"two different files for one folder are called {name}"
+    message = f"two different files for one folder are called {name}"
+    assert str(caught.value) == f"LOCALNODE: local: {message}"
     assert not (home / "ran").exists()
     with pytest.raises(UsageError):
         apssh.run("192.0.2.1", make())
@@ -9644,7 +9650,7 @@ def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> Non
     )
     with pytest.raises(UsageError) as caught:
         scheduler.run()
-    assert str(caught.value) == message
+    assert str(caught.value) == f"127.0.0.1: local: {message}"
     assert job.records == []
 
 
@@ -9921,11 +9927,12 @@ def test_failure_of_a_job_that_is_not_critical(sshd: Sshd, capfd: Any) -> None:
     assert away.raised_exception() is away.result()
     assert (status.raised_exception(), status.result()) == (None, 3)
     assert (good.raised_exception(), good.result()) == (None, 0)
-    assert str(missing.raised_exception()) == "script gone.sh: no such file"
+    no_script = "127.0.0.1: local: script gone.sh: no such file"
+    assert str(missing.raised_exception()) == no_script
     assert idle.raised_exception() is None
     told = capfd.readouterr().err.splitlines()
     assert sorted(told) == [
-        "127.0.0.1:failed (not critical): script gone.sh: no such file",
+        "127.0.0.1:failed (not critical): local: script gone.sh: no such file",
         "127.0.0.1:failed (not critical): status: ended with status 3: exit 3",
         f"127.0.0.1:job away failed (not critical): refused: nothing listens on port {lost.port}",
     ]
@@ -10973,7 +10980,10 @@ class TellsTwice(SshJob):
             "exit 3", "failed", "LOCALNODE: status: ended with status 3: exit 3", id="status"
         ),
         pytest.param(
-            RunScript("missing.sh"), "failed", "script missing.sh: no such file", id="no first step"
+            RunScript("missing.sh"),
+            "failed",
+            "LOCALNODE: local: script missing.sh: no such file",
+            id="no first step",
         ),
     ],
 )
