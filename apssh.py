@@ -712,14 +712,16 @@ def _keywords_checked(function: Callable[_P, _T]) -> Callable[_P, _T]:
     the user has never heard.
     """
     known = inspect.signature(_keywords_shown(function)).parameters
-    defaults = {
-        name: each.default for name, each in known.items() if each.kind is each.KEYWORD_ONLY
-    }
+    defaults = {}
+    for name, each in known.items():
+        if each.kind is each.KEYWORD_ONLY and each.default is not each.empty:
+            defaults[name] = each.default
+    offered = [name for name in known if name != "self"]
 
     @functools.wraps(function)
     def checked(*args: _P.args, **keywords: _P.kwargs) -> _T:
         for name in keywords.keys() - known.keys():
-            raise _unknown_option(name, known, f": there is {', '.join(defaults)}")
+            raise _unknown_option(name, offered, f": there is {', '.join(defaults or offered)}")
         return cast("Callable[..., _T]", function)(*args, **(defaults | keywords))
 
     return checked
@@ -739,12 +741,13 @@ class _Screen:
     """Standard output and error, shared by all that writes to them, with at most one line of
     progress on a terminal.
 
-    Attributes: ``colour`` (auto, always or never); ``out``: the standard output, while others'
-    prints are sent elsewhere; ``closed``: nobody reads standard output any more.
+    Attributes: ``colour`` (auto, always or never); ``quiet``: no word of what is no failure;
+    ``out``: the standard output, while others' prints are sent elsewhere; ``closed``: nobody reads
+    standard output any more.
     """
 
     def __init__(self) -> None:
-        self.colour = "auto"
+        self.colour, self.quiet = "auto", False
         self.out: TextIO | None = None
         self.closed = False
         self._progress = ""
@@ -777,6 +780,11 @@ class _Screen:
         """One message of apssh's own, on stderr."""
         with contextlib.suppress(OSError):  # whom could we tell?
             self.write(text.encode("utf-8", "backslashreplace") + b"\n", err=True)
+
+    def notice(self, text: str) -> None:
+        """A word on stderr of what may not have been meant, unless quiet."""
+        if not self.quiet:
+            self.say(text)
 
     def paint(self, text: str, code: str, *, err: bool = True) -> str:
         """The text in a colour (a number of SGR) where colour is wanted: --color says, else
@@ -982,6 +990,7 @@ class Formatter:
         """Who is meant by a host, which is all that ``line`` is told: who spoke last."""
         return {}
 
+    @_keywords_checked
     def __init__(self, custom_format: str | None = None, verbose: bool = False) -> None:
         self.verbose = verbose
         if custom_format is not None:
@@ -1171,6 +1180,7 @@ class SubdirFormatter(Formatter):
 
     _on_screen = False
 
+    @_keywords_checked
     def __init__(self, run_name: StrPath, verbose: bool = False) -> None:
         super().__init__(None, verbose)
         self.run_name = Path(run_name)
@@ -1227,11 +1237,13 @@ class CaptureFormatter(Formatter):
 
 class _KeyMemory:
     """What this process remembers of keys: in ``accepted`` the public halves of those that logged
-    in, which are offered first to the next hosts. While ``lock`` is held a passphrase is asked.
+    in, which are offered first to the next hosts; in ``given_up`` the files whose passphrase was
+    not given, and why. While ``lock`` is held a passphrase is asked.
     """
 
     def __init__(self) -> None:
         self.accepted: set[bytes] = set()
+        self.given_up: dict[bytes, str] = {}  # by what is in the file
         self.lock = threading.Lock()
 
 
@@ -1241,7 +1253,7 @@ _key_memory = _KeyMemory()
 @functools.cache
 def _say_once(text: str) -> None:
     """What is wrong with a key: keys are looked for again after each refused login."""
-    _screen.say(text)
+    _screen.notice(text)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -1302,13 +1314,21 @@ def _decode_key(path: Path, data: bytes) -> asyncssh.SSHKey:
         # asyncssh has one class for a key that is encrypted and for what is no key
         if not str(exc).startswith("Passphrase"):
             raise UsageError(f"key {path}: not a private key ({exc})") from None
-    for _ in range(3):
-        secret = _ask_secret(f"passphrase for key {path}")
-        with contextlib.suppress(ValueError):
-            return asyncssh.import_private_key(data, secret)
-    raise UsageError(f"key {path}: wrong passphrase")
+    # keys are looked for again after each refused login, and nobody wants to be asked again
+    if data in _key_memory.given_up:
+        raise UsageError(_key_memory.given_up[data])
+    try:
+        for _ in range(3):
+            secret = _ask_secret(f"passphrase for key {path}")
+            with contextlib.suppress(ValueError):
+                return asyncssh.import_private_key(data, secret)
+        raise UsageError(f"key {path}: wrong passphrase")
+    except UsageError as exc:
+        _key_memory.given_up[data] = exc.message
+        raise
 
 
+@_keywords_checked
 def load_agent_keys(agent_path: str | None = None) -> list[_AgentKey]:
     """The keys of the agent at this socket (default: SSH_AUTH_SOCK); none when there is no agent,
     or no answer within AGENT_TIMEOUT seconds. Works with or without a running loop.
@@ -1408,6 +1428,7 @@ def _keys_to_offer(
     return [*certified, *keys], [looked, f"no key in {', '.join(files or ['~/.ssh'])}"]
 
 
+@_keywords_checked
 def load_private_keys(
     command_line_keys: Collection[StrPath | Key] | None = None, verbose: bool = False
 ) -> list[Key]:
@@ -1418,6 +1439,7 @@ def load_private_keys(
     (``key-cert.pub``) goes with it. ``verbose`` says on stderr how many there are. Works with or
     without a running loop. Raises UsageError for a named key that does not exist or parse.
     """
+    _key_memory.given_up.clear()
     keys, _ = _keys_to_offer(command_line_keys or (), _UNCONFIGURED)
     if verbose:
         _screen.say(f"{_count(len(keys), 'key')} to log in with")
@@ -1829,7 +1851,7 @@ class _Trust:
                 ) from None
             revoked = revoked | dict.fromkeys(listed, file)
         if key in revoked:
-            raise self._error(f"{what} is revoked in {revoked[key]}")
+            raise self._error(f"{what} is revoked in {revoked[key]}: the host needs a new one")
 
     def _error(self, message: str) -> HostKeyError:
         return HostKeyError(escape(message), host=self.hostname)
@@ -2013,7 +2035,7 @@ class _SshConfig:
             elif not (os.path.exists(user) or os.path.exists(site)):
                 path = "none"
         if path != "none" and not shutil.which("ssh"):
-            _screen.say("apssh: no ssh program here to read the ssh config: it is not used")
+            _screen.notice("apssh: no ssh program here to read the ssh config: it is not used")
             path = "none"
         self._path = path
 
@@ -2137,6 +2159,7 @@ class Capture:
     the command has ended. A command that did not end stores nothing.
     """
 
+    @_keywords_checked
     def __init__(self, varname: str, variables: dict[str, Any]) -> None:
         self.varname, self.variables = varname, variables
 
@@ -2154,6 +2177,7 @@ class Deferred:
 
     _PLAIN = r"(?a)\{\{\s*([A-Za-z_]\w*)\s*\}\}"
 
+    @_keywords_checked
     def __init__(self, template: str, variables: Mapping[str, Any]) -> None:
         self.template, self.variables = template, variables
 
@@ -2169,7 +2193,8 @@ class Deferred:
         expression that cannot be.
         """
         shown = escape(self.template)
-        if not re.search(r"\{\{|\{%|\{#", re.sub(self._PLAIN, "", self.template)):
+        # a shell has {#, and {% without a blank, in ${#a[@]} and printf {%s}
+        if not re.search(r"\{\{|\{%[-+]?\s", re.sub(self._PLAIN, "", self.template)):
             names = re.findall(self._PLAIN, self.template)
             if missing := ", ".join(name for name in names if name not in self.variables):
                 raise UndefinedVariableError(f"no value yet for {missing} in {shown}")
@@ -3704,6 +3729,8 @@ class _Link(asyncssh.SSHClient):
             self.drop()
 
 
+_NEED_GUARD = "env and sudo need the guard: leave out --no-guard, guard=False"
+
 # A failure to reach a host: the exception; what the server of a gateway says of it, whose words are
 # all that there is; its kind; what we say.
 _FAILURES = (
@@ -3783,7 +3810,6 @@ class _Session(asyncssh.SSHClientSession[bytes]):
             command = f"{{ {command}\n}} >/dev/null 2>&1"
         return {
             "command": command,
-            "env": {} if self.guard else self.env,
             "encoding": None,
             "window": SESSION_WINDOW,
             "x11_forwarding": self.x11,
@@ -4670,8 +4696,8 @@ class SshNode(_Node):
 
     async def _run_session(self, session: _Session) -> _Status:
         """In one channel; its time begins when it opens. Cancelling it ends the command."""
-        if session.sudo and not self.guard:
-            raise UsageError("sudo needs the guard: leave out --no-guard, guard=False")
+        if not self.guard and (session.sudo or session.env):
+            raise UsageError(_NEED_GUARD)
         converse = functools.partial(self._converse, session)
         status = await self._on_link(converse, alone=session.watch == "connection")
         if self._guard_works is None:
@@ -4949,6 +4975,7 @@ class LocalNode(_Node):
     ``formatter``: where output goes, by default a HostFormatter; ``verbose``: its events too.
     """
 
+    @_keywords_checked
     def __init__(self, formatter: Formatter | None = None, verbose: bool | None = None) -> None:
         self.hostname = "LOCALNODE"
         self.username = getpass.getuser()
@@ -5890,7 +5917,9 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         """Id and user@host, the job's label if it has one, then one line for each step."""
         where = "Local Node" if isinstance(self.node, LocalNode) else self._where()
         label = [self.label] if self.label else []
-        return "\n".join([f"{self.repr_id()}: {where}", *label, *self._lines()])
+        text = "\n".join([f"{self.repr_id()}: {where}", *label, *self._lines()])
+        # for Graphviz; asynciojobs sees to quotes
+        return text.replace("\\", "\\\\").replace("&", "&amp;")
 
     def details(self) -> str:
         """The steps, one a line."""
@@ -5923,6 +5952,7 @@ def _nodes_of(scheduler: _Scheduler, gateways: bool = True) -> list[_AnyNode]:
     return _with_gateways(nodes) if gateways else list(nodes)
 
 
+@_keywords_checked
 async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
     """Close the connections of all nodes of a scheduler, nested ones included, the farthest first.
 
@@ -5933,6 +5963,7 @@ async def co_close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool
         await asyncio.gather(*(node.close() for node in nodes if node.distance() == distance))
 
 
+@_keywords_checked
 def close_ssh_in_scheduler(scheduler: _Scheduler, manage_gateways: bool = True) -> None:
     """Close the connections of all nodes of a scheduler that has run, the farthest first.
 
@@ -6005,8 +6036,10 @@ def topology_as_pngfile(scheduler: _Scheduler, filename: StrPath) -> str:
     try:
         source = topology_dot(scheduler).encode()
         subprocess.run(["dot", "-Tpng", f"-o{png}"], input=source, check=True)
-    except (OSError, subprocess.SubprocessError) as exc:
+    except OSError as exc:
         raise UsageError(f"no dot program (graphviz) to draw {_brief(png)}: {exc}") from None
+    except subprocess.SubprocessError:
+        raise UsageError(f"dot could not draw {_brief(png)}") from None
     return png
 
 
@@ -6234,6 +6267,7 @@ def _svg_bar(bar: _Bar, span: float, y: float) -> str:
     )
 
 
+@_keywords_checked
 def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     """Draw what ran where and when, as one SVG file that needs no other; its name (``.svg`` is
     added unless it is there).
@@ -6272,6 +6306,7 @@ def timeline_as_svgfile(scheduler: _Run, filename: StrPath) -> str:
     return name
 
 
+@_keywords_checked
 def timeline_as_text(scheduler: _Run, columns: int = 80) -> str:
     """What ran where and when, for a terminal: a line for each step, by node and start, then what
     failed and what never ran. No line has more than ``columns`` (80) characters.
@@ -6357,18 +6392,21 @@ class experiment:
                 self._write()
             except OSError as exc:
                 failures.append(exc)
-            everything = asynciojobs.PureScheduler(*self.scheduler.jobs, *self.teardown)
-            await co_close_ssh_in_scheduler(everything)
+            await co_close_ssh_in_scheduler(self._all_jobs())
         for other in failures[1:]:
             _screen.say(f"teardown: {escape(str(other))}")
         if failures and failure is None:
             raise failures[0]
 
+    def _all_jobs(self) -> _Scheduler:
+        """Those of the scheduler and of the teardown."""
+        return asynciojobs.PureScheduler(*self.scheduler.jobs, *self.teardown)
+
     def _write(self) -> None:
         if self.record is not None:
-            save_record(self.scheduler, self.record)
+            save_record(self._all_jobs(), self.record)
         if self.timeline is not None:
-            timeline_as_svgfile(self.scheduler, self.timeline)
+            timeline_as_svgfile(self._all_jobs(), self.timeline)
 
     async def _cancel_running(self) -> None:
         """A scheduler that is cancelled leaves its jobs running."""
@@ -6522,6 +6560,10 @@ class Service:
         )
 
 
+# a dataclass writes its own
+Service.__init__ = _keywords_checked(Service.__init__)  # type: ignore[method-assign]
+
+
 # --------------------------------------------------------------------------------------------------
 # scenarios: nodes and jobs from a YAML file; a mistake is told with its place
 # --------------------------------------------------------------------------------------------------
@@ -6539,7 +6581,7 @@ _FORMATTER_TYPES: dict[str, Any] = {
         SubdirFormatter,
         CaptureFormatter,
     )
-}
+} | {"ColonFormatter": ColonFormatter, "TimeColonFormatter": TimeColonFormatter}
 _SERVICE_ACTIONS = {
     name: getattr(Service, f"{name}_command") for name in ("start", "stop", "status", "journal")
 }
@@ -6644,6 +6686,7 @@ class _Scenario:
         self.nodes: dict[str, SshNode | LocalNode] = {}
         self.jobs: dict[str, SshJob] = {}
         self.teardown: list[SshJob] = []
+        self.captured = set(re.findall(r"\bcapture\W*:\s*\W?(\w+)", text))
         # in the order in which they are tried: ``yes`` may be a text too
         self.makers: dict[object, Callable[[str], Any]] = {
             bool: lambda text: self.yaml.SafeLoader.bool_values[text.lower()],
@@ -6672,6 +6715,9 @@ class _Scenario:
             self.jobs[name] = self.make(SshJob, values)
             if values.get("teardown"):
                 self.teardown.append(self.jobs[name])
+            elif set(values.get("required") or ()).intersection(self.teardown):
+                self.line = fields.line_of("required")
+                raise self.error("'required' names a job of the teardown, which runs when all end")
         scheduled = [job for job in self.jobs.values() if job not in self.teardown]
         return asynciojobs.Scheduler(*scheduled)
 
@@ -6818,7 +6864,14 @@ class _Scenario:
         raise LookupError(text)
 
     def deferred(self, text: str) -> str | Deferred:
-        return Deferred(text, self.variables) if "{{" in text else text
+        """A Deferred where a text has an expression with what a command captures, or plain
+        ``{{name}}`` and nothing else. Others' templates are text: docker ps -f '{{.Names}}'.
+        """
+        found = re.findall(r"\{[{%](.*?)[}%]\}", text, re.DOTALL)
+        ours = self.captured.intersection(re.findall(r"\w+", " ".join(found)))
+        if ours or (found and all(re.fullmatch(r"\s*[A-Za-z_]\w*\s*", each) for each in found)):
+            return Deferred(text, self.variables)
+        return text
 
     def formatter(self, value: str | _Fields) -> Formatter:
         """A formatter; the same words mean the same one, so that columns align."""
@@ -6929,6 +6982,7 @@ class YamlLoader:
         self.variables = Variables()
         self.teardown: list[SshJob] = []
 
+    @_keywords_checked
     def load(
         self,
         env: Mapping[str, Any] | None = None,
@@ -6945,6 +6999,7 @@ class YamlLoader:
         """
         return self.load_with_maps(env, save_intermediate=save_intermediate)[2]
 
+    @_keywords_checked
     def load_with_maps(
         self,
         env: Mapping[str, Any] | None = None,
@@ -7096,7 +7151,7 @@ _ParseTarget = Callable[[str], Target]
 
 
 def _notice(text: str) -> None:
-    _screen.say(f"apssh: {text}")
+    _screen.notice(f"apssh: {text}")
 
 
 class _Sources:
@@ -7481,6 +7536,9 @@ def _build_nodes(
 def _same_for_all(command: AbstractCommand, nodes: Sequence[SshNode]) -> _Steps:
     """A plan: one step for all nodes, so that a script has one name everywhere."""
     command.check_files()
+    needs_guard = isinstance(command, _ShellCommand) and (command.env or command.sudo)
+    if needs_guard and not all(node.guard for node in nodes):
+        raise UsageError(_NEED_GUARD)
     return dict.fromkeys(nodes, command)
 
 
@@ -7659,6 +7717,7 @@ async def _quick(
         targets = list(targets)
         if not targets:  # whatever is to be done to the hosts of an empty list is done
             return []
+    _key_memory.given_up.clear()  # each run asks anew
     config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
     if not isinstance(config, str):
         config = None if config else "none"
@@ -8021,9 +8080,6 @@ def _summary(results: Sequence[Result]) -> list[str]:
     names.pop("ok", None)
     for what, hosts in sorted(names.items()):
         lines.append(f"  {what}: {fold_names(hosts)} ({len(hosts)})")
-    left = [result.name for result in results if result.may_run]
-    if left:
-        lines.append(f"  the command may still be running on: {fold_names(left)}")
     return lines
 
 
@@ -8121,6 +8177,7 @@ async def _demo_session(
             writer.close()
 
 
+@_keywords_checked
 @contextlib.asynccontextmanager
 async def demo_fleet(
     count: int = 3, *, formatter: Formatter | None = None
@@ -8450,7 +8507,7 @@ _OPTIONS: dict[str, Sequence[tuple[Any, ...]]] = {
         (
             "--host-keys P",
             "accept-new (default: record hosts never seen, refuse changed keys), yes (refuse "
-            "unknown hosts), no (check nothing)",
+            "unknown hosts), no (check nothing; a host whose key has changed gets no password)",
             {"choices": ("accept-new", "yes", "no")},
         ),
         ("--forward-agent", "let hosts use your agent, as ssh's option -A does"),
@@ -8536,7 +8593,7 @@ _GOES_WITH = {
 }
 _NOT_WITH_DEMO = (
     *("--target", "--exclude", "--shard", "--login", "--gateway", "--port"),
-    *("--key", "--askpass", "--forward-agent", "--pty"),
+    *("--key", "--askpass", "--forward-agent", "--pty", "--no-guard"),
 )
 _WITH_SCENARIO = (
     *("--scenario", "--set", "--record", "--timeline", "--demo", "--list-targets", "--dry-run"),
@@ -8611,9 +8668,8 @@ def _targets(options: argparse.Namespace) -> list[Target]:
             raise UsageError("-t - and -I both take standard input: put the targets in a file")
         return sys.stdin.read()
 
-    notice: Callable[[str], None] = (lambda text: None) if options.quiet else _notice
     targets = _parse_targets(
-        options.target, sources=_Sources(typed, notice), **_part(vars(options), _TargetKeywords)
+        options.target, sources=_Sources(typed), **_part(vars(options), _TargetKeywords)
     )
     named = " ".join(options.target)
     if "@last-" in named and sys.stderr.isatty() and not options.quiet:
@@ -8649,7 +8705,7 @@ def _program(
         _own_process()
     try:
         options = parser.options(sys.argv[1:] if argv is None else argv)
-        _screen.colour = options.color
+        _screen.colour, _screen.quiet = options.color, options.quiet
         _log(options.debug)
         with asyncio.Runner(loop_factory=_Loop) as runner:
             try:
@@ -8846,6 +8902,12 @@ class _Conclusion(_View):
         if loud and (len(self.results) > 1 or not all(result.ok for result in self.results)):
             for line in _summary(self.results):
                 _screen.say(line)
+        left = [each for each in self.results if each.may_run]
+        if not loud:  # others have a line of their own, that tells it
+            left = [each for each in left if each.kind == "interrupted"]
+        if left:
+            names = fold_names(each.name for each in left)
+            _screen.say(f"  the command may still be running on: {names}")
         _tell_first_contacts(self.options, self.nodes)
         if not self.options.no_last and not self.options.demo:
             _save_last(self.results)

@@ -45,6 +45,7 @@ import sys
 import termios
 import threading
 import time
+import unittest.mock
 import weakref
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -1149,7 +1150,7 @@ NOT_KNOWN = (
     "its key {shown} is not known, and the policy refuses unknown hosts (--host-keys "
     "accept-new records them)"
 )
-REVOKED = "its key {shown} is revoked in {file}"
+REVOKED = "its key {shown} is revoked in {file}: the host needs a new one"
 SHORT = blob("ssh-ed25519", (32).to_bytes(4, "big") + b"short")
 OFF_CURVE = blob("ecdsa-sha2-nistp256", b"\0\0\0\x08nistp256\0\0\0\x41\x04" + b"\1" * 64)
 NEGATIVE = blob("ssh-rsa", b"\0\0\0\1\x83\0\0\0\x40" + b"\xff" * 64)
@@ -1339,13 +1340,13 @@ CERTIFICATES = {
         "good",
         "@cert-authority * {ca}\n@revoked * {ca}",
         "accept-new",
-        "its certificate is signed by {ca}, which is revoked in {file}",
+        "its certificate is signed by {ca}, which is revoked in {file}: the host needs a new one",
     ),
     "revoked-signer": (
         "good",
         "@cert-authority * {other_ca}\n@revoked * {ca}\n{n} {key}",
         "accept-new",
-        "its certificate is signed by {ca}, which is revoked in {file}",
+        "its certificate is signed by {ca}, which is revoked in {file}: the host needs a new one",
     ),
     "revoked-key": ("good", "@cert-authority * {ca}\n@revoked * {key}", "accept-new", REVOKED),
     "no-check": ("good", "@cert-authority * {other_ca}\n@revoked * {key}", "no", ""),
@@ -1436,7 +1437,11 @@ def test_ssh_decides_alike_on_certificates(
 @pytest.mark.parametrize(
     ("revoked", "message"),
     [
-        ("ca", "its certificate is signed by {ca}, which is revoked in {file}"),
+        (
+            "ca",
+            "its certificate is signed by {ca}, which is revoked in {file}: "
+            "the host needs a new one",
+        ),
         ("key", REVOKED),
         ("other_ca", ""),
     ],
@@ -1555,7 +1560,8 @@ def test_global_file(
     mine.write_text(f"127.0.0.1 {public(sshd.key)}\n")
     assert (
         str(failure_of(sshd.node().run("true")))
-        == f"127.0.0.1: hostkey: its key {fingerprint(sshd.key)} is revoked in {everybody}"
+        == f"127.0.0.1: hostkey: its key {fingerprint(sshd.key)} is revoked in {everybody}: "
+        "the host needs a new one"
     )
     everybody.write_text(f"elsewhere {public(sshd.key)}\n")
     mine.unlink()
@@ -2522,6 +2528,21 @@ def test_wrong_passphrase(sshd: Sshd, home: Path) -> None:
         2,
         "passphrase for key key: \n" * 3 + "apssh: key key: wrong passphrase\n",
     )
+
+
+def test_passphrase_that_is_not_given_is_asked_once(
+    make_sshd: Callable[..., Sshd], keys: Path, home: Path
+) -> None:
+    """Though keys are looked for again for each host that refuses the others."""
+    (home / "none").touch()
+    servers = [make_sshd(AuthorizedKeysFile=home / "none") for _ in range(2)]
+    (home / "cfg").write_text(f"IdentityFile {keys}/encrypted\nIdentityFile {keys}/other\n")
+    targets = ",".join(server.target for server in servers)
+    code, seen = typed("-F", "cfg", "-w", "1", "-t", targets, "true", answers=[b"\n"] * 12)
+    prompt = f"passphrase for key {keys}/encrypted: \n"
+    assert (code, seen.decode().count(prompt)) == (1, 3)
+    told = f"skipped: key {keys}/encrypted: wrong passphrase\n"
+    assert seen.decode().startswith(prompt * 3 + told)
 
 
 @pytest.mark.parametrize("option", ["-k", "-A"])
@@ -4231,7 +4252,8 @@ RSA_HOST = {"host_key": "ssh-rsa"}
             {},
             "RevokedHostKeys {folder}/host_key.pub",
             1,
-            "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub",
+            "box: hostkey: its key {shown} is revoked in {folder}/host_key.pub: "
+            "the host needs a new one",
         ),
         (
             {},
@@ -4541,6 +4563,11 @@ def test_deferred_expressions_use_jinja() -> None:
         Deferred("{{ n + }}", {}).render()
     with pytest.raises(UsageError, match=r"^\{\{ n \+ 1 \}\}: can only concatenate str"):
         Deferred("{{ n + 1 }}", {"n": "7"}).render()
+
+
+def test_deferred_leaves_a_shell_its_own() -> None:
+    text = "printf {%s} {{n}} ${#a[@]}"
+    assert Deferred(text, {"n": 7}).render() == "printf {%s} 7 ${#a[@]}"
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5133,6 +5160,29 @@ def test_globs(sshd: Sshd, home: Path, sources: Any, arrived: set[str], message:
     assert set(os.listdir(home / "d")) == arrived
 
 
+@pytest.mark.parametrize("source", [".", "./", "t/.", "t/u/.."])
+@pytest.mark.parametrize("pushing", [True, False])
+def test_folder_named_by_a_dot_is_what_it_holds(
+    sshd: Sshd, home: Path, source: str, pushing: bool
+) -> None:
+    """As for cp and scp."""
+    begin, end = (home, sshd.home) if pushing else (sshd.home, home)
+    tree = {"f": "F", "u/": "", "u/g": "G"}
+    inside = begin / "t" if source.startswith(".") else begin
+    build(begin, {f"t/{name}": text for name, text in tree.items() if text})
+    (end / "there").mkdir()
+    if source.startswith("."):
+        if pushing:
+            os.chdir(inside)
+        else:
+            source = f"t/{source}"
+    kind = Push if pushing else Pull
+    assert copied(sshd, kind(source, str(end / "there"), recurse=True)) == ""
+    assert listing(end / "there") == tree
+    assert copied(sshd, kind(source, str(end / "new"), recurse=True)) == ""
+    assert listing(end / "new") == tree
+
+
 def test_nothing_is_the_remote_home(sshd: Sshd, home: Path, capfd: Any) -> None:
     for number, remote in enumerate(["", "~", ".", "~/", "./"]):
         (home / f"f{number}").write_text("F")
@@ -5484,6 +5534,46 @@ def test_large_file(sshd: Sshd, home: Path, pushing: bool) -> None:
     assert copied(sshd, (Push if pushing else Pull)("f", "g")) == ""
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
     assert subprocess.run(["cmp", str(begin / "f"), str(end / "g")], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("pushing", [True, False])
+def test_copies_wait_for_files_that_can_be_open(
+    make_sshd: Callable[..., Sshd], home: Path, pushing: bool
+) -> None:
+    """Where few can be: hosts have their turns, and none fails."""
+    servers = [make_sshd() for _ in range(3)]
+    for place in [home] if pushing else [server.home for server in servers]:
+        build(place, {f"t/{number}": "text" for number in range(150)})
+    argv = ["-F", "none", "-t", ",".join(server.target for server in servers), "-r"]
+    argv += ["t", "@:x"] if pushing else ["@:t", "{host}"]
+    main = "main_push" if pushing else "main_pull"
+    done = run_python(
+        "-c",
+        "import resource, sys, apssh\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (170, 170))\n"
+        f"sys.exit(apssh.{main}({argv}))",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.partition("\n")[0]) == (0, "3 ok")
+
+
+def test_soft_limit_on_files_is_raised_for_jobs(sshd: Sshd) -> None:
+    done = run_python(
+        "-c",
+        f"""
+import resource, apssh
+from asynciojobs import Scheduler
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard))
+nodes = [apssh.SshNode("127.0.0.1", port={sshd.port}, username={ME!r}) for _ in range(30)]
+jobs = [apssh.SshJob(node, command="true") for node in nodes]
+print(Scheduler(*jobs).run())
+""",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_many_folders_with_links_need_few_files(sshd: Sshd, home: Path) -> None:
@@ -7613,9 +7703,9 @@ class Asking:
     def echoes(self) -> bool:
         return bool(termios.tcgetattr(self.terminal)[3] & termios.ECHO)
 
-    def prompt(self) -> None:
+    def prompt(self, text: str = "sudo password") -> None:
         """Wait until it asks: the prompt is there, and what is typed will not be shown."""
-        while not self.seen.endswith(b"sudo password: "):
+        while not self.seen.endswith(f"{text}: ".encode()):
             assert select.select([self.terminal], [], [], 30)[0], self.seen
             assert self.process.poll() is None, self.end()
             self.seen += os.read(self.terminal, 4096)
@@ -7813,21 +7903,47 @@ def test_sudo_is_given_up_where_nobody_can_be_asked(sudoer: Callable[..., Sudoer
     assert without_terminal(*free.words, "--sudo", "-q", "true") == (0, [])
 
 
+def test_interruption_while_a_passphrase_is_asked(
+    sshd: Sshd, keys: Path, home: Path, asking: Callable[..., Asking]
+) -> None:
+    """Of a key that the config names, when its host is connected to: as while sudo asks."""
+    (home / "cfg").write_text(f"IdentityFile {keys}/encrypted\n")
+    program = asking("-F", "cfg", "-t", sshd.target, "id")
+    program.prompt(f"passphrase for key {keys}/encrypted")
+    program.type("\x03")
+    eventually(lambda: program.echoes)
+    code, out, err = program.end()
+    assert (code, out) == (-signal.SIGINT, b"")
+    assert err.decode() == "0 ok, 1 interrupted\n  interrupted: 127.0.0.1 (1)\n"
+
+
 @on_testbed
-@pytest.mark.parametrize("how", ["Ctrl-C", "deadline"])
+@pytest.mark.parametrize("words", [["id -un"], ["-s", "id -un #"]], ids=["command", "script"])
+def test_time_stands_still_while_sudo_asks(
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], words: list[str]
+) -> None:
+    """How fast somebody types is no matter of the command."""
+    user = sudoer()
+    program = asking(*user.words, "-u", "2", "--sudo", *words)
+    program.prompt()
+    time.sleep(2.5)
+    program.type(f"{user.password}\n")
+    code, out, err = program.end()
+    assert (code, out) == (0, f"{user.host}:root\n".encode()), err
+
+
+@on_testbed
 def test_interruption_while_sudo_asks(
-    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking], how: str
+    sudoer: Callable[..., Sudoer], asking: Callable[..., Asking]
 ) -> None:
     """The terminal shows again what is typed; a shell's loop around it ends too."""
     user = sudoer()
-    deadline = ["-u", "2"] if how == "deadline" else []
-    program = asking(*user.words, *deadline, "--sudo", "id")
+    program = asking(*user.words, "--sudo", "id")
     program.prompt()
-    if how == "Ctrl-C":
-        program.type("\x03")
+    program.type("\x03")
     eventually(lambda: program.echoes)
     code, out, err = program.end()
-    assert (code, out) == (1 if deadline else -signal.SIGINT, b"")
+    assert (code, out) == (-signal.SIGINT, b"")
     assert b"Traceback" not in err
     assert user.as_root(f"pgrep -u {user.name} -x sudo || true") == ""
 
@@ -8694,15 +8810,35 @@ def test_unreachable_hosts(sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPat
         str(failure_of(SshNode("127.0.0.1", port=port).run("true")))
         == f"127.0.0.1: refused: nothing listens on port {port}"
     )
-    monkeypatch.setattr(
-        socket,
-        "getaddrinfo",
-        lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "Name or service not known")),
+    for number, words, said in (
+        (socket.EAI_NONAME, "Name or service not known", "unknown host name web1"),
+        (
+            socket.EAI_AGAIN,
+            "Temporary failure in name resolution",
+            "host name web1: temporary failure in name resolution",
+        ),
+    ):
+        answer = unittest.mock.Mock(side_effect=socket.gaierror(number, words))
+        monkeypatch.setattr(socket, "getaddrinfo", answer)
+        assert str(failure_of(SshNode("web1").run("true"))) == f"web1: dns: {said}"
+
+
+def test_time_stands_still_while_look_ups_queue(
+    sshd: Sshd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time, these take longer than each host may."""
+    real = socket.getaddrinfo
+
+    def slow(host: str, *args: Any, **keywords: Any) -> Any:
+        time.sleep(0.3)
+        return real("127.0.0.1", *args, **keywords)
+
+    monkeypatch.setattr(apssh, "LOOKUPS", 1)
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    results = apssh.run(
+        "web[1-6]", "true", login=ME, port=sshd.port, known_hosts=None, connect_timeout=1.2
     )
-    assert (
-        str(failure_of(SshNode("no-such-host").run("true")))
-        == "no-such-host: dns: unknown host name no-such-host"
-    )
+    assert [result.error for result in results] == [None] * 6
 
 
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
@@ -8910,6 +9046,33 @@ async def test_local_node(home: Path, capfd: Any) -> None:
     assert (home / "f" / "script").read_text() == "exit 5"
     assert (home / "users").read_text() == Path("/etc/passwd").read_text()
     assert capfd.readouterr() == (f"LOCALNODE:{home}\n", "LOCALNODE:err\n")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALNODE"])
+def test_time_of_a_command_whose_input_does_not_come(sshd: Sshd, host: str) -> None:
+    async def given() -> AsyncIterator[bytes]:
+        yield b"data\n"
+        await asyncio.sleep(60)
+
+    node = LocalNode() if host == "LOCALNODE" else sshd.node()
+    error = failure_of(node.run("cat >/dev/null", stdin=given(), timeout=0.3))
+    assert str(error) == f"{host}: timeout: no end within 0.3 s: cat >/dev/null"
+
+
+def test_local_input_whatever_numbers_are_free() -> None:
+    """The guard uses those from 3 on."""
+    done = run_python(
+        "-c",
+        "import asyncio, os, apssh\n"
+        "held = [os.open('/dev/null', 0) for _ in range(3)]\n"
+        "async def main():\n"
+        "    for each in held: os.close(each)\n"
+        "    return await apssh.LocalNode().run('cat', stdin=b'data')\n"
+        "print(asyncio.run(main()))",
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("LOCALNODE:data\n0\n", "")
 
 
 async def test_local_output_that_cannot_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -10207,6 +10370,22 @@ def test_pictures_of_asynciojobs(home: Path) -> None:
         scheduler.export_as_svgfile("s")
         scheduler.export_as_pngfile("s")
         assert (home / "s.svg").stat().st_size and (home / "s.png").stat().st_size
+        odd = 'grep "\\"x\\"" f && awk "{print \\$1 \\"\\\\n\\"}" &amp; echo end\\'
+        Scheduler(SshJob(SshNode("box"), command=odd)).export_as_svgfile("odd")
+        texts = ElementTree.parse(home / "odd.svg").iter("{http://www.w3.org/2000/svg}text")
+        assert odd in [text.text for text in texts]
+
+
+async def test_cancelled_job_tells_what_may_still_be_running(sshd: Sshd, capfd: Any) -> None:
+    token = f"3.{os.getpid()}"  # it ends by itself
+    async with sshd.node(guard=False) as node:
+        task = asyncio.create_task(SshJob(node, command=f"sleep {token}").co_run())
+        await eventually_async(lambda: processes(f"sleep {token}"))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert processes(f"sleep {token}")
+    assert capfd.readouterr().err == f"127.0.0.1: it may still be running: sleep {token}\n"
 
 
 def test_inner_cancellation_does_not_break_the_scheduler() -> None:
@@ -10365,7 +10544,8 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
     assert (sshd.home / "down").read_text() == "down\n"
     assert out == b""
     eventually(lambda: not processes(f"sleep {token}"))
-    assert [job["state"] for job in saved("run.json")["jobs"]] == ["cancelled"]
+    states = {job["label"]: job["state"] for job in saved("run.json")["jobs"]}
+    assert states == {"long": "cancelled", "echo down >> down": "ok"}
     eventually(lambda: not sshd.connections())
 
 
@@ -10817,7 +10997,7 @@ def test_topology_with_a_dot_that_fails(
     (tmp_path / "dot").write_text("#!/bin/sh\necho 'no fonts' >&2; exit 1\n")
     (tmp_path / "dot").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UsageError, match=r"^no dot program .*x\.png: .* exit status 1\.$"):
+    with pytest.raises(UsageError, match=r"^dot could not draw .*x\.png$"):
         topology_as_pngfile(Scheduler(), tmp_path / "x")
     assert capfd.readouterr().err == "no fonts\n"
     assert not (tmp_path / "x.png").exists()
@@ -12004,6 +12184,14 @@ MISTAKES = {  # text of the file, the whole message
         STEP + "type: Service\n        action: stop\n        service_id: a b\n        ",
         "s.yaml:6: section jobs, id j1: service_id 'a b': letters, digits and :-_.@ only",
     ),
+    "requires a teardown": (
+        NODE
+        + "jobs:\n"
+        + "  - {id: j1, node: n1, command: x, teardown: true}\n"
+        + "  - id: j2\n    node: n1\n    command: x\n    required: j1\n",
+        "s.yaml:7: section jobs, id j2: 'required' names a job of the teardown, which runs when "
+        "all end",
+    ),
     "wait": (
         STEP + "type: Wait\n        interval: soon\n        ",
         "s.yaml:7: section jobs, id j1: 'interval' must be a number",
@@ -12406,6 +12594,36 @@ def test_list_of_paths_that_an_earlier_step_finds(home: Path) -> None:
     )
     asyncio.run(job.co_run())
     assert Path("g/f").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    ("text", "deferred"),
+    [
+        ("docker ps --format '{{.Names}}'", False),
+        ("kubectl -o go-template='{{range .items}}{{end}}'", False),
+        ("echo '{{json .}}' {{x}}", False),
+        ("echo '{{json .}}' {{now}}", True),
+        ("echo {{ x }}", True),
+        ("echo {{ now | int + 1 }}", True),
+        ("echo {% if now %}a{% endif %}", True),
+        ("printf {%s} now", False),
+    ],
+)
+def test_templates_of_others_are_text(text: str, deferred: bool) -> None:
+    """What a command captures, and plain names, are looked up; the rest is as it is written."""
+    Path("s.yaml").write_text(
+        f"{NODE}jobs:\n  - id: j1\n    node: n1\n    commands:\n"
+        f"      - {{type: Run, command: date, capture: now}}\n"
+        f"      - {{type: Run, command: {json.dumps(text)}}}\n"
+    )
+    step: Any = YamlLoader("s.yaml").load_with_maps()[1]["j1"].commands[1]
+    assert [isinstance(word, Deferred) for word in step.words] == [deferred]
+    assert step.listing_line() == text
+
+
+def test_older_formatter_names_in_scenarios() -> None:
+    nodes, _, _ = loaded("nodes: [{id: n1, hostname: h1, formatter: ColonFormatter}]\n" + JOB)
+    assert type(nodes["n1"].formatter) is apssh.HostFormatter
 
 
 def test_deferred_values_and_captures() -> None:
@@ -13304,6 +13522,30 @@ def test_quick_copies(sshd: Sshd, home: Path) -> None:
             "unknown option login: did you mean username?",
         ),
         (lambda: apssh.run("h", RunScript("gone")), "script gone: no such file"),
+        (
+            lambda: apssh.run("h", "x", env={"A": "1"}, guard=False),
+            "env and sudo need the guard: leave out --no-guard, guard=False",
+        ),
+        (
+            lambda: apssh.run("h", Run("x", sudo=True), guard=False),
+            "env and sudo need the guard: leave out --no-guard, guard=False",
+        ),
+        (
+            lambda: apssh.demo_fleet(2, formater=None),
+            "unknown option formater: did you mean formatter?",
+        ),  # type: ignore[call-arg]
+        (
+            lambda: apssh.Service("x", service_id="a", enviro={}),
+            "unknown option enviro: did you mean environ?",
+        ),
+        (
+            lambda: apssh.HostFormatter(verbos=True),
+            "unknown option verbos: did you mean verbose?",
+        ),
+        (
+            lambda: YamlLoader("x").load(envv={}),
+            "unknown option envv: did you mean env?",
+        ),
         (lambda: apssh.push("h", "gone", "x"), "gone: no such file"),
         (
             lambda: apssh.run("h", "x", host_keys="perhaps"),
@@ -13548,7 +13790,6 @@ def test_summary() -> None:
         "  signal KILL: n5 (1)",
         "  status 3: n4 (1)",
         "  timeout: n[6-7] (2)",
-        "  the command may still be running on: n6",
     ]
 
 
@@ -13732,6 +13973,11 @@ def test_demo_size(count: int) -> None:
             "argument --env: 'A B=1': write NAME=value (see apssh --help)",
         ),
         (["-t", "h", "--demo", "2", "x"], "--demo brings its own hosts: leave out --target"),
+        (["--demo", "2", "--no-guard", "x"], "--demo brings its own hosts: leave out --no-guard"),
+        (
+            ["-t", "h", "-K", "--no-guard", "--sudo", "x"],
+            "env and sudo need the guard: leave out --no-guard, guard=False",
+        ),
         (
             ["-t", "h", "-F", "gone", "x"],
             "ssh config: Can't open user config file gone: No such file or directory",
@@ -13906,6 +14152,26 @@ def test_apssh(argv: list[str], status: int, out: bytes, err: bytes, sshd: Sshd)
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
+def test_none_where_collections_may_be() -> None:
+    (result,) = apssh.run("127.0.0.1", "x", exclude=None, port=free_port())
+    assert result.kind == "refused"
+    assert apssh.experiment(Scheduler(), teardown=None).teardown == []
+
+
+def test_quiet_run_tells_what_may_still_be_running(sshd: Sshd) -> None:
+    """Where no line of the host's own tells it."""
+    token = f"4.{os.getpid()}"  # it ends by itself
+    words = ["-F", "none", "-t", sshd.target, "-q", "--no-guard", f"sleep {token}"]
+    with start_python(*main_of(), *words, text=True) as process:
+        eventually(lambda: processes(f"sleep {token}"))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert err == "  the command may still be running on: 127.0.0.1\n"
+    done = cli(*words[:-1], "-u", "1", words[-1])
+    told = f"timeout: no end within 1 s: sleep {token} (it may still be running)"
+    assert done.stderr.decode() == f"127.0.0.1: {told}\n"
+
+
 def test_exclusion_that_excludes_nothing_is_told(capfd: Any) -> None:
     assert apssh.main(["-t", "a,b", "-x", "b", "-x", "nosuch", "-L"]) == 0
     assert capfd.readouterr() == ("a\n", "apssh: -x nosuch excludes none of the targets\n")
@@ -13930,12 +14196,13 @@ def test_folder_keeps_nothing_of_an_earlier_run(home: Path) -> None:
     names = ["127.0.0.1", "127.0.0.1.err", "0ok/127.0.0.1", "web1", "web2.err", "0ok/web1"]
     for name in names:
         Path("out", name).write_text("earlier")
-    done = cli("-F", "none", "-t", f"127.0.0.1:{port}", "-o", "out", "-q", "-m", "echo x")
+    words = ["-F", "none", "-t", f"127.0.0.1:{port}", "-o", "out", "-m", "echo x"]
     told = f"127.0.0.1: refused: nothing listens on port {port}\n"
-    assert (done.returncode, done.stdout, done.stderr.decode()) == (
-        1,
-        b"",
-        "apssh: out also holds files of hosts that are not of this run: web[1-2]\n" + told,
+    done = cli("-q", *words)
+    assert (done.returncode, done.stdout, done.stderr.decode()) == (1, b"", told)
+    done = cli(*words)
+    assert done.stderr.decode().startswith(
+        f"apssh: out also holds files of hosts that are not of this run: web[1-2]\n{told}"
     )
     found = {str(path.relative_to("out")): path.read_text() for path in Path("out").rglob("*.*")}
     assert found == {
@@ -16074,7 +16341,7 @@ def test_experiment_of_the_readme(home: Path, tmp_path: Path) -> None:
     units = (tmp_path / "units").read_text().split()
     assert "started" in units and "stop" in units[units.index("started") :]
     jobs = json.loads((home / "run.json").read_text())["jobs"]
-    assert [job["state"] for job in jobs] == ["ok"] * 2
+    assert [job["state"] for job in jobs] == ["ok"] * 3
     assert ElementTree.parse(home / "run.svg")
 
 
