@@ -16,7 +16,7 @@ file on the shared disk):
     #!/bin/bash
     #SBATCH --array=1-64 --requeue
     part=part-$SLURM_ARRAY_TASK_ID
-    apssh --shard $SLURM_ARRAY_TASK_ID/64 -t hosts -q -j uptime > $part.tmp
+    apssh --shard $SLURM_ARRAY_TASK_ID/64 -t hosts --no-last -q -j uptime > $part.tmp
     [ $? -le 1 ] && mv $part.tmp $part.json            # 1: some hosts failed; more: it was ended
 
     $ cat part-*.json           # all results, an object a host
