@@ -904,7 +904,6 @@ class _LineSink:
         for datatype, rest in self._rests.items():
             if rest:
                 self._formatter.endpoint_lines(self._endpoint, bytes(rest), datatype)
-                rest.clear()
 
 
 class _HeldSink:
@@ -2886,7 +2885,7 @@ class _Copy:
             attrs = await self._source.stat(item.path, follow_symlinks=self.follow_symlinks)
         if attrs.type == _REGULAR:
             await self._under_way.start(self._copy_file, item, attrs)
-        elif attrs.type == _LINK and item.level and not self.follow_symlinks:
+        elif attrs.type == _LINK and item.level:
             self._links.append(item)
         else:
             await self._copy_folder(item, attrs)
@@ -3847,7 +3846,6 @@ class _Session(asyncssh.SSHClientSession[bytes]):
         self.status = _brief(signal) if signal else "unknown"  # "" would be a status of none
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._writable.set()
         self.ended.set()
         self._over.set()
 
@@ -7064,7 +7062,7 @@ def _parse_targets(
     """
     if sources is None:
         sources = _Sources()
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = _texts(texts)
     way = "" if gateway in (None, "", "None") else _plain_arrows(f"{gateway}->")
     parse = functools.partial(_parse_target, login=login, port=port, way=way)
     found: dict[Target, None] = {}
@@ -7077,7 +7075,7 @@ def _parse_targets(
     if not found:
         given = " ".join(texts).strip(" ,")
         raise UsageError(f"no target in {_brief(given)}" if given else "no target: use -t HOST ...")
-    for text in [exclude] if isinstance(exclude, str) else exclude or ():
+    for text in _texts(exclude):
         excluded = 0
         for pattern in sources.targets([text], _parse_target, hosts_too=True):
             for target in by_host[pattern.chain[-1].host.lower()]:
@@ -7089,6 +7087,11 @@ def _parse_targets(
     if not found:
         raise UsageError("no target: -x excludes them all")
     return list(found)
+
+
+def _texts(given: str | Iterable[str] | None) -> list[str]:
+    """One text, several or none, as a list."""
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 def _parse_target(
@@ -7713,10 +7716,9 @@ async def _quick(
     **node_options: Any,
 ) -> list[Result]:
     """Targets, nodes, fan-out."""
-    if not isinstance(targets, str):
-        targets = list(targets)
-        if not targets:  # whatever is to be done to the hosts of an empty list is done
-            return []
+    targets = _texts(targets)
+    if not targets:  # whatever is to be done to the hosts of an empty list is done
+        return []
     _key_memory.given_up.clear()  # each run asks anew
     config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
     if not isinstance(config, str):
@@ -7871,7 +7873,7 @@ class _Folder(_View):
             )
 
     def done(self, result: Result) -> None:
-        if result.error and not result.reached:
+        if not result.reached:
             with open(self.folder / f"{result.name}.err", "a", encoding="utf-8") as file:
                 file.write(f"{result.name}: {result.kind}: {result.error}\n")
         if self.mark:
@@ -8905,14 +8907,17 @@ class _Conclusion(_View):
         left = [each for each in self.results if each.may_run]
         if not loud:  # others have a line of their own, that tells it
             left = [each for each in left if each.kind == "interrupted"]
-        if left:
-            names = fold_names(each.name for each in left)
-            _screen.say(f"  the command may still be running on: {names}")
+        _tell_what_may_run(each.name for each in left)
         _tell_first_contacts(self.options, self.nodes)
         if not self.options.no_last and not self.options.demo:
             _save_last(self.results)
         if loud and isinstance(self.formatter, SubdirFormatter):
             _screen.write(os.fsencode(self.formatter.run_name) + b"\n")
+
+
+def _tell_what_may_run(names: Iterable[str]) -> None:
+    if folded := fold_names(names):
+        _screen.say(f"  the command may still be running on: {folded}")
 
 
 def _tell_first_contacts(options: argparse.Namespace, nodes: Iterable[_AnyNode]) -> None:
