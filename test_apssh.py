@@ -6623,9 +6623,11 @@ def test_server_without_posix_rename(keys: Path, home: Path, tmp_path: Path) -> 
 
 
 def test_failing_rename_without_posix_rename_keeps_the_new_file(
-    keys: Path, home: Path, tmp_path: Path
+    keys: Path, home: Path, tmp_path: Path, capfd: Any
 ) -> None:
-    """The old one has made room by then: what has arrived is all that is left, and is named."""
+    """The old one has made room by then: what has arrived is all that is left, and is named, by
+    the error alone.
+    """
 
     class Plain(asyncssh.SFTPServer):
         def __init__(self, chan: Any) -> None:
@@ -6657,6 +6659,7 @@ def test_failing_rename_without_posix_rename_keeps_the_new_file(
         f"{shown}/{name}: no more names {hint} | "
         f"127.0.0.1: remote: f: {shown}/g cannot be replaced: no more names {hint}"
     )
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("slow", ["remove", "rename"])
