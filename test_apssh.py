@@ -471,9 +471,12 @@ async def ssh_server(
         port,
         server_host_keys=[host_key or asyncssh.generate_private_key("ssh-ed25519")],
         encoding=None,
-        process_factory=process or nothing,
         sftp_factory=sftp,
-        **{"authorized_client_keys": str(keys / "id_ed25519.pub")} | options,
+        **{
+            "authorized_client_keys": str(keys / "id_ed25519.pub"),
+            "process_factory": process or nothing,
+        }
+        | options,
     )
     _open_ports.add(acceptor.get_port())
     try:
@@ -8929,6 +8932,82 @@ async def test_lost_connection_is_a_failure(sshd: Sshd) -> None:
     assert str(caught.value) == "127.0.0.1: lost: connection lost during touch here; sleep 30"
     assert await node.run("true") == 0  # connects anew, by itself
     await node.close()
+
+
+class CutsAsItOpens(asyncssh.SSHServer):
+    """The connection is cut when a channel is asked for, or a command or SFTP in it, or, by the
+    client, just as this is granted.
+    """
+
+    when = "channel"
+    client: asyncssh.SSHClientConnection
+    asked: ClassVar[list[str]] = []
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._conn = conn
+
+    def session_requested(self) -> Any:
+        self.asked.append("channel")
+        if self.when == "channel":
+            self._conn.abort()
+            return False
+        session: Any = asyncssh.SSHServerSession()
+        session.exec_requested = session.subsystem_requested = self._requested
+        return session
+
+    def _requested(self, what: str) -> bool:
+        if self.when == "request":
+            self._conn.abort()
+        else:  # the answer is there by then, and looked at after it
+            asyncio.get_running_loop().call_soon(self.client.abort)
+        return True
+
+
+@pytest.mark.parametrize("when", ["channel", "request", "granted"])
+async def test_connection_that_goes_as_a_command_begins(
+    keys: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host may have got it, and run it."""
+    monkeypatch.setattr(CutsAsItOpens, "when", when)
+    async with (
+        ssh_server(keys, server=CutsAsItOpens, process_factory=None) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        CutsAsItOpens.client = await node.connect_lazy()
+        step = StepRecord()
+        with pytest.raises(ConnectionFailedError) as caught:
+            await Run("true").attempt(node, step)
+    why = "" if when == "granted" else ": Connection lost"
+    assert str(caught.value) == f"127.0.0.1: lost: connection lost during true{why}"
+    assert step.may_run
+
+
+async def test_command_that_may_have_begun_is_not_run_again(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CutsAsItOpens, "asked", [])
+    async with ssh_server(keys, server=CutsAsItOpens, process_factory=None) as port:
+        (result,) = await apssh.co_run(f"{ME}@127.0.0.1:{port}", "true", retries=1)
+    assert (result.error, result.kind, result.reached, result.may_run) == (
+        "connection lost during true: Connection lost",
+        "lost",
+        True,
+        True,
+    )
+    assert CutsAsItOpens.asked == ["channel"]
+
+
+async def test_connection_that_goes_as_sftp_begins(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CutsAsItOpens, "when", "request")
+    async with (
+        ssh_server(keys, server=CutsAsItOpens, process_factory=None) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        with pytest.raises(ConnectionFailedError) as caught:
+            await node.mkdir("made")
+    assert str(caught.value) == "127.0.0.1: lost: Connection lost"
 
 
 @pytest.mark.parametrize(
