@@ -7520,6 +7520,30 @@ async def test_channel_that_closes_without_a_status(keys: Path) -> None:
         assert formatter.get_capture() == "shown\nshown\n"
 
 
+@pytest.mark.parametrize(("then", "told"), [("cut", ""), ("close", HINT)], ids=["cut", "close"])
+async def test_no_status_of_what_asks_about_the_guard(
+    keys: Path, then: str, told: str, capfd: Any
+) -> None:
+    """Nothing is known of a host that has gone; one that tells none fails."""
+    begun: list[str] = []
+
+    async def host(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        begun.append("")
+        if len(begun) == 1:
+            process.exit(1)
+        elif then == "cut":
+            process.get_extra_info("connection").abort()
+        else:
+            process.close()
+
+    async with (
+        ssh_server(keys, process=host) as port,
+        SshNode("127.0.0.1", port=port, known_hosts=None) as node,
+    ):
+        assert await node.run("true") == 1
+    assert (len(begun), capfd.readouterr().err) == (2, told)
+
+
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "without the guard"])
 async def test_signal_without_a_name(keys: Path, guard: bool) -> None:
     """It is a failure like that of any other signal."""
