@@ -7604,12 +7604,13 @@ def test_node_in_two_loops_that_run(sshd: Sshd) -> None:
     run(node.close())
 
 
-async def test_without_the_guard(sshd: Sshd) -> None:
+async def test_without_the_guard(sshd: Sshd, capfd: Any) -> None:
     async with sshd.node(guard=False) as node:
         assert await node.run("cat; exit 5") == 5
-        assert await node.run("echo lost; exit 6", ignore_outputs=True) == 6
+        assert await node.run("echo lost; echo lost >&2; exit 6", ignore_outputs=True) == 6
         with pytest.raises(CommandFailedError):
             await node.run("sleep 0.1; cat > /dev/null; sleep 3", timeout=0.5)
+    assert capfd.readouterr() == ("", "")
 
 
 # --------------------------------------------------------------------------------------------------
