@@ -8672,6 +8672,50 @@ async def test_more_sessions_than_sshd_allows(make_sshd: Callable[..., Sshd]) ->
         assert server.connections() <= apssh.CONNECTIONS_PER_NODE
 
 
+async def test_more_commands_than_sessions_and_connections(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that come later wait until one ends."""
+    monkeypatch.setattr(apssh, "SESSIONS_PER_CONNECTION", 2)
+    monkeypatch.setattr(apssh, "CONNECTIONS_PER_NODE", 2)
+    server = make_sshd()
+    command = "mktemp up.XXXXXX >/dev/null; while ! test -e go; do sleep 0.1; done"
+    async with server.node() as node:
+        tasks = [asyncio.create_task(node.run(command)) for _ in range(8)]
+        await eventually_async(lambda: len(list(server.home.glob("up.*"))) == 4)
+        (server.home / "go").touch()
+        assert await asyncio.gather(*tasks) == [0] * 8
+        assert server.logins() == 2
+
+
+async def test_host_that_takes_no_further_connection_while_one_is_at_work(
+    make_sshd: Callable[..., Sshd], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked once, and then waited for."""
+    server = make_sshd(MaxSessions=1)
+    loop, refused = asyncio.get_running_loop(), list[OSError]()
+    connect = loop.create_connection
+
+    async def told(*args: Any, **options: Any) -> Any:
+        try:
+            return await connect(*args, **options)
+        except OSError as exc:
+            refused.append(exc)
+            raise
+
+    monkeypatch.setattr(loop, "create_connection", told)
+    async with server.node() as node:
+        first = asyncio.create_task(node.run("touch up; while ! test -e go; do sleep 0.1; done"))
+        await eventually_async((server.home / "up").exists)
+        server.stop()
+        second = asyncio.create_task(node.run("touch too"))
+        await eventually_async(lambda: refused)
+        await asyncio.sleep(0.3)  # it would be asked again meanwhile
+        (server.home / "go").touch()
+        assert [await first, await second] == [0, 0]
+    assert len(refused) == 1 and (server.home / "too").exists()
+
+
 @pytest.mark.parametrize("most", [1, 2, 4])
 async def test_sessions_and_sftp_where_few_are_allowed(
     make_sshd: Callable[..., Sshd], most: int
