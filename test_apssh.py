@@ -8916,6 +8916,27 @@ def test_time_stands_still_while_look_ups_queue(
     assert [result.error for result in results] == [None] * 6
 
 
+async def test_no_file_can_be_opened_any_more(sshd: Sshd, keys: Path) -> None:
+    """It is this machine's failure, and not the host's; what is connected goes on."""
+    key = asyncssh.read_private_key(keys / "id_ed25519")
+    node = sshd.node(keys=[key], known_hosts=None)
+    async with sshd.node() as connected:
+        gc.collect()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            with pytest.raises(ConnectionFailedError) as caught:
+                await node.run("true")
+            assert await connected.run("true") == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(caught.value) == "127.0.0.1: local: too many open files"
+    assert await node.run("true") == 0
+    await node.close()
+
+
 def test_refused_key(sshd: Sshd, keys: Path) -> None:
     error = failure_of(sshd.node(keys=[keys / "other"]).run("true"))
     assert str(error) == f"127.0.0.1: auth: login as {ME} refused, after 1 key"
