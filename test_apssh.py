@@ -9354,6 +9354,11 @@ def step_with_a_pipe() -> Run:
         return Run("a", stdin=file)
 
 
+def step_with_a_file_to_write() -> Run:
+    with open(os.devnull, "wb") as file:
+        return Run("a", stdin=file)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -9399,6 +9404,7 @@ def step_with_a_pipe() -> Run:
         ),
         (lambda: Run("a", stdin=closed_file()), STDIN_ONCE),
         (step_with_a_pipe, STDIN_ONCE),
+        (step_with_a_file_to_write, STDIN_ONCE),
         (
             lambda: Run("a", stdin=b"b", pty=True),
             "Run: pty and stdin: a terminal has no end of file: leave one out",
@@ -9457,6 +9463,11 @@ def test_run(node: Any, capfdbinary: Any) -> None:
     assert step(node, Run("echo lost; echo lost >&2; exit 5", ignore_outputs=True)) == 5
     assert step(node, Run("kill -USR1 $$")) == "USR1"
     assert capfdbinary.readouterr() == (b"late 3 and more\n", b"")
+    with pytest.raises(UsageError) as caught:  # it is not known before
+        step(node, Run(Deferred("{{word}}", {"word": ""})))
+    assert str(caught.value) == (
+        f"{node.hostname}: local: an empty command: it would open a shell that nobody talks to"
+    )
 
 
 @pytest.mark.parametrize(
@@ -9975,6 +9986,11 @@ def test_many_scripts_at_once(sshd: Sshd) -> None:
         (lambda: RunScript("gone.sh"), "script gone.sh: no such file"),
         (lambda: RunString("x", includes="gone"), "include gone: no such file"),
         (lambda: RunScript("dir"), "script dir: not a file"),
+        (lambda: RunScript("/proc/self/mem"), "script /proc/self/mem: input/output error"),
+        (
+            lambda: RunString("x", includes="/proc/self/mem"),
+            "include /proc/self/mem: input/output error",
+        ),
     ],
 )
 def test_missing_files(make: Callable[[], Any], message: str, home: Path) -> None:
@@ -10195,6 +10211,12 @@ def test_job_forms(arguments: dict[str, Any], capfd: Any) -> None:
     job = SshJob(LocalNode(), **arguments)
     assert Scheduler(job).run() and job.result() == 0
     assert capfd.readouterr().out == "LOCALNODE:a b\n"
+
+
+def test_verbose_job(capfd: Any) -> None:
+    steps = [Run("true"), Run("true", label="again")]
+    assert Scheduler(SshJob(LocalNode(), commands=steps, verbose=True)).run()
+    assert capfd.readouterr() == ("", "LOCALNODE: step: true\nLOCALNODE: step: again\n")
 
 
 def test_critical_job_stops_at_its_first_failure(sshd: Sshd, capfd: Any) -> None:
@@ -10747,6 +10769,26 @@ def test_experiment_teardown_of_other_jobs(capfd: Any) -> None:
     assert str(caught.value) == "both: not all of its jobs succeeded"
     shown = capfd.readouterr()
     assert shown.err == "teardown: plain\n" and shown.out.endswith("printed\n")
+
+
+@pytest.mark.parametrize("ending", ["done", "raised"])
+def test_experiment_whose_record_has_no_place_any_more(
+    home: Path, ending: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the block raised is the failure that is seen."""
+    (home / "out").mkdir()
+    scheduler = Scheduler(SshJob(LocalNode(), command="true"))
+    with (
+        pytest.raises((FileNotFoundError, AssertionError)) as caught,
+        apssh.experiment(scheduler, record="out/run.json"),
+    ):
+        scheduler.run()
+        shutil.rmtree("out")
+        assert ending == "done", "mine"
+    gone = rf"\[Errno 2\] No such file or directory: '{re.escape(str(home))}/out/\.apssh-\w+'"
+    seen, told = ("mine", f"teardown: {gone}\n") if ending == "raised" else (gone, "")
+    assert re.match(seen, str(caught.value))
+    assert re.fullmatch(told, capfd.readouterr().err)
 
 
 def test_experiment_misuse(home: Path) -> None:
