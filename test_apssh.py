@@ -12932,6 +12932,7 @@ def files(home: Path) -> Path:
     (home / "no-end").write_text("a\nb")
     (home / "empty").write_text("# nothing\n\n")
     (home / "names").write_text("hosts mine\n")
+    (home / "itself").write_text("itself\n")
     (home / "bad").write_text("a\n\nb:99999 # too high\n")
     (home / "bad-range").write_text("a\nnode[3-1]\n")
     (home / "binary").write_bytes(b"\x7fELF\0\0")
@@ -13031,6 +13032,7 @@ def test_targets(text: str, expected: str) -> None:
         ("no-end", "a b"),
         ("two words", "a"),
         ("names", "hosts mine"),
+        ("itself", "itself"),
         ("mine", "m1 m2"),
         ("~/.apssh/mine", "m1 m2"),
         ("out/1failed", "u@db:2200 web"),
