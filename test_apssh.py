@@ -4497,6 +4497,24 @@ def test_certificate_file(
     assert f"ED25519-CERT {file_fingerprint(keys / 'other.pub')}" in login_of(server, 0)
 
 
+def test_certificate_file_of_another_key(
+    program: Program,
+    user_certificate: tuple[Sshd, Path, asyncssh.SSHKey],
+    keys: Path,
+    config: Config,
+    tmp_path: Path,
+) -> None:
+    """It is not for this key, which has one of its own beside it."""
+    server, path, key = user_certificate
+    other = asyncssh.read_public_key(keys / "other.pub")
+    certificate = CA.generate_user_certificate(other, "another", principals=[ME])
+    certificate.write_certificate(tmp_path / "another")
+    more = f"IdentityFile {path}\n CertificateFile {tmp_path}/another"
+    config(aliases(server, "box", more=more))
+    assert program("-t", "box", "-q", "true") == (0, "", [])
+    assert f"ED25519-CERT {key.get_fingerprint()} ID somebody" in login_of(server, 0)
+
+
 def test_user_and_port(program: Program, sshd: Sshd, config: Config) -> None:
     config(aliases(sshd, "box", more="User nobody-here"))
     done = program("-t", "box", "-q", "true")
