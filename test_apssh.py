@@ -1880,6 +1880,31 @@ def test_recorded_host_is_told(sshd: Sshd, home: Path, tmp_path: Path, capfd: An
     assert said == [f"127.0.0.1: recorded its key {fingerprint(sshd.key)}"]
 
 
+@pytest.mark.parametrize("same", [True, False], ids=["same key", "other key"])
+async def test_host_that_somebody_else_records_meanwhile(
+    keys: Path, home: Path, same: bool, capfd: Any
+) -> None:
+    """Between the look at what is known and the line: nothing is recorded, another key is told."""
+    known_hosts = home / ".ssh" / "known_hosts"
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    other = key if same else asyncssh.generate_private_key("ssh-ed25519")
+
+    class Records(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            port = conn.get_extra_info("sockname")[1]
+            known_hosts.write_text(f"[127.0.0.1]:{port} {public(other)}\n")
+
+    async with (
+        ssh_server(keys, server=Records, host_key=key) as port,
+        SshNode("127.0.0.1", port=port, username=ME, verbose=True) as node,
+    ):
+        assert not node.host_key_recorded
+    told = f"was not recorded: known is {fingerprint(other)} in {known_hosts}:1"
+    lines = [line for line in capfd.readouterr().err.splitlines() if "recorded" in line]
+    assert lines == ([] if same else [f"127.0.0.1: its key {told}"])
+    assert known_hosts.read_text() == f"[127.0.0.1]:{port} {public(other)}\n"
+
+
 @pytest.mark.usefixtures("never_seen")
 def test_server_that_fails_after_key_exchange_leaves_no_line(sshd: Sshd, home: Path) -> None:
     """The server proves that it has its key, then goes: nothing was begun with it."""
