@@ -14243,6 +14243,10 @@ def test_demo_size(count: int) -> None:
         ),
         (["-t", "gone/targets", "x"], "gone/targets: no such file"),
         (["-t", "@last-ok", "x"], "@last-ok: no such group; a group is a file in ~/.apssh"),
+        (
+            ["-t", "-", "-I", "x"],
+            "-: -t - and -I both take standard input: put the targets in a file",
+        ),
         (["-t", "a", "-x", "a", "x"], "no target: -x excludes them all"),
         (["-g", "gw", "-t", "gw", "x"], "gw: it is its own gateway"),
         (["-g", "gw", "-t", "gw", "-L"], "gw: it is its own gateway"),
@@ -14292,6 +14296,11 @@ def test_apssh_misuse(argv: list[str], message: str, home: Path, capfd: Any) -> 
             "appush [options] local ... @:remote",
         ),
         ("push", ["-t", "h", "gone", "@:g"], "gone: no such file"),
+        (
+            "push",
+            ["-t", "h", ".ssh", "@:g"],
+            ".ssh: is a folder (recurse, -r, copies folders)",
+        ),
         (
             "push",
             ["-t", "h", "", "@:g"],
@@ -14362,6 +14371,13 @@ def test_no_key_anywhere(home: Path, capfd: Any) -> None:
 def test_listings(argv: list[str], out: str, capfd: Any) -> None:
     assert apssh.main(argv) == 0
     assert capfd.readouterr() == (out, "")
+
+
+@pytest.mark.parametrize("main", [apssh.main_push, apssh.main_pull])
+def test_listing_of_a_copy(main: Callable[..., int], capfd: Any) -> None:
+    """It needs no paths."""
+    assert main(["-t", "n[1-2]", "-L"]) == 0
+    assert capfd.readouterr() == ("n1\nn2\n", "")
 
 
 @pytest.mark.parametrize(
