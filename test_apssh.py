@@ -14060,6 +14060,29 @@ def test_progress_is_gone_at_the_end(sshd: Sshd) -> None:
     assert "\r\x1b[K\x1b[36m127.0.0.1\x1b[0m:shown" in text and text.endswith("\r\x1b[K")
 
 
+@pytest.mark.parametrize(
+    ("failed", "moved", "shown"),
+    [
+        (False, 1, "1/3 done, 2 running, 0.0 MB: n[2-3]"),
+        (True, 2_460_000, "1/3 done, 1 failed, 2 running, 2.5 MB: n[2-3]"),
+    ],
+    ids=["little", "failure"],
+)
+async def test_progress_tells_failures_and_bytes(
+    failed: bool, moved: int, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(apssh._screen, "show", lines.append)
+    view = apssh._Progress()
+    view.begin(["n1", "n2", "n3"])
+    for name in ("n1", "n2", "n3"):
+        view.started(name, StepRecord(bytes_transferred=moved if name == "n2" else 0))
+    view.done(result_of("n1", error="x" if failed else None))
+    await eventually_async(lambda: lines)
+    view.finish()
+    assert list(dict.fromkeys(lines)) == [shown, ""]
+
+
 def test_progress_wipes_no_line_that_is_not_ended(sshd: Sshd) -> None:
     code, seen = on_terminal(
         "--demo",
