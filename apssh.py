@@ -3489,7 +3489,10 @@ class _Connected(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         connected = transport.get_extra_info("socket")
-        self._link.sock = socket.socket(fileno=os.dup(connected.fileno()))
+        try:
+            self._link.sock = socket.socket(fileno=os.dup(connected.fileno()))
+        except OSError as exc:  # it was the last file that can be open
+            self._link.why = exc
         cast("asyncio.Transport", transport).abort()
 
 
@@ -4574,6 +4577,8 @@ class SshNode(_Node):
         _clock_here.set(clock)
         async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
             await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
+        if link.why:
+            raise link.why
 
     def _login_arguments(self, trust: _Trust) -> dict[str, Any]:
         """What asyncssh.connect is told besides the way."""
@@ -4794,8 +4799,8 @@ class SshNode(_Node):
             async with asyncio.timeout(self.timeout):
                 await self._open(sftp.start(), sftp.abort)
         except (asyncssh.Error, OSError) as exc:
-            if not link.alive:
-                raise self._failure(exc) from None
+            if not link.alive:  # whose words are of a channel
+                raise self._failure(link.why or asyncssh.ConnectionLost("")) from None
             if _is_refusal(exc):
                 raise
             why = await sftp.last_words()

@@ -8959,7 +8959,8 @@ def test_time_stands_still_while_look_ups_queue(
     assert [result.error for result in results] == [None] * 6
 
 
-async def test_no_file_can_be_opened_any_more(sshd: Sshd, keys: Path) -> None:
+@pytest.mark.parametrize("more", [0, 1])
+async def test_no_file_can_be_opened_any_more(sshd: Sshd, keys: Path, more: int) -> None:
     """It is this machine's failure, and not the host's; what is connected goes on."""
     key = asyncssh.read_private_key(keys / "id_ed25519")
     node = sshd.node(keys=[key], known_hosts=None)
@@ -8968,7 +8969,7 @@ async def test_no_file_can_be_opened_any_more(sshd: Sshd, keys: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         free = os.dup(0)
         os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
         try:
             with pytest.raises(ConnectionFailedError) as caught:
                 await node.run("true")
@@ -9130,17 +9131,20 @@ async def test_command_that_may_have_begun_is_not_run_again(
     assert CutsAsItOpens.asked == ["channel"]
 
 
+@pytest.mark.parametrize("when", ["channel", "request", "granted"])
 async def test_connection_that_goes_as_sftp_begins(
-    keys: Path, monkeypatch: pytest.MonkeyPatch
+    keys: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CutsAsItOpens, "when", "request")
+    monkeypatch.setattr(CutsAsItOpens, "when", when)
     async with (
         ssh_server(keys, server=CutsAsItOpens, process_factory=None) as port,
         SshNode("127.0.0.1", port=port, username=ME) as node,
     ):
+        CutsAsItOpens.client = await node.connect_lazy()
         with pytest.raises(ConnectionFailedError) as caught:
             await node.mkdir("made")
-    assert str(caught.value) == "127.0.0.1: lost: Connection lost"
+    why = "connection lost" if when == "granted" else "Connection lost"
+    assert str(caught.value) == f"127.0.0.1: lost: {why}"
 
 
 @pytest.mark.parametrize(
