@@ -4973,7 +4973,7 @@ class _Live:
 
 class LocalNode(_Node):
     """This machine, with the same commands: through /bin/sh, in the program's current folder; Push
-    and Pull are plain copies.
+    and Pull are plain copies. There is no ``pty`` and no ``sudo`` for them.
 
     ``formatter``: where output goes, by default a HostFormatter; ``verbose``: its events too.
     """
@@ -5584,7 +5584,8 @@ class RunScript(_Script):
     then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
     a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
     host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
-    of file at once). ``sudo``: run as root (True) or as the user of that name.
+    of file at once). ``sudo``: run as root (True) or as the user of that name; for another user
+    than root the folder is in /tmp, under a name nobody can guess, and its files can be read.
 
     ``label``: the text in graphs and listings (None: made from the script; any other false value
     hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
@@ -5620,7 +5621,8 @@ class RunString(_Script):
     then. ``env``: variables for the script, whatever the server's AcceptEnv says. ``pty``: give it
     a terminal. ``stdin``: what it reads: bytes, text, an open binary file or a path object, each
     host getting all of it, or an asynchronous iterator of bytes, which serves one host (None: end
-    of file at once). ``sudo``: run as root (True) or as the user of that name.
+    of file at once). ``sudo``: run as root (True) or as the user of that name; for another user
+    than root the folder is in /tmp, under a name nobody can guess, and its files can be read.
 
     ``label``: the text in graphs and listings (None: made from the script; any other false value
     hides the line). ``allowed_exits``: exit codes and signal names that count as success too.
@@ -6743,6 +6745,9 @@ class _Scenario:
 
     def error(self, text: str) -> ScenarioError:
         parts = [f"{self.file}:{self.line}", self.place, text]
+        shown = "".join(self.text.splitlines()[self.line - 1 : self.line]).strip()
+        if shown and self.file.endswith("(rendered)"):  # nobody can look that line up
+            parts.append(f"in '{shown}'")
         return ScenarioError(_brief(": ".join(filter(None, parts)), 1000))
 
     def known(self, what: str, known: Mapping[str, Any], name: str) -> Any:

@@ -12505,7 +12505,8 @@ TEMPLATE_MISTAKES = {
     ),
     "after rendering": (
         "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
-        "s.yaml (rendered):4: section nodes: no list: add 'nodes:' and '- id: ...' below it",
+        "s.yaml (rendered):4: section nodes: no list: add 'nodes:' and '- id: ...' below it: "
+        "in 'nodes: 1'",
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
