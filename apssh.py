@@ -240,6 +240,7 @@ STARTUPS_PER_HOST = 8  # logins at once on one endpoint: MaxStartups drops at ra
 RETRIES_BEFORE_LOGIN = 6  # when sshd drops us before login: 0.2 s, then twice as long each time
 # connections spent on offering keys, when a server takes only a few on each (MaxAuthTries)
 MAX_AUTH_ROUNDS = 8
+KEY_LOADS = 16  # sets of keys loaded at once, a thread each
 AGENT_TIMEOUT = 5.0  # seconds that an agent may take to list its keys
 CLOSE_TIMEOUT = 2.0  # seconds that a polite close may take before the connection is cut
 
@@ -756,6 +757,7 @@ class _Screen:
         self._settings: list[Any] | None = None  # of the terminal, before raw mode
         self._asking = 0  # questions that wait for somebody to type: no progress there, either
         self._before_asking: list[Any] | None = None  # settings of the terminal
+        self._broken_off = False  # one of them
 
     def write(self, data: bytes, *, err: bool = False, raw: bool = False) -> None:
         """Write at once; what a host sent has no power over a terminal, unless raw."""
@@ -817,12 +819,12 @@ class _Screen:
 
     @contextlib.contextmanager
     def asking(self) -> Iterator[None]:
-        """Somebody is asked on the terminal: no progress meanwhile. Broken off, it leaves the
-        terminal as it was before the first of the questions.
+        """Somebody is asked on the terminal: no progress meanwhile. Where one of the questions
+        that overlap is broken off, the terminal is in the end as it was before the first.
         """
         no_terminal = contextlib.suppress(OSError, termios.error)  # who asks says so
         if not self._asking:
-            self._before_asking = None
+            self._before_asking, self._broken_off = None, False
             with no_terminal, open("/dev/tty", "rb", 0) as terminal:
                 self._before_asking = termios.tcgetattr(terminal)
         self.show("")
@@ -830,12 +832,14 @@ class _Screen:
         try:
             yield
         except asyncio.CancelledError:
-            if self._before_asking:
-                with no_terminal, open("/dev/tty", "rb", 0) as terminal:
-                    termios.tcsetattr(terminal, termios.TCSANOW, self._before_asking)
+            self._broken_off = True
             raise
         finally:
             self._asking -= 1
+            if self._broken_off and self._before_asking and not self._asking:
+                with no_terminal, open("/dev/tty", "rb", 0) as terminal:
+                    if termios.tcgetattr(terminal) != self._before_asking:
+                        termios.tcsetattr(terminal, termios.TCSANOW, self._before_asking)
 
     def _stream(self, err: bool) -> TextIO:
         if err:
@@ -1293,6 +1297,11 @@ def import_private_key(filename: StrPath) -> asyncssh.SSHKey:
     Raises UsageError when the file is missing, unreadable or not a private key, when the passphrase
     is wrong three times, and when it is encrypted and there is no terminal.
     """
+    _key_memory.given_up.clear()
+    return _load_key(filename)
+
+
+def _load_key(filename: StrPath) -> asyncssh.SSHKey:
     path = Path(filename).expanduser()
     try:
         data = path.read_bytes()
@@ -1380,7 +1389,7 @@ def _keys_of(named: StrPath | Key, held: Collection[_AgentKey]) -> list[Key]:
                 data = asyncssh.read_public_key(public).public_data
     found: list[Key] = [key for key in held if key.public_data == data]
     if not found:
-        found = [import_private_key(path)]
+        found = [_load_key(path)]
     return [*_certified(found, f"{path}".removesuffix(".pub") + "-cert.pub"), *found]
 
 
@@ -2192,8 +2201,9 @@ class Deferred:
         expression that cannot be.
         """
         shown = escape(self.template)
-        # a shell has {#, and {% without a blank, in ${#a[@]} and printf {%s}
-        if not re.search(r"\{\{|\{%[-+]?\s", re.sub(self._PLAIN, "", self.template)):
+        # whole tags: a shell has the beginning of one in ${#a[@]} and printf {%s}
+        rest = re.sub(self._PLAIN, "", self.template)
+        if not re.search(r"(?s)\{\{|\{%.*?%\}|\{#.*?#\}", rest):
             names = re.findall(self._PLAIN, self.template)
             if missing := ", ".join(name for name in names if name not in self.variables):
                 raise UndefinedVariableError(f"no value yet for {missing} in {shown}")
@@ -2660,6 +2670,7 @@ class _CopyItem(NamedTuple):
     path: str
     target: str  # the path on the destination's side
     level: int = 0  # how many folders lie between it and what was named
+    depth: int = 0  # how many folders lie between it and the destination
     fresh: bool = False  # its folder was made by this copy: nothing can be there
     inside: str = ""  # the real path of its folder, when links are followed
 
@@ -2731,7 +2742,10 @@ class _Copy:
         with self._telling(destination):
             paths: list[str] = []
             for source in sources:
-                paths += await self._matches(_there(sftp, source))
+                there = _there(sftp, source)
+                if not source.removeprefix("~").rstrip("/"):  # the home, by its name
+                    there = str(await sftp.realpath(there))
+                paths += await self._matches(there)
             place = destination or "."
             await self._land(place, several=len(paths) > 1)
             place = os.path.realpath(place) if os.path.islink(place) else place
@@ -2843,17 +2857,17 @@ class _Copy:
         async with self._under_way:
             for path in dict.fromkeys(paths):
                 with self._failing(path):
-                    target = place
+                    name = posixpath.basename(path.rstrip("/"))
+                    if name in ("", ".", ".."):
+                        name = "."  # as for cp, what the folder holds
+                    target, depth = place, 0
                     if self._into:
-                        name = posixpath.basename(path.rstrip("/"))
-                        if name in ("", ".", ".."):  # as for cp, what the folder holds
-                            name = "."
-                        else:
-                            self._take(name, taken)
+                        self._take_once(name, taken)
                         target = posixpath.join(place, name)
+                        depth = int(name != ".")
                     attrs = await self._source.stat(path)
                     self._check_apart(path, target, attrs)
-                    await self._enter(_CopyItem(path, target), attrs)
+                    await self._enter(_CopyItem(path, target, depth=depth), attrs)
             for link in self._links:
                 await self._under_way.start(self._copy_link, link)
         for target, attrs in reversed(self._late):
@@ -2866,6 +2880,10 @@ class _Copy:
         """
         if _NO_NAME.match(name):
             raise self._wrong(self._source, f"refused the name '{_brief(name)}'")
+        self._take_once(name, taken)
+
+    def _take_once(self, name: str, taken: set[str]) -> None:
+        """A name of the user's own, which may be a dot."""
         if name in taken:
             raise self._wrong(self._source, f"the name {escape(name)} comes twice")
         taken.add(name)
@@ -2908,7 +2926,9 @@ class _Copy:
             self._late.append((target, self._given(attrs, None)))
         level, fresh = item.level + 1, existing is None
         async for path, name, attrs in self._entries(item.path):
-            child = _CopyItem(path, posixpath.join(target, name), level, fresh, real)
+            child = _CopyItem(
+                path, posixpath.join(target, name), level, item.depth + 1, fresh, real
+            )
             with self._failing(path):
                 await self._enter(child, attrs)
 
@@ -2922,7 +2942,7 @@ class _Copy:
             ups = steps.count("..")
             if self._wary and (
                 not re.fullmatch(r"[^/\0][^\0]{,4000}", link)
-                or ups > item.level - (not self._into)
+                or ups >= item.depth
                 or ".." in steps[ups:]
             ):
                 raise self._wrong(
@@ -3151,6 +3171,7 @@ class _Limits:
 
     def __init__(self) -> None:
         self.open_files = _raise_file_limit()
+        _key_memory.given_up.clear()  # a new run asks anew
         self._asking: dict[object, _Shared] = {}
         self._answers: dict[object, Any] = {}
         # those of configs
@@ -3998,6 +4019,7 @@ class _Node:
     username: str
     port = 22
     gateway: SshNode | None = None
+    _way = ""  # the gateways, as they were given
     formatter: Formatter
     verbose: bool | None
     guard = True
@@ -4022,8 +4044,7 @@ class _Node:
 
     @property
     def _endpoint(self) -> Endpoint:
-        way = str(self.gateway) if self.gateway else ""
-        return Endpoint(self.username, self.hostname, self.port, way)
+        return Endpoint(self.username, self.hostname, self.port, self._way)
 
     @property
     def shown_name(self) -> str:
@@ -4307,6 +4328,7 @@ class SshNode(_Node):
         self.guard = guard
         self.keepalive = keepalive
         self.forward_agent = forward_agent
+        self._way = str(gateway or "")
         self._address = address or hostname
         self._proxy_command = proxy_command
         self._password = password
@@ -4574,9 +4596,14 @@ class SshNode(_Node):
         # uvloop does not know it
         if isinstance(loop, asyncio.BaseEventLoop) and not _is_address(self._address):
             how["happy_eyeballs_delay"] = 0.25
-        _clock_here.set(clock)
-        async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
-            await loop.create_connection(lambda: _Connected(link), self._address, self.port, **how)
+        here = _clock_here.set(clock)
+        try:
+            async with clock.turn(_Limits.here().gate(CONNECTS, "connect")):
+                await loop.create_connection(
+                    lambda: _Connected(link), self._address, self.port, **how
+                )
+        finally:
+            _clock_here.reset(here)
         if link.why:
             raise link.why
 
@@ -4665,8 +4692,13 @@ class SshNode(_Node):
         """The keys to offer: loaded once for all nodes that name the same; a passphrase may be
         asked.
         """
-        find = functools.partial(_while_asking, _keys_to_offer, self.keys, self._host_config)
-        keys, missed = await _Limits.here().answer(self._key_question(), find)
+        limits = _Limits.here()
+
+        async def find() -> tuple[list[Key], list[str]]:
+            async with limits.gate(KEY_LOADS, "keys"):
+                return await _while_asking(_keys_to_offer, self.keys, self._host_config)
+
+        keys, missed = await limits.answer(self._key_question(), find)
         self._keys_missed = [] if keys else missed
         return keys
 
@@ -4692,6 +4724,7 @@ class SshNode(_Node):
                 alike=f"{self._config} {options}",
                 **options,
             )
+            self._way = str(self.gateway or "")
         self._complete(answers[self._given])
         self.formatter.add_endpoint(self._endpoint, bool(self.verbose), before)
 
@@ -5127,7 +5160,6 @@ class AbstractCommand:
     allowed_exits: Collection[int | str] = ()
     timeout: float | None = None
     verbose: bool | None = False
-    open_files = 0  # on this machine, at most, while it is at work
 
     @_keywords_checked
     def __init__(self, **keywords: Unpack[_TimedKeywords]) -> None:
@@ -5138,6 +5170,11 @@ class AbstractCommand:
             each.removeprefix("SIG") if isinstance(each, str) else each
             for each in ([exits] if isinstance(exits, int | str) else exits)
         }
+
+    @property
+    def open_files(self) -> int:
+        """How many files of this machine it has open at once, at most."""
+        return 0
 
     async def co_run_remote(self, node: SshNode) -> int | str | None:
         """Run on an SshNode; the exit status, or a signal's name without SIG."""
@@ -5660,7 +5697,6 @@ class _CopyCommand(AbstractCommand):
     """What Push and Pull share: paths, that may be Deferred, and the options of a copy."""
 
     pushing: ClassVar[bool]
-    open_files = FILES_IN_FLIGHT + 2  # two folders
 
     def __init__(self, sources: _Paths, destination: _Path, keywords: _CopyKeywords) -> None:
         super().__init__(**_part(keywords, _TimedKeywords))
@@ -5670,6 +5706,12 @@ class _CopyCommand(AbstractCommand):
             raise UsageError(
                 f"{type(self).__name__}: the destination is a path, not {destination!r}"
             )
+
+    @property
+    def open_files(self) -> int:
+        """One for each file under way, and two folders."""
+        several = self.options["recurse"] or any(map(_is_pattern, map(str, self.sources)))
+        return 2 + (FILES_IN_FLIGHT if several else min(len(self.sources), FILES_IN_FLIGHT))
 
     def _line(self, sources: str) -> str:
         what, way = ("Push", "onto") if self.pushing else ("Pull", "into")
@@ -5856,11 +5898,13 @@ class SshJob(asynciojobs.AbstractJob):  # type: ignore[misc]  # asynciojobs has 
         try:
             yield
         except Exception as exc:
-            failure = exc
-            if not isinstance(failure, ApsshError):
-                failure = ApsshError(f"{type(exc).__name__}: {exc}")
+            failure = ApsshError(f"{type(exc).__name__}: {exc}")
+            if isinstance(exc, ApsshError):
+                failure = copy.copy(exc)  # it may be that of other nodes too
             failure.host = failure.host or self.node.hostname
             self.failure = failure
+            if self.critical and isinstance(exc, ApsshError):
+                raise failure from exc.__cause__
             if self.critical:
                 raise
 
@@ -6087,9 +6131,14 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
     state, error, requirements and the StepRecords as ``steps``, whose start and end are seconds of
     one monotonic clock. Jobs that are no SshJob have neither node nor steps.
     """
+    return _record_of(scheduler, scheduler.topological_order())
+
+
+def _record_of(scheduler: _Scheduler, order: Iterable[_Job]) -> dict[str, Any]:
+    """What is known of the jobs of a scheduler, in this order."""
     nodes = _nodes_by_way(scheduler)
     places = {way: number for number, way in enumerate(nodes, 1)}
-    jobs = list(_job_records(scheduler, places, numbers={}))
+    jobs = list(_job_records(order, places, numbers={}))
     steps = list(itertools.chain.from_iterable(job["steps"] for job in jobs))
     started = min((step["start_wall"] for step in steps), default=None)
     ended = max((step["end_wall"] or time.time() for step in steps), default=None)
@@ -6122,12 +6171,15 @@ def run_record(scheduler: _Scheduler) -> dict[str, Any]:
 
 
 def _job_records(
-    scheduler: _Scheduler, places: Mapping[str, int], numbers: dict[_Job, int]
+    jobs: Iterable[_Job],
+    places: Mapping[str, int],
+    numbers: dict[_Job, int],
+    parent: _Scheduler | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The jobs of a scheduler, and behind each nested one those in it. They come after what they
-    require, and are numbered as they come: ``numbers`` has those so far, nested schedulers too.
+    """These jobs, and behind each nested scheduler those in it. They come after what they require,
+    and are numbered as they come: ``numbers`` has those so far, nested schedulers too.
     """
-    for job in scheduler.topological_order():
+    for job in jobs:
         numbers[job] = len(numbers) + 1
         state, error = _job_state(job)
         label, node, steps = job.text_label() or "", None, []
@@ -6136,7 +6188,7 @@ def _job_records(
             node, steps = places[str(job.node)], job.records
         yield {
             "id": numbers[job],
-            "parent": numbers.get(scheduler),
+            "parent": numbers.get(parent),
             "type": type(job).__name__,
             "label": str(job.label or label or type(job).__name__),
             "node": node,
@@ -6148,14 +6200,18 @@ def _job_records(
             "steps": [dataclasses.asdict(step) for step in steps],
         }
         if isinstance(job, asynciojobs.PureScheduler):
-            yield from _job_records(job, places, numbers)
+            yield from _job_records(job.topological_order(), places, numbers, job)
 
 
 def save_record(scheduler: _Scheduler, path: StrPath) -> None:
     """Write what is known of a run (``run_record``) as JSON, for its owner's eyes only: commands
     may hold secrets. The file is whole at any time. Raises OSError where it cannot be written.
     """
-    _write_whole(path, json.dumps(run_record(scheduler), indent=1, default=str))
+    _save(run_record(scheduler), path)
+
+
+def _save(record: Mapping[str, Any], path: StrPath) -> None:
+    _write_whole(path, json.dumps(record, indent=1, default=str))
 
 
 @contextlib.contextmanager
@@ -6395,7 +6451,7 @@ class experiment:
         finally:
             try:
                 self._write()
-            except OSError as exc:
+            except Exception as exc:
                 failures.append(exc)
             await co_close_ssh_in_scheduler(self._all_jobs())
         for other in failures[1:]:
@@ -6408,10 +6464,12 @@ class experiment:
         return asynciojobs.PureScheduler(*self.scheduler.jobs, *self.teardown)
 
     def _write(self) -> None:
+        order = [*self.scheduler.topological_order(), *self.teardown]
+        record = _record_of(self._all_jobs(), order)
         if self.record is not None:
-            save_record(self._all_jobs(), self.record)
+            _save(record, self.record)
         if self.timeline is not None:
-            timeline_as_svgfile(self._all_jobs(), self.timeline)
+            timeline_as_svgfile(record, self.timeline)
 
     async def _cancel_running(self) -> None:
         """A scheduler that is cancelled leaves its jobs running."""
@@ -6678,6 +6736,19 @@ def _parsed(yaml: Any, text: str) -> Any:
     return yaml.load(text, Loader)
 
 
+def _is_jinja(text: str) -> bool:
+    """Whether Jinja2 can read it; where it is not installed, who renders it says so."""
+    try:
+        jinja2 = _extra("jinja2")
+    except UsageError:
+        return True
+    try:
+        jinja2.Environment().parse(text)
+    except jinja2.TemplateSyntaxError:
+        return False
+    return True
+
+
 class _Scenario:
     """One reading of a file. ``line`` and ``place`` (section and id) are where it is, to tell
     mistakes with.
@@ -6745,9 +6816,6 @@ class _Scenario:
 
     def error(self, text: str) -> ScenarioError:
         parts = [f"{self.file}:{self.line}", self.place, text]
-        shown = "".join(self.text.splitlines()[self.line - 1 : self.line]).strip()
-        if shown and self.file.endswith("(rendered)"):  # nobody can look that line up
-            parts.append(f"in '{shown}'")
         return ScenarioError(_brief(": ".join(filter(None, parts)), 1000))
 
     def known(self, what: str, known: Mapping[str, Any], name: str) -> Any:
@@ -6872,12 +6940,15 @@ class _Scenario:
         raise LookupError(text)
 
     def deferred(self, text: str) -> str | Deferred:
-        """A Deferred where a text has an expression with what a command captures, or plain
-        ``{{name}}`` and nothing else. Others' templates are text: docker ps -f '{{.Names}}'.
+        """A Deferred where a text has ``{{name}}`` or other Jinja2. Others' templates, which are
+        none (docker ps --format '{{.Names}}'), are text.
         """
-        found = re.findall(r"\{[{%](.*?)[}%]\}", text, re.DOTALL)
-        ours = self.captured.intersection(re.findall(r"\w+", " ".join(found)))
-        if ours or (found and all(re.fullmatch(r"\s*[A-Za-z_]\w*\s*", each) for each in found)):
+        found = re.findall(r"(?s)\{[{%]\s*(.*?)\s*[}%]\}", text)
+        ours = [each for each in found if not re.search(r"(?:^|\s)\.", each)]  # Go's are with dots
+        names = re.findall(r"\w+", " ".join(ours))
+        plain = all(re.fullmatch(r"(?a)[A-Za-z_]\w*", each) for each in found)
+        alone = len(ours) == len(found) > 0 and (plain or _is_jinja(text))
+        if alone or self.captured.intersection(names):
             return Deferred(text, self.variables)
         return text
 
@@ -7726,9 +7797,10 @@ async def _quick(
     **node_options: Any,
 ) -> list[Result]:
     """Targets, nodes, fan-out."""
-    targets = _texts(targets)
-    if not targets:  # whatever is to be done to the hosts of an empty list is done
-        return []
+    if not isinstance(targets, str):
+        targets = list(targets)
+        if not targets:  # whatever is to be done to the hosts of an empty list is done
+            return []
     _key_memory.given_up.clear()  # each run asks anew
     config, formatter, done = keywords["config"], keywords["formatter"], keywords["done"]
     if not isinstance(config, str):
@@ -9131,7 +9203,7 @@ def _copy_paths(options: argparse.Namespace) -> list[str]:
         if not path or path.startswith("@:") != remote:
             rule = "remote paths begin with @: and local ones do not"
             raise UsageError(f"'{escape(path)}': {rule}: {usage}")
-    return [path.removeprefix("@:") or "." for path in paths]
+    return [path.removeprefix("@:") or "~" for path in paths]
 
 
 # Published scripts import from submodules of the older package (``from apssh.formatters import

@@ -2545,6 +2545,27 @@ def test_passphrase_of_a_default_key(sshd: Sshd, keys: Path, home: Path) -> None
     assert (code, seen.decode()) == (0, f"passphrase for key {home}/.ssh/id_ed25519: \n" * 2)
 
 
+def test_each_run_asks_for_a_passphrase_anew(
+    sshd: Sshd, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been mistyped."""
+    asked: list[str] = []
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        return "wrong"
+
+    monkeypatch.setattr(apssh, "_ask_secret", answer)
+    for times in (3, 6):
+        node = sshd.node(keys=[keys / "encrypted"])
+        with pytest.raises(UsageError, match=r"wrong passphrase$"):
+            Scheduler(SshJob(node, command="true")).run()
+        assert len(asked) == times
+    with pytest.raises(UsageError, match=r"wrong passphrase$"):
+        apssh.import_private_key(keys / "encrypted")
+    assert len(asked) == 9
+
+
 def test_wrong_passphrase(sshd: Sshd, home: Path) -> None:
     asyncssh.generate_private_key("ssh-rsa").write_private_key(
         home / "key", "pkcs8-pem", passphrase="secret"
@@ -5227,6 +5248,31 @@ def test_folder_named_by_a_dot_is_what_it_holds(
     assert listing(end / "there") == tree
     assert copied(sshd, kind(source, str(end / "new"), recurse=True)) == ""
     assert listing(end / "new") == tree
+
+
+def test_links_of_a_folder_named_by_a_dot_stay_inside(sshd: Sshd, home: Path) -> None:
+    """No folder of its name lies between them and the destination."""
+    build(sshd.home, {"t/out": "-> ../secret", "t/u/in": "-> ../f", "t/u/out": "-> ../../x"})
+    for place in ("there", "new"):
+        if place == "there":
+            (home / place).mkdir()
+        text = copied(sshd, Pull("t/.", place, recurse=True))
+        assert text.count("refused a link that leads out") == 2
+        assert sorted(os.listdir(home / place)) == ["u"]
+        assert os.listdir(home / place / "u") == ["in"]
+    build(sshd.home, {"a/f": "1", "b/f": "2"})
+    (home / "both").mkdir()
+    text = copied(sshd, Pull(["a/.", "b/."], "both", recurse=True))
+    assert text == "127.0.0.1: remote: b/.: the name . comes twice"
+
+
+def test_home_is_pulled_by_its_name(sshd: Sshd, home: Path) -> None:
+    """Its files do not fall among those of the destination, which may be a home too."""
+    build(sshd.home, {"f": "F"})
+    (home / "d").mkdir()
+    assert copied(sshd, Pull("~", "d", recurse=True)) == ""
+    assert apssh.main_pull(["-F", "none", "-t", sshd.target, "-r", "@:", "d"]) == 0
+    assert listing(home / "d") == {f"{sshd.home.name}/": "", f"{sshd.home.name}/f": "F"}
 
 
 def test_nothing_is_the_remote_home(sshd: Sshd, home: Path, capfd: Any) -> None:
@@ -10194,6 +10240,29 @@ def test_x11(sshd: Sshd, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: 
         os.close(write)
 
 
+def test_x11_at_a_name(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ssh -X leaves it, of which the plain functions' loop looks the name up."""
+    if not shutil.which("xauth"):
+        pytest.skip("needs xauth")
+    for number in range(10, 100):
+        with contextlib.suppress(OSError):
+            screen = socket.create_server(("127.0.0.1", 6000 + number))
+            break
+    _open_ports.add(6000 + number)
+    monkeypatch.setenv("DISPLAY", f"localhost:{number}")
+    code = (
+        "import socket, os; h, d = os.environ['DISPLAY'].split(':'); "
+        "s = socket.create_connection(('127.0.0.1', 6000 + int(d.split('.')[0]))); "
+        "s.sendall(bytes(100)); s.recv(1)"
+    )
+    with screen:
+        shown = threading.Thread(target=lambda: screen.accept()[0].close(), daemon=True)
+        shown.start()
+        (result,) = apssh.run(sshd.target, f'python3 -c "{code}"; :', x11=True)
+        shown.join(30)
+        assert (result.error, shown.is_alive()) == (None, False)
+
+
 # --------------------------------------------------------------------------------------------------
 # jobs
 # --------------------------------------------------------------------------------------------------
@@ -10315,6 +10384,17 @@ def test_unreachable_host_is_never_a_success() -> None:
     assert isinstance(job.result(), ConnectionFailedError) and job.result()
     with pytest.raises(ConnectionFailedError):
         Scheduler(SshJob(lost, command="true")).run()
+
+
+def test_failure_that_nodes_share_names_each_of_them(capfd: Any) -> None:
+    jobs = [
+        SshJob(SshNode(f"127.0.0.{number}", keys=["gone"]), command="true", critical=False)
+        for number in (1, 2)
+    ]
+    assert Scheduler(*jobs).run()
+    assert [str(job.failure) for job in jobs] == [
+        f"127.0.0.{number}: local: key gone: no such file or directory" for number in (1, 2)
+    ]
 
 
 def test_failure_of_a_job_that_is_not_critical(sshd: Sshd, capfd: Any) -> None:
@@ -10788,6 +10868,17 @@ around = apssh.experiment(scheduler, record="run.json", timeline="run.svg", tear
     states = {job["label"]: job["state"] for job in saved("run.json")["jobs"]}
     assert states == {"long": "cancelled", "echo down >> down": "ok"}
     eventually(lambda: not sshd.connections())
+
+
+def test_experiment_whose_teardown_requires_what_ran_before(home: Path) -> None:
+    before = SshJob(LocalNode(), command="true", label="before")
+    assert Scheduler(before).run()
+    stop = SshJob(LocalNode(), command="touch down", required=before)
+    with apssh.experiment(Scheduler(), record="run.json", teardown=[stop]):
+        pass
+    assert (home / "down").exists()
+    (job,) = saved("run.json")["jobs"]
+    assert (job["label"], job["state"]) == ("touch down", "ok")
 
 
 def test_experiment_with_nothing_to_tear_down(capfd: Any) -> None:
@@ -12505,8 +12596,7 @@ TEMPLATE_MISTAKES = {
     ),
     "after rendering": (
         "{% if x %}\n\n\n{% endif %}nodes: {{ x }}\n",
-        "s.yaml (rendered):4: section nodes: no list: add 'nodes:' and '- id: ...' below it: "
-        "in 'nodes: 1'",
+        "s.yaml (rendered):4: section nodes: no list: add 'nodes:' and '- id: ...' below it",
     ),
     "nothing left": (
         "{% if not x %}nodes: []{% endif %}",
@@ -12867,6 +12957,9 @@ def test_list_of_paths_that_an_earlier_step_finds(home: Path) -> None:
         ("echo '{{json .}}' {{now}}", True),
         ("echo {{ x }}", True),
         ("echo {{ now | int + 1 }}", True),
+        ("echo {{ nowhere | int + 1 }}", True),
+        ("echo {{ now + }}", True),
+        ("docker ps --format '{{.now}}'", False),
         ("echo {% if now %}a{% endif %}", True),
         ("printf {%s} now", False),
     ],
@@ -13606,6 +13699,24 @@ def test_endpoint_that_is_named_twice_keeps_its_short_name() -> None:
 # --------------------------------------------------------------------------------------------------
 # fan-out
 # --------------------------------------------------------------------------------------------------
+
+
+def test_name_stays_while_a_gateway_learns_its_user(sshd: Sshd, home: Path, capfd: Any) -> None:
+    """From its config, when it is connected to."""
+    (home / "cfg").write_text(f"User {ME}\nHostName 127.0.0.1\nPort {sshd.port}\n")
+
+    async def main() -> None:
+        gateway = SshNode("gw.site", config="cfg")
+        node = SshNode(
+            "box.site", username=ME, gateway=gateway, address="127.0.0.1", port=sshd.port
+        )
+        for word in ("one", "two"):
+            await node.run(f"echo {word}")
+        await node.close()
+        await gateway.close()
+
+    run(main())
+    assert capfd.readouterr().out == "box:one\nbox:two\n"
 
 
 def test_one_address_behind_two_gateways(sshd: Sshd, make_sshd: Callable[..., Sshd]) -> None:
@@ -14548,7 +14659,7 @@ def test_options_between_paths(home: Path) -> None:
 def test_paths_after_two_dashes(home: Path) -> None:
     Path("-f").touch()
     done = cli("-F", "none", "-t", "me@h", "-n", "--", "-f", "@:", program="appush")
-    assert (done.stdout, done.stderr) == (b"me@h: Push: -f onto .\n", b"")
+    assert (done.stdout, done.stderr) == (b"me@h: Push: -f onto ~\n", b"")
 
 
 @pytest.mark.parametrize(
