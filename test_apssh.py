@@ -6917,6 +6917,25 @@ def test_lost_connection_before_the_copy(keys: Path, home: Path) -> None:
     run(main(Pull("f", "g")))
 
 
+async def test_folder_of_a_script_is_removed_from_far_away(
+    keys: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host may take longer for it than a failure would be given."""
+    monkeypatch.setattr(apssh, "CLOSE_TIMEOUT", 0.1)
+
+    class Far(asyncssh.SFTPServer):
+        async def rmdir(self, path: bytes) -> None:
+            await asyncio.sleep(0.5)
+            os.rmdir(path)
+
+    async with (
+        ssh_server(keys, sftp=Far) as port,
+        SshNode("127.0.0.1", port=port, username=ME) as node,
+    ):
+        assert await RunString("true").co_run_remote(node) == 0
+    assert list((home / apssh.REMOTE_FOLDER).iterdir()) == []
+
+
 # names of hosts and users that would lead elsewhere
 
 
