@@ -8927,6 +8927,7 @@ async def _nodes_of_run(
         async with demo_fleet(options.demo, formatter=formatter) as fleet:
             yield fleet
         return
+    _Limits.here()  # the run begins: from now on it is remembered what was asked
     targets = await _while_asking(_targets, options)
     _host_key_policy("", options.host_keys, None)  # raises for a variable that means nothing
     keys: list[Key] = []

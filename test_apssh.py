@@ -2579,18 +2579,25 @@ def test_wrong_passphrase(sshd: Sshd, home: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("configured", [True, False], ids=["config", "default"])
 def test_passphrase_that_is_not_given_is_asked_once(
-    make_sshd: Callable[..., Sshd], keys: Path, home: Path
+    make_sshd: Callable[..., Sshd], keys: Path, home: Path, configured: bool
 ) -> None:
     """Though keys are looked for again for each host that refuses the others."""
     (home / "none").touch()
     servers = [make_sshd(AuthorizedKeysFile=home / "none") for _ in range(2)]
-    (home / "cfg").write_text(f"IdentityFile {keys}/encrypted\nIdentityFile {keys}/other\n")
+    key = keys / "encrypted" if configured else home / ".ssh/id_ed25519"
+    (home / "cfg").write_text(
+        f"IdentityFile {key}\nIdentityFile {keys}/other\n" if configured else ""
+    )
+    shutil.copy(keys / "encrypted", home / ".ssh/id_ed25519")
+    shutil.copy(keys / "other", home / ".ssh/id_rsa")
+    (home / ".ssh/id_ed25519.pub").unlink()
     targets = ",".join(server.target for server in servers)
     code, seen = typed("-F", "cfg", "-w", "1", "-t", targets, "true", answers=[b"\n"] * 12)
-    prompt = f"passphrase for key {keys}/encrypted: \n"
+    prompt = f"passphrase for key {key}: \n"
     assert (code, seen.decode().count(prompt)) == (1, 3)
-    told = f"skipped: key {keys}/encrypted: wrong passphrase\n"
+    told = f"skipped: key {key}: wrong passphrase\n"
     assert seen.decode().startswith(prompt * 3 + told)
 
 
